@@ -1,0 +1,22 @@
+"""A variant: which compressed form of the model a request runs through."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+WeightFormat = Literal["int4", "full"]
+KVFormat = Literal["int4", "full"]
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Variant:
+    """The part of a request's compression that decides which tensors it runs through.
+
+    Rows of different variants never share a tick; exit mode and thresholds are per row and do.
+    """
+
+    weights: WeightFormat = "full"
+    kv_cache: KVFormat = "full"
+    linear_block: bool = False
+
+    def __str__(self) -> str:
+        return f"weights={self.weights} kv_cache={self.kv_cache} linear_block={str(self.linear_block).lower()}"

@@ -1,0 +1,113 @@
+"""Every hyperparameter of the packaged model, in one frozen record per preset."""
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+Stage = Literal["trunk", "exits", "plain"]
+STAGES: tuple[Stage, ...] = ("trunk", "exits", "plain")
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What is trained and how. Lengths are tokens, rates are per optimizer step.
+
+    The ``trunk`` stage runs at the stable learning rate. The ``exits`` and ``plain`` stages both start from the
+    trunk's end and see the same batches under the same schedule; only ``exit_weight`` and ``layer_dropout`` differ.
+    """
+
+    preset: str
+    blocks: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    mlp: int
+    vocabulary: int = 4096
+    context: int = 1024
+    split_rows: int = 2
+    """A window of ``context`` tokens is cut in so many rows, except in the last, long phase of a branch."""
+    windows: int = 8
+    """Windows of ``context`` tokens per step."""
+    story_windows: int = 3
+    """How many of them come from the stories; the others come from the novels."""
+    trunk_steps: int = 2000
+    branch_steps: int = 1000
+    warmup_steps: int = 100
+    decay_share: float = 0.6
+    """Share of a branch's steps over which the learning rate falls linearly to zero."""
+    long_share: float = 0.15
+    """Share of a branch's steps, at its end, trained on whole windows of ``context`` tokens."""
+    muon_rate: float = 0.02
+    adam_rate: float = 0.003
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    exit_weight: float = 0.6
+    """Weight of the early-exit loss at the one depth sampled in a step (the full depth weighs 1)."""
+    layer_dropout: float = 0.1
+    """Probability of skipping the last block for a row; earlier blocks grow exponentially towards it."""
+    seed: int = 20260
+    save_minutes: float = 3.0
+    report_steps: int = 20
+    evaluate_steps: int = 200
+
+    def __post_init__(self) -> None:
+        """Raise ValueError where sizes do not fit the INT4 kernels or each other."""
+        if any(width % 64 for width in (self.hidden, self.mlp)):
+            raise ValueError(f"hidden {self.hidden} and mlp {self.mlp} must be multiples of 64")
+        if self.hidden % self.heads or self.heads % self.kv_heads:
+            raise ValueError(f"{self.heads} heads do not fit hidden {self.hidden} or {self.kv_heads} KV heads")
+        if self.context % self.split_rows:
+            raise ValueError(f"a context of {self.context} cannot be cut in {self.split_rows} rows")
+        if not 0 <= self.story_windows <= self.windows:
+            raise ValueError(f"{self.story_windows} story windows do not fit in {self.windows} windows")
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the record as plain values."""
+        return asdict(self)
+
+
+CPU = Recipe(preset="cpu", blocks=10, hidden=192, heads=6, kv_heads=2, mlp=512)
+GPU = Recipe(
+    preset="gpu",
+    blocks=12,
+    hidden=256,
+    heads=8,
+    kv_heads=4,
+    mlp=704,
+    windows=32,
+    story_windows=12,
+    trunk_steps=6000,
+    branch_steps=4000,
+    evaluate_steps=500,
+    save_minutes=1.0,
+)
+TINY = replace(
+    CPU, preset="tiny", blocks=3, hidden=64, heads=2, kv_heads=1, mlp=64, vocabulary=320, context=64, windows=2,
+    story_windows=1, trunk_steps=6, branch_steps=6, warmup_steps=2,
+)  # fmt: skip
+PRESETS = {recipe.preset: recipe for recipe in (CPU, GPU, TINY)}
+
+
+def learning_share(recipe: Recipe, stage: Stage, done: int, steps: int) -> float:
+    """Return the learning rate of a step as a share of the stable one (warm-up, stable, linear decay).
+
+    ``done`` counts the steps of this stage so far, ``steps`` is how many it has in all.
+    """
+    if stage == "trunk":
+        return min(1.0, (done + 1) / max(1, recipe.warmup_steps))
+    decay = max(1, round(steps * recipe.decay_share))
+    return max(0.0, min(1.0, (steps - done) / (decay + 1)))
+
+
+def is_long(recipe: Recipe, stage: Stage, done: int, steps: int) -> bool:
+    """Return whether a step trains on whole windows of ``context`` tokens."""
+    return stage != "trunk" and done >= steps - round(steps * recipe.long_share)
+
+
+def block_dropout(recipe: Recipe, block: int) -> float:
+    """Return the probability that a row skips a block: 0 at the first, ``layer_dropout`` at the last.
+
+    The growth is LayerSkip's, exp(block * ln 2 / (blocks - 1)) - 1 (arXiv 2404.16710, section 4.1).
+    """
+    if recipe.blocks < 2:
+        return 0.0
+    return float(recipe.layer_dropout * (2.0 ** (block / (recipe.blocks - 1)) - 1.0))
