@@ -1,0 +1,32 @@
+"""Fixtures that several test folders share: real checkpoints and texts where they are at hand."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+def _shared() -> Path:
+    beside = Path(__file__).resolve().parents[2] / "shared"
+    return Path(os.environ.get("EXEUNT_SHARED", beside))
+
+
+@pytest.fixture(scope="session")
+def shared_models() -> Path:
+    """The folder of small real checkpoints, where there is one."""
+    folder = _shared() / "models"
+    if not folder.is_dir():
+        pytest.skip("needs the folder of small real checkpoints (set EXEUNT_SHARED to its parent)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real texts, where there is one."""
+    folder = _shared() / "data"
+    if not folder.is_dir():
+        pytest.skip("needs the folder of real texts (set EXEUNT_SHARED to its parent)")
+    return folder
