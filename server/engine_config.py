@@ -1,0 +1,29 @@
+"""The limits an engine runs under: plain data, no torch."""
+
+from dataclasses import dataclass, fields
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """The engine's limits, resolved: every figure is final, none means "choose for me".
+
+    Raises:
+        ValueError: a limit is below 1, or a step is smaller than the sequences that must each advance in it.
+    """
+
+    max_model_len: int  # tokens, prompt and answer together
+    max_num_seqs: int = 64  # sequences that hold KV pages at once (each of a request's n choices is one)
+    max_num_queued_reqs: int = 256  # requests that may wait for admission; the next one is refused
+    max_num_batched_tokens: int = 512  # tokens of one tick; longer prompts are cut into chunks of it
+    kv_cache_bytes: int = 512 * 2**20  # bytes of the page arena that all sequences share
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if value < 1:
+                raise ValueError(f"{item.name} is {value}; it must be at least 1.")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens is {self.max_num_batched_tokens}; it must be at least max_num_seqs, "
+                f"{self.max_num_seqs}, so that every running sequence can advance in one tick."
+            )
