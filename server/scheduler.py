@@ -1,0 +1,263 @@
+"""Which rows run next: admission, queues per variant and stage, fairness, preemption. Plain Python, no torch."""
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from exeunt.compression.variant import Variant
+from exeunt.server.pages import OutOfPagesError, PagePool
+from exeunt.server.sequence import Sequence, Status
+from exeunt.server.stages import StagePlan
+
+
+@dataclass(slots=True, eq=False)
+class Row:
+    """The next token(s) of one sequence, waiting at one stage. Positions ascend; deeper down some may be missing."""
+
+    sequence: Sequence
+    positions: list[int]
+    stop: int  # one past the last position of the pass it belongs to
+    stage: int = 0
+
+    @property
+    def yields_token(self) -> bool:
+        return self.sequence.yields_token(self.positions)
+
+    @property
+    def may_leave(self) -> bool:
+        """Whether a token of this row may leave at an exit: a decode step, a text to score, or exits to replay."""
+        sequence = self.sequence
+        return sequence.may_leave and (sequence.scoring or bool(sequence.left_at))
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """A batch of rows of one variant that run stages `first_stage` to `last_stage` together."""
+
+    variant: Variant
+    first_stage: int
+    last_stage: int
+    rows: tuple[Row, ...]
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(row.positions) for row in self.rows)
+
+
+@dataclass(slots=True)
+class _Lane:
+    """The rows and sequences of one variant: who is ready to start a pass, and who waits at each deeper stage."""
+
+    decoding: dict[Sequence, None] = field(default_factory=dict)
+    prefilling: dict[Sequence, None] = field(default_factory=dict)
+    deeper: list[dict[Sequence, Row]] = field(default_factory=list)  # [stage - 1]
+    served_s: float = 0.0  # time this variant has had; the least served variant runs next
+
+    def deepest(self) -> int | None:
+        """The deepest stage at which a row waits, None when nothing does."""
+        for stage in range(len(self.deeper), 0, -1):
+            if self.deeper[stage - 1]:
+                return stage
+        return 0 if self.decoding or self.prefilling else None
+
+    def remove(self, sequence: Sequence) -> None:
+        self.decoding.pop(sequence, None)
+        self.prefilling.pop(sequence, None)
+        for waiting in self.deeper:
+            waiting.pop(sequence, None)
+
+
+class Scheduler:
+    """Decides what the next tick runs. One call costs O(rows of the tick), however many requests are known.
+
+    Sequences wait first come, first served; a running one holds pages for all it has computed. When pages run out the
+    youngest gives its own back and is recomputed later. Within a variant the deepest waiting rows run first, so a pass
+    that has begun is finished before the next begins; between variants the one that was served the least time goes next.
+    """
+
+    def __init__(
+        self, plan: StagePlan, pool: PagePool, *, max_num_seqs: int, max_num_batched_tokens: int
+    ) -> None:
+        self._plan = plan
+        self._pool = pool
+        self._max_num_seqs = max_num_seqs
+        self._budget = max(max_num_batched_tokens, 1)
+        self._waiting: deque[Sequence] = deque()
+        self._running: dict[Sequence, None] = {}  # in admission order, the youngest last
+        self._lanes: dict[Variant, _Lane] = {}
+        self._admissions = 0
+        self._preempted: list[Sequence] = []
+        self._newly_admitted: list[Sequence] = []
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        return len(self._running)
+
+    def running_sequences(self) -> Iterator[Sequence]:
+        return iter(self._running)
+
+    def rows_waiting(self) -> list[int]:
+        """Rows that wait at each stage, over all variants."""
+        counts = [0] * self._plan.stages
+        for lane in self._lanes.values():
+            counts[0] += len(lane.decoding) + len(lane.prefilling)
+            for stage, waiting in enumerate(lane.deeper, start=1):
+                counts[stage] += len(waiting)
+        return counts
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a new sequence behind those that came before."""
+        sequence.status = Status.WAITING
+        self._waiting.append(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Take a finished, cancelled or failed sequence out and free its pages."""
+        if sequence.status is Status.WAITING:
+            self._waiting.remove(sequence)
+        elif sequence.status is Status.RUNNING:
+            self._running.pop(sequence)
+            self._lanes[sequence.variant].remove(sequence)
+        sequence.status = Status.FINISHED
+        sequence.table.clear()
+
+    def take_preempted(self) -> list[Sequence]:
+        """The sequences preempted since the last call."""
+        taken, self._preempted = self._preempted, []
+        return taken
+
+    def take_admitted(self) -> list[Sequence]:
+        """The sequences admitted since the last call."""
+        taken, self._newly_admitted = self._newly_admitted, []
+        return taken
+
+    def admit(self) -> None:
+        """Let waiting sequences start while there is room for their prompts."""
+        while self._waiting and len(self._running) < self._max_num_seqs:
+            sequence = self._waiting[0]
+            needed = sequence.table.missing(sequence.prefill_target + 1)
+            spare = len(self._running)  # each running sequence may want one more page soon
+            if needed + spare > self._pool.free and self._running:
+                break
+            self._waiting.popleft()
+            sequence.status = Status.RUNNING
+            sequence.order = self._admissions = self._admissions + 1
+            self._running[sequence] = None
+            self._newly_admitted.append(sequence)
+            self._start_pass(sequence)
+
+    def next_tick(self) -> Tick | None:
+        """The rows to run now, their pages allocated; None when nothing is ready."""
+        self.admit()
+        tick = self._form_tick()
+        if tick is None and self._waiting and not self._running:  # what was ready has just been preempted
+            self.admit()
+            tick = self._form_tick()
+        return tick
+
+    def _form_tick(self) -> Tick | None:
+        for variant in sorted(
+            (v for v, lane in self._lanes.items() if lane.deepest() is not None), key=self._served
+        ):
+            lane = self._lanes[variant]
+            stage = lane.deepest()
+            if stage is None:  # preempted meanwhile, for a variant tried before
+                continue
+            rows = self._take_deeper(lane, stage) if stage else self._take_ready(lane)
+            if rows:
+                return Tick(variant, stage, self._last_stage(stage, rows), tuple(rows))
+        return None
+
+    def served(self, variant: Variant, seconds: float) -> None:
+        """Account the time a tick took, for fairness between variants."""
+        self._lanes[variant].served_s += seconds
+
+    def move_on(self, row: Row, stage: int, positions: list[int]) -> None:
+        """Queue what is left of a row at a deeper stage."""
+        row.stage, row.positions = stage, positions
+        self._lanes[row.sequence.variant].deeper[stage - 1][row.sequence] = row
+
+    def finish_pass(self, sequence: Sequence) -> None:
+        """A running sequence has ended its pass: queue it for its next."""
+        self._start_pass(sequence)
+
+    def _served(self, variant: Variant) -> float:
+        return self._lanes[variant].served_s
+
+    def _lane(self, variant: Variant) -> _Lane:
+        lane = self._lanes.get(variant)
+        if lane is None:
+            lane = self._lanes[variant] = _Lane(deeper=[{} for _ in range(self._plan.stages - 1)])
+        return lane
+
+    def _start_pass(self, sequence: Sequence) -> None:
+        lane = self._lane(sequence.variant)
+        if lane.deepest() is None:  # idle until now: what it did not use then is no credit
+            busy = [other.served_s for other in self._lanes.values() if other.deepest() is not None]
+            lane.served_s = max([lane.served_s, *([min(busy)] if busy else [])])
+        (lane.prefilling if sequence.prefilling else lane.decoding)[sequence] = None
+
+    def _take_deeper(self, lane: _Lane, stage: int) -> list[Row]:
+        rows, budget = [], self._budget
+        waiting = lane.deeper[stage - 1]
+        for sequence, row in list(waiting.items()):
+            if rows and len(row.positions) > budget:
+                break
+            budget -= len(row.positions)
+            rows.append(waiting.pop(sequence))
+        return rows
+
+    def _take_ready(self, lane: _Lane) -> list[Row]:
+        """Decode steps first, then chunks of prompts with what the token budget leaves (never nothing)."""
+        rows: list[Row] = []
+        taken: set[Sequence] = set()
+        for ready, budget in ((lane.decoding, self._budget), (lane.prefilling, None)):
+            left = max(self._budget - len(rows), 1) if budget is None else budget
+            for sequence in list(ready):
+                if left <= 0:
+                    break
+                if sequence not in ready:  # preempted while this tick was put together
+                    continue
+                positions = sequence.next_positions(left)
+                if not self._make_room(sequence, positions[-1] + 1, taken):
+                    continue
+                del ready[sequence]
+                taken.add(sequence)
+                left -= len(positions)
+                rows.append(Row(sequence, list(positions), positions[-1] + 1))
+        return rows
+
+    def _make_room(self, sequence: Sequence, tokens: int, taken: set[Sequence]) -> bool:
+        """Get pages for a sequence's first `tokens` positions, preempting younger ones; False if it must wait."""
+        while True:
+            try:
+                sequence.table.ensure(tokens)
+            except OutOfPagesError:
+                victim = next((s for s in reversed(self._running) if s not in taken and s.table.pages), None)
+                if victim is None or victim.order < sequence.order:
+                    if not taken and len(self._running) > 1:
+                        self._preempt(sequence)  # all pages are with its elders: it steps back
+                    return False
+                self._preempt(victim)
+                if victim is sequence:
+                    return False
+            else:
+                return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._running.pop(sequence)
+        self._lanes[sequence.variant].remove(sequence)
+        sequence.drop_computed()
+        sequence.status = Status.WAITING
+        sequence.preemptions += 1
+        self._waiting.appendleft(sequence)
+        self._preempted.append(sequence)
+
+    def _last_stage(self, stage: int, rows: list[Row]) -> int:
+        """Run on to the next boundary at which some row may leave; where none may, to the end."""
+        if any(row.may_leave for row in rows):
+            return stage
+        return self._plan.last

@@ -1,0 +1,46 @@
+"""How a model's blocks are cut into stages at its exits: plain data, no torch."""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+from exeunt.server.request import FINAL_EXIT
+
+
+@dataclass(frozen=True, slots=True)
+class StagePlan:
+    """Stages of a model of `blocks` blocks: stage s runs blocks `starts[s]` to `stops[s] - 1`.
+
+    Every stage but the last ends in an exit, named by the block it follows; the last ends in the model's own head.
+    """
+
+    blocks: int
+    exit_blocks: tuple[int, ...]  # the block each exit follows, ascending, each before the last block
+
+    def __post_init__(self) -> None:
+        inner = self.exit_blocks
+        if any(a >= b for a, b in pairwise(inner)) or any(not 0 <= e < self.blocks - 1 for e in inner):
+            raise ValueError(f"exits {inner} must ascend and lie after blocks 0 to {self.blocks - 2}")
+
+    @property
+    def stages(self) -> int:
+        return len(self.exit_blocks) + 1
+
+    @property
+    def last(self) -> int:
+        return len(self.exit_blocks)
+
+    def start(self, stage: int) -> int:
+        """The first block of a stage."""
+        return self.exit_blocks[stage - 1] + 1 if stage else 0
+
+    def stop(self, stage: int) -> int:
+        """One past the last block of a stage: also the depth, in blocks, of a token that leaves at its end."""
+        return self.exit_blocks[stage] + 1 if stage < self.last else self.blocks
+
+    def exit_name(self, stage: int) -> str:
+        """The name of the head at the end of a stage."""
+        return f"block_{self.exit_blocks[stage]}" if stage < self.last else FINAL_EXIT
+
+    @property
+    def exit_names(self) -> tuple[str, ...]:
+        return tuple(self.exit_name(stage) for stage in range(self.stages))
