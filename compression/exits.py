@@ -6,9 +6,9 @@ the head's state screens every row; the vocabulary projection runs only for rows
 projection is joins the probe's opinion in a logistic regression.
 
 A row's decision depends on that row alone: nothing here reduces over rows, sorts rows or budgets them. The
-one caveat is the library matmul underneath, whose rounding may differ with the number of rows: a confidence may
-move by a few float32 ulps (more where the model runs in half precision), so a decision can differ only for a
-row that stands within that distance of its threshold.
+one caveat is the library matmul underneath, whose rounding may differ with the number of rows: a confidence
+may move by a few float32 ulps (more where the model runs in half precision), so a decision can differ only
+for a row that stands within that distance of its threshold.
 """
 
 import json

@@ -1,0 +1,240 @@
+"""What a bundle says about itself: its `manifest.json`, versioned and checked.
+
+Reading is strict about what this version knows (types, ranges, NaN) and lenient about the rest: a key it does
+not know is ignored, because within one format version new keys only add information. A change that an older
+reader would misunderstand raises `FORMAT_VERSION`, and a newer version is refused whatever else it holds. The
+manifest carries a checksum of all its other keys, known or not, so that an altered threshold is noticed like an
+altered weight.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Annotated, Final, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from exeunt.compression.variant import KVFormat, Variant, WeightFormat
+
+FORMAT_VERSION: Final = 1
+CHECKSUM_KEY: Final = "manifest_sha256"
+_MARK: Final = "exeunt-bundle"
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Count = Annotated[int, Field(ge=0)]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class ManifestError(ValueError):
+    """A manifest that cannot be used; the message is one sentence that says why."""
+
+
+class Record(BaseModel):
+    """A frozen part of the manifest. Keys it does not know are ignored, NaN and infinity are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
+
+
+class BaseModelRecord(Record):
+    """The checkpoint a bundle was made from. `sha256` is over its weight files, `parameters` a count."""
+
+    name: str
+    architecture: str
+    sha256: Sha256
+    parameters: Count
+    blocks: Count
+
+
+class LinearBlockRecord(Record):
+    """The block that a linear map replaces. `r2` is that of the fitted block on held-out activations."""
+
+    index: Count
+    rank: Annotated[int, Field(ge=1)]
+    r2: float
+    parameters: Count
+    replaced_parameters: Count
+    r2_by_block: tuple[float, ...] = ()  # of a full-rank map for every block of the model
+
+
+class ExitRecord(Record):
+    """One exit. `agreement` is the share of held-out tokens on which its top token is the full model's."""
+
+    block: Count
+    name: str
+    agreement: Share
+    untrained_agreement: Share | None = None  # the model's own head at this depth, before any fitting
+    auc: Share | None = None  # of the gate's confidence against agreement
+    tokens: Count = 0  # held-out tokens behind these figures
+
+    @model_validator(mode="after")
+    def _name_follows_block(self) -> Self:
+        if self.name != f"block_{self.block}":
+            raise ValueError(f"the exit after block {self.block} is named {self.name!r}")
+        return self
+
+
+class RiskTarget(Record):
+    """One line of the risk table: the threshold whose disagreement is below `target` with stated confidence.
+
+    `disagreement` and `upper_bound` are of tokens that left early, on held-out text, at `threshold`;
+    `exit_rate` is the share of tokens that left. Not certified: `threshold` is None and `reason` says why.
+    """
+
+    target: Share
+    certified: bool
+    threshold: Share | None = None
+    exit_rate: Share | None = None
+    disagreement: Share | None = None
+    upper_bound: Share | None = None
+    tokens: Count = 0  # tokens that left early in the certifying data
+    reason: str | None = None
+
+    @model_validator(mode="after")
+    def _certified_means_threshold(self) -> Self:
+        if self.certified and self.threshold is None:
+            raise ValueError(f"the target {self.target} is certified but has no threshold")
+        return self
+
+
+class RiskEntry(Record):
+    """The certified targets of one combination of variant and skipped-KV method."""
+
+    weights: WeightFormat
+    kv_cache: KVFormat
+    linear_block: bool
+    skipped_kv: Literal["backfill", "propagate"]
+    targets: tuple[RiskTarget, ...]
+    confidence: Share = 0.95  # of each certificate: 1 - delta
+
+    @property
+    def variant(self) -> Variant:
+        """The variant this entry is about."""
+        return Variant(self.weights, self.kv_cache, self.linear_block)
+
+
+class EvaluationRow(Record):
+    """One mode on held-out text, teacher-forced. KL is in nats per token, against the uncompressed model."""
+
+    name: str
+    weights: WeightFormat
+    kv_cache: KVFormat
+    linear_block: bool
+    early_exit: Literal["off", "verified", "approximate"] = "off"
+    skipped_kv: Literal["backfill", "propagate"] | None = None
+    target: Share | None = None
+    threshold: Share | None = None
+    perplexity: Annotated[float, Field(gt=0.0)]
+    kl: float | None = None
+    agreement: Share | None = None  # of the top token with the uncompressed model's
+    mean_depth: Annotated[float, Field(ge=0.0)]
+    exit_rate: Share
+    tokens: Count
+    tokens_per_second: float | None = None
+
+    @property
+    def variant(self) -> Variant:
+        """The variant this row is about."""
+        return Variant(self.weights, self.kv_cache, self.linear_block)
+
+
+class CalibrationRecord(Record):
+    """The data behind a bundle. `splits` maps a split's use to its tokens; `origin` is the text's source."""
+
+    data: str
+    sha256: Sha256
+    tokens: Count
+    splits: dict[str, Count]
+    seed: int
+    origin: str | None = None
+
+
+class FileRecord(Record):
+    """One file of the bundle: SHA-256 and size in bytes."""
+
+    sha256: Sha256
+    bytes: Count
+
+
+class Manifest(Record):
+    """The contents of `manifest.json`."""
+
+    kind: Literal["exeunt-bundle"] = _MARK
+    format_version: int = FORMAT_VERSION
+    created: datetime
+    exeunt_version: str
+    base_model: BaseModelRecord
+    weights: tuple[WeightFormat, ...]
+    kv_cache: tuple[KVFormat, ...]
+    int4_group_size: Annotated[int, Field(ge=1)] | None = None
+    linear_block: LinearBlockRecord | None = None
+    exits: tuple[ExitRecord, ...] = ()
+    risk_table: tuple[RiskEntry, ...] = ()
+    evaluation: tuple[EvaluationRow, ...] = ()
+    calibration: CalibrationRecord | None = None
+    versions: dict[str, str] = {}
+    files: dict[str, FileRecord] = {}
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> Self:
+        if not self.weights or not self.kv_cache:
+            raise ValueError("a bundle holds at least one weight format and one KV format")
+        if "int4" in self.weights and self.int4_group_size is None:
+            raise ValueError("INT4 weights need an int4_group_size")
+        for name in self.files:
+            if not _is_plain_name(name):
+                raise ValueError(f"{name!r} is not the name of a file inside the bundle")
+        return self
+
+
+def manifest_json(manifest: Manifest) -> str:
+    """The text of `manifest.json`, checksum included."""
+    fields = manifest.model_dump(mode="json")
+    return json.dumps({**fields, CHECKSUM_KEY: _checksum(fields)}, indent=1, ensure_ascii=False) + "\n"
+
+
+def read_manifest(text: str) -> Manifest:
+    """The manifest in `text`; raises ManifestError when it is broken, newer, altered or of something else."""
+    try:
+        fields = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ManifestError(f"manifest.json is not valid JSON ({error})") from error
+    if not isinstance(fields, dict) or fields.get("kind") != _MARK:
+        raise ManifestError("manifest.json is not that of an Exeunt bundle")
+    _check_version(fields.get("format_version"))
+    if fields.pop(CHECKSUM_KEY, None) != _checksum(fields):
+        raise ManifestError(
+            "manifest.json was altered after the bundle was made (its checksum does not match); "
+            "copy the bundle again or calibrate anew"
+        )
+    try:
+        return Manifest.model_validate(fields)
+    except ValidationError as error:
+        raise ManifestError(_first_problem(error)) from error
+
+
+def _check_version(version: object) -> None:
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise ManifestError(
+            f"manifest.json has the format version {version!r}, it must be a positive integer"
+        )
+    if version > FORMAT_VERSION:
+        raise ManifestError(
+            f"the bundle has format version {version}, this Exeunt reads up to {FORMAT_VERSION}; "
+            "install a newer Exeunt or calibrate anew with this one"
+        )
+
+
+def _checksum(fields: Mapping[str, object]) -> str:
+    canonical = json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _is_plain_name(name: str) -> bool:
+    return name not in ("", ".", "..") and not any(sign in name for sign in "/\\\0")
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in problem["loc"]) or "manifest"
+    return f"manifest.json: {where}: {problem['msg'][:1].lower()}{problem['msg'][1:]}"
