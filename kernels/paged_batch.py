@@ -1,4 +1,4 @@
-"""Where a batch's tokens are and where their keys and values lie: the geometry that attention kernels share."""
+"""Where a batch's tokens are and where their keys and values lie: the geometry attention kernels share."""
 
 from dataclasses import dataclass
 
@@ -9,15 +9,15 @@ from torch import Tensor
 class PagedBatch:
     """The geometry of one batch of query tokens over paged keys and values.
 
-    Tokens of one row stand together, their positions ascending but not necessarily contiguous: tokens that left
-    the model early are missing at deeper blocks. A token at position p attends to the keys of its own row at
-    positions 0..p (or the last `window` of them), whoever wrote them.
+    Tokens of one row stand together, their positions ascending but not necessarily contiguous: tokens that
+    left the model early are missing at deeper blocks. A token at position p attends to the keys of its own
+    row at positions 0..p (or the last `window` of them), whoever wrote them.
     """
 
     positions: Tensor  # [tokens] int64, absolute position of each query token in its sequence
     slots: Tensor  # [tokens] int64, where the token's own K and V go: page × page_tokens + offset
     query_starts: Tensor  # [rows + 1] int32, row r owns tokens query_starts[r] .. query_starts[r + 1] - 1
-    page_tables: Tensor  # [rows, pages] int32, page of each row's positions; entries past the row's end are ignored
+    page_tables: Tensor  # [rows, pages] int32, each row's pages in order; entries past its end are ignored
     max_context: int  # 1 + the largest position in the batch
 
     @property
@@ -33,11 +33,12 @@ class PagedBatch:
 class KVBlock:
     """One block's keys and values inside the page arena: strided views, no copies.
 
-    `page_tokens` tokens fit one page. Full format: `keys` and `values` are [pages, kv_heads, page_tokens, head_dim]
-    in the model's dtype. INT4 format: `keys` and `values` are [pages, kv_heads, page_tokens, head_dim / 2] uint8,
-    element 2i in the low nibble of byte i and 2i + 1 in the high one, and the params are
-    [pages, kv_heads, page_tokens, 2] float16 holding (scale, minimum): value = code × scale + minimum.
-    INT4 keys are stored rotated (Hadamard after RoPE, see `exeunt.kernels.write_kv`); values are not rotated.
+    `page_tokens` tokens fit one page. Full format: `keys` and `values` are [pages, kv_heads, page_tokens,
+    head_dim] in the model's dtype. INT4 format: `keys` and `values` are [pages, kv_heads, page_tokens,
+    head_dim / 2] uint8, element 2i in the low nibble of byte i and 2i + 1 in the high one, and the params
+    are [pages, kv_heads, page_tokens, 2] float16 holding (scale, minimum): value = code × scale + minimum.
+    INT4 keys are stored rotated (Hadamard after RoPE, see `exeunt.kernels.write_kv`); values are not
+    rotated.
     """
 
     keys: Tensor
