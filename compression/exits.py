@@ -14,13 +14,13 @@ for a row that stands within that distance of its threshold.
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-NormKind = Literal["rms", "layer"]
+from exeunt.compression.norm import Norm
 
 FEATURES: Final = ("probe", "top_log_odds", "margin")
 """What the logistic regression weighs, in the order of `ExitHead.combine`; a constant 1 follows."""
@@ -31,22 +31,6 @@ METADATA_KEY: Final = "exits"
 
 class ExitHeadError(ValueError):
     """Tensors or settings that do not form an exit head."""
-
-
-@dataclass(frozen=True, slots=True)
-class ExitNorm:
-    """The norm in front of an exit's adapter: RMSNorm or LayerNorm over the last dimension."""
-
-    kind: NormKind
-    weight: Tensor  # [H]
-    bias: Tensor | None  # [H], LayerNorm only
-    eps: float
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        """The normalised `hidden` [T, H], same dtype."""
-        if self.kind == "layer":
-            return F.layer_norm(hidden, self.weight.shape, self.weight, self.bias, self.eps)
-        return F.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +67,7 @@ class ExitHead:
     """
 
     block: int
-    norm: ExitNorm
+    norm: Norm
     adapter: Tensor  # [H, H]
     probe: ExitProbe
     combine: Tensor  # [4] float32
@@ -147,8 +131,6 @@ class ExitHead:
         """
         rows = hidden.shape[0]
         confidence = torch.zeros(rows, dtype=torch.float32, device=hidden.device)
-        if bool(torch.isinf(thresholds).all()):
-            return _nobody_leaves(confidence)
         state = self.state(hidden)
         probe_logit = self.probe(state)
         projected = (probe_logit.sigmoid() >= thresholds * self.screen_ratio).nonzero().squeeze(1)
@@ -167,7 +149,7 @@ class ExitHead:
     def to(self, device: torch.device | str, dtype: torch.dtype) -> "ExitHead":
         """The same head on `device`: norm and adapter in `dtype`, probe and regression in float32."""
         bias = self.norm.bias
-        norm = ExitNorm(
+        norm = Norm(
             self.norm.kind,
             self.norm.weight.to(device, dtype),
             None if bias is None else bias.to(device, dtype),
@@ -260,7 +242,7 @@ def _head_from(tensors: Mapping[str, Tensor], settings: Mapping[str, object]) ->
     def part(name: str) -> Tensor:
         return tensors[f"block_{block}.{name}"]
 
-    norm = ExitNorm(kind, part("norm.weight"), tensors.get(f"block_{block}.norm.bias"), float(eps))
+    norm = Norm(kind, part("norm.weight"), tensors.get(f"block_{block}.norm.bias"), float(eps))
     probe = ExitProbe(
         part("probe.hidden_weight"),
         part("probe.hidden_bias"),

@@ -3,8 +3,8 @@
 Reading is strict about what this version knows (types, ranges, NaN) and lenient about the rest: a key it does
 not know is ignored, because within one format version new keys only add information. A change that an older
 reader would misunderstand raises `FORMAT_VERSION`, and a newer version is refused whatever else it holds. The
-manifest carries a checksum of all its other keys, known or not, so that an altered threshold is noticed like an
-altered weight.
+manifest carries a checksum of all its other keys, known or not, so that an altered threshold is noticed like
+an altered weight.
 """
 
 import hashlib

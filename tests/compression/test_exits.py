@@ -1,6 +1,7 @@
 """Exit heads and gates against naive formulas, row by row."""
 
 import math
+from typing import Literal
 
 import pytest
 import torch
@@ -9,15 +10,15 @@ from torch import Tensor
 from exeunt.compression.exits import (
     ExitHead,
     ExitHeadError,
-    ExitNorm,
     ExitProbe,
-    NormKind,
     exit_metadata,
     exit_tensors,
     exits_from_tensors,
     gate_features,
 )
+from exeunt.compression.norm import Norm
 
+NormKind = Literal["rms", "layer"]
 HIDDEN, UNITS, VOCAB = 24, 16, 37
 
 
@@ -27,7 +28,7 @@ def _head(kind: NormKind = "rms", block: int = 3, screen_ratio: float = 0.5, see
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
-    norm = ExitNorm(kind, 1 + 0.1 * random(HIDDEN), random(HIDDEN) if kind == "layer" else None, 1e-5)
+    norm = Norm(kind, 1 + 0.1 * random(HIDDEN), random(HIDDEN) if kind == "layer" else None, 1e-5)
     probe = ExitProbe(random(UNITS, HIDDEN) / 5, random(UNITS), random(UNITS) / 2, random())
     combine = torch.tensor([0.7, 0.4, 0.2, -0.3])
     return ExitHead(block, norm, random(HIDDEN, HIDDEN) / 10, probe, combine, screen_ratio)
