@@ -1,0 +1,258 @@
+"""Drawing the next tokens of a batch of rows, each with its own parameters.
+
+A token is argmax(log p + Gumbel noise), the Gumbel-max form of a draw from p. The noise is a pure function of
+(seed, choice, position, token id): no generator state, so a row draws the same token alone and in a crowd, in
+one go and after preemption, and a draft at an early exit meets the very noise that the full model will meet.
+The code compares p / E with E = exp(-noise), an exponential variable: the same order, one logarithm less.
+
+p is softmax of the logits after, in this order (that of `transformers` and vLLM):
+
+1. `min_new_tokens`: end-of-text ids are ruled out while fewer tokens were generated (unless `ignore_eos`);
+2. `repetition_penalty`: ids in the history (prompt and generated tokens) have positive logits divided by the
+   penalty and negative ones multiplied;
+3. `temperature`: division; below 1e-5 is greedy, as in vLLM: argmax of what steps 1 and 2 left, no noise;
+4. `top_k`: ids whose score is below the k-th largest go; ties with the k-th stay; 0, or k ≥ vocabulary:
+   nothing goes;
+5. `top_p`: on the renormalised rest, the most probable ids stay until their mass reaches top_p, the one that
+   reaches it included, at least one. Among equal probabilities the lower id is the more probable one
+   (`transformers` and vLLM leave that to an unstable sort).
+
+Equal scores in an argmax go to the lower id.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from exeunt.server.request import SamplingParams
+
+GREEDY_BELOW = 1e-5  # temperatures under this are greedy: dividing by them only overflows
+_CANDIDATES = 1024  # top-p looks among this many most probable ids before it sorts a whole vocabulary
+_MASK64 = (1 << 64) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class RowSampling:
+    """What one row of logits needs for its draw.
+
+    `position` is the token's place in its answer: 0 for the first generated token, whatever the prompt's
+    length. `history` holds the ids of prompt and generated tokens up to here (drafts included) in any order,
+    a set will do; it is read only when there is a repetition penalty.
+    """
+
+    params: SamplingParams
+    choice: int
+    position: int
+    history: Collection[int] = ()
+
+    @property
+    def greedy(self) -> bool:
+        return self.params.temperature < GREEDY_BELOW
+
+    def masks_eos(self) -> bool:
+        """Whether end-of-text is ruled out for this token."""
+        return self.position < self.params.min_new_tokens and not self.params.ignore_eos
+
+
+@dataclass(frozen=True, slots=True)
+class SampledTokens:
+    """One token per row, on the host. A row with an error has id -1 and logprob nan and harms no other."""
+
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...]  # nats, log-softmax of the raw logits
+    errors: tuple[str | None, ...]
+
+
+def sample(logits: Tensor, rows: Sequence[RowSampling], eos_token_ids: Collection[int] = ()) -> SampledTokens:
+    """Draws a token for each row of `logits` [rows, vocabulary], any float dtype.
+
+    A row whose logits are not usable (NaN, +inf, or nothing left to choose from) gets an error in the result.
+    Raises ValueError when the number of rows differs.
+    """
+    if logits.ndim != 2 or logits.shape[0] != len(rows):
+        raise ValueError(f"logits of shape {tuple(logits.shape)} were given for {len(rows)} rows")
+    if not rows:
+        return SampledTokens((), (), ())
+    logits = logits.float()
+    scores = _processed(logits, rows, eos_token_ids)
+    ids = scores.argmax(dim=-1)
+    possible = scores.gather(1, ids[:, None]).squeeze(1).isfinite()
+    drawn = [index for index, row in enumerate(rows) if not row.greedy]
+    if drawn:
+        chosen = _draw(scores, rows, drawn)
+        ids = chosen if len(drawn) == len(rows) else ids.index_copy(0, _index(drawn, ids), chosen)
+    logprobs = torch.log_softmax(logits, dim=-1).gather(1, ids[:, None]).squeeze(1)
+    # One copy to the host: float64 holds every id exactly.
+    host = torch.stack((ids.double(), logprobs.double(), possible.double())).tolist()
+    return _on_host(*host)
+
+
+def probabilities(logits: Tensor, rows: Sequence[RowSampling], eos_token_ids: Collection[int] = ()) -> Tensor:
+    """The distribution [rows, vocabulary] float32 that each row draws from; one-hot for greedy rows."""
+    scores = _processed(logits.float(), rows, eos_token_ids)
+    probs = torch.zeros_like(scores).scatter_(1, scores.argmax(dim=-1, keepdim=True), 1.0)
+    drawn = [index for index, row in enumerate(rows) if not row.greedy]
+    if drawn:
+        index = _index(drawn, probs)
+        kept = _truncated_softmax(scores[index], [rows[i].params for i in drawn])
+        probs[index] = kept / kept.sum(dim=-1, keepdim=True)
+    return probs
+
+
+def exponential_noise(rows: Sequence[RowSampling], vocab_size: int, device: torch.device | str) -> Tensor:
+    """Standard exponential noise [rows, vocab_size] float32, keyed by (seed, choice, position, token id).
+
+    Minus its logarithm is the Gumbel noise. Values lie in 1.2e-10 .. 23, never 0 or infinite. The hash is
+    integer arithmetic, exact everywhere; the logarithm is taken in float64 and rounded to float32, so that
+    the last bits in which devices' logarithms differ are rounded away.
+    """
+    keys = torch.tensor([_row_key(row) for row in rows], dtype=torch.int32).to(device)
+    bits = _token_keys(vocab_size, torch.device(device)) ^ keys[:, :1]  # [rows, vocab] int32
+    bits ^= (bits >> 16) & 0xFFFF  # int32 shifts drag the sign along: the masks make them logical
+    bits *= 0x21F0AAAD
+    bits += keys[:, 1:]
+    bits ^= (bits >> 15) & 0x1FFFF
+    bits *= 0x735A2D97
+    bits ^= (bits >> 15) & 0x1FFFF
+    uniform = bits.double().add_(2.0**31 + 0.5).mul_(2.0**-32)  # exact, strictly between 0 and 1
+    return uniform.log_().neg_().float()
+
+
+def _processed(logits: Tensor, rows: Sequence[RowSampling], eos_token_ids: Collection[int]) -> Tensor:
+    """Steps 1 and 2; `logits` itself when no row asks for them."""
+    masked = [index for index, row in enumerate(rows) if row.masks_eos()] if eos_token_ids else []
+    penalised = [
+        index for index, row in enumerate(rows) if row.params.repetition_penalty != 1.0 and row.history
+    ]
+    if not masked and not penalised:
+        return logits
+    scores = logits.clone()
+    if masked:
+        eos = _index(list(eos_token_ids), scores)
+        scores[_index(masked, scores)[:, None], eos] = -torch.inf
+    if penalised:
+        seen = [(index, token) for index in penalised for token in set(rows[index].history)]
+        row_ids, token_ids = torch.tensor(seen, device=scores.device).unbind(1)
+        strength = torch.tensor([row.params.repetition_penalty for row in rows], device=scores.device)[
+            row_ids
+        ]
+        values = scores[row_ids, token_ids]
+        scores[row_ids, token_ids] = torch.where(values < 0, values * strength, values / strength)
+    return scores
+
+
+def _draw(scores: Tensor, rows: Sequence[RowSampling], drawn: list[int]) -> Tensor:
+    """The ids [drawn] of the rows that are not greedy."""
+    if len(drawn) < len(rows):
+        scores = scores[_index(drawn, scores)]
+    chosen = [rows[index] for index in drawn]
+    probs = _truncated_softmax(scores, [row.params for row in chosen])
+    return probs.div_(exponential_noise(chosen, scores.shape[1], scores.device)).argmax(dim=-1)
+
+
+def _truncated_softmax(scores: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """Steps 3 to 5: [rows, vocab] float32, a new tensor, each row summing to at most 1 (truncated, not
+    rescaled).
+
+    The scale of a row changes no draw, so the mass that top-p cut off is not redistributed.
+    """
+    temperatures = torch.tensor([p.temperature for p in params], device=scores.device)[:, None]
+    # Subtracting the maximum first keeps a small temperature from overflowing.
+    scaled = (scores - scores.amax(dim=-1, keepdim=True)).div_(temperatures)
+    vocab_size = scores.shape[1]
+    limits = [p.top_k if 0 < p.top_k < vocab_size else 0 for p in params]
+    if any(limits):
+        index = _index([i for i, limit in enumerate(limits) if limit], scores)
+        ks = _index([limit for limit in limits if limit], scores)[:, None]
+        rows = scaled[index]
+        kth = rows.topk(max(limits), dim=-1).values.gather(1, ks - 1)
+        scaled[index] = rows.masked_fill_(rows < kth, -torch.inf)
+    probs = scaled.softmax(dim=-1)
+    nuclei = [i for i, p in enumerate(params) if p.top_p < 1.0]
+    if nuclei:
+        index = _index(nuclei, scores)
+        mass = torch.tensor([params[i].top_p for i in nuclei], dtype=torch.float64, device=scores.device)[
+            :, None
+        ]
+        probs[index] = _nucleus(probs[index], mass)
+    return probs
+
+
+def _nucleus(probs: Tensor, mass: Tensor) -> Tensor:
+    """Step 5: `probs` [rows, vocab] with zeros outside each row's nucleus of `mass` [rows, 1] float64."""
+    if probs.shape[1] <= 2 * _CANDIDATES:
+        return _nucleus_by_sort(probs, mass)
+    values, ids = probs.topk(_CANDIDATES, dim=-1)
+    ids, order = ids.sort(dim=-1)  # lower ids first, so that the stable sort below leaves ties in that order
+    values, order = values.gather(1, order).sort(dim=-1, descending=True, stable=True)
+    ids = ids.gather(1, order)
+    inside = _inside(values, mass)
+    result = torch.zeros_like(probs).scatter_(1, ids, values * inside)
+    # The candidates suffice where the nucleus ends above the least of them: ties with that one may lie
+    # outside.
+    least = values.masked_fill(~inside, torch.inf).amin(dim=-1)
+    unsure = (least <= values[:, -1]).nonzero().squeeze(1)
+    if unsure.numel():
+        result[unsure] = _nucleus_by_sort(probs[unsure], mass[unsure])
+    return result
+
+
+def _nucleus_by_sort(probs: Tensor, mass: Tensor) -> Tensor:
+    values, ids = probs.sort(dim=-1, descending=True, stable=True)
+    return torch.zeros_like(probs).scatter_(1, ids, values * _inside(values, mass))
+
+
+def _inside(values: Tensor, mass: Tensor) -> Tensor:
+    """Which of the descending `values` are in the nucleus: those with less than `mass` before them."""
+    wide = values.double()
+    inside = wide.cumsum(dim=-1).sub_(wide) < mass
+    inside[:, 0] = True
+    return inside
+
+
+def _on_host(ids: list[float], logprobs: list[float], possible: list[float]) -> SampledTokens:
+    errors = tuple(
+        None
+        if fine and logprob > -torch.inf  # also false for nan
+        else "the model's logits for this token hold NaN or infinite values, so no token can be chosen"
+        for fine, logprob in zip(possible, logprobs, strict=True)
+    )
+    return SampledTokens(
+        tuple(-1 if error else int(token) for token, error in zip(ids, errors, strict=True)),
+        tuple(torch.nan if error else value for value, error in zip(logprobs, errors, strict=True)),
+        errors,
+    )
+
+
+def _index(values: list[int], like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64, device=like.device)
+
+
+def _row_key(row: RowSampling) -> tuple[int, int]:
+    """Two int32 keys from (seed, choice, position)."""
+    key = _mix64(row.params.seed & _MASK64)
+    key = _mix64(key ^ (row.choice & _MASK64))
+    key = _mix64(key ^ (row.position & _MASK64))
+    return _signed32(key & 0xFFFFFFFF), _signed32(key >> 32)
+
+
+def _mix64(value: int) -> int:
+    """One step of SplitMix64 (Steele, Lea, Flood 2014): a bijection of 64-bit numbers."""
+    value = (value + 0x9E3779B97F4A7C15) & _MASK64
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK64
+    return value ^ (value >> 31)
+
+
+def _signed32(value: int) -> int:
+    return value - (1 << 32) if value >= 1 << 31 else value
+
+
+@lru_cache(maxsize=8)
+def _token_keys(vocab_size: int, device: torch.device) -> Tensor:
+    """A scattered int32 key per token id [1, vocab_size]: close ids share no bits with a row's key."""
+    keys = [_signed32(_mix64(token) >> 32) for token in range(vocab_size)]
+    return torch.tensor(keys, dtype=torch.int32).to(device)[None]
