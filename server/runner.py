@@ -1,7 +1,10 @@
-"""Turns a tick into tensors, runs its stages, asks the gates, samples; knows nothing of queues or requests' lives."""
+"""Turns a tick into tensors, runs its stages, asks the gates, samples.
+
+It knows nothing of queues or of requests' lives: the scheduler says which rows run how far, the engine what follows.
+"""
 
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -56,12 +59,25 @@ class Sampler:
     choice: int
 
 
-@dataclass(slots=True)
-class _Batch:
-    """A tick's tokens as tensors, and where each came from."""
+@dataclass(slots=True, eq=False)
+class _Part:
+    """What is still on its way of one row: the positions that have not left."""
 
+    row: Row
+    positions: list[int]
+
+
+@dataclass(slots=True, eq=False)
+class _Batch:
+    """The tokens of a tick that are still on their way, as tensors and by row."""
+
+    parts: list[_Part]
     geometry: PagedBatch
     hidden: Tensor  # [tokens, hidden]
+
+    def tokens(self) -> list[tuple[Row, int]]:
+        """The row and position of each token of the tensors."""
+        return [(part.row, position) for part in self.parts for position in part.positions]
 
 
 class Runner:
@@ -74,9 +90,6 @@ class Runner:
         self._pages = {v: KVPages(model.kv_layout(v, page_bytes), arena) for v in model.variants}
         self._samplers: dict[Sequence, Sampler] = {}
         self._hidden: dict[Sequence, Tensor] = {}  # states of rows between stages
-        self._carried: tuple[tuple[Row, ...], _Batch] | None = (
-            None  # the last tick's batch, if it moved on whole
-        )
 
     def page_tokens(self, variant: Variant) -> int:
         """Tokens that one page holds in this variant's layout."""
@@ -94,7 +107,6 @@ class Runner:
     def forget_states(self, sequence: Sequence) -> None:
         """Drop the states of a preempted sequence."""
         self._hidden.pop(sequence, None)
-        self._carried = None
 
     def leave(self, sequence: Sequence) -> None:
         """Forget a finished sequence."""
@@ -103,83 +115,88 @@ class Runner:
 
     @torch.inference_mode()
     def run(self, tick: Tick) -> list[RowResult]:
-        """Run a tick's stages for its rows and say what became of each, in order."""
+        """Run a tick's stages for its rows and say what became of each, in order.
+
+        Tokens that leave at an exit on the way get their deeper keys and values there and drop out of the batch; what
+        is left after the tick's last stage, where that is not the model's last, waits with its state.
+        """
         decoder = self._model.decoder(tick.variant)
-        pages = self._pages[tick.variant]
         batch = self._gather(tick, decoder)
-        first, stop = self._plan.start(tick.first_stage), self._plan.stop(tick.last_stage)
-        batch.hidden = decoder.run_blocks(batch.hidden, batch.geometry, pages, first, stop)
-        if tick.last_stage == self._plan.last:
-            self._carried = None
-            return self._finish(tick, decoder, batch.hidden)
-        return self._leave_or_go_on(tick, decoder, pages, batch)
+        outputs = _Outputs()
+        stage = tick.first_stage
+        while batch.parts:
+            boundary = self._next_boundary(tick, batch, stage)
+            first, stop = self._plan.start(stage), self._plan.stop(boundary)
+            pages = self._pages[tick.variant]
+            batch.hidden = decoder.run_blocks(batch.hidden, batch.geometry, pages, first, stop)
+            if boundary == self._plan.last:
+                self._finish(decoder, batch, outputs)
+                break
+            batch = self._after_exit(boundary, decoder, pages, batch, outputs)
+            if boundary == tick.last_stage:
+                self._park(batch, outputs)
+                break
+            stage = boundary + 1
+        return [outputs.result(row) for row in tick.rows]
+
+    def _next_boundary(self, tick: Tick, batch: _Batch, stage: int) -> int:
+        """How far to run before asking a gate: where no row may leave, to the end of the tick."""
+        return stage if any(part.row.may_leave for part in batch.parts) else tick.last_stage
 
     def _gather(self, tick: Tick, decoder: Decoder) -> _Batch:
-        carried, self._carried = self._carried, None
-        if carried is not None and tick.first_stage > 0 and carried[0] == tick.rows:
-            for row in tick.rows:
-                self._hidden.pop(row.sequence)
-            return carried[1]
-        geometry = self._geometry(tick.rows)
+        parts = [_Part(row, row.positions) for row in tick.rows]
+        geometry = self._geometry(parts)
         if tick.first_stage == 0:
             ids = [row.sequence.tokens[p] for row in tick.rows for p in row.positions]
-            return _Batch(geometry, decoder.embed(self._ints(ids), geometry.positions))
+            return _Batch(parts, geometry, decoder.embed(self._ints(ids), geometry.positions))
         states = [self._hidden.pop(row.sequence) for row in tick.rows]
-        return _Batch(geometry, states[0] if len(states) == 1 else torch.cat(states))
+        return _Batch(parts, geometry, states[0] if len(states) == 1 else torch.cat(states))
 
-    def _geometry(self, rows: Items[Row]) -> PagedBatch:
-        positions = [p for row in rows for p in row.positions]
-        slots = [row.sequence.table.slot(p) for row in rows for p in row.positions]
-        starts = np.zeros(len(rows) + 1, dtype=np.int32)
-        np.cumsum([len(row.positions) for row in rows], out=starts[1:])
-        used = [row.positions[-1] // row.sequence.table.page_tokens + 1 for row in rows]
-        tables = np.zeros((len(rows), max(used)), dtype=np.int32)
-        for index, (row, count) in enumerate(zip(rows, used, strict=True)):
-            tables[index, :count] = row.sequence.table.pages[:count]
+    def _geometry(self, parts: Items[_Part]) -> PagedBatch:
+        positions = [p for part in parts for p in part.positions]
+        slots = [part.row.sequence.table.slot(p) for part in parts for p in part.positions]
+        starts = np.zeros(len(parts) + 1, dtype=np.int32)
+        np.cumsum([len(part.positions) for part in parts], out=starts[1:])
+        used = [part.positions[-1] // part.row.sequence.table.page_tokens + 1 for part in parts]
+        tables = np.zeros((len(parts), max(used)), dtype=np.int32)
+        for index, (part, count) in enumerate(zip(parts, used, strict=True)):
+            tables[index, :count] = part.row.sequence.table.pages[:count]
         return PagedBatch(
             positions=self._ints(positions),
             slots=self._ints(slots),
             query_starts=torch.from_numpy(starts).to(self._device),
             page_tables=torch.from_numpy(tables).to(self._device),
-            max_context=max(row.positions[-1] for row in rows) + 1,
+            max_context=max(part.positions[-1] for part in parts) + 1,
         )
 
     def _ints(self, values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self._device)
 
-    def _finish(self, tick: Tick, decoder: Decoder, hidden: Tensor) -> list[RowResult]:
+    def _finish(self, decoder: Decoder, batch: _Batch, outputs: "_Outputs") -> None:
         """The last stage: the model's own head for every token that is wanted."""
-        wanted: list[tuple[Row, int]] = []
-        indices: list[int] = []
-        token = 0
-        for row in tick.rows:
-            if row.sequence.scoring:
-                wanted += [(row, p) for p in row.positions]
-                indices += range(token, token + len(row.positions))
-            token += len(row.positions)
-            if row.yields_token:
-                wanted.append((row, row.positions[-1]))
-                indices.append(token - 1)
-        outputs = _Outputs()
-        if wanted:
-            whole = len(indices) == hidden.shape[0]
-            logits = decoder.head(hidden if whole else hidden[self._ints(indices)])
-            outputs = self._emit(wanted, logits, tick.last_stage)
-        return [outputs.result(row, []) for row in tick.rows]
+        tokens = batch.tokens()
+        wanted = [
+            i for i, (row, p) in enumerate(tokens) if row.sequence.scoring or row.sequence.yields_token((p,))
+        ]
+        if not wanted:
+            return
+        states = batch.hidden if len(wanted) == len(tokens) else batch.hidden[self._ints(wanted)]
+        self._emit([tokens[i] for i in wanted], decoder.head(states), self._plan.last, outputs)
 
-    def _leave_or_go_on(self, tick: Tick, decoder: Decoder, pages: KVPages, batch: _Batch) -> list[RowResult]:
-        """A stage that ends in an exit: tokens that leave get their deeper keys and values, the others wait."""
-        stage = tick.last_stage
-        tokens = [(row, p) for row in tick.rows for p in row.positions]
+    def _after_exit(
+        self, stage: int, decoder: Decoder, pages: KVPages, batch: _Batch, outputs: "_Outputs"
+    ) -> _Batch:
+        """A stage has ended in an exit: what is left of the batch when those that leave there are gone."""
+        tokens = batch.tokens()
         recorded = [row.sequence.recorded_stage(p) if row.may_leave else None for row, p in tokens]
         gated = [i for i, (row, _) in enumerate(tokens) if row.may_leave and recorded[i] is None]
         left = {i for i, at in enumerate(recorded) if at == stage}
-        outputs = _Outputs()
         if gated:
-            outputs = self._gate(stage, decoder, batch.hidden, tokens, gated, left)
-        if left:
-            self._propagate(stage, decoder, pages, batch, sorted(left))
-        return self._go_on(tick, batch, left, outputs)
+            left.update(self._gate(stage, decoder, batch.hidden, tokens, gated, outputs))
+        if not left:
+            return batch
+        self._propagate(stage, decoder, pages, batch, sorted(left))
+        return self._without(batch, left)
 
     def _gate(
         self,
@@ -188,22 +205,21 @@ class Runner:
         hidden: Tensor,
         tokens: list[tuple[Row, int]],
         gated: list[int],
-        left: set[int],
-    ) -> "_Outputs":
-        """Ask the exit's gate about the tokens `gated`, add those that leave to `left`, and emit them."""
+        outputs: "_Outputs",
+    ) -> list[int]:
+        """Ask the exit's gate about the tokens `gated`; emit those that leave and say which they are."""
         states = hidden if len(gated) == hidden.shape[0] else hidden[self._ints(gated)]
         thresholds = [tokens[i][0].sequence.exits.threshold for i in gated]
         asked = torch.tensor(thresholds, dtype=torch.float32, device=self._device)
         gate = self._model.exits[stage].gate(states, asked, decoder.project)
         if gate.projected.numel() == 0:
-            return _Outputs()
+            return []
         leaves = gate.leaves[gate.projected]
         leaving = [gated[i] for i in gate.projected[leaves].tolist()]
-        if not leaving:
-            return _Outputs()
-        left.update(leaving)
-        logits = gate.logits if len(leaving) == gate.logits.shape[0] else gate.logits[leaves]
-        return self._emit([tokens[i] for i in leaving], logits, stage)
+        if leaving:
+            logits = gate.logits if len(leaving) == gate.logits.shape[0] else gate.logits[leaves]
+            self._emit([tokens[i] for i in leaving], logits, stage, outputs)
+        return leaving
 
     def _propagate(
         self, stage: int, decoder: Decoder, pages: KVPages, batch: _Batch, left: list[int]
@@ -213,49 +229,52 @@ class Runner:
         if len(left) < hidden.shape[0]:
             index = self._ints(left)
             hidden = hidden[index]
-            geometry = PagedBatch(
-                positions=geometry.positions[index],
-                slots=geometry.slots[index],
-                query_starts=geometry.query_starts,
-                page_tables=geometry.page_tables,
-                max_context=geometry.max_context,
-            )
+            geometry = replace(geometry, positions=geometry.positions[index], slots=geometry.slots[index])
         decoder.project_kv(hidden, geometry, pages, self._plan.stop(stage), self._plan.blocks)
 
-    def _go_on(self, tick: Tick, batch: _Batch, left: set[int], outputs: "_Outputs") -> list[RowResult]:
-        results: list[RowResult] = []
+    def _without(self, batch: _Batch, left: set[int]) -> _Batch:
+        """The batch without the tokens `left`."""
+        parts: list[_Part] = []
+        stay: list[int] = []
         token = 0
-        for row in tick.rows:
-            span = range(token, token + len(row.positions))
-            token = span.stop
-            stay = [i for i in span if i not in left] if left else list(span)
-            if stay:
-                states = batch.hidden[span.start : span.stop]
-                kept = (
-                    states if len(stay) == len(span) else states[self._ints([i - span.start for i in stay])]
-                )
-                self._hidden[row.sequence] = kept
-            results.append(outputs.result(row, [row.positions[i - span.start] for i in stay]))
-        if not left:
-            self._carried = (tick.rows, batch)
-        return results
+        for part in batch.parts:
+            kept = [(i, p) for i, p in enumerate(part.positions, start=token) if i not in left]
+            token += len(part.positions)
+            stay += [i for i, _ in kept]
+            if kept:
+                parts.append(_Part(part.row, [p for _, p in kept]))
+        if not parts:
+            return _Batch([], batch.geometry, batch.hidden[:0])
+        return _Batch(parts, self._geometry(parts), batch.hidden[self._ints(stay)])
 
-    def _emit(self, wanted: list[tuple[Row, int]], logits: Tensor, stage: int) -> "_Outputs":
+    def _park(self, batch: _Batch, outputs: "_Outputs") -> None:
+        """Keep the states of what waits for the next stage."""
+        token = 0
+        for part in batch.parts:
+            self._hidden[part.row.sequence] = batch.hidden[token : token + len(part.positions)]
+            outputs.waiting[part.row] = part.positions
+            token += len(part.positions)
+
+    def _emit(self, wanted: list[tuple[Row, int]], logits: Tensor, stage: int, outputs: "_Outputs") -> None:
         """Sample the next token of rows that decode, and look up the given one of rows that score."""
-        outputs = _Outputs()
         scored = [i for i, (row, _) in enumerate(wanted) if row.sequence.scoring]
         drawn = [i for i, (row, _) in enumerate(wanted) if not row.sequence.scoring]
         if scored:
-            rows = logits if not drawn else logits[self._ints(scored)]
-            targets = self._ints([wanted[i][0].sequence.tokens[wanted[i][1] + 1] for i in scored])
-            logprobs = rows.float().log_softmax(dim=-1).gather(1, targets[:, None]).flatten().tolist()
-            for i, logprob in zip(scored, logprobs, strict=True):
-                row, position = wanted[i]
-                outputs.scores.setdefault(row, []).append(Score(position, logprob, stage))
+            self._score(
+                [wanted[i] for i in scored],
+                logits if not drawn else logits[self._ints(scored)],
+                stage,
+                outputs,
+            )
         if drawn:
             rows = logits if not scored else logits[self._ints(drawn)]
             self._draw([wanted[i][0] for i in drawn], rows, stage, outputs)
-        return outputs
+
+    def _score(self, wanted: list[tuple[Row, int]], logits: Tensor, stage: int, outputs: "_Outputs") -> None:
+        targets = self._ints([row.sequence.tokens[position + 1] for row, position in wanted])
+        logprobs = logits.float().log_softmax(dim=-1).gather(1, targets[:, None]).flatten().tolist()
+        for (row, position), logprob in zip(wanted, logprobs, strict=True):
+            outputs.scores.setdefault(row, []).append(Score(position, logprob, stage))
 
     def _draw(self, rows: list[Row], logits: Tensor, stage: int, outputs: "_Outputs") -> None:
         asks = []
@@ -263,12 +282,11 @@ class Runner:
             sequence, sampler = row.sequence, self._samplers[row.sequence]
             asks.append(RowSampling(sampler.params, sampler.choice, sequence.generated, sequence.tokens))
         drawn = sample(logits, asks, self._model.spec.eos_token_ids)
-        for index, row in enumerate(rows):
-            error = drawn.errors[index]
+        for row, token, logprob, error in zip(rows, drawn.ids, drawn.logprobs, drawn.errors, strict=True):
             if error is not None:
                 outputs.errors[row] = error
             else:
-                outputs.draws[row] = Draw(drawn.ids[index], drawn.logprobs[index], stage)
+                outputs.draws[row] = Draw(token, logprob, stage)
 
 
 class _Outputs:
@@ -278,8 +296,13 @@ class _Outputs:
         self.draws: dict[Row, Draw] = {}
         self.scores: dict[Row, list[Score]] = {}
         self.errors: dict[Row, str] = {}
+        self.waiting: dict[Row, list[int]] = {}
 
-    def result(self, row: Row, waiting: list[int]) -> RowResult:
+    def result(self, row: Row) -> RowResult:
         return RowResult(
-            row, waiting, self.draws.get(row), tuple(self.scores.get(row, ())), self.errors.get(row)
+            row,
+            self.waiting.get(row, []),
+            self.draws.get(row),
+            tuple(self.scores.get(row, ())),
+            self.errors.get(row),
         )

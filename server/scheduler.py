@@ -72,14 +72,24 @@ class Scheduler:
 
     Sequences wait first come, first served; a running one holds pages for all it has computed. When pages run out the
     youngest gives its own back and is recomputed later. Within a variant the deepest waiting rows run first, so a pass
-    that has begun is finished before the next begins; between variants the one that was served the least time goes next.
+    that has begun is finished before the next begins; between variants the one served the least time goes next.
+
+    With `run_through` a tick runs all stages, rows dropping out where they leave; without, it ends at the first
+    boundary at which one of its rows may leave, and those that stay wait there.
     """
 
     def __init__(
-        self, plan: StagePlan, pool: PagePool, *, max_num_seqs: int, max_num_batched_tokens: int
+        self,
+        plan: StagePlan,
+        pool: PagePool,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        run_through: bool = True,
     ) -> None:
         self._plan = plan
         self._pool = pool
+        self._run_through = run_through
         self._max_num_seqs = max_num_seqs
         self._budget = max(max_num_batched_tokens, 1)
         self._waiting: deque[Sequence] = deque()
@@ -257,7 +267,6 @@ class Scheduler:
         self._preempted.append(sequence)
 
     def _last_stage(self, stage: int, rows: list[Row]) -> int:
-        """Run on to the next boundary at which some row may leave; where none may, to the end."""
-        if any(row.may_leave for row in rows):
+        if not self._run_through and any(row.may_leave for row in rows):
             return stage
         return self._plan.last

@@ -47,7 +47,7 @@ class Sequence:
 
     @property
     def prefill_target(self) -> int:
-        """Positions to compute before the sequence decodes: its prompt, or after a preemption all but its last token."""
+        """Positions to compute before it decodes: its prompt, or after a preemption all but its last token."""
         if self.scoring or self.left_at:
             return len(self.tokens) - 1
         return self.prompt_tokens
