@@ -1,0 +1,135 @@
+"""One transformer block over paged keys and values."""
+
+from collections.abc import Callable, Mapping
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from exeunt.compression.architecture import Architecture
+from exeunt.compression.checkpoint_names import linear_names
+from exeunt.compression.linear import Linear
+from exeunt.compression.norm import Norm, rms_norm
+from exeunt.compression.rope import rotate
+from exeunt.kernels.paged_attention import paged_attention
+from exeunt.kernels.paged_batch import KVBlock, PagedBatch
+from exeunt.kernels.write_kv import write_kv
+
+Rotation = (
+    tuple[Tensor, Tensor] | None
+)  # cosines and signed sines [tokens, 1, head_dim]; None: learned positions
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+}
+
+
+class Block:
+    """Attention and MLP of one block. Its linears may be full-precision or INT4, each by itself.
+
+    Pre-norm, as all supported families: h += out(attention(norm(h))), h += down(act(gate(norm(h))) × up(norm(h))).
+    """
+
+    __slots__ = (
+        "_activation",
+        "_kv_rows",
+        "_scale",
+        "_window",
+        "attention_norm",
+        "down",
+        "head_norm",
+        "index",
+        "mlp_norm",
+        "out",
+        "qkv",
+        "spec",
+        "up",
+    )
+
+    def __init__(
+        self,
+        spec: Architecture,
+        index: int,
+        attention_norm: Norm,
+        mlp_norm: Norm,
+        head_norm: Tensor | None,
+        linears: Mapping[str, Linear],
+    ) -> None:
+        """`head_norm` [heads + kv_heads, head_dim] weighs queries, then keys (Qwen3); `linears` by canonical name."""
+        self.spec = spec
+        self.index = index
+        self.attention_norm = attention_norm
+        self.mlp_norm = mlp_norm
+        self.head_norm = head_norm
+        self._activation = _ACTIVATIONS[spec.activation]
+        self._scale = spec.attention_scales[index]
+        self._window = spec.windows[index]
+        self._kv_rows: Linear | None = None  # the key and value rows of qkv, once they are asked for
+        self.qkv, self.out, self.up, self.down = (linears[name] for name in linear_names(spec))
+
+    def linears(self) -> dict[str, Linear]:
+        """The block's linears by canonical name, in the order in which a token passes them."""
+        return dict(zip(linear_names(self.spec), (self.qkv, self.out, self.up, self.down), strict=True))
+
+    def with_linears(self, linears: Mapping[str, Linear]) -> "Block":
+        """The same block with some linears replaced."""
+        return Block(
+            self.spec,
+            self.index,
+            self.attention_norm,
+            self.mlp_norm,
+            self.head_norm,
+            {**self.linears(), **linears},
+        )
+
+    def run(self, hidden: Tensor, rotation: Rotation, batch: PagedBatch, kv: KVBlock) -> Tensor:
+        """The block applied to `hidden` [tokens, hidden] in place; writes its keys and values, then attends."""
+        spec = self.spec
+        tokens = hidden.shape[0]
+        qkv = self.qkv(self.attention_norm(hidden)).view(
+            tokens, spec.heads + 2 * spec.kv_heads, spec.head_dim
+        )
+        turning = qkv[:, : spec.heads + spec.kv_heads]
+        if self.head_norm is not None:
+            turning = rms_norm(turning, self.head_norm, spec.norm_eps)
+        if rotation is not None:
+            turning = rotate(turning, *rotation)
+        write_kv(turning[:, spec.heads :], qkv[:, spec.heads + spec.kv_heads :], batch.slots, kv)
+        attended = paged_attention(turning[:, : spec.heads], kv, batch, self._scale, self._window)
+        self.out.add_to(hidden, attended.reshape(tokens, spec.query_size))
+        return self.down.add_to(hidden, self._inner(self.mlp_norm(hidden)))
+
+    def project_kv(self, hidden: Tensor, rotation: Rotation, slots: Tensor, kv: KVBlock) -> None:
+        """Write this block's keys and values of `hidden` [tokens, hidden] to `slots`, without attending."""
+        spec = self.spec
+        if self._kv_rows is None:
+            self._kv_rows = self.qkv.rows(spec.query_size, spec.query_size + 2 * spec.kv_size)
+        heads = self._kv_rows(self.attention_norm(hidden)).view(
+            hidden.shape[0], 2, spec.kv_heads, spec.head_dim
+        )
+        keys = heads[:, 0]
+        if self.head_norm is not None:
+            keys = rms_norm(keys, self.head_norm[spec.heads :], spec.norm_eps)
+        if rotation is not None:
+            keys = rotate(keys, *rotation)
+        write_kv(keys, heads[:, 1], slots, kv)
+
+    def _inner(self, normed: Tensor) -> Tensor:
+        up = self.up(normed)
+        if not self.spec.gated:
+            return self._activation(up)
+        width = self.spec.intermediate_size
+        return self._activation(up[:, :width]).mul_(up[:, width:])
+
+    def nbytes(self) -> dict[str, int]:
+        """Bytes by kind: "full" and "int4" linears, "norms" and biases."""
+        sizes = {"full": 0, "int4": 0, "norms": self.attention_norm.nbytes + self.mlp_norm.nbytes}
+        if self.head_norm is not None:
+            sizes["norms"] += self.head_norm.nbytes
+        for linear in self.linears().values():
+            sizes[linear.format] += linear.nbytes
+            sizes["norms"] += linear.bias.nbytes if linear.bias is not None else 0
+        return sizes

@@ -1,0 +1,124 @@
+"""From tensors under canonical names to the parts of a decoder."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from exeunt.compression.architecture import Architecture
+from exeunt.compression.block import Block
+from exeunt.compression.checkpoint_names import block_shapes, linear_names, linear_shapes, shared_shapes
+from exeunt.compression.embedding import Embedding
+from exeunt.compression.linear import FullLinear, Int4Linear, Linear
+from exeunt.compression.norm import Norm
+from exeunt.compression.weights import WeightError
+from exeunt.kernels.int4_linear import Int4Weight
+
+
+class _Reader:
+    """Looks tensors up by canonical name, checks their shapes and moves them where the decoder is."""
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        shapes: Mapping[str, tuple[int, ...]],
+        device: torch.device,
+        dtype: torch.dtype,
+        prefix: str,
+    ) -> None:
+        self._tensors, self._shapes = tensors, shapes
+        self._device, self._dtype, self._prefix = device, dtype, prefix
+
+    def __call__(self, name: str) -> Tensor:
+        """A tensor in the decoder's dtype: always a copy, so that a file that changes later harms nothing."""
+        return self.raw(name, self._shapes[name]).to(self._device, self._dtype, copy=True)
+
+    def optional(self, name: str) -> Tensor | None:
+        return self(name) if name in self._shapes else None
+
+    def raw(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
+        try:
+            tensor = self._tensors[name]
+        except KeyError:
+            raise WeightError(f"Tensor '{self._prefix}{name}' is missing from the model's files.") from None
+        if shape is not None and tuple(tensor.shape) != shape:
+            raise WeightError(
+                f"Tensor '{self._prefix}{name}' is {list(tensor.shape)}; the config asks for {list(shape)}."
+            )
+        return tensor
+
+    def copied(self, name: str) -> Tensor:
+        """A tensor as it is stored, copied to the device."""
+        tensor = self.raw(name)
+        return tensor.to(self._device, copy=True)
+
+    def norm(self, name: str, spec: Architecture) -> Norm:
+        return Norm(spec.norm, self(f"{name}.weight"), self.optional(f"{name}.bias"), spec.norm_eps)
+
+
+def read_embedding(
+    spec: Architecture, tensors: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype
+) -> Embedding:
+    """The parts outside the blocks; raises WeightError for a missing or misshapen tensor."""
+    read = _Reader(tensors, shared_shapes(spec), device, dtype, "")
+    tokens = read("embedding.tokens")
+    output = tokens if spec.tied else read("output.weight")
+    return Embedding(tokens, read.optional("embedding.positions"), read.norm("final_norm", spec), output)
+
+
+def read_block(
+    spec: Architecture,
+    index: int,
+    tensors: Mapping[str, Tensor],
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    int4_group_size: int | None = None,
+    twin: Block | None = None,
+) -> Block:
+    """Block `index`, INT4 where a group size is given; norms and biases are those of `twin` where there is one.
+
+    Raises WeightError for a missing or misshapen tensor.
+    """
+    read = _Reader(tensors, block_shapes(spec), device, dtype, f"blocks.{index}.")
+    linears: dict[str, Linear] = {}
+    for name in linear_names(spec):
+        bias = twin.linears()[name].bias if twin is not None else read.optional(f"{name}.bias")
+        if int4_group_size is None:
+            linears[name] = FullLinear(read(f"{name}.weight"), bias)
+        else:
+            linears[name] = Int4Linear(_int4(read, name, linear_shapes(spec)[name], int4_group_size), bias)
+    if twin is not None:
+        return twin.with_linears(linears)
+    return Block(
+        spec,
+        index,
+        read.norm("attention_norm", spec),
+        read.norm("mlp_norm", spec),
+        _head_norm(read, spec),
+        linears,
+    )
+
+
+def _int4(read: _Reader, name: str, shape: tuple[int, int], group_size: int) -> Int4Weight:
+    try:
+        return Int4Weight(
+            codes=read.copied(f"{name}.codes"),
+            scales=read.copied(f"{name}.scales"),
+            offsets=read.copied(f"{name}.offsets"),
+            group_size=group_size,
+            in_features=shape[1],
+            out_features=shape[0],
+        )
+    except WeightError:
+        raise
+    except ValueError as error:
+        raise WeightError(f"{name}: {error}") from error
+
+
+def _head_norm(read: _Reader, spec: Architecture) -> Tensor | None:
+    """[heads + kv_heads, head_dim]: the query norm's weight for every query head, then the key norm's."""
+    if not spec.qk_norm:
+        return None
+    query, key = read("query_norm.weight"), read("key_norm.weight")
+    return torch.cat([query.expand(spec.heads, -1), key.expand(spec.kv_heads, -1)]).contiguous()

@@ -1,0 +1,246 @@
+"""The decoder: one implementation of every supported family that runs ranges of blocks over paged keys and values.
+
+It keeps no state of any sequence: what a batch's tokens are and where their keys and values lie comes with each call
+(`PagedBatch`, `KVPages`). Nothing here records gradients, the weights do not require them; a caller that loops should
+stand in `torch.inference_mode()`, which saves a tenth of a small model's time per call.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from exeunt.compression.architecture import Architecture
+from exeunt.compression.block import Block, Rotation
+from exeunt.compression.block_weights import read_block, read_embedding
+from exeunt.compression.checkpoint import open_checkpoint
+from exeunt.compression.embedding import Embedding
+from exeunt.compression.kv_format import KVPages
+from exeunt.compression.kv_projection import KVProjection
+from exeunt.compression.linear import Linear
+from exeunt.compression.linear_block import LinearBlock
+from exeunt.compression.norm import rms_norm
+from exeunt.compression.rope import RopeTables, rotate
+from exeunt.compression.weights import WeightSource
+from exeunt.kernels.paged_batch import PagedBatch
+from exeunt.kernels.write_kv import write_kv
+
+
+class BlockCalls:
+    """How often each block has really run, and over how many tokens: what the server's accounts are checked against.
+
+    A block replaced by the linear block counts under its own number; `project_kv` runs no block.
+    """
+
+    __slots__ = ("calls", "tokens")
+
+    def __init__(self, blocks: int) -> None:
+        self.calls = [0] * blocks
+        self.tokens = [0] * blocks
+
+
+class Decoder:
+    """A model's blocks with its embedding and head; `spec`, `device`, `dtype`, `linear_block` say what it is."""
+
+    def __init__(
+        self,
+        spec: Architecture,
+        embedding: Embedding,
+        blocks: list[Block],
+        rope: RopeTables | None,
+        *,
+        linear_block: LinearBlock | None = None,
+        kv_projection: KVProjection | None = None,
+    ) -> None:
+        """Put together from parts that are on one device; most callers want `load` or `from_weights`."""
+        self.spec = spec
+        self.device = embedding.tokens.device
+        self.dtype = embedding.tokens.dtype
+        self.linear_block = linear_block
+        self.block_calls = BlockCalls(spec.blocks)
+        self._embedding = embedding
+        self._blocks = blocks
+        self._rope = rope
+        self._kv_projection = kv_projection or KVProjection(blocks)
+
+    @classmethod
+    def load(
+        cls, model: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    ) -> "Decoder":
+        """A checkpoint directory or Hugging Face id at full precision; `dtype` None is the checkpoint's own.
+
+        Raises CheckpointError, ConfigError, UnsupportedModelError or WeightError.
+        """
+        checkpoint = open_checkpoint(model)
+        own: torch.dtype = getattr(torch, checkpoint.spec.dtype)
+        return cls.from_weights(checkpoint.spec, checkpoint.weights(), device=device, dtype=dtype or own)
+
+    @classmethod
+    def from_weights(
+        cls,
+        spec: Architecture,
+        weights: WeightSource,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype,
+        int4_group_size: int | None = None,
+        share_with: "Decoder | None" = None,
+    ) -> "Decoder":
+        """From tensors under canonical names (`exeunt.compression.checkpoint_names`), a block at a time.
+
+        With `int4_group_size` the linears are built from `.codes`, `.scales` and `.offsets`, and no `.weight` of a
+        block is read. With `share_with`, a decoder of the same model on the same device, embedding, output matrix,
+        norms and biases are that decoder's own tensors rather than read again. Raises WeightError.
+        """
+        place = torch.device(device)
+        if share_with is not None:
+            embedding, rope = share_with._embedding, share_with._rope
+        else:
+            embedding = read_embedding(spec, weights.shared(), place, dtype)
+            rope = RopeTables(spec.rope, place, dtype) if spec.rope is not None else None
+        blocks = [
+            read_block(
+                spec,
+                index,
+                weights.block(index),
+                place,
+                dtype,
+                int4_group_size=int4_group_size,
+                twin=share_with._blocks[index] if share_with is not None else None,
+            )
+            for index in range(spec.blocks)
+        ]
+        return cls(spec, embedding, blocks, rope)
+
+    def with_linear_block(self, linear_block: LinearBlock) -> "Decoder":
+        """This decoder with block `linear_block.index` replaced by the linear map; all weights are shared."""
+        if not 0 <= linear_block.index < self.spec.blocks:
+            raise ValueError(
+                f"There is no block {linear_block.index} to replace; the model has {self.spec.blocks}."
+            )
+        return Decoder(
+            self.spec,
+            self._embedding,
+            self._blocks,
+            self._rope,
+            linear_block=linear_block,
+            kv_projection=self._kv_projection,
+        )
+
+    def twin(self) -> "Decoder":
+        """A decoder of the same tensors whose linears can be replaced without touching this one's."""
+        return Decoder(
+            self.spec, self._embedding, list(self._blocks), self._rope, linear_block=self.linear_block
+        )
+
+    def block_linears(self, block: int) -> dict[str, Linear]:
+        """One block's linears by canonical name, in the order in which a token passes them."""
+        return self._blocks[block].linears()
+
+    def replace_linears(self, block: int, linears: Mapping[str, Linear]) -> None:
+        """Put other linears in a block's place, in this decoder and all that `with_linear_block` made from it.
+
+        Calibration quantises so, block by block. A wrapper that records what a linear is given is a linear too.
+        """
+        self._blocks[block] = self._blocks[block].with_linears(linears)
+        self._kv_projection.reset()
+
+    def embed(self, token_ids: Tensor, positions: Tensor) -> Tensor:
+        """The state in front of block 0, [tokens, hidden], of int64 token ids and positions [tokens]."""
+        return self._embedding.embed(token_ids, positions)
+
+    def run_blocks(self, hidden: Tensor, batch: PagedBatch, pages: KVPages, start: int, stop: int) -> Tensor:
+        """The state behind block `stop` - 1 of the state `hidden` [tokens, hidden] in front of block `start`.
+
+        Writes the keys and values of every block passed. `hidden` is left as it is.
+        """
+        if start >= stop:
+            return hidden
+        hidden = hidden.clone()  # the blocks add in place, and the caller may keep its state for a backfill
+        rotation = self._rotation(batch)
+        tokens, calls = hidden.shape[0], self.block_calls
+        linear_block = self.linear_block
+        for index in range(start, stop):
+            if linear_block is not None and linear_block.index == index:
+                hidden = linear_block.apply(hidden)
+            else:
+                hidden = self._blocks[index].run(hidden, rotation, batch, pages.block(index))
+            calls.calls[index] += 1
+            calls.tokens[index] += tokens
+        return hidden
+
+    def project_kv(self, hidden: Tensor, batch: PagedBatch, pages: KVPages, start: int, stop: int) -> None:
+        """Write the keys and values that blocks `start` to `stop` - 1 make of the exit state `hidden`.
+
+        `hidden` [tokens, hidden] is the state behind block `start` - 1, of which every skipped block is given the
+        same. Full-precision blocks go as one stacked matrix (see KVProjection), INT4 ones each by its own rows.
+        """
+        rotation = self._rotation(batch)
+        for first, last in self._runs(start, stop):
+            if self._kv_projection.applies(first, last):
+                self._project_stacked(hidden, rotation, batch, pages, first, last)
+            else:
+                for index in range(first, last):
+                    self._blocks[index].project_kv(hidden, rotation, batch.slots, pages.block(index))
+
+    def final_norm(self, hidden: Tensor) -> Tensor:
+        """The state that the output matrix reads, [tokens, hidden]."""
+        return self._embedding.final_norm(hidden)
+
+    def project(self, state: Tensor) -> Tensor:
+        """Logits [tokens, vocab] float32 of a state that has been through `final_norm` (or an exit's head)."""
+        return F.linear(state, self._embedding.output).float()
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits [tokens, vocab] float32 of the state behind the last block."""
+        return self.project(self.final_norm(hidden))
+
+    def reserve_positions(self, positions: int) -> None:
+        """Build the tables for `positions` positions now rather than as contexts grow."""
+        if self._rope is not None:
+            self._rope.reserve(positions)
+
+    def resident_bytes(self) -> dict[str, int]:
+        """Bytes held, by kind: embedding (output matrix included), full, int4, norms (with biases), kv_projection,
+        rope, linear_block. Tensors that another decoder shares count in both."""
+        sizes = {
+            "embedding": self._embedding.nbytes,
+            "full": 0,
+            "int4": 0,
+            "norms": self._embedding.final_norm.nbytes,
+        }
+        for block in self._blocks:
+            for kind, size in block.nbytes().items():
+                sizes[kind] += size
+        sizes["kv_projection"] = self._kv_projection.nbytes
+        sizes["rope"] = self._rope.nbytes if self._rope is not None else 0
+        sizes["linear_block"] = self.linear_block.nbytes if self.linear_block is not None else 0
+        return sizes
+
+    def _rotation(self, batch: PagedBatch) -> Rotation:
+        return self._rope.at(batch.positions, batch.max_context) if self._rope is not None else None
+
+    def _runs(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """`start` to `stop` as ranges without the linear block, which has no keys and values."""
+        if self.linear_block is None or not start <= self.linear_block.index < stop:
+            ranges = [(start, stop)]
+        else:
+            ranges = [(start, self.linear_block.index), (self.linear_block.index + 1, stop)]
+        return [(first, last) for first, last in ranges if first < last]
+
+    def _project_stacked(
+        self, hidden: Tensor, rotation: Rotation, batch: PagedBatch, pages: KVPages, start: int, stop: int
+    ) -> None:
+        blocks = self._blocks[start:stop]
+        stacked = self._kv_projection(blocks[0].attention_norm.normalise(hidden), start, stop)
+        keys, values = stacked[:, :, 0], stacked[:, :, 1]  # [tokens, blocks, kv_heads, head_dim]
+        weights = [block.head_norm[self.spec.heads :] for block in blocks if block.head_norm is not None]
+        if weights:
+            keys = rms_norm(keys, torch.stack(weights), self.spec.norm_eps)
+        if rotation is not None:
+            cosines, sines = rotation
+            keys = rotate(keys, cosines.unsqueeze(1), sines.unsqueeze(1))
+        for offset, block in enumerate(blocks):
+            write_kv(keys[:, offset], values[:, offset], batch.slots, pages.block(block.index))

@@ -1,0 +1,74 @@
+"""Keys and values of many blocks from one state, as one matrix: what an early token owes the deeper blocks."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from exeunt.compression.block import Block
+from exeunt.compression.linear import FullLinear
+
+
+class KVProjection:
+    """The K and V rows of consecutive full-precision blocks in one stack, with each block's norm weights folded in.
+
+    All skipped blocks see the same state, so they share its normalisation x̂ and differ in the norm's weight g and
+    bias c only: W (g ⊙ x̂ + c) + b = (W diag(g)) x̂ + (W c + b). One matrix product replaces a norm and a product per
+    block. The stack is a copy of those rows: 2·kv_size·hidden weights a block, 3.7 % of Mistral-7B's weights, 17 % of
+    GPT-2's. It is built when the first token is projected, from the first block that was skipped; a later start uses
+    a slice of it, an earlier start rebuilds it. Folding rounds W diag(g) once to the model's dtype.
+    """
+
+    def __init__(self, blocks: Sequence[Block]) -> None:
+        self._blocks = blocks
+        self._first = len(blocks)  # of the stack
+        self._weight: Tensor | None = None  # [(blocks - first) * 2 * kv_size, hidden]
+        self._bias: Tensor | None = None
+
+    def applies(self, start: int, stop: int) -> bool:
+        """Whether blocks `start` to `stop` - 1 are all in full precision; INT4 rows cannot take a folded norm."""
+        return all(isinstance(block.qkv, FullLinear) for block in self._blocks[start:stop])
+
+    def __call__(self, normalised: Tensor, start: int, stop: int) -> Tensor:
+        """[tokens, stop - start, 2, kv_heads, head_dim]: keys (before head norm and rotation), then values."""
+        if start < self._first or self._weight is None:
+            self._build(start)
+            assert self._weight is not None  # for the type checker
+        spec = self._blocks[0].spec
+        width = 2 * spec.kv_size
+        rows = slice((start - self._first) * width, (stop - self._first) * width)
+        bias = self._bias[rows] if self._bias is not None else None
+        stacked = F.linear(normalised, self._weight[rows], bias)
+        return stacked.view(normalised.shape[0], stop - start, 2, spec.kv_heads, spec.head_dim)
+
+    def reset(self) -> None:
+        """Forget the stack: a block's linears have changed."""
+        self._first, self._weight, self._bias = len(self._blocks), None, None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in (self._weight, self._bias) if tensor is not None)
+
+    def _build(self, start: int) -> None:
+        with torch.inference_mode(False):
+            folded = [_folded(block) for block in self._blocks[start:]]
+            self._weight = torch.cat([weight for weight, _ in folded])
+            biases = [bias for _, bias in folded if bias is not None]
+            self._bias = torch.cat(biases) if biases else None
+            self._first = start
+
+
+def _folded(block: Block) -> tuple[Tensor, Tensor | None]:
+    """One block's K and V rows with its norm's weight and bias folded in, in the model's dtype."""
+    linear, norm = block.qkv, block.attention_norm
+    if not isinstance(linear, FullLinear):
+        raise TypeError(f"Block {block.index}'s qkv is {linear.format}; only full precision can be folded.")
+    first = block.spec.query_size
+    weight = linear.weight[first:].float()
+    bias = linear.bias[first:].float() if linear.bias is not None else None
+    if norm.bias is not None:
+        shift = weight @ norm.bias.float()
+        bias = shift if bias is None else bias + shift
+    dtype = linear.weight.dtype
+    return (weight * norm.weight.float()).to(dtype), bias.to(dtype) if bias is not None else None
