@@ -8,13 +8,27 @@ from pathlib import Path
 
 SEPARATOR = "<|endoftext|>"
 HELD_OUT_NOVELS = frozenset(
-    {"Burnett_Garden_1911", "Doyle_Hound_1902", "Forster_View_1908", "Trollope_Warden_1855", "Woolf_Night_1919"}
+    {
+        "Burnett_Garden_1911",
+        "Doyle_Hound_1902",
+        "Forster_View_1908",
+        "Trollope_Warden_1855",
+        "Woolf_Night_1919",
+    }
 )
 HELD_OUT_STORIES = 20
 """One story in so many is held out, chosen by a hash of its text, so that copies fall on the same side."""
 DOCUMENT_CHARACTERS = 6000
 _QUOTES = str.maketrans(
-    {"\u201c": '"', "\u201d": '"', "\u2018": "'", "\u2019": "'", "\u2014": " - ", "\u2013": "-", "\u2026": "..."}
+    {
+        "\u201c": '"',
+        "\u201d": '"',
+        "\u2018": "'",
+        "\u2019": "'",
+        "\u2014": " - ",
+        "\u2013": "-",
+        "\u2026": "...",
+    }
     | {"\u00ab": '"', "\u00bb": '"', "\u00a0": " ", "\ufeff": "", "\u201e": '"', "\u201a": "'"}
 )
 _SPACES = re.compile(r"[ \t\f\v]+")

@@ -57,6 +57,31 @@ def rotate(heads: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> tor
     return (heads * cosine + turned * sine).to(heads.dtype)
 
 
+def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Return causal attention [rows, heads, length, size] with keys and values [rows, kv_heads, length, size].
+
+    On a CPU the queries go in chunks, so that inductor's softmax does half the work a full score matrix would need;
+    with heads this small it trains about twice as fast as PyTorch's own CPU kernel (forward and backward).
+    """
+    if query.is_cuda:
+        return functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+    rows, heads, length, size = query.shape
+    kv_heads = key.shape[1]
+    group = heads // kv_heads
+    grouped = (query * size**-0.5).view(rows, kv_heads, group, length, size)
+    chunk = max(64, length // 8)
+    parts = []
+    for start in range(0, length, chunk):
+        stop = min(length, start + chunk)
+        part = grouped[:, :, :, start:stop].reshape(rows, kv_heads, group * (stop - start), size)
+        scores = (part @ key[:, :, :stop].transpose(-1, -2)).float()
+        place = torch.arange(start, stop, device=query.device).repeat(group)[:, None]
+        scores = torch.where(torch.arange(stop, device=query.device) <= place, scores, -1e9)
+        mixed = torch.softmax(scores, -1).to(value.dtype) @ value[:, :, :stop]
+        parts.append(mixed.view(rows, kv_heads, group, stop - start, size))
+    return torch.cat(parts, dim=3).view(rows, heads, length, size)
+
+
 def block_pass(
     state: torch.Tensor,
     keep: torch.Tensor,
@@ -76,10 +101,7 @@ def block_pass(
     query = rotate(split(functional.linear(normed, q)), cosine, sine)
     key = rotate(split(functional.linear(normed, k)), cosine, sine)
     value = split(functional.linear(normed, v))
-    group = query.shape[1] // key.shape[1]
-    mixed = functional.scaled_dot_product_attention(
-        query, key.repeat_interleave(group, 1), value.repeat_interleave(group, 1), is_causal=True
-    )
+    mixed = attention(query, key, value)
     attended = state + keep * functional.linear(mixed.transpose(1, 2).reshape(rows, length, -1), o)
     normed = norm(attended, second_norm)
     mixed = functional.silu(functional.linear(normed, gate)) * functional.linear(normed, up)
@@ -102,13 +124,21 @@ class Decoder:
         self.model = model
         config: Any = model.config
         self._size = config.hidden_size // config.num_attention_heads
-        self._block: Callable[..., torch.Tensor] = torch.compile(block_pass, dynamic=False) if compiled else block_pass
-        self._loss: Callable[..., torch.Tensor] = torch.compile(head_loss, dynamic=False) if compiled else head_loss
+        self._block: Callable[..., torch.Tensor] = (
+            torch.compile(block_pass, dynamic=False) if compiled else block_pass
+        )
+        self._loss: Callable[..., torch.Tensor] = (
+            torch.compile(head_loss, dynamic=False) if compiled else head_loss
+        )
         device = model.model.embed_tokens.weight.device
         power = torch.arange(0, self._size, 2, dtype=torch.float32, device=device) / self._size
         angle = torch.arange(config.max_position_embeddings, device=device)[:, None] / 10000.0**power
         angle = torch.cat((angle, angle), dim=-1)
         self._cosine, self._sine = angle.cos(), angle.sin()
+
+    def rotation(self, place: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return cosine and sine [size] of the rotary embedding at one place."""
+        return self._cosine[place], self._sine[place]
 
     def states(self, tokens: torch.Tensor, keeps: Sequence[torch.Tensor] | None = None) -> list[torch.Tensor]:
         """Return the fp32 states [rows, length, hidden] after the embedding and after each block.
@@ -132,7 +162,9 @@ class Decoder:
 
     def logits(self, state: torch.Tensor) -> torch.Tensor:
         """Return the logits [rows, length, vocabulary] of one depth's state through the shared norm and head."""
-        return functional.linear(norm(state, self.model.model.norm.weight), self.model.model.embed_tokens.weight)
+        return functional.linear(
+            norm(state, self.model.model.norm.weight), self.model.model.embed_tokens.weight
+        )
 
 
 def block_weights(layer: Any) -> BlockWeights:

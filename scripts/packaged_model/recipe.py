@@ -23,15 +23,17 @@ class Recipe:
     mlp: int
     vocabulary: int = 4096
     context: int = 1024
-    split_rows: int = 2
-    """A window of ``context`` tokens is cut in so many rows, except in the last, long phase of a branch."""
+    trunk_split: int = 4
+    """The trunk trains on windows of ``context`` tokens cut in so many rows."""
+    branch_split: int = 2
+    """The same for a branch, except in its last, long phase, which trains on whole windows."""
     windows: int = 8
     """Windows of ``context`` tokens per step."""
     story_windows: int = 3
     """How many of them come from the stories; the others come from the novels."""
     trunk_steps: int = 2000
     branch_steps: int = 1000
-    warmup_steps: int = 100
+    warmup_steps: int = 60
     decay_share: float = 0.6
     """Share of a branch's steps over which the learning rate falls linearly to zero."""
     long_share: float = 0.15
@@ -54,9 +56,13 @@ class Recipe:
         if any(width % 64 for width in (self.hidden, self.mlp)):
             raise ValueError(f"hidden {self.hidden} and mlp {self.mlp} must be multiples of 64")
         if self.hidden % self.heads or self.heads % self.kv_heads:
-            raise ValueError(f"{self.heads} heads do not fit hidden {self.hidden} or {self.kv_heads} KV heads")
-        if self.context % self.split_rows:
-            raise ValueError(f"a context of {self.context} cannot be cut in {self.split_rows} rows")
+            raise ValueError(
+                f"{self.heads} heads do not fit hidden {self.hidden} or {self.kv_heads} KV heads"
+            )
+        if self.context % self.trunk_split or self.context % self.branch_split:
+            raise ValueError(
+                f"{self.context} tokens do not cut in {self.trunk_split} or {self.branch_split} rows"
+            )
         if not 0 <= self.story_windows <= self.windows:
             raise ValueError(f"{self.story_windows} story windows do not fit in {self.windows} windows")
 
@@ -98,9 +104,11 @@ def learning_share(recipe: Recipe, stage: Stage, done: int, steps: int) -> float
     return max(0.0, min(1.0, (steps - done) / (decay + 1)))
 
 
-def is_long(recipe: Recipe, stage: Stage, done: int, steps: int) -> bool:
-    """Return whether a step trains on whole windows of ``context`` tokens."""
-    return stage != "trunk" and done >= steps - round(steps * recipe.long_share)
+def split_of(recipe: Recipe, stage: Stage, done: int, steps: int) -> int:
+    """Return in how many rows a step cuts its windows of ``context`` tokens."""
+    if stage == "trunk":
+        return recipe.trunk_split
+    return 1 if done >= steps - round(steps * recipe.long_share) else recipe.branch_split
 
 
 def block_dropout(recipe: Recipe, block: int) -> float:

@@ -27,7 +27,10 @@ def prepare(data: Path, run: Path, recipe: Recipe) -> None:
     """Write the tokenizer and the token streams of both sources into a run's folder, unless they are there."""
     if (run / "novels.held_out.npy").exists():
         return
-    splits = {"stories": read_stories(data / "tinystories" / "train_4M.txt"), "novels": read_novels(data / "novels")}
+    splits = {
+        "stories": read_stories(data / "tinystories" / "train_4M.txt"),
+        "novels": read_novels(data / "novels"),
+    }
     # The stories are a twentieth of the text but a third of the training: weigh them alike in the vocabulary.
     sample = splits["stories"].train + splits["novels"].train[:: max(1, len(splits["novels"].train) // 1400)]
     train_tokenizer(sample, recipe.vocabulary, recipe.context).save_pretrained(run / "tokenizer")
@@ -78,7 +81,10 @@ class Batches:
 
     def batch(self, step: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return inputs and targets of a step, both int64 [windows * rows, context / rows]."""
-        counts = {"stories": self._recipe.story_windows, "novels": self._recipe.windows - self._recipe.story_windows}
+        counts = {
+            "stories": self._recipe.story_windows,
+            "novels": self._recipe.windows - self._recipe.story_windows,
+        }
         windows = [
             self._streams[source].window(step * count + index)
             for source, count in counts.items()
