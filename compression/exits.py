@@ -28,6 +28,8 @@ FEATURES: Final = ("probe", "top_log_odds", "margin")
 _LEAST_DOUBT: Final = -1e-6  # log-probabilities above this are rounding in float32: caps the log-odds at 13.8
 METADATA_KEY: Final = "exits"
 
+ExitNorm = Norm  # the norm in front of an exit's adapter is one like any other
+
 
 class ExitHeadError(ValueError):
     """Tensors or settings that do not form an exit head."""

@@ -66,18 +66,32 @@ class HashingWriter:
         return WrittenFile(self._hash.hexdigest(), self._bytes)
 
 
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    nbytes: int
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "_Shape":
+        if tensor.dtype not in _DTYPE_NAMES:
+            raise TensorFileError(f"tensors of {tensor.dtype} cannot be stored")
+        return cls(tensor.dtype, tuple(tensor.shape), tensor.nbytes)
+
+
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> WrittenFile:
     """Write `tensors` to a new safetensors file at `path`; raises OSError.
 
-    `tensors` is asked twice for each tensor, for its shape and later for its data, so a mapping that reads from a
-    memory-mapped checkpoint never holds more than one.
+    `tensors` is asked twice for each tensor, for its shape and later for its data, so a mapping that reads from
+    a memory-mapped checkpoint never holds more than one.
     """
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # keeps all data aligned
+    shapes = {name: _Shape.of(tensors[name]) for name in tensors}
+    order = sorted(shapes, key=lambda name: (-shapes[name].dtype.itemsize, name))  # keeps all data aligned
     with path.open("xb") as file:
         writer = HashingWriter(file)
-        header = _header(order, tensors, metadata or {})
+        header = _header({name: shapes[name] for name in order}, metadata or {})
         writer.write(len(header).to_bytes(8, "little"))
         writer.write(header)
         for name in order:
@@ -87,17 +101,16 @@ def write_tensors(
         return writer.finish()
 
 
-def _header(order: list[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+def _header(shapes: Mapping[str, _Shape], metadata: Mapping[str, str]) -> bytes:
     entries: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
     offset = 0
-    for name in order:
-        tensor = tensors[name]
+    for name, shape in shapes.items():
         entries[name] = {
-            "dtype": _DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, offset + tensor.nbytes],
+            "dtype": _DTYPE_NAMES[shape.dtype],
+            "shape": list(shape.shape),
+            "data_offsets": [offset, offset + shape.nbytes],
         }
-        offset += tensor.nbytes
+        offset += shape.nbytes
     text = json.dumps(entries, separators=(",", ":")).encode()
     return text + b" " * (-len(text) % _ALIGNMENT)
 

@@ -1,0 +1,288 @@
+"""A model ready to serve: its decoders by variant, exits, tokenizer, and what is certified about it."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from exeunt.compression.architecture import (
+    Architecture,
+    ConfigError,
+    UnsupportedModelError,
+    load_architecture,
+)
+from exeunt.compression.bundle import Bundle, BundleError, open_bundle
+from exeunt.compression.bundle_weights import full_source, int4_source
+from exeunt.compression.checkpoint import open_checkpoint
+from exeunt.compression.decoder import Decoder
+from exeunt.compression.exits import ExitHead
+from exeunt.compression.kv_format import KVLayout, kv_layout
+from exeunt.compression.manifest import Manifest, RiskEntry
+from exeunt.compression.variant import KVFormat, Variant, WeightFormat
+from exeunt.compression.weights import WeightError
+
+WeightChoice = Literal["int4", "full", "both"]
+
+
+class ModelLoadError(ValueError):
+    """A model that cannot be made ready; the message is one sentence that says why."""
+
+
+class NotHeldError(ValueError):
+    """A variant that the loaded model does not hold; the message lists those that it does."""
+
+
+class NotCertifiedError(ValueError):
+    """A target that is not certified for a combination; the message lists what is."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model on one device in one dtype. `decoders` is keyed by (weights, whether the linear block is in).
+
+    All decoders share embedding, output matrix, norms and biases, and those of one weight format everything.
+    `exits` are shallowest first; a plain model has none, no manifest, and nothing certified.
+    """
+
+    name: str
+    spec: Architecture
+    tokenizer: Any  # transformers' PreTrainedTokenizerBase
+    decoders: dict[tuple[WeightFormat, bool], Decoder]
+    kv_formats: tuple[KVFormat, ...]
+    exits: tuple[ExitHead, ...]
+    manifest: Manifest | None
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def variants(self) -> tuple[Variant, ...]:
+        """Every variant that can be served."""
+        return tuple(
+            Variant(weights, kv, linear) for weights, linear in self.decoders for kv in self.kv_formats
+        )
+
+    @property
+    def default_variant(self) -> Variant:
+        """What a request gets that asks for nothing: no linear block; INT4 where a bundle holds it.
+
+        A plain model is served at full precision unless asked otherwise: nobody has looked at its INT4 cache.
+        """
+        if self.manifest is None:
+            return Variant("full", "full", False)
+        weights: WeightFormat = "int4" if ("int4", False) in self.decoders else "full"
+        kv: KVFormat = "int4" if "int4" in self.kv_formats else "full"
+        return Variant(weights, kv, False)
+
+    @property
+    def compression_defaults(self) -> dict[str, object]:
+        """The same in the words of a request's `compression` field; exits are off unless asked for."""
+        default = self.default_variant
+        return {
+            "weights": default.weights,
+            "kv_cache": default.kv_cache,
+            "linear_block": default.linear_block,
+            "early_exit": {"mode": "off"},
+        }
+
+    def decoder(self, variant: Variant) -> Decoder:
+        """The decoder that runs `variant`; raises NotHeldError."""
+        self._check_held(variant)
+        return self.decoders[variant.weights, variant.linear_block]
+
+    def kv_layout(self, variant: Variant, page_bytes: int) -> KVLayout:
+        """The layout of `variant`'s pages of `page_bytes` each; raises NotHeldError, KVLayoutError."""
+        block = self.decoder(variant).linear_block
+        return kv_layout(
+            self.spec, variant.kv_cache, self.dtype, page_bytes, None if block is None else block.index
+        )
+
+    def threshold_for(
+        self, variant: Variant, skipped_kv: Literal["backfill", "propagate"], target: float
+    ) -> float:
+        """The threshold at which `variant` exits with disagreement below `target`, as certified.
+
+        Raises NotCertifiedError for any other target; it lists what is certified for the combination, or which
+        combinations have something certified.
+        """
+        entries = self.manifest.risk_table if self.manifest is not None else ()
+        entry = next((e for e in entries if e.variant == variant and e.skipped_kv == skipped_kv), None)
+        if entry is None:
+            raise NotCertifiedError(
+                f"nothing is certified for {variant} skipped_kv={skipped_kv}; {_combinations(entries)}"
+            )
+        why = "no such target was calibrated"
+        for line in entry.targets:
+            if math.isclose(line.target, target, rel_tol=1e-9):
+                if line.certified and line.threshold is not None:
+                    return line.threshold
+                why = line.reason or "calibration found no safe threshold"
+        raise NotCertifiedError(
+            f"max_disagreement {target:g} is not certified for {variant} skipped_kv={skipped_kv} ({why}); "
+            f"certified for it: {_targets(entry)}"
+        )
+
+    def resident_bytes(self) -> dict[str, int]:
+        """Bytes held by kind, tensors that several decoders share counted once; exits under "exits"."""
+        total: dict[str, int] = {}
+        for (_, linear), decoder in self.decoders.items():
+            for kind, size in decoder.resident_bytes().items():
+                own = linear if kind == "linear_block" else not linear
+                if kind in ("embedding", "norms", "rope"):
+                    total[kind] = max(total.get(kind, 0), size)
+                else:
+                    total[kind] = total.get(kind, 0) + (size if own else 0)
+        total["exits"] = sum(head.nbytes for head in self.exits)
+        return total
+
+    def _check_held(self, variant: Variant) -> None:
+        if (variant.weights, variant.linear_block) in self.decoders and variant.kv_cache in self.kv_formats:
+            return
+        held = "; ".join(str(each) for each in self.variants)
+        raise NotHeldError(f"the loaded model does not hold {variant}; it holds {held}")
+
+
+def _targets(entry: RiskEntry) -> str:
+    certified = sorted(line.target for line in entry.targets if line.certified)
+    return ", ".join(f"{target:g}" for target in certified) or "nothing"
+
+
+def _combinations(entries: tuple[RiskEntry, ...]) -> str:
+    found = [
+        f"{entry.variant} skipped_kv={entry.skipped_kv}: {_targets(entry)}"
+        for entry in entries
+        if any(line.certified for line in entry.targets)
+    ]
+    return "certified are " + "; ".join(found) if found else "the loaded model has no certified exits"
+
+
+def load_bundle(
+    path: Path | str,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    weights: WeightChoice = "both",
+) -> LoadedModel:
+    """The bundle at `path`, verified, on `device`.
+
+    `dtype` None is float32 on a CPU and the checkpoint's own elsewhere. `weights` says which formats to hold:
+    "both" is whatever the bundle has, and "int4" holds no full-precision copy of an INT4 weight. Raises
+    BundleError for a bundle that is broken or does not have what is asked for.
+    """
+    bundle = open_bundle(path)
+    manifest = bundle.manifest
+    if weights != "both" and weights not in manifest.weights:
+        raise BundleError(
+            f"{bundle.path} holds no {weights} weights, only {' and '.join(manifest.weights)}; ask for those or "
+            "calibrate anew"
+        )
+    formats = manifest.weights if weights == "both" else (weights,)
+    place = torch.device(device)
+    try:
+        spec = load_architecture(bundle.path)
+        dtype = dtype or default_dtype(spec, place)
+        decoders = _bundle_decoders(bundle, spec, formats, place, dtype)
+        exits = tuple(_fitting(head, spec).to(place, dtype) for head in bundle.exits())
+        tokenizer = load_tokenizer(bundle.path)
+    except (ConfigError, UnsupportedModelError, WeightError, ModelLoadError) as error:
+        raise BundleError(f"{bundle.path}: {error}") from error
+    return LoadedModel(
+        name=manifest.base_model.name,
+        spec=spec,
+        tokenizer=tokenizer,
+        decoders=decoders,
+        kv_formats=manifest.kv_cache,
+        exits=exits,
+        manifest=manifest,
+        device=place,
+        dtype=dtype,
+    )
+
+
+def _bundle_decoders(
+    bundle: Bundle,
+    spec: Architecture,
+    formats: tuple[WeightFormat, ...],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> dict[tuple[WeightFormat, bool], Decoder]:
+    decoders: dict[tuple[WeightFormat, bool], Decoder] = {}
+    full: Decoder | None = None
+    if "full" in formats:
+        full = Decoder.from_weights(spec, full_source(bundle, spec), device=device, dtype=dtype)
+        decoders["full", False] = full
+    if "int4" in formats:
+        decoders["int4", False] = Decoder.from_weights(
+            spec,
+            int4_source(bundle, spec),
+            device=device,
+            dtype=dtype,
+            int4_group_size=bundle.manifest.int4_group_size,
+            share_with=full,
+        )
+    linear_block = bundle.linear_block()
+    if linear_block is not None:
+        if not (linear_block.index < spec.blocks and linear_block.hidden_size == spec.hidden_size):
+            raise ModelLoadError(
+                f"the linear block replaces block {linear_block.index} at width {linear_block.hidden_size}; the "
+                f"model has {spec.blocks} blocks of width {spec.hidden_size}"
+            )
+        placed = linear_block.to(device, dtype)
+        decoders |= {
+            (weights, True): decoder.with_linear_block(placed) for (weights, _), decoder in decoders.items()
+        }
+    return decoders
+
+
+def _fitting(head: ExitHead, spec: Architecture) -> ExitHead:
+    if head.block >= spec.blocks - 1 or head.adapter.shape[0] != spec.hidden_size:
+        raise ModelLoadError(
+            f"the exit {head.name} of width {head.adapter.shape[0]} does not fit a model of {spec.blocks} blocks "
+            f"of width {spec.hidden_size}"
+        )
+    return head
+
+
+def load_plain_model(
+    model: Path | str, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> LoadedModel:
+    """A Hugging Face checkpoint as it is, at full depth and full weights.
+
+    Its KV cache may be INT4, which needs no calibration, where the head size is even. `dtype` as in
+    `load_bundle`. Raises CheckpointError, ConfigError, UnsupportedModelError, WeightError or ModelLoadError.
+    """
+    checkpoint = open_checkpoint(model)
+    spec, place = checkpoint.spec, torch.device(device)
+    dtype = dtype or default_dtype(spec, place)
+    decoder = Decoder.from_weights(spec, checkpoint.weights(), device=place, dtype=dtype)
+    return LoadedModel(
+        name=Path(checkpoint.name).resolve().name if Path(checkpoint.name).is_dir() else checkpoint.name,
+        spec=spec,
+        tokenizer=load_tokenizer(checkpoint.directory),
+        decoders={("full", False): decoder},
+        kv_formats=("full", "int4") if spec.head_dim % 2 == 0 else ("full",),
+        exits=(),
+        manifest=None,
+        device=place,
+        dtype=dtype,
+    )
+
+
+def default_dtype(spec: Architecture, device: torch.device) -> torch.dtype:
+    """What a model runs in unless told otherwise: float32 on a CPU, the checkpoint's own dtype elsewhere."""
+    if device.type == "cpu":
+        return torch.float32
+    own: torch.dtype = getattr(torch, spec.dtype)
+    return own
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """The tokenizer of a checkpoint or bundle directory; raises ModelLoadError."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(directory)
+    except Exception as error:  # transformers raises many kinds here, all about the files
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelLoadError(f"{directory} has no tokenizer that transformers can load: {reason}") from error
