@@ -19,7 +19,7 @@ from exeunt.compression.variant import KVFormat, Variant, WeightFormat
 
 FORMAT_VERSION: Final = 1
 CHECKSUM_KEY: Final = "manifest_sha256"
-_MARK: Final = "exeunt-bundle"
+BUNDLE_KIND: Final = "exeunt-bundle"
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=0)]
@@ -159,7 +159,7 @@ class FileRecord(Record):
 class Manifest(Record):
     """The contents of `manifest.json`."""
 
-    kind: Literal["exeunt-bundle"] = _MARK
+    kind: Literal["exeunt-bundle"] = BUNDLE_KIND
     format_version: int = FORMAT_VERSION
     created: datetime
     exeunt_version: str
@@ -199,7 +199,7 @@ def read_manifest(text: str) -> Manifest:
         fields = json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
         raise ManifestError(f"manifest.json is not valid JSON ({error})") from error
-    if not isinstance(fields, dict) or fields.get("kind") != _MARK:
+    if not isinstance(fields, dict) or fields.get("kind") != BUNDLE_KIND:
         raise ManifestError("manifest.json is not that of an Exeunt bundle")
     _check_version(fields.get("format_version"))
     if fields.pop(CHECKSUM_KEY, None) != _checksum(fields):
