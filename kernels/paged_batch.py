@@ -1,6 +1,6 @@
 """Where a batch's tokens are and where their keys and values lie: the geometry attention kernels share."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -19,6 +19,7 @@ class PagedBatch:
     query_starts: Tensor  # [rows + 1] int32, row r owns tokens query_starts[r] .. query_starts[r + 1] - 1
     page_tables: Tensor  # [rows, pages] int32, each row's pages in order; entries past its end are ignored
     max_context: int  # 1 + the largest position in the batch
+    native: object = field(default=None, init=False, repr=False, compare=False)  # kernels.native keeps it
 
     @property
     def tokens(self) -> int:
@@ -45,6 +46,7 @@ class KVBlock:
     values: Tensor
     key_params: Tensor | None = None
     value_params: Tensor | None = None
+    native: object = field(default=None, init=False, repr=False, compare=False)  # kernels.native keeps it
 
     @property
     def is_int4(self) -> bool:

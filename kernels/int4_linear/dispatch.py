@@ -2,18 +2,30 @@
 
 from torch import Tensor
 
+from exeunt.kernels.int4_linear.native import PackedInt4, int4_linear_native, pack_panels
 from exeunt.kernels.int4_linear.reference import int4_linear_reference
 from exeunt.kernels.int4_linear.weight import Int4Weight
+from exeunt.kernels.native.library import native_library
 
-PackedWeight = Int4Weight
+PackedWeight = Int4Weight | PackedInt4
 
 
 def pack(weight: Int4Weight) -> PackedWeight:
-    """Return the weight in the layout of the fastest version on its device; the canonical tensors may then
-    go."""
-    return weight
+    """Return the weight in the layout of the fastest version on its device.
+
+    Nothing of the canonical tensors is kept, the caller may drop them; where there is no faster version the weight
+    itself comes back.
+    """
+    library = native_library() if weight.codes.is_cpu else None
+    return weight if library is None else pack_panels(weight, library)
 
 
 def int4_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
-    """Return x [..., in] times the INT4 weight transposed, plus bias [out]: [..., out] in x's dtype."""
+    """Return x [..., in] times the INT4 weight transposed, plus bias [out]: [..., out] in x's dtype.
+
+    A packed weight runs natively, with activations rounded to INT8 (see `exeunt.kernels.int4_linear.native` for the
+    error), a canonical one in plain PyTorch. Raises ValueError where the sizes do not fit.
+    """
+    if isinstance(weight, PackedInt4):
+        return int4_linear_native(x, weight, bias)
     return int4_linear_reference(x, weight, bias)

@@ -32,7 +32,9 @@ def paged_attention_reference(
     while first < longest:
         rows_left = torch.nonzero(counts > first).flatten()
         scores_row = chunk * queries.shape[1] * batch.max_context
-        for rows in rows_left.split(max(1, _SCRATCH_ELEMENTS // max(row_elements, scores_row))):
+        together = max(1, _SCRATCH_ELEMENTS // max(row_elements, scores_row))
+        for start in range(0, len(rows_left), together):
+            rows = rows_left[start : start + together]
             steps = torch.arange(first, first + chunk, device=queries.device)
             tokens = starts[rows, None] + steps  # [rows, chunk]
             present = steps < counts[rows, None]

@@ -1,7 +1,10 @@
 """The public `write_kv`: picks the version by device."""
 
+import torch
 from torch import Tensor
 
+from exeunt.kernels.native.descriptors import native_pages
+from exeunt.kernels.native.library import DTYPE_CODES, native_library
 from exeunt.kernels.paged_batch import KVBlock
 from exeunt.kernels.write_kv.reference import write_kv_reference
 
@@ -9,7 +12,39 @@ from exeunt.kernels.write_kv.reference import write_kv_reference
 def write_kv(keys: Tensor, values: Tensor, slots: Tensor, block: KVBlock) -> None:
     """Write keys and values [tokens, kv_heads, head_dim] to the slots [tokens] int64 of one block's pages.
 
-    Slot = page × page_tokens + offset; each slot at most once. Full pages take the values in their dtype;
-    INT4 pages take them quantised per token and head, keys rotated by `rotate` first.
+    Slot = page × page_tokens + offset; each slot at most once. Full pages take the values in their dtype; INT4
+    pages take them quantised per token and head, keys rotated by `rotate` first. The native version and the
+    PyTorch one write the same bits.
     """
-    write_kv_reference(keys, values, slots, block)
+    library = native_library() if keys.is_cpu else None
+    pages = None if library is None else native_pages(block)
+    dtype = keys.dtype
+    if (
+        library is None
+        or pages is None
+        or dtype not in DTYPE_CODES
+        or values.dtype != dtype
+        or pages.dtype not in (None, dtype)
+    ):
+        write_kv_reference(keys, values, slots, block)
+        return
+    keys, values = dense_heads(keys), dense_heads(values)
+    if slots.dtype != torch.int64 or not slots.is_contiguous():
+        slots = slots.to(torch.int64).contiguous()
+    library.write_kv(
+        pages.address,
+        keys.data_ptr(),
+        values.data_ptr(),
+        keys.stride(0),
+        values.stride(0),
+        slots.data_ptr(),
+        slots.shape[0],
+        DTYPE_CODES[dtype],
+        torch.get_num_threads(),
+    )
+
+
+def dense_heads(x: Tensor) -> Tensor:
+    """Return x [tokens, heads, head_dim], copied unless each token's heads lie together."""
+    strides = x.stride()
+    return x if strides[2] == 1 and strides[1] == x.shape[2] else x.contiguous()

@@ -4,6 +4,8 @@ A rotation R is orthonormal, so (R q)·(R k) = q·k; rotated keys have no domina
 they are quantised (QuaRot, arXiv 2404.00456, does the same with a head-wise Hadamard transform after RoPE).
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -30,4 +32,4 @@ def rotate(x: Tensor) -> Tensor:
         low, high = pairs[..., 0, :], pairs[..., 1, :]
         rotated = torch.stack((low + high, low - high), dim=-2)
         stride *= 2
-    return rotated.reshape(x.shape) * block**-0.5
+    return rotated.reshape(x.shape) * (1.0 / math.sqrt(block))

@@ -1,0 +1,59 @@
+// The native kernels of Exeunt: plain C functions over raw pointers, called through ctypes.
+//
+// Compiled on first use (kernels/native/build.py). Tensors are dense in their last dimension; dtype codes are
+// 0 float32, 1 bfloat16, 2 float16. No function allocates what outlives it beyond scratch kept per thread, and none
+// fails: Python checks shapes and dtypes before it calls.
+#include <type_traits>
+
+#include "int4_linear.h"
+#include "paged_attention.h"
+#include "write_kv.h"
+
+template <class Function>
+static void with_dtype(int dtype, Function&& function) {
+  if (dtype == 0) function((float*)nullptr);
+  if (dtype == 1) function((bf16*)nullptr);
+  if (dtype == 2) function((half*)nullptr);
+}
+
+#define EXPORTED __attribute__((visibility("default")))
+
+extern "C" {
+
+EXPORTED int exeunt_lanes() { return LANES; }
+
+// x [rows, inputs], y [rows, outputs] and bias [outputs] or null, all of one dtype.
+EXPORTED void exeunt_int4_linear(void* y, const void* x, const void* panels, const void* bias, int64_t rows,
+                        int64_t inputs, int64_t outputs, int64_t group_size, int dtype, int threads) {
+  Groups groups{inputs, group_size, (inputs + group_size - 1) / group_size};
+  with_dtype(dtype, [&](auto* kind) {
+    using T = std::remove_pointer_t<decltype(kind)>;
+    int4_linear((T*)y, (const T*)x, rows, (const uint8_t*)panels, groups, outputs, (const T*)bias, threads);
+  });
+}
+
+// keys and values [tokens, kv_heads, head_dim] with the given strides between tokens (in elements).
+EXPORTED void exeunt_write_kv(const Pages* pages, const void* keys, const void* values, int64_t key_stride,
+                     int64_t value_stride, const int64_t* slots, int64_t tokens, int dtype, int threads) {
+  with_dtype(dtype, [&](auto* kind) {
+    using T = std::remove_pointer_t<decltype(kind)>;
+    write_kv(*pages, (const T*)keys, (const T*)values, key_stride, value_stride, slots, tokens, threads);
+  });
+}
+
+// queries [tokens, heads, head_dim] with `query_stride` elements between tokens, out the same, dense. Full pages are
+// of the queries' dtype.
+EXPORTED void exeunt_paged_attention(void* out, const void* queries, const Pages* pages, const Batch* batch,
+                            int64_t query_stride, int64_t tokens, int64_t heads, int64_t window, float scale,
+                            int dtype, int threads) {
+  with_dtype(dtype, [&](auto* kind) {
+    using T = std::remove_pointer_t<decltype(kind)>;
+    if (pages->int4())
+      paged_attention<Int4Pages>(*pages, *batch, (const T*)queries, query_stride, (T*)out, tokens, heads, scale,
+                                 window, threads);
+    else
+      paged_attention<FullPages<T>>(*pages, *batch, (const T*)queries, query_stride, (T*)out, tokens, heads,
+                                    scale, window, threads);
+  });
+}
+}

@@ -1,0 +1,89 @@
+"""The compiled native kernels, loaded once per process, or nothing where they cannot be had.
+
+They are called through ctypes, not as registered operators: a call costs one to two microseconds so, and a decode
+step makes dozens. Nothing on the CPU captures or compiles the graph that would need registered operators.
+EXEUNT_NATIVE=0 turns them off.
+"""
+
+import ctypes
+import functools
+import logging
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from exeunt.kernels.native.build import FLAG_CHOICES, NativeBuildError, cached_library, find_compiler
+
+logger = logging.getLogger(__name__)
+
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_loading = threading.Lock()
+
+_pointer, _long, _int, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+_SIGNATURES = {
+    "exeunt_int4_linear": [_pointer] * 4 + [_long] * 4 + [_int] * 2,
+    "exeunt_write_kv": [_pointer] * 3 + [_long] * 2 + [_pointer, _long] + [_int] * 2,
+    "exeunt_paged_attention": [_pointer] * 4 + [_long] * 4 + [_float] + [_int] * 2,
+}
+
+
+class NativeLibrary:
+    """The functions of one compiled library; their arguments are those of kernels/native/exeunt.cpp."""
+
+    def __init__(self, path: Path) -> None:
+        """Load the library; raises OSError where it cannot be, AttributeError where it is not one of ours."""
+        self.path = path
+        handle = ctypes.CDLL(str(path))
+        self.lanes = int(handle.exeunt_lanes())
+        self.int4_linear = self._function(handle, "exeunt_int4_linear")
+        self.write_kv = self._function(handle, "exeunt_write_kv")
+        self.paged_attention = self._function(handle, "exeunt_paged_attention")
+
+    @staticmethod
+    def _function(handle: ctypes.CDLL, name: str) -> Callable[..., None]:
+        function = getattr(handle, name)
+        function.argtypes = _SIGNATURES[name]
+        function.restype = None
+        return function  # type: ignore[no-any-return]
+
+
+def native_library() -> NativeLibrary | None:
+    """Return the native kernels, compiling them on this machine's first use (seconds); None where there are none.
+
+    Why there are none is logged once.
+    """
+    with _loading:
+        return _load()
+
+
+@functools.cache
+def _load() -> NativeLibrary | None:
+    if os.environ.get("EXEUNT_NATIVE", "1") == "0":
+        return None
+    compiler = find_compiler()
+    if compiler is None:
+        logger.warning("no C++ compiler found: the kernels run in plain PyTorch, several times slower")
+        return None
+    failures = []
+    for flags in FLAG_CHOICES:
+        try:
+            return _open(compiler, flags)
+        except (NativeBuildError, OSError, AttributeError) as error:
+            failures.append(str(error))
+    logger.warning(
+        "the native kernels could not be built, the kernels run in plain PyTorch, several times slower: %s",
+        failures[0],
+    )
+    return None
+
+
+def _open(compiler: str, flags: tuple[str, ...]) -> NativeLibrary:
+    path = cached_library(compiler, flags)
+    try:
+        return NativeLibrary(path)
+    except (OSError, AttributeError):  # a damaged file in the cache: once more from the sources
+        path.unlink(missing_ok=True)
+        return NativeLibrary(cached_library(compiler, flags))

@@ -1,0 +1,245 @@
+// Softmax attention over pages in one pass: blocks of LANES keys at absolute positions 0, LANES, 2 LANES, …
+//
+// One task is one query token and one KV head: the heads that share it read each key and value once, four heads at
+// a time. A block's scores lie in the lanes of one vector. What is computed for a token depends on its position, its
+// keys and values, and the model's shape alone: not on the batch, nor on who else is a query.
+//
+// Full pages are read in their dtype. INT4 pages are unpacked in registers: with k = c s + m,  q·k = s Σ q c + m Σ q
+// and  Σ p v = Σ (p s) c + Σ p m.  Codes of even elements are in low nibbles, of odd ones in high nibbles, so queries
+// are laid out as [even LANES, odd LANES, even LANES, …] and the result is put back in order at the end.
+#pragma once
+
+#include <vector>
+
+#include "pages.h"
+#include "threads.h"
+
+constexpr int64_t SHARED_SCORES = 1 << 17;  // keys × head_dim × heads from which threads pay
+
+template <class T>
+struct FullPages {
+  static constexpr int UNIT = 1;  // vectors that one load yields
+  static constexpr bool INT4 = false;
+  static void read(const char* p, int64_t chunk, int n, vf out[UNIT]) {
+    out[0] = load((const T*)p + chunk * LANES, n);
+  }
+};
+
+struct Int4Pages {
+  static constexpr int UNIT = 2;
+  static constexpr bool INT4 = true;
+  static void read(const char* p, int64_t chunk, int n, vf out[UNIT]) {
+    vi bytes = __builtin_convertvector(load_u8(p + chunk * LANES, n), vi);
+    out[0] = __builtin_convertvector(bytes & 15, vf);
+    out[1] = __builtin_convertvector(bytes >> 4, vf);
+  }
+};
+
+struct KeyBlock {  // LANES keys; those outside first .. last - 1 stand for the first and count for nothing
+  const char* keys[LANES];
+  const char* values[LANES];
+  vf key_scale, key_minimum, value_scale, value_minimum;
+  int first, last;
+};
+
+struct Shape {
+  int64_t chunks, width;  // loads of one key; elements (full) or bytes (INT4) of one key
+  int count(int64_t chunk) const { return int(width - chunk * LANES < LANES ? width - chunk * LANES : LANES); }
+};
+
+struct Head {  // the state of one query head
+  const vf* query;
+  vf* mixed;  // Σ p v so far
+  vf total, minimum;  // Σ p and Σ p m by lane
+  float top, query_sum;
+};
+
+// scores[g] of GT heads against the block's keys, by lane.
+template <class KV, int GT>
+void score(const KeyBlock& block, const Shape& shape, const Head* heads, vf* scores) {
+  constexpr int UNIT = KV::UNIT;
+  vf fours[GT][LANES / 4];
+  for (int k = 0; k < LANES; k += 4) {
+    vf part[GT][4] = {};
+    for (int64_t c = 0; c < shape.chunks; c++) {
+      const int n = shape.count(c);
+      for (int j = 0; j < 4; j++) {
+        vf key[UNIT];
+        KV::read(block.keys[k + j], c, n, key);
+        for (int g = 0; g < GT; g++)
+          for (int u = 0; u < UNIT; u++) part[g][j] = fused(heads[g].query[c * UNIT + u], key[u], part[g][j]);
+      }
+    }
+    for (int g = 0; g < GT; g++)
+      fours[g][k / 4] = pair_sums(pair_sums(part[g][0], part[g][1]), pair_sums(part[g][2], part[g][3]));
+  }
+  for (int g = 0; g < GT; g++) {
+#if defined(EXEUNT_AVX512)
+    scores[g] = pair_sums(pair_sums(fours[g][0], fours[g][1]), pair_sums(fours[g][2], fours[g][3]));
+#else
+    scores[g] = pair_sums(fours[g][0], fours[g][1]);
+#endif
+    if (KV::INT4) scores[g] = fused(scores[g], block.key_scale, block.key_minimum * heads[g].query_sum);
+  }
+}
+
+// Adds the block's values to GT heads with weights p[g] by lane.
+template <class KV, int GT>
+void mix(const KeyBlock& block, const Shape& shape, Head* heads, const vf* p) {
+  constexpr int UNIT = KV::UNIT;
+  float weight[GT][LANES];
+  memcpy(weight, p, sizeof weight);
+  for (int64_t c = 0; c < shape.chunks; c++) {
+    const int n = shape.count(c);
+    vf mixed[GT][UNIT];
+    for (int g = 0; g < GT; g++)
+      for (int u = 0; u < UNIT; u++) mixed[g][u] = heads[g].mixed[c * UNIT + u];
+    for (int k = 0; k < LANES; k++) {
+      vf value[UNIT];
+      KV::read(block.values[k], c, n, value);
+      for (int g = 0; g < GT; g++)
+        for (int u = 0; u < UNIT; u++) mixed[g][u] = fused(splat(weight[g][k]), value[u], mixed[g][u]);
+    }
+    for (int g = 0; g < GT; g++)
+      for (int u = 0; u < UNIT; u++) heads[g].mixed[c * UNIT + u] = mixed[g][u];
+  }
+}
+
+template <class KV, int GT>
+void attend(const KeyBlock& block, const Shape& shape, Head* heads) {
+  vf scores[GT], p[GT];
+  score<KV, GT>(block, shape, heads, scores);
+  vi lane;
+  for (int i = 0; i < LANES; i++) lane[i] = i;
+  const vi seen = (lane >= block.first) & (lane < block.last);
+  for (int g = 0; g < GT; g++) {
+    Head& head = heads[g];
+    vf valid = seen ? scores[g] : splat(-INFINITY);
+    const float top = largest(valid);
+    if (top > head.top) {  // never for equal tops, where the factor would be 1
+      const float fade = head.top == -INFINITY ? 0.0f : std::exp(head.top - top);
+      head.total *= fade;
+      head.minimum *= fade;
+      for (int64_t i = 0; i < shape.chunks * KV::UNIT; i++) head.mixed[i] *= fade;
+      head.top = top;
+    }
+    vf weight = exponential(scores[g] - head.top);
+    weight = seen ? weight : vf{};
+    head.total += weight;
+    if (KV::INT4) head.minimum = fused(weight, block.value_minimum, head.minimum);
+    p[g] = KV::INT4 ? weight * block.value_scale : weight;
+  }
+  mix<KV, GT>(block, shape, heads, p);
+}
+
+inline void read_params(const char* const* places, vf* scale, vf* minimum) {
+  uint32_t both[LANES];
+  for (int k = 0; k < LANES; k++) memcpy(both + k, places[k], 4);
+  vu pairs = loaded<vu>(both);
+  *scale = from_half(__builtin_convertvector(pairs & 0xffff, vu16));
+  *minimum = from_half(__builtin_convertvector(pairs >> 16, vu16));
+}
+
+template <class KV>
+void find_block(const Pages& pages, const int32_t* table, int64_t head, int64_t start, int64_t first,
+                int64_t last, KeyBlock* block) {
+  const char *key_params[LANES], *value_params[LANES];
+  block->first = int(first > start ? first - start : 0);
+  block->last = int(last - start < LANES ? last - start : LANES);
+  int64_t place = (start + block->first) % pages.page_tokens;
+  const int32_t* entry = table + (start + block->first) / pages.page_tokens;
+  for (int k = block->first; k < block->last; k++) {
+    block->keys[k] = pages.keys.at(*entry, head, place);
+    block->values[k] = pages.values.at(*entry, head, place);
+    if (KV::INT4) {
+      key_params[k] = pages.key_params.at(*entry, head, place);
+      value_params[k] = pages.value_params.at(*entry, head, place);
+    }
+    if (++place == pages.page_tokens) place = 0, entry++;
+  }
+  for (int k = 0; k < LANES; k++) {
+    if (k >= block->first && k < block->last) continue;
+    block->keys[k] = block->keys[block->first];
+    block->values[k] = block->values[block->first];
+    if (KV::INT4) key_params[k] = key_params[block->first], value_params[k] = value_params[block->first];
+  }
+  if (KV::INT4) {
+    read_params(key_params, &block->key_scale, &block->key_minimum);
+    read_params(value_params, &block->value_scale, &block->value_minimum);
+  }
+}
+
+// [a0, a1, …] → evens | odds, chunk by chunk, and back.
+inline void split_pairs(const float* x, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; i++) out[i / (2 * LANES) * (2 * LANES) + i % 2 * LANES + i / 2 % LANES] = x[i];
+}
+inline void join_pairs(const float* x, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; i++) out[i] = x[i / (2 * LANES) * (2 * LANES) + i % 2 * LANES + i / 2 % LANES];
+}
+
+struct AttentionScratch {
+  std::vector<vf> queries, mixed, ordered;
+  std::vector<Head> heads;
+};
+
+// One token and KV head: `query` and `out` are [group, head_dim] of the query heads that share it.
+template <class KV, class Q>
+void attend_token(const Pages& pages, const int32_t* table, int64_t kv_head, int64_t group, const Q* query,
+                  Q* out, int64_t position, float scale, int64_t window, AttentionScratch& scratch) {
+  const int64_t n = pages.head_dim;
+  const Shape shape{(n / KV::UNIT + LANES - 1) / LANES, n / KV::UNIT};
+  const int64_t vectors = shape.chunks * KV::UNIT;
+  scratch.queries.assign(size_t(group * vectors), vf{});
+  scratch.mixed.assign(size_t(group * vectors), vf{});
+  scratch.heads.resize(size_t(group));
+  scratch.ordered.resize(size_t(vectors));
+  for (int64_t g = 0; g < group; g++) {
+    vf *to = scratch.queries.data() + g * vectors, *x = KV::INT4 ? scratch.ordered.data() : to;
+    load_padded(x, query + g * n, n);
+    if (KV::INT4) rotate(x, n);
+    for (int64_t i = 0; i * LANES < n; i++) x[i] *= scale;
+    if (KV::INT4) split_pairs((const float*)x, n, (float*)to);
+    vf total{};
+    for (int64_t i = 0; i < vectors; i++) total += to[i];
+    scratch.heads[size_t(g)] = Head{to, scratch.mixed.data() + g * vectors, vf{}, vf{}, -INFINITY, sum(total)};
+  }
+  Head* heads = scratch.heads.data();
+  const int64_t first = position - window + 1 > 0 ? position - window + 1 : 0;
+  for (int64_t start = first / LANES * LANES; start <= position; start += LANES) {
+    KeyBlock block;
+    find_block<KV>(pages, table, kv_head, start, first, position + 1, &block);
+    int64_t g = 0;
+    for (; g + 4 <= group; g += 4) attend<KV, 4>(block, shape, heads + g);
+    for (; g + 2 <= group; g += 2) attend<KV, 2>(block, shape, heads + g);
+    if (g < group) attend<KV, 1>(block, shape, heads + g);
+  }
+  for (int64_t g = 0; g < group; g++) {
+    const float inverse = 1.0f / sum(heads[g].total), minimum = sum(heads[g].minimum);
+    for (int64_t i = 0; i < vectors; i++)
+      heads[g].mixed[i] = (KV::INT4 ? heads[g].mixed[i] + minimum : heads[g].mixed[i]) * inverse;
+    const vf* x = heads[g].mixed;
+    if (KV::INT4) {
+      join_pairs((const float*)x, n, (float*)scratch.ordered.data());
+      x = scratch.ordered.data();
+    }
+    for (int64_t i = 0; i < n; i += LANES) store(out + g * n + i, x[i / LANES], int(n - i < LANES ? n - i : LANES));
+  }
+}
+
+template <class KV, class Q>
+void paged_attention(const Pages& pages, const Batch& batch, const Q* queries, int64_t query_stride, Q* out,
+                     int64_t tokens, int64_t heads, float scale, int64_t window, int threads) {
+  const int64_t group = heads / pages.kv_heads, n = pages.head_dim;
+  const int64_t context = batch.max_context < window ? batch.max_context : window;
+  share(tokens * pages.kv_heads, tokens * heads * context * n >= SHARED_SCORES ? threads : 1,
+        tokens >= 64 ? 16 : 1, [&](int64_t first, int64_t last) {
+          static thread_local AttentionScratch scratch;
+          for (int64_t task = first; task < last; task++) {
+            const int64_t token = task / pages.kv_heads, head = task % pages.kv_heads;
+            const int32_t* table = batch.page_tables + batch.row_of(token) * batch.table_width;
+            attend_token<KV>(pages, table, head, group, queries + token * query_stride + head * group * n,
+                             out + (token * heads + head * group) * n, batch.positions[token], scale, window,
+                             scratch);
+          }
+        });
+}
