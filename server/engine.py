@@ -87,7 +87,10 @@ class Engine:
     Callbacks come on the engine's own thread, in order, and must return at once.
     """
 
-    def __init__(self, model: LoadedModel, config: EngineConfig, metrics: Metrics) -> None:
+    def __init__(
+        self, model: LoadedModel, config: EngineConfig, metrics: Metrics, *, run_through: bool = True
+    ) -> None:
+        """`run_through` as in `Scheduler`: without it rows wait at every exit they did not take."""
         self._model, self._config, self._metrics = model, config, metrics
         self.plan = StagePlan(model.spec.blocks, tuple(head.block for head in model.exits))
         page_bytes = page_bytes_for(model.spec, model.dtype)
@@ -101,6 +104,7 @@ class Engine:
             self._pool,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
+            run_through=run_through,
         )
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._loop, name="exeunt-engine", daemon=True)
@@ -246,7 +250,9 @@ class Engine:
         self._jobs[request.id] = job
         for choice in range(request.n):
             sequence = self._sequence(f"{request.id}/{choice}", request, list(request.prompt_token_ids))
-            detokenizer = StreamDetokenizer(self._model.tokenizer, request.sampling.stop)
+            detokenizer = StreamDetokenizer(
+                self._model.tokenizer, request.sampling.stop, request.prompt_token_ids
+            )
             answer = Answer(job, sequence, choice, detokenizer)
             job.answers.append(answer)
             job.running += 1
