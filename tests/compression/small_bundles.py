@@ -1,0 +1,109 @@
+"""Small bundles of random models, made without calibration: what loading and serving need, none of the quality."""
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+from exeunt.compression.bundle import Bundle, BundleContents, checkpoint_sha256, write_bundle
+from exeunt.compression.bundle_weights import checkpoint_tensors, int4_tensors, tensors_beside_int4
+from exeunt.compression.checkpoint import open_checkpoint
+from exeunt.compression.checkpoint_names import linear_names
+from exeunt.compression.exits import ExitHead, ExitProbe
+from exeunt.compression.linear_block import LinearBlock
+from exeunt.compression.manifest import (
+    BaseModelRecord,
+    ExitRecord,
+    LinearBlockRecord,
+    Manifest,
+    RiskEntry,
+    RiskTarget,
+)
+from exeunt.compression.norm import Norm
+from exeunt.compression.variant import WeightFormat
+from exeunt.kernels.int4_linear import quantize
+
+from .reference_models import build_model, save
+
+GROUP = 16
+
+
+def small_checkpoint(directory: Path, family: str = "llama", shard: str = "1GB", **changes: object) -> Path:
+    """A random model of `family` with a tokenizer of as many words."""
+    model = build_model(family, **changes)
+    save(model, directory, max_shard_size=shard)
+    words = {f"w{i}": i for i in range(model.config.vocab_size)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(directory)
+    return directory
+
+
+def small_bundle(
+    directory: Path, checkpoint_directory: Path, weights: Sequence[WeightFormat] = ("int4", "full")
+) -> Bundle:
+    """A bundle of the checkpoint with an exit after block 1, a linear block 2, and a risk table."""
+    checkpoint = open_checkpoint(checkpoint_directory)
+    spec, source = checkpoint.spec, checkpoint.weights()
+    int4 = int4_tensors(
+        {
+            (index, name): quantize(source.block(index)[f"{name}.weight"], GROUP)
+            for index in range(spec.blocks)
+            for name in linear_names(spec)
+        }
+    )
+    full = checkpoint_tensors(checkpoint.files)
+    hidden = spec.hidden_size
+    contents = BundleContents(
+        checkpoint=checkpoint_directory,
+        manifest=_manifest(checkpoint_sha256(checkpoint.files), tuple(weights), hidden),
+        full=full if "full" in weights else None,
+        int4=(int4 if "full" in weights else int4 | dict(tensors_beside_int4(spec, source)))
+        if "int4" in weights
+        else None,
+        linear_block=LinearBlock(
+            2, torch.randn(3, hidden) / 5, torch.randn(hidden, 3) / 5, torch.randn(hidden) / 5
+        ),
+        exits=[_exit(1, hidden)],
+        report_html="",
+        report_json="{}",
+    )
+    return write_bundle(directory, contents)
+
+
+def _exit(block: int, hidden: int) -> ExitHead:
+    probe = ExitProbe(torch.randn(4, hidden), torch.randn(4), torch.randn(4), torch.tensor(0.0))
+    norm = Norm("rms", torch.ones(hidden), None, 1e-6)
+    return ExitHead(block, norm, torch.randn(hidden, hidden) / 9, probe, torch.randn(4), 0.5)
+
+
+def _manifest(sha256: str, weights: tuple[WeightFormat, ...], hidden: int) -> Manifest:
+    table = tuple(
+        RiskEntry(
+            weights=weights[0],
+            kv_cache="int4",
+            linear_block=linear,
+            skipped_kv="propagate",
+            targets=(
+                RiskTarget(target=0.01, certified=False, reason="only 12 tokens left"),
+                RiskTarget(target=0.05, certified=not linear, threshold=0.93),
+                RiskTarget(target=0.1, certified=not linear, threshold=0.81),
+            ),
+        )
+        for linear in (False, True)
+    )
+    return Manifest(
+        created=datetime(2026, 1, 2, tzinfo=UTC),
+        exeunt_version="0.1.0",
+        base_model=BaseModelRecord(name="small", architecture="llama", sha256=sha256, parameters=9, blocks=4),
+        weights=weights,
+        kv_cache=("int4", "full"),
+        int4_group_size=GROUP if "int4" in weights else None,
+        linear_block=LinearBlockRecord(
+            index=2, rank=3, r2=0.9, parameters=7 * hidden, replaced_parameters=hidden * hidden
+        ),
+        exits=(ExitRecord(block=1, name="block_1", agreement=0.5),),
+        risk_table=table,
+    )

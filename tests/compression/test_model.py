@@ -1,0 +1,255 @@
+"""Loaded models: what a bundle gives to a server, variant by variant, and what asking for more is answered with."""
+
+import gc
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from exeunt.compression.bundle import BundleError, open_bundle
+from exeunt.compression.checkpoint_names import linear_shapes
+from exeunt.compression.decoder import Decoder
+from exeunt.compression.kv_format import page_bytes_for
+from exeunt.compression.model import (
+    LoadedModel,
+    ModelLoadError,
+    NotCertifiedError,
+    NotHeldError,
+    load_bundle,
+    load_plain_model,
+)
+from exeunt.compression.variant import Variant
+from exeunt.kernels.int4_linear import dequantize, quantize
+
+from .paged_generation import chunked_logits
+from .small_bundles import GROUP, small_bundle, small_checkpoint
+
+TEXT = torch.tensor([1, 5, 9, 100, 3, 3, 77])
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Path:
+    return small_bundle(tmp_path_factory.mktemp("both") / "bundle", checkpoint).path
+
+
+@pytest.fixture(scope="module")
+def model(bundle: Path) -> LoadedModel:
+    return load_bundle(bundle)
+
+
+def _logits(decoder: Decoder) -> Tensor:
+    return chunked_logits(decoder, TEXT, [len(TEXT)])
+
+
+def _tensors_alive() -> list[Tensor]:
+    gc.collect()
+    # not isinstance: that would ask every object for its __class__, which some deprecated ones answer with a warning
+    return [each for each in gc.get_objects() if issubclass(type(each), Tensor)]
+
+
+def test_it_holds_what_the_bundle_holds(model: LoadedModel) -> None:
+    assert model.name == "small"
+    assert set(model.variants) == {
+        Variant(weights, kv, linear)
+        for weights in ("int4", "full")
+        for kv in ("int4", "full")
+        for linear in (False, True)
+    }
+    assert len(model.variants) == 8
+    assert [head.name for head in model.exits] == ["block_1"]
+    assert model.tokenizer.decode([5]) == "w5"
+    assert model.dtype == torch.float32
+    assert model.default_variant == Variant("int4", "int4", False)
+    assert model.compression_defaults == {
+        "weights": "int4",
+        "kv_cache": "int4",
+        "linear_block": False,
+        "early_exit": {"mode": "off"},
+    }
+
+
+def test_full_weights_are_the_checkpoints(model: LoadedModel, checkpoint: Path) -> None:
+    expected = _logits(Decoder.load(checkpoint))
+    assert torch.equal(_logits(model.decoder(Variant("full", "full"))), expected)
+
+
+def test_int4_weights_are_the_checkpoints_rounded(model: LoadedModel, checkpoint: Path) -> None:
+    rounded = Decoder.load(checkpoint)
+    for block in range(rounded.spec.blocks):
+        for linear in rounded.block_linears(block).values():
+            weight = linear.weight  # type: ignore[attr-defined]
+            weight.copy_(dequantize(quantize(weight, GROUP), torch.float32))
+    actual = _logits(model.decoder(Variant("int4", "full")))
+    error = (actual - _logits(rounded)).norm() / actual.norm()
+    assert error < 0.05  # a fast kernel may round activations; a wrong weight would give about 1
+    assert (actual - _logits(model.decoder(Variant("full", "full")))).norm() / actual.norm() > 0.05
+
+
+def test_the_linear_block_replaces_its_block(model: LoadedModel) -> None:
+    replaced, whole = model.decoder(Variant("full", "full", True)), model.decoder(Variant("full", "full"))
+    assert replaced.linear_block is not None
+    assert replaced.linear_block.index == 2
+    assert not torch.allclose(_logits(replaced), _logits(whole))
+    page_bytes = page_bytes_for(model.spec, model.dtype)
+    assert model.kv_layout(Variant("full", "full", True), page_bytes).blocks == (0, 1, 3)
+    layout = model.kv_layout(Variant("full", "int4", False), page_bytes)
+    assert (layout.format, layout.blocks) == ("int4", (0, 1, 2, 3))
+
+
+def test_decoders_share_what_they_can(model: LoadedModel) -> None:
+    full, int4 = model.decoder(Variant("full", "full")), model.decoder(Variant("int4", "full"))
+    linear = model.decoder(Variant("int4", "full", True))
+    assert full._embedding is int4._embedding is linear._embedding
+    assert int4._blocks is linear._blocks
+    sizes = model.resident_bytes()
+    assert sizes["embedding"] == full.resident_bytes()["embedding"]
+    assert sizes["full"] == full.resident_bytes()["full"]
+    assert sizes["int4"] == int4.resident_bytes()["int4"]
+    assert sizes["linear_block"] > 0
+    assert sizes["exits"] > 0
+
+
+@pytest.mark.parametrize("held", [("int4", "full"), ("int4",)])
+def test_int4_alone_keeps_no_full_precision_weight(held: tuple[str, ...], tmp_path: Path) -> None:
+    # heads wider than the model, so that no linear has the shape of an exit's adapter
+    checkpoint = small_checkpoint(tmp_path / "checkpoint", head_dim=10)
+    path = small_bundle(tmp_path / "bundle", checkpoint, held).path  # type: ignore[arg-type]
+    others = {id(tensor): tensor for tensor in _tensors_alive()}
+    model = load_bundle(path, weights="int4")
+    decoder = model.decoder(Variant("int4", "int4"))
+    sizes = decoder.resident_bytes()
+    weights = sum(
+        out * fan_in for _ in range(model.spec.blocks) for out, fan_in in linear_shapes(model.spec).values()
+    )
+    assert sizes["full"] == 0
+    assert weights / 2 < sizes["int4"] < weights  # half a byte each, and scales
+    shapes = set(linear_shapes(model.spec).values())
+    loaded = [tensor for tensor in _tensors_alive() if id(tensor) not in others]
+    assert any(tensor.dtype == torch.uint8 for tensor in loaded)  # the codes: this does see what was loaded
+    assert not [tensor for tensor in loaded if tensor.is_floating_point() and tuple(tensor.shape) in shapes]
+    assert set(model.decoders) == {("int4", False), ("int4", True)}
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen2", "qwen3"])
+def test_a_bundle_of_int4_weights_only_equals_one_of_both(family: str, tmp_path: Path) -> None:
+    checkpoint = small_checkpoint(tmp_path / "checkpoint", family)
+    torch.manual_seed(0)
+    both = load_bundle(small_bundle(tmp_path / "both", checkpoint).path, weights="int4")
+    alone = load_bundle(small_bundle(tmp_path / "alone", checkpoint, ("int4",)).path)
+    variant = Variant("int4", "int4")
+    assert torch.equal(_logits(both.decoder(variant)), _logits(alone.decoder(variant)))
+
+
+def test_shards_become_one_file(tmp_path: Path) -> None:
+    checkpoint = small_checkpoint(tmp_path / "checkpoint", shard="60KB")
+    assert len(list(checkpoint.glob("model-*.safetensors"))) > 1
+    path = small_bundle(tmp_path / "bundle", checkpoint, ("full",)).path
+    model = load_bundle(path)
+    assert torch.equal(_logits(model.decoder(Variant("full", "full"))), _logits(Decoder.load(checkpoint)))
+    assert model.default_variant == Variant("full", "int4", False)
+
+
+def test_weights_that_the_bundle_lacks_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+    path = small_bundle(tmp_path / "bundle", checkpoint, ("int4",)).path
+    with pytest.raises(BundleError, match="holds no full weights, only int4"):
+        load_bundle(path, weights="full")
+
+
+def test_a_bundle_that_contradicts_its_config_is_refused(bundle: Path, tmp_path: Path) -> None:
+    wider = small_checkpoint(tmp_path / "wider", hidden_size=60)
+    copy = small_bundle(tmp_path / "bundle", wider)
+    # the parts of one bundle under the checksums of another: intact, and still wrong
+    (copy.path / "config.json").write_bytes((bundle / "config.json").read_bytes())
+    _reseal(copy.path)
+    with pytest.raises(BundleError, match="the config asks for"):
+        load_bundle(copy.path)
+
+
+def _reseal(path: Path) -> None:
+    from exeunt.compression.bundle import file_sha256
+    from exeunt.compression.manifest import FileRecord, manifest_json, read_manifest
+
+    manifest = read_manifest((path / "manifest.json").read_text())
+    files = {
+        name: FileRecord(sha256=file_sha256(path / name), bytes=(path / name).stat().st_size)
+        for name in manifest.files
+    }
+    (path / "manifest.json").write_text(manifest_json(manifest.model_copy(update={"files": files})))
+    open_bundle(path)
+
+
+def test_variants_that_are_not_held_are_refused_with_those_that_are(model: LoadedModel, bundle: Path) -> None:
+    int4 = load_bundle(bundle, weights="int4")
+    with pytest.raises(
+        NotHeldError, match=r"does not hold weights=full .* it holds weights=int4 kv_cache=int4"
+    ):
+        int4.decoder(Variant("full", "full"))
+    assert model.decoder(Variant("full", "full")) is model.decoders["full", False]
+
+
+def test_certified_thresholds_are_found(model: LoadedModel) -> None:
+    variant = Variant("int4", "int4")
+    assert model.threshold_for(variant, "propagate", 0.05) == 0.93
+    assert model.threshold_for(variant, "propagate", 0.1 + 1e-17) == 0.81
+
+
+@pytest.mark.parametrize(
+    ("variant", "skipped_kv", "target", "reason"),
+    [
+        (
+            Variant("int4", "int4"),
+            "propagate",
+            0.01,
+            r"0\.01 is not certified for weights=int4 .*only 12 tokens left.* certified for it: 0\.05, 0\.1$",
+        ),
+        (Variant("int4", "int4"), "propagate", 0.03, r"no such target was calibrated.*0\.05, 0\.1$"),
+        (Variant("int4", "int4", True), "propagate", 0.05, "certified for it: nothing"),
+        (
+            Variant("int4", "int4"),
+            "backfill",
+            0.05,
+            r"nothing is certified for weights=int4 kv_cache=int4 linear_block=false skipped_kv=backfill; "
+            r"certified are weights=int4 kv_cache=int4 linear_block=false skipped_kv=propagate: 0\.05, 0\.1$",
+        ),
+        (Variant("full", "int4"), "propagate", 0.05, "nothing is certified for weights=full"),
+    ],
+)
+def test_what_is_not_certified_is_answered_with_what_is(
+    variant: Variant, skipped_kv: str, target: float, reason: str, model: LoadedModel
+) -> None:
+    with pytest.raises(NotCertifiedError, match=reason):
+        model.threshold_for(variant, skipped_kv, target)  # type: ignore[arg-type]
+
+
+def test_a_plain_model_runs_at_full_depth(checkpoint: Path) -> None:
+    model = load_plain_model(checkpoint)
+    assert model.name == checkpoint.name
+    assert model.manifest is None
+    assert model.exits == ()
+    assert set(model.variants) == {Variant("full", "full"), Variant("full", "int4")}
+    assert model.default_variant == Variant("full", "full")
+    assert torch.equal(_logits(model.decoder(Variant("full", "int4"))), _logits(Decoder.load(checkpoint)))
+    with pytest.raises(NotCertifiedError, match="the loaded model has no certified exits"):
+        model.threshold_for(Variant("full", "full"), "propagate", 0.05)
+
+
+def test_a_model_without_a_tokenizer_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((checkpoint / name).read_bytes())
+    with pytest.raises(ModelLoadError, match="no tokenizer"):
+        load_plain_model(tmp_path)
+
+
+def test_half_precision_is_kept_on_request(bundle: Path) -> None:
+    model = load_bundle(bundle, dtype=torch.bfloat16)
+    assert model.exits[0].adapter.dtype == torch.bfloat16
+    linear_block = model.decoder(Variant("int4", "int4", True)).linear_block
+    assert linear_block is not None
+    assert linear_block.down.dtype == torch.bfloat16
+    assert torch.isfinite(_logits(model.decoder(Variant("int4", "int4", True)))).all()
