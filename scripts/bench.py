@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -219,8 +220,8 @@ def _measure_exits(
         for label, variant in (("full weights", FULL), ("INT4 weights and KV", SMALL)):
             for what, policy in _policies(ours, model, variant, asked, new_tokens):
                 rows[f"{name}, {label}, exits {what}, against exits off"] = _pair(
-                    lambda v=variant, p=policy, a=asked: ours.at_once(a, new_tokens, v, p),
-                    lambda v=variant, a=asked: ours.at_once(a, new_tokens, v, ExitPolicy()),
+                    partial(ours.at_once, asked, new_tokens, variant, policy),
+                    partial(ours.at_once, asked, new_tokens, variant, ExitPolicy()),
                     repeats,
                 )
     return rows
@@ -230,7 +231,7 @@ def _policies(
     ours: _Running, model: LoadedModel, variant: Variant, prompts: list[list[int]], new_tokens: int
 ) -> list[tuple[str, ExitPolicy]]:
     found: list[tuple[str, ExitPolicy]] = []
-    certified = model.certified_thresholds(variant, "propagate")
+    certified = _certified(model, variant)
     if certified:
         target = max(certified)
         policy = ExitPolicy("approximate", certified[target], target, "propagate")
@@ -243,6 +244,18 @@ def _policies(
             found.append((f"at threshold {threshold:g} (not certified)", policy))
             break
     return found
+
+
+def _certified(model: LoadedModel, variant: Variant) -> dict[float, float]:
+    """The certified targets of a variant and their thresholds."""
+    entries = model.manifest.risk_table if model.manifest is not None else ()
+    return {
+        line.target: line.threshold
+        for entry in entries
+        if entry.variant == variant and entry.skipped_kv == "propagate"
+        for line in entry.targets
+        if line.certified and line.threshold is not None
+    }
 
 
 def _pair(ours: Callable[[], Run], theirs: Callable[[], Run], repeats: int) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -463,7 +464,9 @@ class Engine:
         job = self._jobs.get(request_id)
         if job is None:
             return
-        kind = "timeout" if reason is FinishReason.TIMEOUT else "cancelled"
+        kind: Literal["timeout", "cancelled"] = (
+            "timeout" if reason is FinishReason.TIMEOUT else "cancelled"
+        )
         if isinstance(job, ScoreJob):
             if job.sequence.status is Status.WAITING and not job.sequence.preemptions:
                 self._unqueue()

@@ -211,7 +211,8 @@ class Scheduler:
         (lane.prefilling if sequence.prefilling else lane.decoding)[sequence] = None
 
     def _take_deeper(self, lane: _Lane, stage: int) -> list[Row]:
-        rows, budget = [], self._budget
+        rows: list[Row] = []
+        budget = self._budget
         waiting = lane.deeper[stage - 1]
         for sequence, row in list(waiting.items()):
             if rows and len(row.positions) > budget:
