@@ -464,9 +464,7 @@ class Engine:
         job = self._jobs.get(request_id)
         if job is None:
             return
-        kind: Literal["timeout", "cancelled"] = (
-            "timeout" if reason is FinishReason.TIMEOUT else "cancelled"
-        )
+        kind: Literal["timeout", "cancelled"] = "timeout" if reason is FinishReason.TIMEOUT else "cancelled"
         if isinstance(job, ScoreJob):
             if job.sequence.status is Status.WAITING and not job.sequence.preemptions:
                 self._unqueue()
