@@ -14,7 +14,7 @@ from torch import Tensor
 
 from exeunt.compression.architecture import Architecture
 from exeunt.compression.variant import KVFormat
-from exeunt.kernels.paged_batch import KVBlock, PagedBatch
+from exeunt.kernels.paged_batch import KVBlock
 
 ALIGNMENT = 64  # bytes; a cache line, so that no two blocks or pages share one
 _PARAM_BYTES = 4  # scale and minimum, float16
@@ -150,39 +150,6 @@ def page_bytes_for(spec: Architecture, dtype: torch.dtype, page_tokens: int = 16
     """The common page size in bytes: `page_tokens` tokens of every block in the full format."""
     region = _align(page_tokens * 2 * spec.kv_size * dtype.itemsize)
     return spec.blocks * region
-
-
-def sequential_pages(
-    layout: KVLayout, rows: int, max_tokens: int, device: torch.device
-) -> tuple[KVPages, Tensor]:
-    """Pages for `rows` sequences of up to `max_tokens` tokens, without an allocator: (pages, page tables [rows, n]).
-
-    For whoever runs whole sequences side by side and throws the pages away afterwards (calibration, scoring, tests).
-    """
-    per_row = -(-max_tokens // layout.page_tokens)
-    arena = torch.zeros(rows * per_row * layout.page_bytes, dtype=torch.uint8, device=device)
-    tables = torch.arange(rows * per_row, dtype=torch.int32, device=device).view(rows, per_row)
-    return KVPages(layout, arena), tables
-
-
-def batch_of(positions: list[range], page_tables: Tensor, page_tokens: int) -> PagedBatch:
-    """The batch in which row r holds the tokens at `positions[r]`; `page_tables` [rows, pages] int32."""
-    device = page_tables.device
-    counts = torch.tensor([len(span) for span in positions])
-    flat = torch.tensor(
-        [position for span in positions for position in span], dtype=torch.int64, device=device
-    )
-    rows = torch.repeat_interleave(torch.arange(len(positions)), counts).to(device)
-    pages = page_tables[rows, flat // page_tokens].long()
-    starts = torch.zeros(len(positions) + 1, dtype=torch.int32)
-    starts[1:] = counts.cumsum(0)
-    return PagedBatch(
-        positions=flat,
-        slots=pages * page_tokens + flat % page_tokens,
-        query_starts=starts.to(device),
-        page_tables=page_tables,
-        max_context=1 + max((span[-1] for span in positions if len(span)), default=-1),
-    )
 
 
 def _align(size: int) -> int:

@@ -6,9 +6,44 @@ import torch
 from torch import Tensor
 
 from exeunt.compression.decoder import Decoder
-from exeunt.compression.kv_format import KVPages, batch_of, kv_layout, page_bytes_for, sequential_pages
+from exeunt.compression.kv_format import KVLayout, KVPages, kv_layout, page_bytes_for
 from exeunt.compression.variant import KVFormat
 from exeunt.kernels.paged_batch import PagedBatch
+
+
+def sequential_pages(
+    layout: KVLayout, rows: int, max_tokens: int, device: torch.device
+) -> tuple[KVPages, Tensor]:
+    """Pages for `rows` sequences of up to `max_tokens` tokens, shuffled: (pages, page tables [rows, n]).
+
+    Every byte is 0xFF, which is NaN in every dtype: what was not written must not matter.
+    """
+    per_row = -(-max_tokens // layout.page_tokens)
+    arena = torch.full((rows * per_row * layout.page_bytes,), 0xFF, dtype=torch.uint8, device=device)
+    tables = torch.randperm(rows * per_row, generator=torch.Generator().manual_seed(3)).to(
+        device, torch.int32
+    )
+    return KVPages(layout, arena), tables.view(rows, per_row)
+
+
+def batch_of(positions: list[range], page_tables: Tensor, page_tokens: int) -> PagedBatch:
+    """The batch in which row r holds the tokens at `positions[r]`; `page_tables` [rows, pages] int32."""
+    device = page_tables.device
+    counts = torch.tensor([len(span) for span in positions])
+    flat = torch.tensor(
+        [position for span in positions for position in span], dtype=torch.int64, device=device
+    )
+    rows = torch.repeat_interleave(torch.arange(len(positions)), counts).to(device)
+    pages = page_tables[rows, flat // page_tokens].long()
+    starts = torch.zeros(len(positions) + 1, dtype=torch.int32)
+    starts[1:] = counts.cumsum(0)
+    return PagedBatch(
+        positions=flat,
+        slots=pages * page_tokens + flat % page_tokens,
+        query_starts=starts.to(device),
+        page_tables=page_tables,
+        max_context=1 + max((span[-1] for span in positions if len(span)), default=-1),
+    )
 
 
 @dataclass
@@ -29,7 +64,6 @@ class Sequences:
         page_bytes = page_bytes_for(decoder.spec, decoder.dtype, self.page_tokens)
         layout = kv_layout(decoder.spec, self.format, decoder.dtype, page_bytes, replaced)
         self.pages, self.tables = sequential_pages(layout, self.rows, self.max_tokens, decoder.device)
-        self.pages.arena.fill_(0xFF)  # NaN in every dtype: what was not written must not matter
 
     def batch(self, positions: list[range]) -> PagedBatch:
         return batch_of(positions, self.tables, self.pages.layout.page_tokens)
@@ -52,6 +86,18 @@ def chunked_logits(
             size = chunks.pop(0) if chunks else 1
             logits.append(decoder.head(sequence.run(token_ids[start : start + size], start)))
             start += size
+    return torch.cat(logits)
+
+
+def forced_logits(decoder: Decoder, prompt: Tensor, continuation: list[int], chunk: int) -> Tensor:
+    """Logits [len(continuation), vocab] in front of each token of a given continuation, decoded token by token."""
+    sequence = Sequences(decoder, max_tokens=len(prompt) + len(continuation))
+    with torch.inference_mode():
+        for start in range(0, len(prompt), chunk):
+            hidden = sequence.run(prompt[start : start + chunk], start)
+        logits = [decoder.head(hidden[-1:])]
+        for step, token in enumerate(continuation[:-1]):
+            logits.append(decoder.head(sequence.run(torch.tensor([token]), len(prompt) + step)))
     return torch.cat(logits)
 
 
