@@ -69,7 +69,7 @@ class Metrics:
         exits: Sequence[str],
         targets: Sequence[float] = (),
     ) -> None:
-        disable_created_metrics()  # its `_created` gauges would double every series, and nobody asks for them
+        disable_created_metrics()  # type: ignore[no-untyped-call] # its `_created` gauges would double every series, and nobody asks for them
         self.registry = registry
         self._model_name = model_name
         modes = get_args(ExitMode)

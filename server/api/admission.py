@@ -1,0 +1,154 @@
+"""Checks that a request fits the loaded model, and hands it to the engine."""
+
+import secrets
+import time
+from collections.abc import Callable, Sequence
+
+from exeunt.server.api.compression import AppliedCompression, NotOfferedError, resolve
+from exeunt.server.api.errors import ApiError, bad_request
+from exeunt.server.api.schemas import MAX_SEED, CompressionOptions, GenerateBody, ScoreBody
+from exeunt.server.api.service import Service, draining
+from exeunt.server.engine import EngineStoppedError, QueueFullError, RequestTooLargeError
+from exeunt.server.request import FailureEvent, GenerationRequest, SamplingParams, ScoreRequest
+
+
+async def generation_request(body: GenerateBody, service: Service) -> GenerationRequest:
+    """The engine's request for a body; raises ApiError 400 where it does not fit the loaded model."""
+    arrival = time.monotonic()
+    _check_sampling(body, service)
+    compression = applied_compression(body.compression, service)
+    prompt = await _tokens(service, body.prompt, body.prompt_token_ids, "prompt", "prompt_token_ids")
+    _check_length(len(prompt), body.max_new_tokens, service.config.max_model_len)
+    return GenerationRequest(
+        id=f"gen-{secrets.token_hex(12)}",
+        prompt_token_ids=tuple(prompt),
+        sampling=SamplingParams(
+            max_new_tokens=body.max_new_tokens,
+            min_new_tokens=body.min_new_tokens,
+            temperature=body.temperature,
+            top_p=body.top_p,
+            top_k=body.top_k,
+            repetition_penalty=body.repetition_penalty,
+            seed=secrets.randbelow(MAX_SEED) if body.seed is None else body.seed,
+            stop=tuple(body.stop),
+            ignore_eos=body.ignore_eos,
+        ),
+        variant=compression.variant,
+        exits=compression.exits,
+        n=body.n,
+        arrival=arrival,
+        deadline=arrival + service.request_timeout_s,
+    )
+
+
+async def score_request(body: ScoreBody, service: Service) -> ScoreRequest:
+    """The engine's request for a text to be scored; raises ApiError 400 where it does not fit."""
+    deadline = time.monotonic() + service.request_timeout_s
+    compression = applied_compression(body.compression, service)
+    tokens = await _tokens(service, body.text, body.token_ids, "text", "token_ids")
+    limit = service.config.max_model_len
+    if len(tokens) > limit:
+        raise bad_request(
+            f"The text has {len(tokens)} tokens; the limit is {limit}, score it in parts.",
+            code="too_long",
+            param="text",
+        )
+    return ScoreRequest(
+        f"score-{secrets.token_hex(12)}", tuple(tokens), compression.variant, compression.exits, deadline
+    )
+
+
+def applied_compression(options: CompressionOptions | None, service: Service) -> AppliedCompression:
+    """What compression applies; raises ApiError 400 where the loaded model does not have it."""
+    try:
+        return resolve(options, service.defaults, service.offer)
+    except NotOfferedError as error:
+        raise bad_request(str(error), code="not_offered", param=error.param) from error
+
+
+def admit(submit: Callable[[], None]) -> None:
+    """Hand a request to the engine; its refusals become 429, 503 and 400."""
+    try:
+        submit()
+    except QueueFullError as error:
+        raise ApiError(429, str(error), code="queue_full", headers={"Retry-After": "1"}) from error
+    except EngineStoppedError as error:
+        raise draining() from error
+    except RequestTooLargeError as error:
+        raise bad_request(str(error), code="too_long", param="max_new_tokens") from error
+
+
+def failure(event: FailureEvent) -> ApiError:
+    """The error response of a request that failed after admission."""
+    if event.kind == "timeout":
+        return timed_out()
+    if event.kind == "internal":
+        message = f"{event.message} The log has the details under error id {event.error_id}."
+        return ApiError(500, message, code="internal_error")
+    return draining()
+
+
+def timed_out() -> ApiError:
+    """The error of a request that saw no token in time."""
+    message = "The request timed out before its first token; try again later or raise --request-timeout."
+    return ApiError(504, message, code="timeout")
+
+
+async def _tokens(
+    service: Service, text: str | None, ids: Sequence[int] | None, text_name: str, ids_name: str
+) -> Sequence[int]:
+    """The token ids of whichever of the two fields was given."""
+    if text is not None and ids is not None:
+        raise bad_request(f"Both {text_name} and {ids_name} are given; give one of them.", param=text_name)
+    if ids is not None:
+        check_ids(ids, service.model.spec.vocab_size, ids_name)
+        return ids
+    if text is None:
+        raise bad_request(
+            f"Neither {text_name} nor {ids_name} is given; give one of them.",
+            code="missing_field",
+            param=text_name,
+        )
+    tokens = await service.encode(text)
+    if not tokens:
+        raise bad_request(f"{text_name} holds no token of this model; give a longer text.", param=text_name)
+    return tokens
+
+
+def check_ids(ids: Sequence[int], vocab_size: int, name: str) -> None:
+    """Raise ApiError 400 for a token id beyond the vocabulary."""
+    for index, token_id in enumerate(ids):
+        if token_id >= vocab_size:
+            raise bad_request(
+                f"{name}[{index}] is {token_id}; the vocabulary has the ids 0 to {vocab_size - 1}.",
+                param=f"{name}[{index}]",
+            )
+
+
+def _check_sampling(body: GenerateBody, service: Service) -> None:
+    if body.min_new_tokens > body.max_new_tokens:
+        raise bad_request(
+            f"min_new_tokens is {body.min_new_tokens}; it must not exceed max_new_tokens, {body.max_new_tokens}.",
+            param="min_new_tokens",
+        )
+    if body.n > service.config.max_num_seqs:
+        raise bad_request(
+            f"n is {body.n}; this server runs at most {service.config.max_num_seqs} sequences at once.",
+            param="n",
+        )
+
+
+def _check_length(prompt_tokens: int, max_new_tokens: int, limit: int) -> None:
+    if prompt_tokens >= limit:
+        raise bad_request(
+            f"The prompt has {prompt_tokens} tokens; the limit for prompt and answer together is {limit}: shorten it.",
+            code="too_long",
+            param="prompt",
+        )
+    if prompt_tokens + max_new_tokens > limit:
+        raise bad_request(
+            f"The prompt has {prompt_tokens} tokens and max_new_tokens is {max_new_tokens}; the limit for both "
+            f"together is {limit}: shorten the prompt or ask for at most {limit - prompt_tokens} new tokens.",
+            code="too_long",
+            param="max_new_tokens",
+        )

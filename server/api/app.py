@@ -1,0 +1,79 @@
+"""The application: its routes and what stands before them."""
+
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+
+from exeunt.server.api import generate, health, info, score, tokens
+from exeunt.server.api.auth import ApiKeyGate
+from exeunt.server.api.body import BodyLimit
+from exeunt.server.api.errors import ErrorBoundary, install_error_handlers
+from exeunt.server.api.service import Availability
+
+_DESCRIPTION = (
+    "An inference server that spends on each token only the computation that token needs: "
+    "every request says which savings it wants, every token says at which depth it left."
+)
+
+
+def create_app(
+    availability: Availability,
+    *,
+    max_body_bytes: int,
+    api_key: str | None = None,
+    allowed_origins: Sequence[str] = (),
+) -> FastAPI:
+    """The application. It answers at once; requests are served when `availability` opens.
+
+    Args:
+        availability: holds the service once its model is loaded.
+        max_body_bytes: the largest body accepted.
+        api_key: asked of every request but those of probes, scrapers and the documentation; None: nobody is asked.
+        allowed_origins: the browser origins that may ask (CORS); `*` is any.
+    """
+    gates = [Middleware(ErrorBoundary)]
+    if allowed_origins:
+        gates.insert(
+            0,
+            Middleware(
+                CORSMiddleware, allow_origins=list(allowed_origins), allow_methods=["*"], allow_headers=["*"]
+            ),
+        )
+    if api_key is not None:
+        gates.append(Middleware(ApiKeyGate, api_key=api_key))
+    gates.append(Middleware(BodyLimit, max_bytes=max_body_bytes))
+    app = FastAPI(
+        title="Exeunt",
+        version=version("exeunt"),
+        description=_DESCRIPTION,
+        license_info={"name": "Apache-2.0"},
+        middleware=gates,
+        redirect_slashes=False,  # /generate/ is not a route; a redirect would turn an error into a puzzle
+        redoc_url=None,
+    )
+    app.state.availability = availability
+    install_error_handlers(app)
+    for routes in (generate, score, info, tokens, health):
+        app.include_router(routes.router)
+    _describe_truthfully(app)
+    return app
+
+
+def _describe_truthfully(app: FastAPI) -> None:
+    """Take out of the OpenAPI document the 422 that the framework assumes: invalid bodies are a 400 here."""
+    build = app.openapi
+
+    def described() -> dict[str, Any]:
+        document = build()
+        for operations in document["paths"].values():
+            for operation in operations.values():
+                operation["responses"].pop("422", None)
+        for name in ("HTTPValidationError", "ValidationError"):
+            document["components"]["schemas"].pop(name, None)
+        return document
+
+    app.openapi = described  # type: ignore[method-assign] # the framework's documented way to change the document

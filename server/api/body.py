@@ -1,0 +1,68 @@
+"""Request bodies: how large they may be and what counts as JSON."""
+
+import json
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from fastapi import Request, Response
+from fastapi.routing import APIRoute
+from pydantic_core import from_json
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from exeunt.server.api.errors import ApiError
+
+
+class BodyLimit:
+    """Refuses bodies of more than `max_bytes`, announced or sent piece by piece without a length."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        announced = dict(scope["headers"]).get(b"content-length", b"0")
+        if announced.isdigit() and int(announced) > self._max_bytes:
+            raise self._too_large(f"{int(announced)} bytes")
+        received = 0
+
+        async def limited() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self._max_bytes:
+                raise self._too_large(f"more than {self._max_bytes} bytes")
+            return message
+
+        await self._app(scope, limited, send)
+
+    def _too_large(self, size: str) -> ApiError:
+        message = f"The body has {size}; the limit is {self._max_bytes} bytes (--max-body-bytes)."
+        return ApiError(413, message, code="body_too_large", headers={"Connection": "close"})
+
+
+class StrictJSONRequest(Request):
+    """A request whose JSON is parsed with limits: depth, length of numbers, valid Unicode."""
+
+    async def json(self) -> Any:
+        """The parsed body; raises JSONDecodeError."""
+        body = await self.body()
+        try:
+            return from_json(body)
+        except ValueError as error:
+            raise json.JSONDecodeError(str(error), "", 0) from error
+
+
+class StrictJSONRoute(APIRoute):
+    """A route that parses its body as `StrictJSONRequest` does."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """The framework's handler around our request."""
+        handle = super().get_route_handler()
+
+        async def handle_strictly(request: Request) -> Response:
+            return await handle(StrictJSONRequest(request.scope, request.receive))
+
+        return handle_strictly

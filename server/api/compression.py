@@ -1,0 +1,174 @@
+"""Turns a request's compression block, and the server's default for it, into what the engine runs."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final
+
+from exeunt.compression.variant import Variant
+from exeunt.server.api.offer import Offer
+from exeunt.server.api.schemas import CompressionOptions, EarlyExitOptions
+from exeunt.server.request import ExitMode, ExitPolicy, SkippedKV
+
+DEFAULT_TARGET: Final = 0.02  # the smallest certified target from here on is used where a request names none
+EXIT_MODES: Final[tuple[ExitMode, ...]] = ("off", "approximate")  # what this version of the engine runs
+SKIPPED_KV: Final[tuple[SkippedKV, ...]] = ("propagate",)
+
+
+class NotOfferedError(ValueError):
+    """A request asks for a mode that the loaded model, or this version, does not have.
+
+    `param` is the field at fault, as a path in the request.
+    """
+
+    def __init__(self, message: str, param: str) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+@dataclass(frozen=True, slots=True)
+class AppliedCompression:
+    """The compression a request runs under."""
+
+    variant: Variant
+    exits: ExitPolicy
+
+
+def resolve(
+    asked: CompressionOptions | None, defaults: CompressionOptions, offer: Offer
+) -> AppliedCompression:
+    """What applies: each field as asked, else as the server defaults, else as the model offers.
+
+    Raises:
+        NotOfferedError: the model or this version does not have it; the message says what there is.
+    """
+    asked = asked or CompressionOptions()
+    variant = Variant(
+        weights=asked.weights or defaults.weights or offer.default.weights,
+        kv_cache=asked.kv_cache or defaults.kv_cache or offer.default.kv_cache,
+        linear_block=_first(asked.linear_block, defaults.linear_block, offer.default.linear_block),
+    )
+    _check_variant(variant, offer)
+    exits = _exits(
+        asked.early_exit or EarlyExitOptions(), defaults.early_exit or EarlyExitOptions(), variant, offer
+    )
+    return AppliedCompression(variant, exits)
+
+
+def describe_applied(applied: AppliedCompression) -> dict[str, object]:
+    """The response's `compression` block."""
+    variant, exits = applied.variant, applied.exits
+    early_exit: dict[str, object] = {"mode": exits.mode}
+    if exits.mode == "approximate":
+        if exits.target is not None:
+            early_exit["max_disagreement"] = exits.target
+        early_exit |= {"threshold": exits.threshold, "skipped_kv": exits.skipped_kv}
+    return {
+        "weights": variant.weights,
+        "kv_cache": variant.kv_cache,
+        "linear_block": variant.linear_block,
+        "early_exit": early_exit,
+    }
+
+
+def _first(*values: bool | None) -> bool:
+    return next((value for value in values if value is not None), False)
+
+
+def _check_variant(variant: Variant, offer: Offer) -> None:
+    if variant in offer.variants:
+        return
+    there = {
+        "weights": sorted({v.weights for v in offer.variants}),
+        "kv_cache": sorted({v.kv_cache for v in offer.variants}),
+    }
+    for name, held in there.items():
+        value = getattr(variant, name)
+        if value not in held:
+            raise NotOfferedError(
+                f"compression.{name} is '{value}'; the loaded model holds {_listed(held)}.",
+                f"compression.{name}",
+            )
+    if variant.linear_block and not any(v.linear_block for v in offer.variants):
+        raise NotOfferedError(
+            "compression.linear_block is true; the loaded model has no linear block, leave it out or false.",
+            "compression.linear_block",
+        )
+    held_variants = "; ".join(str(v) for v in offer.variants)
+    raise NotOfferedError(
+        f"The loaded model does not hold {variant} together; it holds {held_variants}.", "compression"
+    )
+
+
+def _exits(asked: EarlyExitOptions, defaults: EarlyExitOptions, variant: Variant, offer: Offer) -> ExitPolicy:
+    mode = asked.mode or defaults.mode or "off"
+    modes = EXIT_MODES if offer.exits else ("off",)
+    if mode not in modes:
+        where = "the loaded model" if mode in EXIT_MODES else "this version"
+        raise NotOfferedError(
+            f"compression.early_exit mode '{mode}' is not in {where}; there is {_listed(modes)}.",
+            "compression.early_exit.mode",
+        )
+    if mode == "off":
+        _refuse_unused(asked, mode)
+        return ExitPolicy(mode="off")
+    return _approximate(asked, defaults, variant, offer)
+
+
+def _refuse_unused(asked: EarlyExitOptions, mode: ExitMode) -> None:
+    for name in ("max_disagreement", "threshold", "skipped_kv"):
+        if getattr(asked, name) is not None:
+            raise NotOfferedError(
+                f"compression.early_exit.{name} has no use in mode '{mode}'; leave it out or ask for 'approximate'.",
+                f"compression.early_exit.{name}",
+            )
+
+
+def _approximate(
+    asked: EarlyExitOptions, defaults: EarlyExitOptions, variant: Variant, offer: Offer
+) -> ExitPolicy:
+    if asked.max_disagreement is not None and asked.threshold is not None:
+        raise NotOfferedError(
+            "compression.early_exit has both max_disagreement and threshold; give one of them.",
+            "compression.early_exit.threshold",
+        )
+    skipped_kv = asked.skipped_kv or defaults.skipped_kv or SKIPPED_KV[0]
+    if skipped_kv not in SKIPPED_KV:
+        raise NotOfferedError(
+            f"compression.early_exit.skipped_kv '{skipped_kv}' is not in this version; there is {_listed(SKIPPED_KV)}.",
+            "compression.early_exit.skipped_kv",
+        )
+    source = asked if asked.max_disagreement is not None or asked.threshold is not None else defaults
+    if source.threshold is not None:
+        return ExitPolicy("approximate", source.threshold, None, skipped_kv)
+    certified = offer.certified(variant, skipped_kv)
+    target = source.max_disagreement if source.max_disagreement is not None else _default_target(certified)
+    if target is None or target not in certified:
+        raise _uncertified(target, certified, variant, skipped_kv)
+    return ExitPolicy("approximate", certified[target], target, skipped_kv)
+
+
+def _default_target(certified: Iterable[float]) -> float | None:
+    """The smallest certified target from DEFAULT_TARGET on, else the largest below it."""
+    targets = list(certified)
+    return min((t for t in targets if t >= DEFAULT_TARGET), default=max(targets, default=None))
+
+
+def _uncertified(
+    target: float | None, certified: Iterable[float], variant: Variant, skipped_kv: SkippedKV
+) -> NotOfferedError:
+    targets = ", ".join(f"{t:g}" for t in certified)
+    there = (
+        f"certified are {targets}" if targets else "no target is certified for it, give a threshold instead"
+    )
+    what = (
+        "compression.early_exit asks for approximate exits"
+        if target is None
+        else (f"compression.early_exit.max_disagreement {target:g} is not certified")
+    )
+    return NotOfferedError(
+        f"{what} for {variant} skipped_kv={skipped_kv}; {there}.", "compression.early_exit.max_disagreement"
+    )
+
+
+def _listed(values: Iterable[str]) -> str:
+    return " and ".join(f"'{value}'" for value in values)

@@ -1,0 +1,185 @@
+"""Every error the API answers with: one shape, one sentence that says what was wrong and what to do."""
+
+import logging
+import uuid
+from typing import Any, Final
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, Field
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from exeunt.server.api.validation import describe
+from exeunt.server.metrics import RejectionReason
+
+logger = logging.getLogger("exeunt.api")
+
+CLIENT_CLOSED_REQUEST: Final = 499  # the status of proxies for a client that left; nobody receives it
+
+_TYPES: Final = {
+    401: "authentication_error",
+    404: "not_found_error",
+    429: "overloaded_error",
+    500: "internal_error",
+    503: "unavailable_error",
+    504: "timeout_error",
+}
+_REJECTIONS: Final[dict[int, RejectionReason]] = {
+    400: "invalid",
+    401: "unauthorized",
+    413: "body_too_large",
+    429: "queue_full",
+    503: "unavailable",
+}
+_ADMITTING_ROUTES: Final = frozenset({"/generate", "/score"})  # a refusal elsewhere refuses no admission
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong."""
+
+    message: str = Field(description="One sentence: the value, the limit, what to do.")
+    type: str = Field(description="The kind of error, e.g. `invalid_request_error`.")
+    param: str | None = Field(description="The field at fault, as a path such as `compression.weights`.")
+    code: str = Field(description="A stable word for programs, e.g. `unknown_field`.")
+
+
+class ErrorResponse(BaseModel):
+    """The body of every response that is not a success."""
+
+    error: ErrorDetail
+
+
+class ApiError(HTTPException):
+    """An error with everything its response says. Raised anywhere below a route."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str,
+        param: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(status, message, headers)
+        self.param = param
+        self.code = code
+
+    @property
+    def body(self) -> ErrorResponse:
+        """The error as the response's body."""
+        kind = _TYPES.get(self.status_code, "invalid_request_error")
+        return ErrorResponse(
+            error=ErrorDetail(message=self.detail, type=kind, param=self.param, code=self.code)
+        )
+
+    @property
+    def response(self) -> Response:
+        """The error as a response."""
+        return Response(
+            self.body.model_dump_json(), self.status_code, self.headers, media_type="application/json"
+        )
+
+
+def bad_request(message: str, *, code: str = "invalid_value", param: str | None = None) -> ApiError:
+    """A 400."""
+    return ApiError(400, message, code=code, param=param)
+
+
+def internal_error(error_id: str) -> ApiError:
+    """A 500 that names the id under which the log has the details."""
+    return ApiError(
+        500, f"The server has a bug; its log has the details under {error_id}.", code="internal_error"
+    )
+
+
+def log_bug(error: BaseException, where: str) -> str:
+    """Log an unexpected exception and return the id it is logged under."""
+    error_id = f"err-{uuid.uuid4().hex[:12]}"
+    logger.error("%s: %s failed: %r", error_id, where, error, exc_info=error)
+    return error_id
+
+
+def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The OpenAPI entries of a route's error responses."""
+    texts = {
+        400: "Malformed or not servable; the message says the value and the limit.",
+        401: "No API key, or a wrong one.",
+        413: "The body is larger than the server accepts.",
+        429: "The queue is full; `Retry-After` says when to come back.",
+        500: "A bug; the message has the id under which the log has the details.",
+        503: "Loading or draining.",
+        504: "Timed out before the first token.",
+    }
+    return {status: {"model": ErrorResponse, "description": texts[status]} for status in statuses}
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Make every error of the framework, and our own, leave in one shape."""
+    app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(RequestValidationError, _on_invalid_body)
+
+
+async def _on_http_error(request: Request, error: Exception) -> Response:
+    return respond(request.scope, _as_api_error(request.scope, error))
+
+
+async def _on_invalid_body(request: Request, error: Exception) -> Response:
+    if not isinstance(error, RequestValidationError):
+        raise error
+    problem = describe(error.errors(), request.scope)
+    return respond(request.scope, bad_request(problem.message, code=problem.code, param=problem.param))
+
+
+def _as_api_error(scope: Scope, error: Exception) -> ApiError:
+    if isinstance(error, ApiError):
+        return error
+    if not isinstance(error, HTTPException):
+        raise error
+    path, method = scope["path"], scope["method"]
+    headers = dict(error.headers or {})
+    if error.status_code == 404:
+        return ApiError(404, f"There is no route {path}; /docs lists what there is.", code="not_found")
+    if error.status_code == 405:
+        allowed = headers.get("Allow", headers.get("allow", "another method"))
+        message = f"{path} does not take {method}; use {allowed}."
+        return ApiError(405, message, code="method_not_allowed", headers=headers)
+    return ApiError(error.status_code, str(error.detail), code="http_error", headers=headers)
+
+
+def respond(scope: Scope, error: ApiError) -> Response:
+    """The response of an error; a refused request is counted on the way."""
+    service = scope["app"].state.availability.service
+    reason = _REJECTIONS.get(error.status_code)
+    if service is not None and reason is not None and scope["path"] in _ADMITTING_ROUTES:
+        service.metrics.rejected(reason)
+    return error.response
+
+
+class ErrorBoundary:
+    """Turns whatever escapes the routes and the middleware below into a response of our shape."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = False
+
+        async def watched(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watched)
+        except ApiError as error:
+            await respond(scope, error)(scope, receive, send)
+        except Exception as error:  # noqa: BLE001 -- the outermost boundary: a bug ends one request, not the server
+            problem = internal_error(log_bug(error, f"{scope['method']} {scope['path']}"))
+            if not started:
+                await problem.response(scope, receive, send)

@@ -1,0 +1,42 @@
+"""`GET /health`, `GET /ready` and `GET /metrics`: what probes and scrapers ask. They need no API key."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Depends
+from starlette.responses import Response
+
+from exeunt.server.api.errors import documented
+from exeunt.server.api.responses import HealthResponse, ReadyResponse
+from exeunt.server.api.service import Service, loaded_service, serving_service
+from exeunt.server.metrics import CONTENT_TYPE
+
+router = APIRouter()
+
+
+@router.get("/health", summary="The process lives")
+async def health() -> HealthResponse:
+    """200 as long as the process answers, also while loading and draining."""
+    return HealthResponse()
+
+
+@router.get("/ready", summary="A request would be served", responses=documented(503))
+async def ready(_: Annotated[Service, Depends(serving_service)]) -> ReadyResponse:
+    """200 when a request would be served; 503 while loading or draining."""
+    return ReadyResponse()
+
+
+@router.get(
+    "/metrics",
+    summary="Metrics for Prometheus",
+    response_class=Response,
+    responses={
+        **documented(503),
+        200: {
+            "content": {"text/plain": {"schema": {"type": "string"}}},
+            "description": "Prometheus' text format.",
+        },
+    },
+)
+def metrics(service: Annotated[Service, Depends(loaded_service)]) -> Response:
+    """Everything the server counts; there once the model is loaded."""
+    return Response(service.metrics.exposition(), headers={"Content-Type": CONTENT_TYPE})

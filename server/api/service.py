@@ -1,0 +1,115 @@
+"""What every route works with: the loaded model, its engine, and whether requests would be served now."""
+
+import asyncio
+import threading
+from dataclasses import dataclass, field
+from typing import Literal
+
+from fastapi import Request
+
+from exeunt.compression.model import LoadedModel
+from exeunt.server.api.errors import ApiError
+from exeunt.server.api.offer import Offer
+from exeunt.server.api.schemas import CompressionOptions
+from exeunt.server.engine import Engine
+from exeunt.server.engine_config import EngineConfig
+from exeunt.server.metrics import Metrics
+
+_INLINE_CHARACTERS = (
+    4096  # longer texts are cut into tokens on another thread, so that streams go on meanwhile
+)
+
+Phase = Literal["loading", "ready", "draining"]
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """A loaded model behind its engine, and the limits of the API in front of it."""
+
+    name: str
+    model: LoadedModel
+    engine: Engine
+    config: EngineConfig
+    metrics: Metrics
+    offer: Offer
+    defaults: CompressionOptions
+    created: int  # Unix time at which the model was loaded, seconds
+    request_timeout_s: float
+    max_body_bytes: int
+    _encoding: threading.Lock = field(default_factory=threading.Lock)  # the tokenizer is not safe to share
+
+    async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """The token ids of a text."""
+        if len(text) <= _INLINE_CHARACTERS:
+            return self._encode(text, add_special_tokens)
+        return await asyncio.to_thread(self._encode, text, add_special_tokens)
+
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        with self._encoding:
+            ids = self.model.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        return [int(token_id) for token_id in ids]
+
+
+class Availability:
+    """Whether requests are served: loading, then ready, then draining. Only the event loop changes it."""
+
+    def __init__(self) -> None:
+        self.phase: Phase = "loading"
+        self.service: Service | None = None
+
+    def opens(self, service: Service) -> None:
+        """The model is loaded: serve."""
+        self.service, self.phase = service, "ready"
+        service.metrics.set_ready(True)
+
+    def drains(self) -> None:
+        """Take no new requests."""
+        self.phase = "draining"
+        if self.service is not None:
+            self.service.metrics.set_ready(False)
+
+    def loaded(self) -> Service:
+        """The service, ready or draining; 503 while the model loads."""
+        if self.service is None:
+            raise ApiError(
+                503,
+                "The model is still loading; try again shortly.",
+                code="loading",
+                headers={"Retry-After": "5"},
+            )
+        return self.service
+
+    def serving(self) -> Service:
+        """The service, where a request would be served; 503 otherwise."""
+        service = self.loaded()
+        if self.phase == "draining":
+            raise draining()
+        return service
+
+
+def draining() -> ApiError:
+    """The error of a server that takes no more requests."""
+    return ApiError(
+        503,
+        "The server is shutting down and takes no new requests; try another one.",
+        code="draining",
+        headers={"Retry-After": "5"},
+    )
+
+
+def availability_of(request: Request) -> Availability:
+    """The application's state of service."""
+    found = request.app.state.availability
+    if not isinstance(found, Availability):
+        raise TypeError(f"app.state.availability is {found!r}")
+    return found
+
+
+def loaded_service(request: Request) -> Service:
+    """A route's dependency: the loaded service, also while draining."""
+    return availability_of(request).loaded()
+
+
+def serving_service(request: Request) -> Service:
+    """A route's dependency: the service, if it takes requests now."""
+    return availability_of(request).serving()

@@ -1,0 +1,77 @@
+"""The server's settings: flags of `exeunt serve`, each also an environment variable `EXEUNT_<NAME>`."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, ByteSize, Field, SecretStr
+from pydantic_core import from_json
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from exeunt.server.api.schemas import CompressionOptions
+
+ENV_PREFIX = "EXEUNT_"
+
+
+def _comma_separated(value: Any) -> Any:
+    return (
+        tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+    )
+
+
+def _json_object(value: Any) -> Any:
+    return from_json(value) if isinstance(value, str) else value
+
+
+class Settings(BaseSettings):
+    """Everything `exeunt serve` can be told. What is not given on the command line is read from the environment.
+
+    Raises pydantic's ValidationError for a value of the wrong type or beyond its limits.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX, env_ignore_empty=True, extra="forbid", frozen=True
+    )
+
+    model: str | None = Field(
+        default=None, description="A bundle, a checkpoint directory or a Hugging Face id."
+    )
+    host: str = Field(default="127.0.0.1", min_length=1, description="The address to listen on.")
+    port: int = Field(default=8000, ge=0, le=65535, description="The port to listen on; 0 takes a free one.")
+    api_key: SecretStr | None = Field(default=None, min_length=1, description="Ask for this key.")
+    served_model_name: str | None = Field(
+        default=None, min_length=1, description="The model's name in responses and metrics."
+    )
+    device: str = Field(
+        default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N."
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="The computation's dtype."
+    )
+    weights: Literal["int4", "full", "both"] = Field(
+        default="both", description="Which of a bundle's weights to load."
+    )
+    max_model_len: int | None = Field(default=None, ge=2, description="Tokens, prompt and answer together.")
+    max_num_seqs: int = Field(default=64, ge=1, description="Sequences that run at once.")
+    max_num_queued_reqs: int = Field(default=256, ge=1, description="Requests that may wait.")
+    max_num_batched_tokens: int = Field(default=512, ge=1, description="Tokens of one step.")
+    kv_cache_memory: ByteSize | None = Field(
+        default=None, gt=0, description="Bytes of the KV cache, e.g. 512MiB."
+    )
+    default_compression: Annotated[CompressionOptions, NoDecode, BeforeValidator(_json_object)] = Field(
+        default_factory=CompressionOptions, description="What a request's compression block leaves out."
+    )
+    request_timeout: float = Field(
+        default=600.0, gt=0, allow_inf_nan=False, description="Seconds a request may take."
+    )
+    shutdown_timeout: float = Field(
+        default=30.0, ge=0, allow_inf_nan=False, description="Seconds to finish what runs."
+    )
+    max_body_bytes: ByteSize = Field(
+        default=ByteSize(4 * 2**20), gt=0, description="The largest request body."
+    )
+    allowed_origins: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_comma_separated)] = Field(
+        default=(), description="Browser origins that may ask (CORS), comma-separated; * is any."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="What to log."
+    )
+    log_json: bool = Field(default=False, description="Log JSON lines.")

@@ -1,0 +1,268 @@
+"""What a request may not say, and how it is told: over real HTTP, in one shape, with value, limit and remedy."""
+
+import json
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import httpx
+import pytest
+
+Serve = Callable[..., AbstractContextManager[httpx.Client]]
+
+
+def error_of(response: httpx.Response) -> dict[str, Any]:
+    body = response.json()
+    assert set(body) == {"error"}
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+    assert body["error"]["message"].endswith(".")
+    error: dict[str, Any] = body["error"]
+    return error
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "words"),
+    [
+        ({"prompt": "x", "promt": 1}, "promt", ["Unknown field promt", "max_new_tokens"]),
+        ({"prompt": "x", "compression": {"wieghts": "int4"}}, "compression.wieghts", ["weights", "kv_cache"]),
+        (
+            {"prompt": "x", "compression": {"early_exit": {"mod": "off"}}},
+            "compression.early_exit.mod",
+            ["Unknown field compression.early_exit.mod", "max_disagreement"],
+        ),
+        ({}, "prompt", ["prompt", "prompt_token_ids"]),
+        ({"prompt": "x", "prompt_token_ids": [1]}, "prompt", ["Both", "one of them"]),
+        ({"prompt": ""}, "prompt", ['""', "not be empty"]),
+        ({"prompt_token_ids": []}, "prompt_token_ids", ["[]", "not be empty"]),
+        ({"prompt": 5}, "prompt", ["5", "string"]),
+        ({"prompt_token_ids": [1, 300]}, "prompt_token_ids[1]", ["300", "0 to 299"]),
+        ({"prompt_token_ids": [1, -1]}, "prompt_token_ids[1]", ["-1", "0"]),
+        ({"prompt_token_ids": [1, 10**30]}, "prompt_token_ids[1]", ["299"]),
+        ({"prompt_token_ids": [1, True]}, "prompt_token_ids[1]", ["true", "integer"]),
+        ({"prompt_token_ids": "abc"}, "prompt_token_ids", ["abc", "list"]),
+        ({"prompt": "x", "max_new_tokens": "3"}, "max_new_tokens", ['"3"', "integer"]),
+        ({"prompt": "x", "max_new_tokens": 3.0}, "max_new_tokens", ["3.0", "integer"]),
+        ({"prompt": "x", "max_new_tokens": True}, "max_new_tokens", ["true", "integer"]),
+        ({"prompt": "x", "max_new_tokens": None}, "max_new_tokens", ["null", "integer"]),
+        ({"prompt": "x", "max_new_tokens": 0}, "max_new_tokens", ["0", "at least 1"]),
+        ({"prompt": "x", "max_new_tokens": -5}, "max_new_tokens", ["-5"]),
+        ({"prompt": "x", "max_new_tokens": 99}, "max_new_tokens", ["2 tokens", "99", "100", "at most 98"]),
+        ({"prompt": "x" * 200}, "prompt", ["201 tokens", "100"]),
+        ({"prompt": "x", "min_new_tokens": 9, "max_new_tokens": 8}, "min_new_tokens", ["9", "8"]),
+        ({"prompt": "x", "temperature": -0.1}, "temperature", ["-0.1", "0"]),
+        ({"prompt": "x", "temperature": 1e-9}, "temperature", ["1e-09", "0.01"]),
+        ({"prompt": "x", "temperature": "hot"}, "temperature", ["hot", "number"]),
+        ({"prompt": "x", "temperature": True}, "temperature", ["true", "number"]),
+        ({"prompt": "x", "top_p": 0}, "top_p", ["0", "above 0"]),
+        ({"prompt": "x", "top_p": 1.5}, "top_p", ["1.5", "1"]),
+        ({"prompt": "x", "top_k": -1}, "top_k", ["-1", "0"]),
+        ({"prompt": "x", "repetition_penalty": 0}, "repetition_penalty", ["0", "0.01"]),
+        ({"prompt": "x", "seed": -1}, "seed", ["-1", "0"]),
+        ({"prompt": "x", "seed": 2**63}, "seed", ["9223372036854775808", "9223372036854775807"]),
+        ({"prompt": "x", "stop": "x"}, "stop", ["list"]),
+        ({"prompt": "x", "stop": [""]}, "stop[0]", ["not be empty"]),
+        ({"prompt": "x", "stop": ["a"] * 17}, "stop", ["at most 16"]),
+        ({"prompt": "x", "stop": ["a" * 257]}, "stop[0]", ["at most 256"]),
+        ({"prompt": "x", "n": 0}, "n", ["0", "1"]),
+        ({"prompt": "x", "n": 17}, "n", ["17", "16"]),
+        ({"prompt": "x", "n": 9}, "n", ["9", "at most 8"]),
+        ({"prompt": "x", "stream": "yes"}, "stream", ["yes", "boolean"]),
+        ({"prompt": "x", "details": 1}, "details", ["1", "boolean"]),
+        (
+            {"prompt": "x", "compression": {"weights": "int8"}},
+            "compression.weights",
+            ["int8", "'int4' or 'full'"],
+        ),
+        ({"prompt": "x", "compression": {"linear_block": 1}}, "compression.linear_block", ["1", "boolean"]),
+        (
+            {"prompt": "x", "compression": {"linear_block": True}},
+            "compression.linear_block",
+            ["no linear block"],
+        ),
+        (
+            {"prompt": "x", "compression": {"early_exit": "on"}},
+            "compression.early_exit",
+            ["on", "true", "object"],
+        ),
+        (
+            {"prompt": "x", "compression": {"early_exit": True}},
+            "compression.early_exit.mode",
+            ["'approximate'"],
+        ),
+        (
+            {"prompt": "x", "compression": {"early_exit": {"mode": "approximate", "threshold": 1.5}}},
+            "compression.early_exit.threshold",
+            ["1.5", "1"],
+        ),
+        (
+            {"prompt": "x", "compression": {"early_exit": {"mode": "approximate", "max_disagreement": 0.3}}},
+            "compression.early_exit.max_disagreement",
+            ["0.3", "0.05, 0.1"],
+        ),
+        ({"prompt": "x", "compression": []}, "compression", ["[]", "object"]),
+    ],
+)
+def test_a_body_that_cannot_be_served(client: httpx.Client, body: Any, param: str, words: list[str]) -> None:
+    response = client.post("/generate", json=body)
+    assert response.status_code == 400, response.text
+    error = error_of(response)
+    assert error["type"] == "invalid_request_error"
+    assert error["param"] == param
+    for word in words:
+        assert word in error["message"], error["message"]
+
+
+@pytest.mark.parametrize(
+    ("content", "code"),
+    [
+        (b"{", "malformed_json"),
+        (b"", "missing_body"),
+        (b"[]", "invalid_value"),
+        (b"null", "invalid_value"),
+        (b'"text"', "invalid_value"),
+        (b"\xff\xfe", "malformed_json"),
+        (b'{"prompt": "\xff"}', "malformed_json"),
+        (b'{"prompt": "\\ud800"}', "malformed_json"),
+        (b'{"prompt": "x", "max_new_tokens": ' + b"9" * 1500 + b"}", "too_long"),
+        (b"[" * 1900, "malformed_json"),
+        (b'{"prompt": "x", "temperature": NaN}', "invalid_value"),
+        (b'{"prompt": "x", "temperature": Infinity}', "invalid_value"),
+        (b'{"prompt": "x", "temperature": -Infinity}', "invalid_value"),
+        (b'{"prompt": "x", "temperature": 1e999}', "invalid_value"),
+        (b'{"prompt": "x", "max_new_tokens": NaN}', "invalid_value"),
+        (b'{"prompt": "x", "compression": {"early_exit": {"threshold": NaN}}}', "invalid_value"),
+    ],
+)
+def test_a_body_that_is_no_proper_json(client: httpx.Client, content: bytes, code: str) -> None:
+    response = client.post("/generate", content=content, headers={"Content-Type": "application/json"})
+    assert response.status_code == 400, response.text
+    assert error_of(response)["code"] == code
+    assert len(error_of(response)["message"]) < 2000
+
+
+def test_another_content_type_is_named(client: httpx.Client) -> None:
+    response = client.post("/generate", content=b'{"prompt": "x"}', headers={"Content-Type": "text/plain"})
+    assert response.status_code == 400
+    assert "text/plain" in error_of(response)["message"]
+    assert "application/json" in error_of(response)["message"]
+
+
+def test_refusals_are_counted_by_reason(client: httpx.Client, counted: Callable[..., float]) -> None:
+    client.post("/generate", json={"prompt": ""})
+    client.post("/generate", content=b"x" * 3000)
+    client.post("/tokenize", json={})
+    assert counted("admission_rejections_total", reason="invalid") == 1
+    assert counted("admission_rejections_total", reason="body_too_large") == 1
+
+
+def test_no_refused_request_reaches_the_engine(client: httpx.Client, engine: Any) -> None:
+    client.post("/generate", json={"prompt": "x", "n": 99})
+    assert engine.requests == []
+
+
+def test_a_body_over_the_limit_is_a_413(client: httpx.Client) -> None:
+    response = client.post("/generate", content=b"x" * 2001, headers={"Content-Type": "application/json"})
+    assert response.status_code == 413
+    assert "2001 bytes" in error_of(response)["message"]
+    assert "2000" in error_of(response)["message"]
+
+
+def test_a_body_over_the_limit_in_pieces_is_a_413(client: httpx.Client) -> None:
+    def pieces() -> Iterator[bytes]:
+        for _ in range(5):
+            yield b"x" * 500
+
+    response = client.post("/generate", content=pieces(), headers={"Content-Type": "application/json"})
+    assert "content-length" not in response.request.headers
+    assert response.status_code == 413
+    assert "2000" in error_of(response)["message"]
+
+
+def test_a_body_at_the_limit_is_read(client: httpx.Client) -> None:
+    body = json.dumps({"prompt": "x", "max_new_tokens": 1}).encode()
+    padded = body + b" " * (2000 - len(body))
+    response = client.post("/generate", content=padded, headers={"Content-Type": "application/json"})
+    assert response.status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "code"),
+    [
+        ("GET", "/nowhere", 404, "not_found"),
+        ("POST", "/v1/completions", 404, "not_found"),
+        ("POST", "/v1/chat/completions", 404, "not_found"),
+        ("POST", "/generate/", 404, "not_found"),
+        ("GET", "/generate", 405, "method_not_allowed"),
+        ("POST", "/info", 405, "method_not_allowed"),
+    ],
+)
+def test_routes_that_are_not_there(
+    client: httpx.Client, method: str, path: str, status: int, code: str
+) -> None:
+    response = client.request(method, path)
+    assert response.status_code == status
+    assert error_of(response)["code"] == code
+    assert path in error_of(response)["message"]
+
+
+def test_a_method_that_is_not_allowed_says_which_is(client: httpx.Client) -> None:
+    response = client.get("/generate")
+    assert response.headers["allow"] == "POST"
+    assert "use POST" in error_of(response)["message"]
+
+
+def test_the_api_key_is_asked_of_all_but_probes(serve: Serve) -> None:
+    with serve(api_key="open sesame") as client:
+        for path in ("/health", "/ready", "/metrics", "/docs", "/openapi.json"):
+            assert client.get(path).status_code == 200, path
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "open sesame"}):
+            for response in (
+                client.post("/generate", json={"prompt": "x"}, headers=headers),
+                client.get("/info", headers=headers),
+            ):
+                assert response.status_code == 401
+                assert error_of(response)["type"] == "authentication_error"
+                assert response.headers["www-authenticate"] == "Bearer"
+                assert "open sesame" not in response.text
+        known = {"Authorization": "Bearer open sesame"}
+        body = {"prompt": "x", "max_new_tokens": 1}
+        assert client.post("/generate", json=body, headers=known).status_code == 200
+
+
+def test_without_the_key_a_large_body_is_not_read(serve: Serve) -> None:
+    with serve(api_key="k") as client:
+        assert client.post("/generate", content=b"x" * 5000).status_code == 401
+
+
+def test_browsers_may_ask_from_allowed_origins_only(serve: Serve) -> None:
+    preflight = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "content-type"}
+    with serve(allowed_origins=("http://here",), api_key="k") as client:
+        allowed = client.options("/generate", headers={"Origin": "http://here", **preflight})
+        assert allowed.status_code == 200
+        assert allowed.headers["access-control-allow-origin"] == "http://here"
+        refused = client.options("/generate", headers={"Origin": "http://there", **preflight})
+        assert "access-control-allow-origin" not in refused.headers
+        unauthorized = client.post("/generate", json={}, headers={"Origin": "http://here"})
+        assert unauthorized.status_code == 401
+        assert unauthorized.headers["access-control-allow-origin"] == "http://here"
+
+
+def test_while_the_model_loads_the_process_lives_and_nothing_is_served(serve: Serve) -> None:
+    with serve(ready=False) as client:
+        assert client.get("/health").status_code == 200
+        for response in (
+            client.get("/ready"),
+            client.get("/info"),
+            client.get("/metrics"),
+            client.post("/generate", json={"prompt": "x"}),
+        ):
+            assert response.status_code == 503
+            assert "loading" in error_of(response)["message"]
+
+
+def test_a_header_that_is_no_http_harms_nobody(client: httpx.Client) -> None:
+    with socket.create_connection((client.base_url.host, client.base_url.port or 0), timeout=5) as raw:
+        raw.sendall(b"NOT HTTP AT ALL\r\n\r\n")
+        assert b"400" in raw.recv(1000)
+    assert client.get("/health").status_code == 200

@@ -1,0 +1,167 @@
+"""The other routes: scoring, tokens, information, health, metrics, and the OpenAPI that describes them all."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+
+from exeunt.server.engine import QueueFullError
+from exeunt.server.request import FailureEvent
+
+
+def test_score_says_every_tokens_logprob(client: httpx.Client, engine: Any) -> None:
+    asked = {"token_ids": [97, 98, 99], "compression": {"early_exit": {"mode": "approximate"}}}
+    body = client.post("/score", json=asked).json()
+    assert body["tokens"] == [
+        {"id": 97, "text": "", "logprob": None, "depth": None, "exit": None},
+        {"id": 98, "text": "b", "logprob": -0.5, "depth": 1, "exit": "block_0"},
+        {"id": 99, "text": "c", "logprob": -0.5, "depth": 4, "exit": "final"},
+    ]
+    assert body["logprob"] == -1.0
+    assert body["perplexity"] == math.exp(0.5)
+    assert body["depth"] == {
+        "blocks": 4,
+        "mean": 2.5,
+        "exit_rate": 0.5,
+        "by_exit": {"block_0": 1, "final": 1},
+    }
+    assert body["usage"] == {"prompt_tokens": 3, "total_tokens": 3}
+    assert body["compression"]["early_exit"]["max_disagreement"] == 0.05
+    assert engine.requests[0].exits.threshold == 0.9
+
+
+def test_score_of_one_token_has_no_perplexity(client: httpx.Client) -> None:
+    body = client.post("/score", json={"token_ids": [97], "details": False}).json()
+    assert (body["logprob"], body["perplexity"]) == (0, None)
+    assert body["depth"]["mean"] is None
+    assert "tokens" not in body
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({}, "text"),
+        ({"text": "x", "token_ids": [1]}, "text"),
+        ({"text": ""}, "text"),
+        ({"text": "x" * 100}, "text"),
+        ({"token_ids": [300]}, "token_ids[0]"),
+        ({"prompt": "x"}, "prompt"),
+        ({"text": "x", "compression": {"early_exit": True}}, "compression.early_exit.mode"),
+    ],
+)
+def test_score_refuses(client: httpx.Client, body: Any, param: str) -> None:
+    response = client.post("/score", json=body)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == param
+
+
+def test_score_that_fails_or_finds_no_place(client: httpx.Client, engine: Any) -> None:
+    engine.fail_at = 0
+    engine.failure = FailureEvent("It broke.", "timeout", None)
+    assert client.post("/score", json={"text": "abc"}).status_code == 504
+    engine.refuse = QueueFullError(3)
+    assert client.post("/score", json={"text": "abc"}).status_code == 429
+
+
+def test_tokens_there_and_back(client: httpx.Client) -> None:
+    body = client.post("/tokenize", json={"prompt": "ab"}).json()
+    assert body == {
+        "count": 3,
+        "max_model_len": 100,
+        "tokens": [299, 97, 98],
+        "token_strs": ["<299>", "<97>", "<98>"],
+    }
+    plain = client.post("/tokenize", json={"prompt": "ab", "add_special_tokens": False}).json()
+    assert plain["tokens"] == [97, 98]
+    assert client.post("/detokenize", json={"tokens": plain["tokens"]}).json() == {"prompt": "ab"}
+    assert client.post("/detokenize", json={"tokens": [300]}).status_code == 400
+
+
+def test_long_texts_are_cut_into_tokens_as_short_ones_are(
+    client: httpx.Client, serve: Callable[..., Any]
+) -> None:
+    with serve(max_body_bytes=20_000) as roomy:
+        assert roomy.post("/tokenize", json={"prompt": "ab" * 5000}).json()["count"] == 10_001
+
+
+def test_the_tokenizer_and_the_model_say_what_they_are(client: httpx.Client) -> None:
+    assert client.get("/tokenizer_info").json() == {
+        "tokenizer_class": "ByteTokenizer",
+        "vocab_size": 300,
+        "special_tokens": {"eos_token": "<eos>"},
+        "has_chat_template": False,
+    }
+    models = client.get("/v1/models").json()
+    assert models["object"] == "list"
+    assert [(m["id"], m["object"], m["created"]) for m in models["data"]] == [
+        ("tiny", "model", 1_700_000_000)
+    ]
+
+
+def test_info_of_a_plain_model(client: httpx.Client) -> None:
+    body = client.get("/info").json()
+    assert body["model"]["name"] == "tiny"
+    assert body["model"]["dtype"] == "float32"
+    assert body["bundle"] is None
+    assert body["modes"] == {
+        "weights": ["full", "int4"],
+        "kv_cache": ["full", "int4"],
+        "linear_block": [False],
+        "early_exit": ["off", "approximate"],
+        "skipped_kv": ["propagate"],
+    }
+    assert body["defaults"]["early_exit"] == {"mode": "off"}
+    assert body["exits"] == ["block_0", "block_2"]
+    assert body["limits"]["max_model_len"] == 100
+    assert body["limits"]["max_choices"] == 8
+    assert "torch" in body["versions"]
+
+
+def test_health_and_readiness(client: httpx.Client, reopen: Callable[..., Any]) -> None:
+    assert client.get("/health").json() == {"status": "ok"}
+    assert client.get("/ready").json() == {"status": "ready"}
+    reopen().drains()
+    assert client.get("/health").status_code == 200
+    assert client.get("/ready").status_code == 503
+    assert client.post("/generate", json={"prompt": "x"}).status_code == 503
+    assert client.get("/info").status_code == 200
+    assert 'exeunt_ready{model_name="tiny"} 0.0' in client.get("/metrics").text
+
+
+def test_metrics_are_prometheus_text(client: httpx.Client) -> None:
+    response = client.get("/metrics")
+    assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
+    assert 'exeunt_ready{model_name="tiny"} 1.0' in response.text
+
+
+def test_openapi_describes_every_route_and_its_errors(client: httpx.Client) -> None:
+    document = client.get("/openapi.json").json()
+    paths = document["paths"]
+    assert set(paths) == {
+        *("/generate", "/score", "/info", "/v1/models", "/tokenize", "/detokenize", "/tokenizer_info"),
+        *("/health", "/ready", "/metrics"),
+    }
+    for path, methods in paths.items():
+        for operation in methods.values():
+            responses = operation["responses"]
+            assert "422" not in responses, path
+            for status, response in responses.items():
+                schema = response["content"].get("application/json", {}).get("schema")
+                if int(status) >= 400:
+                    assert schema == {"$ref": "#/components/schemas/ErrorResponse"}, (path, status)
+                elif path != "/metrics":
+                    assert schema is not None, path
+    generate = paths["/generate"]["post"]
+    assert generate["requestBody"]["content"]["application/json"]["schema"]["$ref"].endswith("/GenerateBody")
+    assert set(generate["responses"]) == {"200", "400", "401", "413", "429", "500", "503", "504"}
+    assert generate["responses"]["200"]["content"]["application/json"]["schema"]["$ref"].endswith(
+        "/GenerateResponse"
+    )
+    body = document["components"]["schemas"]["GenerateBody"]
+    assert body["additionalProperties"] is False
+    assert body["properties"]["max_new_tokens"]["default"] == 64
+    early_exit = document["components"]["schemas"]["CompressionOptions"]["properties"]["early_exit"]
+    assert {"type": "boolean"} in early_exit["anyOf"]
+    assert "ValidationError" not in str(document)
