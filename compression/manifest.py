@@ -10,10 +10,9 @@ an altered weight.
 import hashlib
 import json
 from collections.abc import Mapping
-from datetime import datetime
 from typing import Annotated, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from exeunt.compression.variant import KVFormat, Variant, WeightFormat
 
@@ -161,7 +160,7 @@ class Manifest(Record):
 
     kind: Literal["exeunt-bundle"] = BUNDLE_KIND
     format_version: int = FORMAT_VERSION
-    created: datetime
+    created: AwareDatetime
     exeunt_version: str
     base_model: BaseModelRecord
     weights: tuple[WeightFormat, ...]

@@ -1,0 +1,306 @@
+"""What `exeunt inspect` says of a bundle: what is inside, what it saves, how it was made, what is certified."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC
+from typing import Final
+
+import torch
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from exeunt.compression.architecture import Architecture, load_architecture
+from exeunt.compression.bundle import (
+    EXITS,
+    FULL_WEIGHTS,
+    INT4_WEIGHTS,
+    LINEAR_BLOCK,
+    MANIFEST,
+    REPORT_HTML,
+    REPORT_JSON,
+    Bundle,
+)
+from exeunt.compression.kv_format import kv_layout, page_bytes_for
+from exeunt.compression.manifest import EvaluationRow, Manifest, RiskEntry
+from exeunt.compression.variant import KVFormat
+
+_KINDS: Final = {
+    FULL_WEIGHTS: "weights, full",
+    INT4_WEIGHTS: "weights, INT4",
+    LINEAR_BLOCK: "linear block",
+    EXITS: "exit heads",
+    REPORT_HTML: "report",
+    REPORT_JSON: "report",
+    MANIFEST: "manifest",
+}
+_OTHER_KIND: Final = "config and tokenizer"
+_UNITS: Final = ("bytes", "kB", "MB", "GB", "TB")
+
+
+@dataclass(frozen=True, slots=True)
+class FileSize:
+    """One file of a bundle, its kind and its size."""
+
+    name: str
+    kind: str
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Savings:
+    """What a bundle's compressed forms take beside the full ones, in bytes.
+
+    `linear_*` are the blocks' linear weights, `model_*` the whole model as served (embedding, norms and output
+    matrix stay full), both in the checkpoint's own dtype; None where the bundle has no INT4 weights. `kv_*` are one
+    token's keys and values in all blocks; None for a format that the bundle does not offer.
+    """
+
+    linear_full: int | None
+    linear_int4: int | None
+    model_full: int | None
+    model_int4: int | None
+    kv_full: int
+    kv_int4: int | None
+
+
+def file_sizes(bundle: Bundle) -> tuple[FileSize, ...]:
+    """Every file that the bundle is made of, largest first."""
+    sizes = {name: record.bytes for name, record in bundle.manifest.files.items()}
+    sizes[MANIFEST] = (bundle.path / MANIFEST).stat().st_size
+    files = [FileSize(name, _KINDS.get(name, _OTHER_KIND), size) for name, size in sizes.items()]
+    return tuple(sorted(files, key=lambda file: (-file.bytes, file.name)))
+
+
+def kind_sizes(bundle: Bundle) -> dict[str, int]:
+    """Bytes of each kind of file, largest first."""
+    sizes: dict[str, int] = {}
+    for file in file_sizes(bundle):
+        sizes[file.kind] = sizes.get(file.kind, 0) + file.bytes
+    return dict(sorted(sizes.items(), key=lambda item: -item[1]))
+
+
+def savings(bundle: Bundle) -> Savings:
+    """What INT4 saves of this bundle's model; raises BundleError or ConfigError where its parts do not fit."""
+    spec = load_architecture(bundle.path)
+    weights = bundle.tensors(FULL_WEIGHTS if "full" in bundle.manifest.weights else INT4_WEIGHTS)
+    dtype = max(
+        (t for t in weights.values() if t.is_floating_point()), key=lambda tensor: tensor.nbytes
+    ).dtype
+    kv = {name: _kv_bytes(spec, name, dtype) for name in bundle.manifest.kv_cache}
+    kv_full = _kv_bytes(spec, "full", dtype)
+    if "int4" not in bundle.manifest.weights:
+        return Savings(None, None, None, None, kv_full, kv.get("int4"))
+    int4 = bundle.tensors(INT4_WEIGHTS)
+    packed = {name: t for name, t in int4.items() if name.endswith((".codes", ".scales", ".offsets"))}
+    codes = sum(tensor.nbytes for name, tensor in packed.items() if name.endswith(".codes"))
+    linear_full = 2 * codes * dtype.itemsize  # two weights to a byte of codes
+    linear_int4 = _bytes(packed)
+    outside = _bytes(weights) - (linear_full if "full" in bundle.manifest.weights else linear_int4)
+    return Savings(
+        linear_full,
+        linear_int4,
+        linear_full + outside,
+        linear_int4 + outside,
+        kv_full,
+        kv.get("int4"),
+    )
+
+
+def _bytes(tensors: Mapping[str, Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _kv_bytes(spec: Architecture, format: KVFormat, dtype: torch.dtype) -> int:
+    return kv_layout(spec, format, dtype, page_bytes_for(spec, dtype)).bytes_per_token
+
+
+def describe(bundle: Bundle) -> dict[str, object]:
+    """The bundle as JSON-ready data: its manifest, sizes by file and kind, and what it saves."""
+    return {
+        "path": str(bundle.path),
+        "manifest": bundle.manifest.model_dump(mode="json"),
+        "files": [asdict(file) for file in file_sizes(bundle)],
+        "bytes_by_kind": kind_sizes(bundle),
+        "bytes": sum(file.bytes for file in file_sizes(bundle)),
+        "savings": asdict(savings(bundle)),
+    }
+
+
+def render(bundle: Bundle) -> RenderableType:
+    """The bundle for a terminal."""
+    manifest = bundle.manifest
+    parts: list[RenderableType] = [
+        _overview(bundle),
+        _files_table(bundle),
+        _savings_table(savings(bundle)),
+    ]
+    if manifest.exits:
+        parts.append(_exits_table(manifest))
+    parts += [_risk_table(entry) for entry in manifest.risk_table]
+    if manifest.evaluation:
+        parts.append(_evaluation_table(manifest.evaluation))
+    return Group(*(part for each in parts for part in (each, Text())))
+
+
+def _overview(bundle: Bundle) -> Table:
+    manifest = bundle.manifest
+    base = manifest.base_model
+    lines = {
+        "bundle": str(bundle.path),
+        "model": f"{base.name} ({base.architecture}, {base.blocks} blocks, {base.parameters:,} parameters)",
+        "model SHA-256": base.sha256,
+        "holds": _held(manifest),
+        "made": f"{manifest.created.astimezone(UTC):%Y-%m-%d %H:%M} UTC by Exeunt {manifest.exeunt_version}",
+        "versions": ", ".join(f"{name} {version}" for name, version in manifest.versions.items()),
+    }
+    if manifest.calibration is not None:
+        data = manifest.calibration
+        splits = ", ".join(f"{name} {tokens:,}" for name, tokens in data.splits.items())
+        origin = f"; {data.origin}" if data.origin else ""
+        lines["data"] = f"{data.data}, {data.tokens:,} tokens ({splits}), seed {data.seed}{origin}"
+        lines["data SHA-256"] = data.sha256
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in lines.items():
+        if value:
+            table.add_row(name, Text(value))
+    return table
+
+
+def _held(manifest: Manifest) -> str:
+    int4 = f" (groups of {manifest.int4_group_size})" if manifest.int4_group_size else ""
+    parts = [
+        f"{' and '.join(manifest.weights)} weights{int4}",
+        f"{' and '.join(manifest.kv_cache)} KV",
+    ]
+    if (block := manifest.linear_block) is not None:
+        parts.append(
+            f"block {block.index} as a linear map of rank {block.rank} (R² {block.r2:.3f}, {block.parameters:,} "
+            f"for {block.replaced_parameters:,} parameters)"
+        )
+    parts.append(f"{len(manifest.exits) or 'no'} exit{'' if len(manifest.exits) == 1 else 's'}")
+    return "; ".join(parts)
+
+
+def _files_table(bundle: Bundle) -> Table:
+    table = _table("Files", "file", "kind", right=("size",))
+    files = file_sizes(bundle)
+    for file in files:
+        table.add_row(file.name, file.kind, _size(file.bytes))
+    table.add_section()
+    for kind, size in kind_sizes(bundle).items():
+        table.add_row("", kind, _size(size))
+    table.add_section()
+    table.add_row("", "all", _size(sum(file.bytes for file in files)))
+    return table
+
+
+def _savings_table(saved: Savings) -> Table:
+    table = _table("What INT4 saves", "part", right=("full", "INT4", "ratio"))
+    rows = [
+        ("linear weights of the blocks", saved.linear_full, saved.linear_int4),
+        ("whole model", saved.model_full, saved.model_int4),
+        ("KV cache, per token", saved.kv_full, saved.kv_int4),
+    ]
+    for name, full, int4 in rows:
+        if full is not None:
+            table.add_row(
+                name,
+                _size(full),
+                "-" if int4 is None else _size(int4),
+                f"{full / int4:.2f}×" if int4 else "-",
+            )
+    return table
+
+
+def _exits_table(manifest: Manifest) -> Table:
+    table = _table("Exits", "exit", right=("depth", "agreement", "untrained", "gate AUC", "tokens"))
+    for record in manifest.exits:
+        table.add_row(
+            record.name,
+            f"{record.block + 1} of {manifest.base_model.blocks}",
+            _percent(record.agreement),
+            _percent(record.untrained_agreement),
+            _number(record.auc, 3),
+            f"{record.tokens:,}",
+        )
+    return table
+
+
+def _risk_table(entry: RiskEntry) -> Table:
+    variant = (
+        f"{entry.weights} weights, {entry.kv_cache} KV, linear block {'on' if entry.linear_block else 'off'}"
+    )
+    title = f"Certified at {entry.confidence:.0%}: {variant}, {entry.skipped_kv}"
+    table = _table(
+        title, right=("target", "threshold", "leave", "disagree", "at most", "tokens"), last="certified"
+    )
+    for line in entry.targets:
+        table.add_row(
+            _percent(line.target),
+            _number(line.threshold, 4),
+            _percent(line.exit_rate),
+            _percent(line.disagreement),
+            _percent(line.upper_bound),
+            f"{line.tokens:,}",
+            "yes" if line.certified else f"no: {line.reason or 'no threshold is safe'}",
+        )
+    return table
+
+
+def _evaluation_table(rows: Iterable[EvaluationRow]) -> Table:
+    table = _table(
+        "Evaluation on held-out text, teacher-forced",
+        "mode",
+        right=("perplexity", "KL", "agree", "depth", "leave", "tokens", "tokens/s"),
+    )
+    for row in rows:
+        table.add_row(
+            row.name,
+            f"{row.perplexity:.3f}",
+            _number(row.kl, 4),
+            _percent(row.agreement),
+            f"{row.mean_depth:.2f}",
+            _percent(row.exit_rate),
+            f"{row.tokens:,}",
+            _number(row.tokens_per_second, 0),
+        )
+    return table
+
+
+def _table(title: str, *left: str, right: tuple[str, ...], last: str | None = None) -> Table:
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    for name in left:
+        table.add_column(name, overflow="fold", min_width=12)
+    for name in right:
+        table.add_column(name, justify="right", no_wrap=True)
+    if last is not None:
+        table.add_column(last, overflow="fold")
+    return table
+
+
+def _size(size: int) -> str:
+    """Bytes as people read them, in powers of 1000."""
+    value, unit = float(size), 0
+    while value >= 1000 and unit < len(_UNITS) - 1:
+        value, unit = value / 1000, unit + 1
+    return f"{size} bytes" if unit == 0 else f"{value:.1f} {_UNITS[unit]}"
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.3g} %"
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"

@@ -1,0 +1,204 @@
+"""What `exeunt inspect` prints and its JSON form, on a small bundle."""
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from exeunt.compression.bundle import Bundle, BundleContents, open_bundle, write_bundle
+from exeunt.compression.bundle_weights import checkpoint_tensors, int4_tensors, tensors_beside_int4
+from exeunt.compression.checkpoint import open_checkpoint
+from exeunt.compression.checkpoint_names import linear_names
+from exeunt.compression.manifest import (
+    BaseModelRecord,
+    CalibrationRecord,
+    EvaluationRow,
+    ExitRecord,
+    LinearBlockRecord,
+    Manifest,
+    RiskEntry,
+    RiskTarget,
+)
+from exeunt.compression.variant import WeightFormat
+from exeunt.deploy.inspect import describe, file_sizes, kind_sizes, render, savings
+from exeunt.kernels.int4_linear import quantize
+
+HIDDEN, INNER, BLOCKS, VOCAB, GROUP = 32, 64, 3, 50, 16
+LINEAR_WEIGHTS = BLOCKS * (4 * HIDDEN * HIDDEN + 3 * HIDDEN * INNER)
+OUTSIDE = VOCAB * HIDDEN + (2 * BLOCKS + 1) * HIDDEN
+
+
+def _manifest(weights: tuple[WeightFormat, ...]) -> Manifest:
+    targets = (
+        RiskTarget(target=0.01, certified=False, tokens=12, reason="only 12 tokens left early"),
+        RiskTarget(
+            target=0.05,
+            certified=True,
+            threshold=0.9312,
+            exit_rate=0.231,
+            disagreement=0.031,
+            upper_bound=0.047,
+            tokens=4321,
+        ),
+    )
+    return Manifest(
+        created=datetime(2026, 1, 2, 3, 4, tzinfo=UTC),
+        exeunt_version="0.1.0",
+        base_model=BaseModelRecord(
+            name="tiny", architecture="llama", sha256="ab" * 32, parameters=12345, blocks=BLOCKS
+        ),
+        weights=weights,
+        kv_cache=("int4", "full"),
+        int4_group_size=GROUP,
+        exits=(ExitRecord(block=1, name="block_1", agreement=0.625, auc=0.8, tokens=1000),),
+        risk_table=(
+            RiskEntry(
+                weights="int4", kv_cache="int4", linear_block=False, skipped_kv="propagate", targets=targets
+            ),
+        ),
+        evaluation=(
+            EvaluationRow(
+                name="approximate, 5 %",
+                weights="int4",
+                kv_cache="int4",
+                linear_block=False,
+                early_exit="approximate",
+                perplexity=12.5,
+                kl=0.0123,
+                mean_depth=2.75,
+                exit_rate=0.25,
+                tokens=9000,
+            ),
+        ),
+        calibration=CalibrationRecord(
+            data="novels.txt",
+            sha256="cd" * 32,
+            tokens=3000,
+            splits={"fit": 2000, "certify": 1000},
+            seed=7,
+            origin="written by the model itself",
+        ),
+        versions={"torch": "2.13.0"},
+    )
+
+
+def _bundle(folder: Path, weights: tuple[WeightFormat, ...]) -> Bundle:
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        intermediate_size=INNER,
+        num_hidden_layers=BLOCKS,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / "checkpoint")
+    checkpoint = open_checkpoint(folder / "checkpoint")
+    spec, source = checkpoint.spec, checkpoint.weights()
+    int4 = int4_tensors(
+        {
+            (index, name): quantize(source.block(index)[f"{name}.weight"], GROUP)
+            for index in range(BLOCKS)
+            for name in linear_names(spec)
+        }
+    )
+    manifest = _manifest(weights).model_copy(update={"exits": ()})
+    contents = BundleContents(
+        checkpoint=checkpoint.directory,
+        manifest=manifest,
+        full=checkpoint_tensors(checkpoint.files) if "full" in weights else None,
+        int4=int4 if "full" in weights else int4 | dict(tensors_beside_int4(spec, source)),
+        linear_block=None,
+        exits=(),
+        report_html="<p>",
+        report_json="{}",
+    )
+    bundle = write_bundle(folder / "bundle", contents)
+    # the exits' records are shown, their tensors are not looked at
+    return Bundle(bundle.path, bundle.manifest.model_copy(update={"exits": _manifest(weights).exits}))
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return _bundle(tmp_path_factory.mktemp("inspect"), ("int4", "full"))
+
+
+def _printed(bundle: Bundle, width: int = 150) -> str:
+    console = Console(width=width, record=True, file=None, force_terminal=False, quiet=False)
+    with console.capture() as capture:
+        console.print(render(bundle))
+    return capture.get()
+
+
+def test_sizes_are_those_on_the_disk(bundle: Bundle) -> None:
+    on_disk = {path.name: path.stat().st_size for path in bundle.path.iterdir()}
+    assert {file.name: file.bytes for file in file_sizes(bundle)} == on_disk
+    assert sum(kind_sizes(bundle).values()) == sum(on_disk.values())
+    assert kind_sizes(bundle)["report"] == 5
+    assert list(kind_sizes(bundle).values()) == sorted(kind_sizes(bundle).values(), reverse=True)
+
+
+def test_savings_are_those_of_the_tensors(bundle: Bundle) -> None:
+    saved = savings(bundle)
+    groups = LINEAR_WEIGHTS // GROUP
+    assert saved.linear_full == 2 * LINEAR_WEIGHTS
+    assert saved.linear_int4 == LINEAR_WEIGHTS // 2 + 2 * 2 * groups
+    assert saved.model_full == saved.linear_full + 2 * OUTSIDE
+    assert saved.model_int4 == saved.linear_int4 + 2 * OUTSIDE
+    assert saved.kv_full == 2 * 2 * BLOCKS * HIDDEN
+    assert saved.kv_int4 == 2 * BLOCKS * (HIDDEN // 2 + 4 * 4)
+
+
+def test_savings_do_not_depend_on_whether_full_weights_are_beside(bundle: Bundle, tmp_path: Path) -> None:
+    assert savings(_bundle(tmp_path, ("int4",))) == savings(bundle)
+
+
+def test_everything_is_shown(bundle: Bundle) -> None:
+    text = _printed(bundle)
+    for expected in (
+        "tiny (llama, 3 blocks, 12,345 parameters)",
+        "int4 and full weights (groups of 16); int4 and full KV; 1 exit",
+        "2026-01-02 03:04 UTC by Exeunt 0.1.0",
+        "novels.txt, 3,000 tokens (fit 2,000, certify 1,000), seed 7; written by the model itself",
+        "torch 2.13.0",
+        "weights.int4.safetensors",
+        "linear weights of the blocks",
+        "2.67×",
+        "2 of 3",
+        "62.5 %",
+        "0.9312",
+        "Certified at 95%: int4 weights, int4 KV, linear block off, propagate",
+        "no: only 12 tokens left early",
+        "approximate, 5 %",
+        "12.500",
+    ):
+        assert expected in text
+
+
+def test_the_linear_block_is_named_with_what_it_saves(bundle: Bundle) -> None:
+    record = LinearBlockRecord(index=1, rank=8, r2=0.912, parameters=544, replaced_parameters=10304)
+    with_block = Bundle(bundle.path, bundle.manifest.model_copy(update={"linear_block": record}))
+    assert "block 1 as a linear map of rank 8 (R² 0.912, 544 for 10,304 parameters)" in _printed(
+        with_block, 300
+    )
+
+
+def test_a_narrow_terminal_is_enough(bundle: Bundle) -> None:
+    text = _printed(bundle, width=80)
+    assert max(len(line) for line in text.splitlines()) <= 80
+    lines = text.splitlines()
+    assert len(lines) < 80  # no column is folded to a letter a line
+    for expected in ("0.9312", "no: only 12", "approximate"):
+        assert expected in text
+
+
+def test_the_json_form_holds_the_same(bundle: Bundle) -> None:
+    described = json.loads(json.dumps(describe(bundle)))
+    assert described["manifest"]["risk_table"][0]["targets"][1]["threshold"] == 0.9312
+    assert described["bytes"] == sum(path.stat().st_size for path in bundle.path.iterdir())
+    assert described["savings"]["kv_int4"] == savings(bundle).kv_int4
+    assert open_bundle(bundle.path).manifest.base_model.name == described["manifest"]["base_model"]["name"]
