@@ -1,12 +1,14 @@
 """The server's settings: flags of `exeunt serve`, each also an environment variable `EXEUNT_<NAME>`."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ByteSize, Field, SecretStr
+from pydantic import BeforeValidator, ByteSize, Field, SecretStr, ValidationError
 from pydantic_core import from_json
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from exeunt.server.api.schemas import CompressionOptions
+from exeunt.server.api.validation import requirement, shown
 
 ENV_PREFIX = "EXEUNT_"
 
@@ -75,3 +77,18 @@ class Settings(BaseSettings):
         default="info", description="What to log."
     )
     log_json: bool = Field(default=False, description="Log JSON lines.")
+
+
+def load_settings(given: Mapping[str, object]) -> Settings:
+    """The settings of what was given, the environment, and the defaults, in this order; raises ValidationError."""
+    return Settings(**given)  # type: ignore[arg-type] # values are checked by pydantic
+
+
+def invalid_setting(error: ValidationError) -> str:
+    """One sentence for the first thing wrong with the settings: the flag, its value, what it must be."""
+    first = error.errors()[0]
+    name, *inside = (str(part) for part in first["loc"])
+    flag = f"--{name.replace('_', '-')}"
+    within = f" ({'.'.join(inside)})" if inside else ""
+    value = "" if name == "api_key" else f" is {shown(first['input'])}"
+    return f"{flag}{within}{value}; {requirement(first)}."

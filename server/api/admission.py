@@ -112,6 +112,12 @@ async def _tokens(
     tokens = await service.encode(text)
     if not tokens:
         raise bad_request(f"{text_name} holds no token of this model; give a longer text.", param=text_name)
+    vocab_size = service.model.spec.vocab_size
+    if max(tokens) >= vocab_size:  # a tokenizer may know more tokens than the model it came with
+        raise bad_request(
+            f"{text_name} holds the token {max(tokens)}, which the vocabulary of {vocab_size} lacks; reword it.",
+            param=text_name,
+        )
     return tokens
 
 

@@ -46,7 +46,7 @@ class Service:
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         with self._encoding:
-            ids = self.model.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+            ids = self.model.tokenizer.encode(text, add_special_tokens=add_special_tokens, verbose=False)
         return [int(token_id) for token_id in ids]
 
 

@@ -35,6 +35,7 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
         ({"prompt": "x", "prompt_token_ids": [1]}, "prompt", ["Both", "one of them"]),
         ({"prompt": ""}, "prompt", ['""', "not be empty"]),
         ({"prompt_token_ids": []}, "prompt_token_ids", ["[]", "not be empty"]),
+        ({"prompt": "beyond"}, "prompt", ["token 300", "vocabulary of 300"]),
         ({"prompt": 5}, "prompt", ["5", "string"]),
         ({"prompt_token_ids": [1, 300]}, "prompt_token_ids[1]", ["300", "0 to 299"]),
         ({"prompt_token_ids": [1, -1]}, "prompt_token_ids[1]", ["-1", "0"]),

@@ -1,0 +1,289 @@
+"""The command line: `exeunt calibrate`, `serve`, `eval`, `bench` and `inspect`.
+
+Errors are one line that says what was wrong and what to do, with exit status 2 for wrong usage and 1 for everything
+else; `--log-level debug` (or EXEUNT_LOG_LEVEL=debug) adds the traceback. What a command needs is imported by that
+command alone, so that `--help` answers at once.
+"""
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import typer
+
+app = typer.Typer(
+    name="exeunt",
+    help="An inference server that spends on each token only the computation that token needs.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+USAGE_ERROR: Final = 2
+_BUNDLE = typer.Argument(help="A bundle's directory, as `exeunt calibrate --out` wrote it.")
+
+
+class UsageError(ValueError):
+    """Arguments that cannot be meant; the process ends with status 2."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and end the process with its exit status."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    sys.exit(run(words))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command; its exit status. Whatever goes wrong is told in one line on standard error."""
+    try:
+        status = app(arguments, prog_name="exeunt", standalone_mode=False)
+    except KeyboardInterrupt:
+        return _complain("interrupted", 130)
+    except Exception as error:  # noqa: BLE001 - the outermost boundary: a line instead of a traceback
+        if _debugging(arguments):
+            traceback.print_exc()
+        return _complain(*_told(error))
+    return status if isinstance(status, int) else 0
+
+
+def _told(error: Exception) -> tuple[str, int]:
+    """What to say of an error, and the exit status."""
+    usage_errors: tuple[type[Exception], ...] = (UsageError,)
+    settings_error = sys.modules.get("exeunt.deploy.loading")
+    if settings_error is not None:
+        usage_errors += (settings_error.SettingsError,)
+    parser_error: Any = typer.BadParameter.__mro__[1]  # the usage error of whichever click typer builds on
+    if isinstance(error, parser_error):
+        words = f"{error.format_message().rstrip('.')}; `exeunt --help` lists what there is"
+        return words, USAGE_ERROR
+    if type(error).__name__ == "Abort":
+        return "interrupted", 130
+    if isinstance(error, usage_errors):
+        return str(error), USAGE_ERROR
+    if isinstance(error, OSError | ValueError | RuntimeError) or type(error).__module__.startswith("exeunt."):
+        return str(error) or type(error).__name__, 1
+    return (
+        f"{type(error).__name__}: {error} (a bug: run again with EXEUNT_LOG_LEVEL=debug for the traceback)",
+        1,
+    )
+
+
+def _complain(message: str, status: int) -> int:
+    line = " ".join(message.split())
+    print(f"exeunt: {line}", file=sys.stderr)
+    return status
+
+
+def _debugging(arguments: Sequence[str]) -> bool:
+    words = " ".join(arguments)
+    return (
+        "--log-level debug" in words
+        or "--log-level=debug" in words
+        or os.environ.get("EXEUNT_LOG_LEVEL") == "debug"
+    )
+
+
+@app.command()
+def serve(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[BUNDLE|MODEL]",
+            help="A bundle, a checkpoint's directory or a Hugging Face id; without it the packaged model, "
+            "calibrated on first use.",
+            show_default=False,
+        ),
+    ] = None,
+    host: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="The address to listen on. [127.0.0.1]")
+    ] = None,
+    port: Annotated[
+        str | None, typer.Option(metavar="N", help="The port; 0 takes a free one. [8000]")
+    ] = None,
+    api_key: Annotated[
+        str | None, typer.Option(metavar="KEY", help="Ask for `Authorization: Bearer KEY`.")
+    ] = None,
+    served_model_name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The name in responses and metrics.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(metavar="DEVICE", help="auto, cpu, cuda or cuda:N. [auto]")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(metavar="DTYPE", help="auto, float32, bfloat16 or float16. [auto]")
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(metavar="WHICH", help="Which weights to load: int4, full or both. [both]")
+    ] = None,
+    max_model_len: Annotated[
+        str | None, typer.Option(metavar="N", help="Tokens, prompt and answer together. [the model's]")
+    ] = None,
+    max_num_seqs: Annotated[
+        str | None, typer.Option(metavar="N", help="Sequences that run at once. [64]")
+    ] = None,
+    max_num_queued_reqs: Annotated[
+        str | None, typer.Option(metavar="N", help="Requests that may wait. [256]")
+    ] = None,
+    max_num_batched_tokens: Annotated[
+        str | None, typer.Option(metavar="N", help="Tokens of one step. [512]")
+    ] = None,
+    kv_cache_memory: Annotated[
+        str | None, typer.Option(metavar="BYTES", help="Bytes of the KV cache, e.g. 512MiB.")
+    ] = None,
+    default_compression: Annotated[
+        str | None, typer.Option(metavar="JSON", help="What a request's compression block leaves out.")
+    ] = None,
+    request_timeout: Annotated[
+        str | None, typer.Option(metavar="SECONDS", help="Seconds a request may take. [600]")
+    ] = None,
+    shutdown_timeout: Annotated[
+        str | None, typer.Option(metavar="SECONDS", help="Seconds to finish what runs. [30]")
+    ] = None,
+    max_body_bytes: Annotated[
+        str | None, typer.Option(metavar="BYTES", help="The largest request body. [4MiB]")
+    ] = None,
+    allowed_origins: Annotated[
+        str | None,
+        typer.Option(metavar="LIST", help="Browser origins that may ask (CORS), comma-separated; * is any."),
+    ] = None,
+    log_level: Annotated[
+        str | None, typer.Option(metavar="LEVEL", help="debug, info, warning or error. [info]")
+    ] = None,
+    log_json: Annotated[
+        bool | None, typer.Option("--log-json", help="Log JSON lines.", show_default=False)
+    ] = None,
+) -> int:
+    """Serve a bundle or a model over HTTP.
+
+    Every option is also an environment variable: --max-num-seqs is EXEUNT_MAX_NUM_SEQS.
+    """
+    given = {name: value for name, value in locals().items() if value is not None}
+    settings = _settings(given)
+    from exeunt.deploy.logs import configure_logging
+
+    configure_logging(settings.log_level, as_json=settings.log_json)
+    from exeunt.deploy.packaged import find_or_calibrate
+    from exeunt.deploy.serve import bind
+    from exeunt.deploy.serve import serve as serve_until_stopped
+
+    with bind(settings.host, settings.port) as sock:
+        return serve_until_stopped(settings, sock, find_or_calibrate(settings.model))
+
+
+def _settings(given: dict[str, Any]) -> Any:
+    """The settings of flags and environment; raises UsageError that names the flag."""
+    from pydantic import ValidationError
+
+    from exeunt.server.settings import invalid_setting, load_settings
+
+    try:
+        return load_settings(given)
+    except ValidationError as error:
+        raise UsageError(invalid_setting(error)) from error
+
+
+@app.command()
+def calibrate(
+    model: Annotated[str, typer.Argument(help="A checkpoint's directory or a Hugging Face id.")],
+    out: Annotated[Path, typer.Option(help="Where the bundle goes.", show_default=False)],
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Text to calibrate on: a file (txt or JSONL), a folder, or hf:NAME. [the packaged text]"
+        ),
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Use so many tokens of it.")] = 120_000,
+    exits: Annotated[str, typer.Option(help="`auto`, or the blocks that exits follow, e.g. 3,8.")] = "auto",
+    linear_block: Annotated[str, typer.Option(help="`auto`, `none`, or the block to replace.")] = "auto",
+    weights: Annotated[
+        str, typer.Option(help="int4 adds INT4 weights to the bundle, full does not.")
+    ] = "int4",
+    kv: Annotated[str, typer.Option(help="int4 adds the INT4 KV cache, full does not.")] = "int4",
+    risk: Annotated[
+        str, typer.Option(help="Disagreement targets of approximate exits.")
+    ] = "0.01,0.02,0.05,0.1",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    seed: Annotated[int, typer.Option(min=0, help="Same seed, same bundle.")] = 0,
+) -> None:
+    """Make a bundle from a model: INT4 weights, a linear block, exits with certified thresholds."""
+    from exeunt.calibration.options import CalibrationOptions
+    from exeunt.calibration.pipeline import calibrate as make_bundle
+    from exeunt.calibration.progress import TerminalProgress
+
+    options = CalibrationOptions(
+        model=model,
+        out=out,
+        data=_calibration_data(data),
+        tokens=tokens,
+        exits="auto" if exits == "auto" else _numbers("--exits", exits, int),
+        linear_block=_linear_block(linear_block),
+        weights=_one_of("--weights", weights, "int4", "full"),
+        kv_cache=_one_of("--kv", kv, "int4", "full"),
+        risk=_numbers("--risk", risk, float),
+        device=device,
+        seed=seed,
+    )
+    path = make_bundle(options, TerminalProgress())
+    print(f"{path} is ready: exeunt inspect {path}; exeunt serve {path}")
+
+
+def _calibration_data(data: str | None) -> str:
+    if data is not None:
+        return data
+    from exeunt.deploy import packaged_model
+    from exeunt.deploy.packaged import CALIBRATION_TEXT
+
+    return str(packaged_model.path() / CALIBRATION_TEXT)
+
+
+def _linear_block(text: str) -> Any:
+    if text in ("auto", "none"):
+        return text
+    if not text.isdigit():
+        raise UsageError(f"--linear-block is {text!r}; it must be auto, none, or the number of a block.")
+    return int(text)
+
+
+def _one_of(flag: str, value: str, *allowed: str) -> Any:
+    if value not in allowed:
+        raise UsageError(f"{flag} is {value!r}; it must be {' or '.join(allowed)}.")
+    return value
+
+
+def _numbers(flag: str, text: str, kind: type[int] | type[float]) -> tuple[Any, ...]:
+    try:
+        return tuple(kind(part) for part in text.split(","))
+    except ValueError:
+        what = "whole numbers" if kind is int else "numbers"
+        raise UsageError(f"{flag} is {text!r}; it must be {what} with commas between them.") from None
+
+
+@app.command()
+def inspect(
+    bundle: Annotated[Path, _BUNDLE],
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Also write it as JSON to this file.")
+    ] = None,
+) -> None:
+    """Show what is inside a bundle, its sizes, how it was made, and its risk table."""
+    from rich.console import Console
+
+    from exeunt.compression.bundle import open_bundle
+    from exeunt.deploy.inspect import describe, render
+
+    opened = open_bundle(bundle)
+    Console().print(render(opened))
+    _write_json(json_file, describe(opened))
+
+
+def _write_json(path: Path | None, content: object) -> None:
+    if path is not None:
+        path.write_text(
+            json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8"
+        )

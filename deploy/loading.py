@@ -1,0 +1,119 @@
+"""Finds the model that the settings name, loads it, and sizes the engine for it."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from exeunt.compression.bundle import is_bundle
+from exeunt.compression.kv_format import page_bytes_for
+from exeunt.compression.model import LoadedModel, load_bundle, load_plain_model
+from exeunt.server.engine_config import EngineConfig
+from exeunt.server.settings import Settings
+
+_MOST_DEFAULT_CACHE: Final = 2**30  # bytes, on a CPU: more must be asked for
+_SHARE_OF_MEMORY: Final = 0.25  # of a CPU machine's free memory that the cache takes unasked
+_SHARE_OF_GPU: Final = 0.8  # of a GPU's free memory, once the weights are there
+_FEWEST_TOKENS: Final = 2  # a sequence of one prompt token and one answer token
+
+
+class SettingsError(ValueError):
+    """Settings that contradict each other, the machine or the model; one sentence says which and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a model comes from. `path` is a bundle's directory, a checkpoint's directory, or a hub id."""
+
+    path: str
+    is_bundle: bool
+
+
+def find_source(model: str) -> Source:
+    """What the words on the command line name. Raises SettingsError for a path that is not there."""
+    path = Path(model).expanduser()
+    if path.exists():
+        return Source(str(path), is_bundle(path) or not (path / "config.json").is_file())
+    if path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
+        raise SettingsError(
+            f"{model} does not exist; give a bundle, a checkpoint's directory or a Hugging Face id."
+        )
+    return Source(model, is_bundle=False)
+
+
+def resolve_device(device: str) -> torch.device:
+    """The device that the settings mean; raises SettingsError where this machine has it not."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = torch.device(device)
+    if chosen.type == "cuda" and (
+        not torch.cuda.is_available() or (chosen.index or 0) >= torch.cuda.device_count()
+    ):
+        found = f"{torch.cuda.device_count()} CUDA devices" if torch.cuda.is_available() else "no CUDA device"
+        raise SettingsError(f"--device is {device}; this machine has {found}, use --device cpu or auto.")
+    return chosen
+
+
+def resolve_dtype(dtype: str) -> torch.dtype | None:
+    """The dtype that the settings mean; None leaves it to the device and the checkpoint."""
+    chosen = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    return chosen.get(dtype)
+
+
+def load_model(source: Source, settings: Settings) -> LoadedModel:
+    """The model, ready to run. Raises what `load_bundle` and `load_plain_model` raise, and SettingsError."""
+    device, dtype = resolve_device(settings.device), resolve_dtype(settings.dtype)
+    if source.is_bundle:
+        return load_bundle(source.path, device=device, dtype=dtype, weights=settings.weights)
+    if settings.weights == "int4":
+        raise SettingsError(
+            f"--weights is int4 and {source.path} is a plain model; make a bundle of it with `exeunt calibrate`."
+        )
+    return load_plain_model(source.path, device=device, dtype=dtype)
+
+
+def engine_config(model: LoadedModel, settings: Settings) -> EngineConfig:
+    """The engine's limits for a model: as asked, else what the model and the machine's memory allow.
+
+    Raises SettingsError where what is asked for cannot be.
+    """
+    longest = model.spec.max_position_embeddings
+    if settings.max_model_len is not None and settings.max_model_len > longest:
+        raise SettingsError(f"--max-model-len is {settings.max_model_len}; this model's limit is {longest}.")
+    wanted = settings.max_model_len or longest
+    page_bytes = page_bytes_for(model.spec, model.dtype)
+    page_tokens = model.kv_layout(model.default_variant, page_bytes).page_tokens
+    cache = _cache_bytes(model, settings, page_bytes * -(-wanted // page_tokens))
+    held = cache // page_bytes * page_tokens
+    if held < (settings.max_model_len or _FEWEST_TOKENS):
+        raise SettingsError(
+            f"--kv-cache-memory is {cache} bytes, which hold {held} tokens; a sequence of {wanted} needs "
+            f"{page_bytes * -(-wanted // page_tokens)} bytes, raise it or lower --max-model-len."
+        )
+    try:
+        return EngineConfig(
+            max_model_len=min(wanted, held),
+            max_num_seqs=settings.max_num_seqs,
+            max_num_queued_reqs=settings.max_num_queued_reqs,
+            max_num_batched_tokens=settings.max_num_batched_tokens,
+            kv_cache_bytes=cache,
+        )
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
+
+
+def _cache_bytes(model: LoadedModel, settings: Settings, sequence_bytes: int) -> int:
+    """Bytes of the KV cache: as asked, else for every sequence at full length, within a share of free memory."""
+    if settings.kv_cache_memory is not None:
+        return int(settings.kv_cache_memory)
+    wanted = sequence_bytes * settings.max_num_seqs
+    if model.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(model.device)
+        return min(wanted, int(free * _SHARE_OF_GPU))
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    share = min(int(free * _SHARE_OF_MEMORY), _MOST_DEFAULT_CACHE)
+    if settings.max_model_len is not None:
+        share = max(share, sequence_bytes)  # an explicit length is a wish for at least one such sequence
+    return min(wanted, share)
