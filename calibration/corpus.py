@@ -1,0 +1,300 @@
+"""Texts to calibrate on: where documents come from, and how they are dealt to splits and cut into rows of tokens.
+
+Three splits never share a document: *fit* (everything trained or fitted), *select* (every choice between
+alternatives) and *certify* (held out for certificates and evaluation). It does not know what a model is.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Final, Literal
+
+import httpx
+import numpy as np
+import torch
+from torch import Tensor
+
+from exeunt.calibration.errors import CorpusError
+
+SplitName = Literal["fit", "select", "certify"]
+SHARES: Final[dict[SplitName, float]] = {"fit": 0.45, "select": 0.15, "certify": 0.40}
+LEAST_TOKENS: Final = 6000
+"""Fewer tokens than this in all three splits together say nothing about anything."""
+LEAST_ROW: Final = 8  # tokens; shorter rows are all beginning
+HUB_PREFIX: Final = "hf:"
+_PASSAGE_CHARACTERS: Final = 2000
+_CHARACTERS_PER_TOKEN: Final = 12  # generous, so that a cut text still fills its quota
+_MOST_CHARACTERS: Final = 256 * 2**20  # of a file or data set; what follows is not read
+
+Encode = Callable[[str], list[int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Corpus:
+    """Documents and where they came from. `sha256` is that of the documents, each followed by a zero byte."""
+
+    name: str
+    documents: tuple[str, ...]
+
+    @property
+    def sha256(self) -> str:
+        digest = hashlib.sha256()
+        for document in self.documents:
+            digest.update(document.encode())
+            digest.update(b"\0")
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class TextEncoding:
+    """How a document becomes tokens: the tokenizer's `encode`, what every row begins with, how a document ends.
+
+    `prefix` is the beginning-of-sequence token where the tokenizer writes one; rows cut from inside a document
+    get it too, because a model that was trained with it needs it. `end` is None where there is no such token.
+    """
+
+    encode: Encode  # without special tokens
+    prefix: tuple[int, ...]
+    end: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Splits:
+    """Rows of tokens (each [tokens] int64) of the three splits."""
+
+    fit: tuple[Tensor, ...]
+    select: tuple[Tensor, ...]
+    certify: tuple[Tensor, ...]
+
+    def tokens(self) -> dict[str, int]:
+        """Tokens in each split."""
+        return {name: sum(len(row) for row in getattr(self, name)) for name in SHARES}
+
+
+def read_corpus(source: str, separator: str | None) -> Corpus:
+    """The documents of `source`: a text file, a JSONL file, a folder of `.txt`, or `hf:NAME[:SPLIT]`.
+
+    `separator` is the tokenizer's end-of-text, which stands between the documents of one text file.
+
+    Raises CorpusError where there is nothing there, or nothing that can be read as text.
+    """
+    if source.startswith(HUB_PREFIX):
+        documents: Iterable[str] = _hub_documents(source.removeprefix(HUB_PREFIX))
+    else:
+        path = Path(source).expanduser()
+        if path.is_dir():
+            documents = _folder_documents(path, separator)
+        elif path.is_file():
+            documents = _file_documents(path, separator)
+        else:
+            raise CorpusError(
+                f"{source} is neither a file nor a folder; give a text file, a JSONL file, a folder of .txt "
+                f"files, or {HUB_PREFIX}NAME for a data set of the Hugging Face hub."
+            )
+    kept = tuple(text for text in (document.strip() for document in documents) if text)
+    if not kept:
+        raise CorpusError(f"{source} holds no text; give a file with some pages of it.")
+    return Corpus(source, kept)
+
+
+def _file_documents(path: Path, separator: str | None) -> list[str]:
+    text = _decoded(path)
+    if path.suffix in (".jsonl", ".ndjson"):
+        return [
+            _json_text(path, number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()
+        ]
+    return text.split(separator) if separator else [text]
+
+
+def _decoded(path: Path) -> str:
+    with path.open("rb") as file:
+        data = file.read(_MOST_CHARACTERS)
+    if (at := data.find(b"\0")) >= 0:
+        raise CorpusError(f"{path} is not a text file: byte {at} is zero; give UTF-8 text.")
+    whole = len(data) < _MOST_CHARACTERS
+    try:
+        return data.decode("utf-8-sig", errors="strict" if whole else "ignore")
+    except UnicodeDecodeError as error:
+        raise CorpusError(f"{path} is not UTF-8 text: byte {error.start} cannot be decoded.") from error
+
+
+def _json_text(path: Path, number: int, line: str) -> str:
+    try:
+        entry = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise CorpusError(f"{path}, line {number}, is not JSON: {error.msg}.") from error
+    if not isinstance(entry, dict) or not isinstance(entry.get("text"), str):
+        raise CorpusError(f'{path}, line {number}, is not an object with a string field "text".')
+    return str(entry["text"])
+
+
+def _folder_documents(folder: Path, separator: str | None) -> Iterator[str]:
+    paths = sorted(folder.glob("*.txt"))
+    if not paths:
+        raise CorpusError(
+            f"{folder} holds no .txt file; give a folder of .txt files, one or more documents each."
+        )
+    read = 0
+    for path in paths:
+        for document in _file_documents(path, separator):
+            yield document
+            read += len(document)
+        if read >= _MOST_CHARACTERS:
+            return
+
+
+def _hub_documents(name: str) -> list[str]:
+    data_set, _, split = name.partition(":")
+    try:
+        from datasets import load_dataset  # an optional dependency, and slow to import
+    except ImportError as error:
+        raise CorpusError(
+            f"{HUB_PREFIX}{name} needs the package 'datasets': install exeunt[hub], or give a local file."
+        ) from error
+    try:
+        entries = load_dataset(data_set, split=split or "train", streaming=True)
+        return list(_hub_texts(entries))
+    except KeyError as error:
+        raise CorpusError(
+            f'the data set {data_set} has no field "text"; give a local JSONL file instead.'
+        ) from error
+    except (OSError, ValueError, RuntimeError, httpx.HTTPError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CorpusError(
+            f"the data set {data_set} cannot be read from the Hugging Face hub ({reason}); check the name and "
+            "the network, or give a local file."
+        ) from error
+
+
+def _hub_texts(entries: Iterable[dict[str, object]]) -> Iterator[str]:
+    read = 0
+    for entry in entries:
+        text = str(entry["text"])
+        yield text
+        read += len(text)
+        if read >= _MOST_CHARACTERS // 8:  # of a stream over the network less is enough
+            return
+
+
+def split_corpus(
+    corpus: Corpus,
+    encoding: TextEncoding,
+    *,
+    tokens: int,
+    row_tokens: int,
+    seed: int,
+    least: int = LEAST_TOKENS,
+) -> Splits:
+    """Deal the corpus's documents to the three splits and cut them into rows of at most `row_tokens` tokens.
+
+    At most `tokens` tokens are kept, shared out by `SHARES`. Documents are dealt whole, in an order drawn from
+    `seed`; a corpus of one or two documents is cut at paragraphs, and its beginning, middle and end become the
+    three splits.
+
+    Raises CorpusError where the three splits together hold fewer than `least` tokens.
+    """
+    dealt = _deal(corpus.documents, seed)
+    rows = {
+        name: _rows(dealt[name], encoding, quota=round(tokens * share), row_tokens=row_tokens)
+        for name, share in SHARES.items()
+    }
+    splits = Splits(tuple(rows["fit"]), tuple(rows["select"]), tuple(rows["certify"]))
+    held = splits.tokens()
+    if sum(held.values()) < least or min(held.values()) < least * min(SHARES.values()) / 2:
+        shown = ", ".join(f"{count:,} to {name}" for name, count in held.items())
+        raise CorpusError(
+            f"{corpus.name} gives {sum(held.values()):,} tokens ({shown}), and calibration needs at least {least:,} "
+            "in documents that can be dealt to all three; give more text or allow more tokens."
+        )
+    return splits
+
+
+def rows_of(corpus: Corpus, encoding: TextEncoding, *, tokens: int, row_tokens: int) -> tuple[Tensor, ...]:
+    """Rows of at most `row_tokens` tokens from all of the corpus's documents, `tokens` in all at most.
+
+    Raises CorpusError where the text gives fewer than two tokens in a row.
+    """
+    rows = _rows(corpus.documents, encoding, quota=tokens, row_tokens=row_tokens)
+    if not rows:
+        raise CorpusError(f"{corpus.name} gives no row of {LEAST_ROW} tokens; give more text.")
+    return tuple(rows)
+
+
+def _deal(documents: Sequence[str], seed: int) -> dict[SplitName, list[str]]:
+    if len(documents) < len(SHARES):
+        return _deal_in_order([passage for text in documents for passage in _passages(text)])
+    order = np.random.default_rng(seed).permutation(len(documents))
+    total = sum(len(text) for text in documents)
+    missing = {name: share * total for name, share in SHARES.items()}  # characters
+    dealt: dict[SplitName, list[str]] = {name: [] for name in SHARES}
+    for index in order:
+        name = max(missing, key=lambda split: missing[split])
+        dealt[name].append(documents[index])
+        missing[name] -= len(documents[index])
+    return dealt
+
+
+def _deal_in_order(passages: list[str]) -> dict[SplitName, list[str]]:
+    """Beginning, middle and end of a text, so that neighbours are in one split, but for two borders."""
+    total = sum(len(text) for text in passages)
+    dealt: dict[SplitName, list[str]] = {name: [] for name in SHARES}
+    names, bounds = list(SHARES), np.cumsum(list(SHARES.values())) * total
+    seen = 0
+    for passage in passages:
+        dealt[names[min(int(np.searchsorted(bounds, seen, side="right")), len(names) - 1)]].append(passage)
+        seen += len(passage)
+    return dealt
+
+
+def _passages(text: str) -> Iterator[str]:
+    """Runs of whole lines of at least `_PASSAGE_CHARACTERS` characters; the last may be shorter."""
+    run: list[str] = []
+    length = 0
+    for line in text.splitlines(keepends=True):
+        run.append(line)
+        length += len(line)
+        if length >= _PASSAGE_CHARACTERS:
+            yield "".join(run)
+            run, length = [], 0
+    if run:
+        yield "".join(run)
+
+
+def _rows(documents: Sequence[str], encoding: TextEncoding, *, quota: int, row_tokens: int) -> list[Tensor]:
+    """Rows from every document about evenly, until there are `quota` tokens; long documents are not read whole."""
+    if not documents:
+        return []
+    each = max(row_tokens, -(-quota // len(documents)))  # tokens of one document in the first round
+    rows: list[Tensor] = []
+    held = 0
+    for limit in (each, quota):
+        begin = 0 if limit == each else each
+        for document in documents:
+            for row in _document_rows(
+                document, encoding, begin, min(limit, begin + quota - held), row_tokens
+            ):
+                rows.append(row)
+                held += len(row)
+            if held >= quota:
+                return rows
+        if each >= quota:
+            break
+    return rows
+
+
+def _document_rows(
+    document: str, encoding: TextEncoding, begin: int, stop: int, row_tokens: int
+) -> Iterator[Tensor]:
+    """Rows of a document's tokens `begin` to `stop` - 1."""
+    characters = stop * _CHARACTERS_PER_TOKEN
+    ids = encoding.encode(document[:characters])
+    if encoding.end is not None and len(document) <= characters:
+        ids.append(encoding.end)
+    room = row_tokens - len(encoding.prefix)
+    pieces = iter(ids[begin:stop])
+    while piece := list(islice(pieces, room)):
+        if len(piece) >= LEAST_ROW:
+            yield torch.tensor([*encoding.prefix, *piece], dtype=torch.int64)

@@ -1,0 +1,309 @@
+"""Every mode of a model on a held-out text, teacher-forced: perplexity, KL, agreement and depth with intervals.
+
+The reference is the full-precision full-depth model, or the least compressed variant that there is. Intervals are
+percentile bootstraps over blocks of text (Efron 1979; blocks because neighbouring tokens are dependent), all
+modes on the same resamples.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from exeunt.calibration.sequence_batch import SequenceBatch, batches
+from exeunt.calibration.teacher_forcing import LOGITS_AT_ONCE, ForcedModel
+from exeunt.calibration.thresholds import text_blocks
+from exeunt.compression.manifest import EvaluationRow
+from exeunt.compression.variant import Variant
+
+RESAMPLES: Final = 1000
+WORTHWHILE: Final = 0.10
+"""An exit rate below this everywhere asks for one looser, uncertified row, so that the trade can be seen."""
+
+Advance = Callable[[int], None]
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Mode:
+    """One row of the evaluation: a variant, and the threshold of its exits (None: off) with what is behind it."""
+
+    variant: Variant
+    threshold: float | None = None
+    target: float | None = None  # the certified target that the threshold was looked up for
+
+    @property
+    def name(self) -> str:
+        """A short name: weights/KV, then the linear block, then the exits."""
+        parts = [f"{self.variant.weights}/{self.variant.kv_cache}"]
+        if self.variant.linear_block:
+            parts.append("linear")
+        if self.target is not None:
+            parts.append(
+                f"exits {self.target:.0%} certified"
+                if self.target >= 0.01
+                else f"exits {self.target:.2%} certified"
+            )
+        elif self.threshold is not None:
+            parts.append(f"exits at {self.threshold:.2f}, uncertified")
+        return " ".join(parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """An estimate with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class ModeResult:
+    """One mode's figures. KL is in nats per token against the reference; depth in blocks per token.
+
+    `agreement` is of top tokens with the reference, `disagreement` of the tokens that left early with full depth of the
+    same variant (None when none left). `perplexity_increase` is over the reference.
+    """
+
+    mode: Mode
+    perplexity: Measure
+    perplexity_increase: Measure
+    kl: Measure
+    agreement: Measure
+    mean_depth: Measure
+    exit_rate: Measure
+    disagreement: Measure | None
+    by_exit: tuple[int, ...]
+    tokens: int
+
+    def record(self) -> EvaluationRow:
+        """The row as a manifest holds it."""
+        return EvaluationRow(
+            name=self.mode.name,
+            weights=self.mode.variant.weights,
+            kv_cache=self.mode.variant.kv_cache,
+            linear_block=self.mode.variant.linear_block,
+            early_exit="off" if self.mode.threshold is None else "approximate",
+            skipped_kv=None if self.mode.threshold is None else "propagate",
+            target=self.mode.target,
+            threshold=self.mode.threshold,
+            perplexity=self.perplexity.value,
+            kl=max(0.0, self.kl.value),
+            agreement=self.agreement.value,
+            mean_depth=self.mean_depth.value,
+            exit_rate=self.exit_rate.value,
+            tokens=self.tokens,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationTable:
+    """Every mode's figures on one text, the reference first. `blocks` is the depth of the full model."""
+
+    text: str
+    tokens: int
+    text_blocks: int
+    blocks: int
+    results: tuple[ModeResult, ...]
+
+    HEADERS = ("mode", "perplexity", "KL", "agreement", "mean depth", "exit rate", "disagreement of exits")
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """The table as text, one tuple per mode in the order of `HEADERS`, intervals in brackets."""
+        return [
+            (
+                result.mode.name,
+                _shown(result.perplexity, "{:.2f}"),
+                _shown(result.kl, "{:.4f}"),
+                _shown(result.agreement, "{:.1%}"),
+                f"{result.mean_depth.value:.2f} of {self.blocks}",
+                _shown(result.exit_rate, "{:.1%}"),
+                "" if result.disagreement is None else _shown(result.disagreement, "{:.1%}"),
+            )
+            for result in self.results
+        ]
+
+
+def _shown(measure: Measure, form: str) -> str:
+    return f"{form.format(measure.value)} [{form.format(measure.low)}, {form.format(measure.high)}]"
+
+
+@dataclass(slots=True)
+class _Sums:
+    """One mode's sums by block of text."""
+
+    blocks: int
+    exits: int
+    nll: Floats = field(init=False)
+    kl: Floats = field(init=False)
+    agreed: Floats = field(init=False)
+    depth: Floats = field(init=False)
+    left: Floats = field(init=False)
+    wrong: Floats = field(init=False)
+    by_exit: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.nll, self.kl, self.agreed, self.depth, self.left, self.wrong = (
+            np.zeros(self.blocks) for _ in range(6)
+        )
+        self.by_exit = [0] * self.exits
+
+
+@dataclass(frozen=True, slots=True)
+class _Reference:
+    """The reference's log-probabilities [T, V] of one batch, and its top tokens [T]."""
+
+    log_probs: Tensor
+    top: Tensor
+
+
+def evaluate_modes(
+    modes: Sequence[Mode],
+    models: Mapping[Variant, ForcedModel],
+    rows: Sequence[Tensor],
+    *,
+    text: str,
+    batch_tokens: int,
+    seed: int,
+    advance: Advance = lambda _tokens: None,
+) -> EvaluationTable:
+    """The figures of `modes` on `rows`; the first mode, with exits off, is the reference.
+
+    `advance` is told the tokens of each mode's pass.
+    """
+    reference, any_model = modes[0], models[modes[0].variant]
+    vocab = any_model.decoder.spec.vocab_size
+    where = text_blocks(rows)
+    blocks = int(where[-1]) + 1
+    sums = [_Sums(blocks, len(any_model.exits)) for _ in modes]
+    scored, tokens = np.zeros(blocks), np.bincount(where, minlength=blocks).astype(np.float64)
+    by_variant = {
+        mode.variant: [i for i, m in enumerate(modes) if m.variant == mode.variant] for mode in modes
+    }
+    start = 0
+    for batch in batches(
+        rows, min(batch_tokens, max(256, LOGITS_AT_ONCE // vocab)), any_model.decoder.device
+    ):
+        own = torch.from_numpy(where[start : start + batch.tokens])
+        _add(scored, own, (batch.targets >= 0).double().cpu())
+        held = _reference(models[reference.variant], batch)
+        for variant, numbers in by_variant.items():
+            _run_variant(models[variant], modes, numbers, batch, own, held, sums)
+            advance(batch.tokens * len(numbers))
+        start += batch.tokens
+    resamples = np.random.default_rng(seed).multinomial(blocks, np.full(blocks, 1.0 / blocks), RESAMPLES)
+    results = [
+        _result(mode, own, sums[0], scored, tokens, resamples) for mode, own in zip(modes, sums, strict=True)
+    ]
+    return EvaluationTable(text, int(tokens.sum()), blocks, any_model.blocks, tuple(results))
+
+
+def _add(sums: Floats, at: Tensor, values: Tensor) -> None:
+    sums += np.bincount(at.numpy(), weights=values.double().cpu().numpy(), minlength=len(sums))
+
+
+@torch.inference_mode()
+def _reference(model: ForcedModel, batch: SequenceBatch) -> _Reference:
+    _, final = model.full_depth(batch)
+    log_probs = model.decoder.head(final).log_softmax(-1)
+    return _Reference(log_probs, log_probs.argmax(-1))
+
+
+@torch.inference_mode()
+def _run_variant(
+    model: ForcedModel,
+    modes: Sequence[Mode],
+    numbers: Sequence[int],
+    batch: SequenceBatch,
+    where: Tensor,
+    reference: _Reference,
+    sums: Sequence[_Sums],
+) -> None:
+    """Add what every mode of one variant makes of a batch to its sums; they share one pass at full depth."""
+    entry, final = model.full_depth(batch)
+    own_top = torch.empty_like(batch.token_ids)
+
+    def note_top(_number: int, tokens: Tensor, logits: Tensor) -> None:
+        own_top[tokens] = logits.argmax(-1)
+
+    everything = torch.arange(batch.tokens, device=final.device)
+    model.final(final, everything, note_top)
+    for number in numbers:
+        counted = _counter(model, batch, where, reference, own_top, sums[number])
+        threshold = modes[number].threshold
+        if threshold is None:
+            model.final(final, everything, counted)
+        else:
+            model.with_exits(batch, threshold, entry, counted)
+
+
+def _counter(
+    model: ForcedModel,
+    batch: SequenceBatch,
+    where: Tensor,
+    reference: _Reference,
+    own_top: Tensor,
+    sums: _Sums,
+) -> Callable[[int, Tensor, Tensor], None]:
+    """A sink that adds the tokens it is given to `sums`."""
+
+    def count(number: int, tokens: Tensor, logits: Tensor) -> None:
+        at = where[tokens.cpu()]
+        log_probs = logits.log_softmax(-1)
+        top, targets = logits.argmax(-1), batch.targets[tokens]
+        nll = -log_probs.gather(1, targets.clamp(min=0)[:, None]).squeeze(1)
+        wanted = reference.log_probs[tokens]
+        _add(sums.nll, at, torch.where(targets >= 0, nll, torch.zeros_like(nll)))
+        _add(sums.kl, at, (wanted.exp() * (wanted - log_probs)).sum(-1))
+        _add(sums.agreed, at, (top == reference.top[tokens]).double())
+        _add(sums.depth, at, torch.full((len(at),), float(model.depth(number))))
+        if number < len(model.exits):
+            _add(sums.left, at, torch.ones(len(at)))
+            _add(sums.wrong, at, (top != own_top[tokens]).double())
+            sums.by_exit[number] += len(at)
+
+    return count
+
+
+def _result(
+    mode: Mode, sums: _Sums, reference: _Sums, scored: Floats, tokens: Floats, resamples: NDArray[np.int64]
+) -> ModeResult:
+    perplexity = _measure(sums.nll, scored, resamples, np.exp)
+    return ModeResult(
+        mode=mode,
+        perplexity=perplexity,
+        perplexity_increase=_increase(sums.nll, reference.nll, scored, resamples),
+        kl=_measure(sums.kl, tokens, resamples),
+        agreement=_measure(sums.agreed, tokens, resamples),
+        mean_depth=_measure(sums.depth, tokens, resamples),
+        exit_rate=_measure(sums.left, tokens, resamples),
+        disagreement=_measure(sums.wrong, sums.left, resamples) if sums.left.sum() > 0 else None,
+        by_exit=tuple(sums.by_exit),
+        tokens=int(tokens.sum()),
+    )
+
+
+def _measure(
+    above: Floats,
+    below: Floats,
+    resamples: NDArray[np.int64],
+    shape: Callable[[Floats], Floats] = lambda x: x,
+) -> Measure:
+    """`shape` of the ratio of two sums over blocks, with its interval."""
+    ratios = shape((resamples @ above) / np.maximum(resamples @ below, 1e-12))
+    low, high = np.quantile(ratios, [0.025, 0.975])
+    return Measure(float(shape(above.sum() / below.sum())), float(low), float(high))
+
+
+def _increase(nll: Floats, reference: Floats, scored: Floats, resamples: NDArray[np.int64]) -> Measure:
+    below = resamples @ scored
+    changes = np.exp((resamples @ nll) / below) - np.exp((resamples @ reference) / below)
+    low, high = np.quantile(changes, [0.025, 0.975])
+    total = scored.sum()
+    value = np.exp(nll.sum() / total) - np.exp(reference.sum() / total)
+    return Measure(float(value), float(low), float(high))

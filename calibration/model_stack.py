@@ -1,0 +1,94 @@
+"""The variants of the model being calibrated: decoders that share every tensor they can."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from exeunt.calibration.teacher_forcing import ForcedModel
+from exeunt.calibration.weights_int4 import Int4Weights
+from exeunt.compression.checkpoint import Checkpoint
+from exeunt.compression.decoder import Decoder
+from exeunt.compression.exits import ExitHead, ExitNorm
+from exeunt.compression.linear_block import LinearBlock
+from exeunt.compression.variant import KVFormat, Variant, WeightFormat
+
+
+@dataclass(frozen=True, slots=True)
+class ModelStack:
+    """A full-precision decoder, its INT4 twin where asked for, and the linear block once there is one."""
+
+    full: Decoder
+    int4: Decoder | None
+    kv_formats: tuple[KVFormat, ...]
+    linear_block: LinearBlock | None = None
+
+    @classmethod
+    def build(
+        cls,
+        checkpoint: Checkpoint,
+        int4: Int4Weights | None,
+        kv_cache: KVFormat,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> "ModelStack":
+        """Load `checkpoint` on `device`; `int4` are its quantised linears, `kv_cache` the smallest format held."""
+        spec = checkpoint.spec
+        full = Decoder.from_weights(spec, checkpoint.weights(), device=device, dtype=dtype)
+        small = None
+        if int4 is not None:
+            small = Decoder.from_weights(
+                spec, int4, device=device, dtype=dtype, int4_group_size=int4.group_size, share_with=full
+            )
+        return cls(full, small, ("int4", "full") if kv_cache == "int4" else ("full",))
+
+    @property
+    def weight_formats(self) -> tuple[WeightFormat, ...]:
+        return ("full",) if self.int4 is None else ("int4", "full")
+
+    @property
+    def deployed(self) -> Variant:
+        """The most compressed variant without the linear block: what exits are trained on."""
+        return Variant(self.weight_formats[0], self.kv_formats[0], False)
+
+    @property
+    def reference(self) -> Variant:
+        """Nothing saved."""
+        return Variant("full", "full", False)
+
+    @property
+    def variants(self) -> tuple[Variant, ...]:
+        """Every variant, the deployed one first."""
+        linear = (False,) if self.linear_block is None else (False, True)
+        return tuple(
+            Variant(weights, kv, block)
+            for block in linear
+            for weights in self.weight_formats
+            for kv in self.kv_formats
+        )
+
+    def with_linear_block(self, block: LinearBlock | None) -> "ModelStack":
+        """The same stack with `block` (float32, on the CPU) in the variants that ask for it."""
+        placed = None if block is None else block.to(self.full.device, self.full.dtype)
+        return replace(self, linear_block=placed)
+
+    def forced(self, variant: Variant, exits: Sequence[ExitHead]) -> ForcedModel:
+        """`variant` with `exits`, for teacher-forced passes."""
+        decoder = self.full if variant.weights == "full" or self.int4 is None else self.int4
+        if variant.linear_block and self.linear_block is not None:
+            decoder = decoder.with_linear_block(self.linear_block)
+        return ForcedModel(decoder, variant.kv_cache, exits)
+
+
+def final_exit_norm(checkpoint: Checkpoint, device: torch.device) -> ExitNorm:
+    """The model's final norm in float32, as a head's norm begins."""
+    shared = checkpoint.weights().shared()
+    spec = checkpoint.spec
+    bias = shared["final_norm.bias"] if spec.norm == "layer" else None
+
+    def copied(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(device, torch.float32, copy=True)
+
+    return ExitNorm(
+        spec.norm, copied(shared["final_norm.weight"]), None if bias is None else copied(bias), spec.norm_eps
+    )

@@ -1,0 +1,121 @@
+"""What a calibration is asked for: plain data, checked against the model before any work."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, Literal
+
+import torch
+
+from exeunt.calibration.corpus import LEAST_TOKENS
+from exeunt.calibration.errors import CalibrationError
+from exeunt.calibration.exit_training import HeadTraining
+from exeunt.calibration.gate_training import ProbeTraining
+from exeunt.compression.architecture import Architecture
+from exeunt.compression.variant import KVFormat, WeightFormat
+
+TARGETS: Final = (0.01, 0.02, 0.05, 0.1)
+EXIT_DEPTHS: Final = (1 / 4, 1 / 2, 2 / 3, 5 / 6)
+"""Where exits stand unless asked otherwise, as a share of the depth: early ones draft, late ones are certified."""
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationOptions:
+    """A calibration to make. Lengths are tokens; `exits` are numbers of the blocks they follow.
+
+    `weights` and `kv_cache` "int4" add INT4 to what the bundle holds, "full" leaves it out; the exits are trained
+    on the most compressed stack of the two.
+    """
+
+    model: str  # a local directory or a Hugging Face id
+    out: Path
+    data: str  # see `exeunt.calibration.corpus.read_corpus`
+    tokens: int = 120_000
+    exits: Literal["auto"] | tuple[int, ...] = "auto"
+    linear_block: Literal["auto", "none"] | int = "auto"
+    weights: WeightFormat = "int4"
+    kv_cache: KVFormat = "int4"
+    risk: tuple[float, ...] = TARGETS
+    confidence: float = 0.95
+    device: str = "auto"
+    dtype: torch.dtype | None = None  # None: float32 on a CPU, the checkpoint's own elsewhere
+    seed: int = 0
+    group_size: int = 32  # inputs that share an INT4 scale
+    row_tokens: int = 512
+    batch_tokens: int = 4096
+    evaluation_tokens: int = 12_000  # of the certify split
+    least_tokens: int = LEAST_TOKENS
+    origin: str | None = None  # where the text comes from, for the manifest
+    head: HeadTraining = field(default_factory=HeadTraining)
+    probe: ProbeTraining = field(default_factory=ProbeTraining)
+
+    def __post_init__(self) -> None:
+        if self.tokens < self.least_tokens:
+            raise CalibrationError(
+                f"Calibration was allowed {self.tokens:,} tokens; it needs at least {self.least_tokens:,}."
+            )
+        for target in self.risk:
+            if not 0.0 < target < 1.0:
+                raise CalibrationError(
+                    f"The risk target {target:g} must be above 0 and below 1 (0.05 is 5 %)."
+                )
+        if not self.risk:
+            raise CalibrationError("Give at least one risk target, 0.05 for 5 %.")
+        if not 0.5 <= self.confidence < 1.0:
+            raise CalibrationError(
+                f"The confidence is {self.confidence:g}; it must be at least 0.5 and below 1."
+            )
+        if self.row_tokens < 16 or self.batch_tokens < self.row_tokens:
+            raise CalibrationError(
+                f"Rows of {self.row_tokens} tokens in batches of {self.batch_tokens} cannot be run; rows need at "
+                "least 16 tokens and batches at least one row."
+            )
+
+    @property
+    def targets(self) -> tuple[float, ...]:
+        """The risk targets, ascending, each once."""
+        return tuple(sorted(set(self.risk)))
+
+
+def exit_blocks(spec: Architecture, asked: Literal["auto"] | tuple[int, ...]) -> tuple[int, ...]:
+    """The blocks that exits follow, ascending. Raises CalibrationError for any that cannot be."""
+    last = spec.blocks - 2
+    if asked == "auto":
+        return tuple(
+            sorted({min(max(round(share * spec.blocks) - 1, 0), last) for share in EXIT_DEPTHS} - {-1})
+        )
+    wrong = [block for block in asked if not 0 <= block <= last]
+    if wrong:
+        raise CalibrationError(
+            f"There can be no exit after block {wrong[0]}: the model's {spec.blocks} blocks are counted from 0, and "
+            f"the last block is followed by the model's own head; give blocks 0 to {last}."
+        )
+    return tuple(sorted(set(asked)))
+
+
+def wanted_linear_block(spec: Architecture, asked: Literal["auto", "none"] | int) -> int | None:
+    """The block asked for; None where calibration chooses. Raises CalibrationError for one that there is not."""
+    if isinstance(asked, str):
+        return None
+    if not 0 <= asked < spec.blocks:
+        raise CalibrationError(
+            f"There is no block {asked} to replace by a linear map: the model's {spec.blocks} blocks are counted "
+            "from 0."
+        )
+    return asked
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device to calibrate on; "auto" is a CUDA device where there is one. Raises CalibrationError."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise CalibrationError(
+            f"The device {name!r} is not one that PyTorch knows; use auto, cpu or cuda."
+        ) from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise CalibrationError(
+            f"The device {name!r} was asked for, and PyTorch finds no CUDA device; use cpu."
+        )
+    return device

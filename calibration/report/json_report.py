@@ -1,0 +1,120 @@
+"""The report for machines: `report.json`. It holds no times, so that the same seed gives the same bytes."""
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+from exeunt.calibration.block_choice import BlockChoice
+from exeunt.calibration.certificates import CertifiedVariant
+from exeunt.calibration.evaluation import EvaluationTable, ModeResult
+from exeunt.calibration.exit_fit import FittedExit
+from exeunt.calibration.report.content import ReportContent
+from exeunt.calibration.thresholds import BLOCK_TOKENS
+
+
+def report_json(content: ReportContent) -> str:
+    """The text of `report.json`."""
+    manifest = content.manifest
+    record = {
+        "base_model": manifest.base_model.model_dump(),
+        "calibration": None if manifest.calibration is None else manifest.calibration.model_dump(),
+        "weights_int4": None if content.int4 is None else _weights(content),
+        "linear_block": None if content.choice is None else _choice(content.choice),
+        "exits": [_exit(each) for each in content.exits],
+        "thresholds": {
+            "tested": list(content.plan.thresholds),
+            "begins": {f"{target:g}": begin for target, begin in content.plan.begins.items()},
+            "error_correlation": content.plan.correlation,
+            "block_tokens": BLOCK_TOKENS,
+        },
+        "certificates": [_certified(each) for each in content.certified],
+        "evaluation": evaluation_record(content.table),
+    }
+    return json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+
+
+def evaluation_record(table: EvaluationTable) -> dict[str, Any]:
+    """An evaluation as plain values: what `report.json` holds and `exeunt eval --json` writes."""
+    return {
+        "text": table.text,
+        "tokens": table.tokens,
+        "text_blocks": table.text_blocks,
+        "blocks": table.blocks,
+        "interval": "95 % percentile bootstrap over blocks of text",
+        "modes": [_mode(result) for result in table.results],
+    }
+
+
+def _mode(result: ModeResult) -> dict[str, Any]:
+    record = {name: value for name, value in asdict(result).items() if name != "mode"}
+    variant = result.mode.variant
+    head = {
+        "name": result.mode.name,
+        "weights": variant.weights,
+        "kv_cache": variant.kv_cache,
+        "linear_block": variant.linear_block,
+        "threshold": result.mode.threshold,
+        "target": result.mode.target,
+    }
+    return head | record
+
+
+def _weights(content: ReportContent) -> dict[str, Any]:
+    int4 = content.int4
+    errors = {} if int4 is None else int4.relative_error
+    return {
+        "group_size": None if int4 is None else int4.group_size,
+        "relative_squared_error": {
+            f"blocks.{block}.{name}": error for (block, name), error in errors.items()
+        },
+    }
+
+
+def _choice(choice: BlockChoice) -> dict[str, Any]:
+    return {
+        "chosen": None if choice.chosen is None else choice.chosen.block,
+        "blocks": [
+            {"block": fit.block, "r2": fit.r2, "r2_cut": fit.r2_cut, "rank": fit.map.rank}
+            for fit in choice.fits
+        ],
+        "candidates": [asdict(candidate) for candidate in choice.candidates],
+        "together": None if choice.together is None else asdict(choice.together),
+        "tokens": choice.tokens,
+    }
+
+
+def _exit(fitted: FittedExit) -> dict[str, Any]:
+    return {
+        "name": fitted.head.name,
+        "block": fitted.head.block,
+        "agreement_untrained": fitted.training.untrained_agreement,
+        "agreement_ridge": fitted.training.ridge_agreement,
+        "agreement_trained": fitted.training.agreement,
+        "gate": asdict(fitted.gate),
+        "combine": [float(weight) for weight in fitted.head.combine],
+        "screen_ratio": fitted.head.screen_ratio,
+    }
+
+
+def _certified(each: CertifiedVariant) -> dict[str, Any]:
+    by_exit = dict(each.certification.by_exit)
+    return {
+        "variant": {
+            "weights": each.variant.weights,
+            "kv_cache": each.variant.kv_cache,
+            "linear_block": each.variant.linear_block,
+        },
+        "skipped_kv": "propagate",
+        "targets": [asdict(certificate) for certificate in each.certification.certificates],
+        "tested": [
+            {
+                "threshold": threshold,
+                "exits": counts.total,
+                "wrong": counts.wrong,
+                "tokens": counts.tokens,
+                "text_blocks": len(counts.exits),
+                "by_exit": list(by_exit[threshold]),
+            }
+            for threshold, counts in each.certification.tested
+        ],
+    }

@@ -1,0 +1,210 @@
+"""When a threshold may be called safe: a test of a ratio on blocks of text, and Learn-then-Test over thresholds.
+
+The risk of a threshold is a ratio: tokens that left and differ from full depth, over tokens that left. Tokens of one
+stretch of text are dependent, so the unit is a block of consecutive tokens, and blocks are taken as draws from the
+text that will be served.
+
+*The test.* Bounded-variable tests (Hoeffding, Bentkus, betting) on block sums allow for the worst block, in which every
+token leaves wrongly, and so certify nothing at the exit rates that matter. We use the interval that survey
+statistics made for proportions from clusters with few positives: Korn and Graubard, Survey Methodology 24 (1998)
+193-201. The exact binomial (Clopper-Pearson) bound is applied to the *effective* number of tokens, n / deff, where
+the design effect deff is the ratio's linearised between-block variance over its binomial variance, with a correction
+for degrees of freedom by Student quantiles. The design effect is never taken below 1, nor below 1 + (m - 1) ρ, with
+m the size-weighted mean of exits in a block and ρ the correlation of errors within a block, estimated on other
+data: where no error was seen, the between-block variance is zero and says nothing. It is an approximation, and its
+coverage is tested by simulation.
+
+*The search.* Learn then Test (Angelopoulos et al., arXiv 2110.01052, fixed-sequence testing): thresholds are tested from
+strict to loose at level 1 - confidence, and the first that fails ends the sequence, so the chance that any threshold
+called safe is not stays below that level, however many were tried. Where the sequence begins is fixed
+beforehand, on other data.
+"""
+
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import special, stats
+
+Counts = NDArray[np.float64]
+
+CONFIDENCE: Final = 0.95
+LEAST_BLOCKS: Final = 20
+"""Fewer blocks with an exit than this give no idea of the variance between blocks."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExitCounts:
+    """What was seen at one threshold, block by block: tokens that left, and those of them that differ."""
+
+    exits: Counts  # [blocks]
+    errors: Counts  # [blocks], each at most the exits
+    tokens: int  # all tokens that might have left, in all blocks
+
+    @property
+    def total(self) -> int:
+        return int(self.exits.sum())
+
+    @property
+    def wrong(self) -> int:
+        return int(self.errors.sum())
+
+    @property
+    def risk(self) -> float | None:
+        """Disagreement among the tokens that left; None when none left."""
+        return self.wrong / self.total if self.total else None
+
+
+@dataclass(frozen=True, slots=True)
+class Certificate:
+    """The outcome for one target. `threshold` is None unless certified; the counts are those of the threshold
+    that is certified, or of the one that failed."""
+
+    target: float
+    threshold: float | None
+    exits: int
+    tokens: int
+    disagreement: float | None
+    upper_bound: float | None
+    reason: str | None
+
+    @property
+    def certified(self) -> bool:
+        return self.threshold is not None
+
+
+def design_effect(counts: ExitCounts, correlation: float) -> float:
+    """Variance of the ratio over that of as many independent tokens: at least 1 and at least 1 + (m - 1) ρ.
+
+    `correlation` is ρ, of errors within a block; m is Σ exits² / Σ exits.
+    """
+    total, wrong = counts.exits.sum(), counts.errors.sum()
+    if total == 0:
+        return 1.0
+    size = float(np.square(counts.exits).sum() / total)
+    least = 1.0 + max(0.0, size - 1.0) * max(0.0, correlation)
+    ratio = wrong / total
+    if not 0.0 < ratio < 1.0:
+        return least
+    used = counts.exits > 0
+    blocks = int(used.sum())
+    if blocks < 2:
+        return max(least, size)
+    residuals: Counts = counts.errors[used] - ratio * counts.exits[used]
+    variance = blocks / (blocks - 1) * float(np.square(residuals).sum()) / total**2
+    return max(least, float(variance * total / (ratio * (1.0 - ratio))))
+
+
+def error_correlation(counts: ExitCounts) -> float:
+    """ρ: by how much errors in one block are more alike than in two, from the design effect itself, at least 0."""
+    total = counts.exits.sum()
+    if total == 0:
+        return 0.0
+    size = float(np.square(counts.exits).sum() / total)
+    return max(0.0, (design_effect(counts, 0.0) - 1.0) / (size - 1.0)) if size > 1.0 else 0.0
+
+
+def upper_bound(counts: ExitCounts, correlation: float, confidence: float = CONFIDENCE) -> float:
+    """The one-sided upper confidence bound of the risk; 1 where too few blocks have an exit to tell."""
+    effective = _effective(counts, correlation, confidence)
+    if effective is None:
+        return 1.0
+    tokens, wrong = effective
+    return 1.0 if wrong >= tokens else float(special.betaincinv(wrong + 1.0, tokens - wrong, confidence))
+
+
+def p_value(counts: ExitCounts, target: float, correlation: float, confidence: float = CONFIDENCE) -> float:
+    """The chance of so few errors were the risk `target`: P(Binomial(n_eff, target) ≤ errors_eff).
+
+    It is at most 1 - confidence exactly where `upper_bound` is at most `target`.
+    """
+    effective = _effective(counts, correlation, confidence)
+    if effective is None:
+        return 1.0
+    tokens, wrong = effective
+    return 1.0 if wrong >= tokens else float(special.betaincc(wrong + 1.0, tokens - wrong, target))
+
+
+def _effective(counts: ExitCounts, correlation: float, confidence: float) -> tuple[float, float] | None:
+    """Effective (tokens that left, wrong ones); None where there are too few blocks."""
+    blocks = int((counts.exits > 0).sum())
+    total = float(counts.exits.sum())
+    if blocks < LEAST_BLOCKS:
+        return None
+    many, few = (float(stats.t.ppf(confidence, max(1.0, free))) for free in (total - 1.0, blocks - 1.0))
+    shrink = (many / few) ** 2
+    tokens = total * min(1.0, shrink / design_effect(counts, correlation))
+    return tokens, tokens * float(counts.errors.sum()) / total
+
+
+class FixedSequence:
+    """Learn-then-Test for one target: takes thresholds from strict to loose, one after another.
+
+    `begin` is the threshold at which testing begins, fixed on other data; stricter ones are passed over.
+    """
+
+    def __init__(
+        self, target: float, begin: float, correlation: float, confidence: float = CONFIDENCE
+    ) -> None:
+        self._target = target
+        self._begin = begin
+        self._correlation = correlation
+        self._confidence = confidence
+        self._passed: Certificate | None = None
+        self._failed: Certificate | None = None
+
+    @property
+    def open(self) -> bool:
+        """Whether a looser threshold may still be tested."""
+        return self._failed is None
+
+    def test(self, threshold: float, counts: ExitCounts) -> None:
+        """Test one threshold, looser than those before it; does nothing once a test has failed."""
+        if not self.open or threshold > self._begin:
+            return
+        bound = upper_bound(counts, self._correlation, self._confidence)
+        certificate = Certificate(
+            target=self._target,
+            threshold=threshold if bound <= self._target else None,
+            exits=counts.total,
+            tokens=counts.tokens,
+            disagreement=counts.risk,
+            upper_bound=bound,
+            reason=None if bound <= self._target else self._why(threshold, counts, bound),
+        )
+        if certificate.certified:
+            self._passed = certificate
+        else:
+            self._failed = certificate
+
+    @property
+    def certificate(self) -> Certificate:
+        """The loosest threshold that passed; else why the first one failed."""
+        decided = self._passed or self._failed
+        if decided is not None:
+            return decided
+        return Certificate(
+            self._target, None, 0, 0, None, None, "no threshold was strict enough to begin with"
+        )
+
+    def _why(self, threshold: float, counts: ExitCounts, bound: float) -> str:
+        blocks = int((counts.exits > 0).sum())
+        if blocks < LEAST_BLOCKS:
+            return (
+                f"at threshold {threshold:.3f} only {counts.total} tokens in {blocks} blocks of text left, and "
+                f"{LEAST_BLOCKS} blocks are needed"
+            )
+        return (
+            f"at threshold {threshold:.3f} {counts.wrong} of the {counts.total} tokens that left differ, so the "
+            f"disagreement may be as high as {bound:.1%} at {self._confidence:.0%} confidence"
+        )
+
+
+def forecast_p_value(
+    seen: ExitCounts, target: float, correlation: float, growth: float, confidence: float = CONFIDENCE
+) -> float:
+    """The p-value that a split `growth` times as large would give, were its blocks like those in `seen`."""
+    repeats = max(1, round(growth))
+    larger = ExitCounts(np.tile(seen.exits, repeats), np.tile(seen.errors, repeats), seen.tokens * repeats)
+    return p_value(larger, target, correlation, confidence)

@@ -1,0 +1,114 @@
+"""A given text through a model whose tokens may leave early, all tokens at once, stage by stage.
+
+This pass defines the risk that certificates speak of: every token of a row but the first is asked at every exit
+whether it leaves, a token that leaves has its deeper keys and values projected from its state there, and every later
+token attends to what was left behind. The first token of a row stands for the prompt, which never leaves. The result
+is that of running the tokens one by one: a block's keys and values of position p come from position p's own state, and
+a token attends to earlier positions of its row only, so all tokens may pass a stage together.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from exeunt.calibration.sequence_batch import SequenceBatch
+from exeunt.compression.decoder import Decoder
+from exeunt.compression.exits import ExitHead
+from exeunt.compression.kv_format import KVLayout, KVPages, kv_layout, page_bytes_for
+from exeunt.compression.variant import KVFormat
+
+Sink = Callable[[int, Tensor, Tensor], None]
+"""Called with an exit's number (the number of exits for the final head), which tokens [K] int64 leave there, ascending,
+and their logits [K, V] float32."""
+
+LOGITS_AT_ONCE = 1 << 25
+"""Elements of a logits tensor that the final head makes at once: 128 MiB in float32."""
+
+
+class ForcedModel:
+    """One variant of a model with its exits, for teacher-forced passes. Keeps one arena of pages for all of them."""
+
+    def __init__(self, decoder: Decoder, kv_cache: KVFormat, exits: Sequence[ExitHead]) -> None:
+        """`exits` shallowest first; they are moved to the decoder's device and dtype."""
+        spec, block = decoder.spec, decoder.linear_block
+        page_bytes = page_bytes_for(spec, decoder.dtype)
+        self.decoder = decoder
+        self.exits = tuple(head.to(decoder.device, decoder.dtype) for head in exits)
+        self.layout: KVLayout = kv_layout(
+            spec, kv_cache, decoder.dtype, page_bytes, block.index if block else None
+        )
+        self._pages: KVPages | None = None
+
+    @property
+    def blocks(self) -> int:
+        return self.decoder.spec.blocks
+
+    def depth(self, exit_number: int) -> int:
+        """Blocks passed by a token that leaves at an exit, counted from 0; the last number is the final head."""
+        return self.exits[exit_number].depth if exit_number < len(self.exits) else self.blocks
+
+    def pages(self, batch: SequenceBatch) -> KVPages:
+        """Pages for all of `batch`'s rows; the same arena whenever it is large enough."""
+        needed = batch.pages(self.layout.page_tokens)
+        if self._pages is None or self._pages.num_pages < needed:
+            size = needed * self.layout.page_bytes
+            self._pages = KVPages(
+                self.layout, torch.zeros(size, dtype=torch.uint8, device=self.decoder.device)
+            )
+        return self._pages
+
+    @torch.inference_mode()
+    def full_depth(self, batch: SequenceBatch) -> tuple[Tensor, Tensor]:
+        """The states [T, H] behind the first exit's block (or the last, without exits) and behind the last block."""
+        pages, geometry = self.pages(batch), batch.geometry(self.layout.page_tokens)
+        hidden = self.decoder.embed(batch.token_ids, batch.positions)
+        entry = self.decoder.run_blocks(hidden, geometry, pages, 0, self.depth(0))
+        return entry, self.decoder.run_blocks(entry, geometry, pages, self.depth(0), self.blocks)
+
+    @torch.inference_mode()
+    def top_tokens(self, final: Tensor) -> Tensor:
+        """The final head's most likely token for states [T, H] behind the last block: [T] int64."""
+        return torch.cat([logits.argmax(-1) for _, logits in self._final_logits(final)])
+
+    @torch.inference_mode()
+    def final(self, hidden: Tensor, tokens: Tensor, sink: Sink) -> None:
+        """Give the final head's logits of `hidden` [K, H], the states of `tokens` [K], to `sink`, piece by piece."""
+        for part, logits in self._final_logits(hidden):
+            sink(len(self.exits), tokens[part], logits)
+
+    @torch.inference_mode()
+    def with_exits(
+        self, batch: SequenceBatch, threshold: float, entry: Tensor, sink: Sink, *, to_the_end: bool = True
+    ) -> None:
+        """Run `batch` with exits at `threshold`, and give every token's logits to `sink` where it leaves.
+
+        `entry` [T, H] is the state behind the first exit's block, which exits do not change (see `full_depth`).
+        Without `to_the_end` the pass stops at the last exit, and tokens that do not leave are not given to `sink`.
+        """
+        pages, page_tokens = self.pages(batch), self.layout.page_tokens
+        kept = torch.arange(batch.tokens, device=entry.device)
+        hidden = entry
+        for number, head in enumerate(self.exits):
+            thresholds = torch.full((len(kept),), threshold, dtype=torch.float32, device=entry.device)
+            thresholds[batch.positions[kept] == 0] = torch.inf
+            gate = head.gate(hidden, thresholds, self.decoder.project)
+            leaving = gate.leaves.nonzero().squeeze(1)
+            if len(leaving):
+                sink(number, kept[leaving], gate.logits[gate.leaves[gate.projected]])
+                gone = batch.geometry(page_tokens, kept[leaving])
+                self.decoder.project_kv(hidden[leaving], gone, pages, head.depth, self.blocks)
+                staying = (~gate.leaves).nonzero().squeeze(1)
+                kept, hidden = kept[staying], hidden[staying]
+            last = number + 1 == len(self.exits)
+            if len(kept) == 0 or (last and not to_the_end):
+                return
+            geometry = batch.geometry(page_tokens, kept)
+            hidden = self.decoder.run_blocks(hidden, geometry, pages, head.depth, self.depth(number + 1))
+        self.final(hidden, kept, sink)
+
+    def _final_logits(self, hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        rows = max(1, LOGITS_AT_ONCE // self.decoder.spec.vocab_size)
+        for start in range(0, len(hidden), rows):
+            part = slice(start, start + rows)
+            yield part, self.decoder.head(hidden[part])

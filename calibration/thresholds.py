@@ -1,0 +1,243 @@
+"""Which thresholds are certified: planned on the select split, tested on the held-out one.
+
+Planning looks at the gates' decisions over full-depth states, which costs no pass: it proposes thresholds at which the
+risk looks a little and much safer than each target, and where each target's sequence begins. Certifying runs
+the real thing, `ForcedModel.with_exits`, once per threshold from strict to loose, and stops when every target's
+sequence has ended (`exeunt.calibration.risk`).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from exeunt.calibration.exit_training import Labelled
+from exeunt.calibration.risk import (
+    CONFIDENCE,
+    Certificate,
+    ExitCounts,
+    FixedSequence,
+    error_correlation,
+    forecast_p_value,
+)
+from exeunt.calibration.sequence_batch import SequenceBatch, batches
+from exeunt.calibration.teacher_forcing import ForcedModel
+from exeunt.compression.exits import ExitHead
+
+BLOCK_TOKENS: Final = 256
+"""Tokens of a row that count as one draw: the unit of certificates and of confidence intervals."""
+FORECASTS: Final = 60  # thresholds looked at while planning
+LEAST_SHARE: Final = 0.004  # of tokens leaving, at the strictest of them
+STEPS: Final = (0.6, 0.85, 1.1)
+"""Exit shares tried for a target, over the largest share that looks safe for it while planning."""
+SAME: Final = 0.9  # thresholds whose exit shares are closer than this ratio are one
+
+Advance = Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class ThresholdPlan:
+    """Thresholds to test, strict to loose, where each target's sequence begins, and what planning saw."""
+
+    thresholds: tuple[float, ...]  # descending
+    begins: dict[float, float]  # by target
+    correlation: float  # ρ of errors within a block of text
+
+
+@dataclass(frozen=True, slots=True)
+class GateView:
+    """What the gates made of full-depth tokens: [exits, T] arrays, and which block of text each is in.
+
+    A token leaves at the first exit whose `reach` is at least the threshold.
+    """
+
+    reach: NDArray[np.float64]
+    agrees: NDArray[np.bool_]
+    text_block: NDArray[np.int64]  # [T]
+    blocks: int
+
+    def counts(self, threshold: float) -> ExitCounts:
+        """Exits and errors by block of text at `threshold`, as if exits did not change later tokens."""
+        leaves = self.reach >= threshold
+        left = leaves.any(0)
+        first = leaves.argmax(0)
+        wrong = left & ~self.agrees[first, np.arange(self.agrees.shape[1])]
+        return ExitCounts(
+            np.bincount(self.text_block[left], minlength=self.blocks).astype(np.float64),
+            np.bincount(self.text_block[wrong], minlength=self.blocks).astype(np.float64),
+            self.reach.shape[1],
+        )
+
+
+def text_blocks(rows: Sequence[Tensor]) -> NDArray[np.int64]:
+    """The number of the block of text that each token of `rows` is in: runs of `BLOCK_TOKENS` within a row."""
+    numbers: list[NDArray[np.int64]] = []
+    total = 0
+    for row in rows:
+        own = np.arange(len(row)) // BLOCK_TOKENS
+        tail = len(row) % BLOCK_TOKENS
+        if own[-1] > 0 and 0 < tail < BLOCK_TOKENS // 2:
+            own[-tail:] -= 1  # a short rest goes with the block before it
+        numbers.append(own + total)
+        total += int(own[-1]) + 1
+    return np.concatenate(numbers)
+
+
+@torch.inference_mode()
+def view_gates(
+    exits: Sequence[ExitHead],
+    states: Sequence[Labelled],
+    rows: Sequence[Tensor],
+    project: Callable[[Tensor], Tensor],
+    chunk: int = 2048,
+) -> GateView:
+    """The gates' view of the tokens of `rows`, from full-depth `states` behind each exit's block."""
+    reach, agrees = [], []
+    for head, data in zip(exits, states, strict=True):
+        slices = [slice(start, start + chunk) for start in range(0, data.tokens, chunk)]
+        parts = [_reach(head, data.rows(part, head.adapter.device), project) for part in slices]
+        reach.append(torch.cat([part[0] for part in parts]).double().cpu().numpy())
+        agrees.append(torch.cat([part[1] for part in parts]).cpu().numpy())
+    starts = np.concatenate([np.arange(len(row)) == 0 for row in rows])
+    where = text_blocks(rows)
+    reached = np.stack(reach)
+    reached[:, starts] = -1.0  # a row's first token stands for the prompt
+    return GateView(reached, np.stack(agrees), where, int(where[-1]) + 1)
+
+
+def _reach(head: ExitHead, data: Labelled, project: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """The largest threshold at which each token leaves, and whether it would be right to."""
+    state = head.state(data.hidden)
+    logit = head.probe(state)
+    logits = project(state).float()
+    sure = head.confidence(logit, logits)
+    screened = logit.sigmoid() / head.screen_ratio if head.screen_ratio > 0 else torch.ones_like(logit)
+    return torch.minimum(sure, screened), logits.argmax(-1) == data.top
+
+
+def plan_thresholds(
+    view: GateView, targets: Sequence[float], certify_tokens: int, confidence: float = CONFIDENCE
+) -> ThresholdPlan:
+    """Thresholds to test for `targets` on a held-out split of `certify_tokens` tokens."""
+    best = view.reach.max(0)
+    shares = np.geomspace(0.95, LEAST_SHARE, FORECASTS)
+    grid = np.unique(np.quantile(best[best >= 0], 1.0 - shares).clip(1e-6, 1.0 - 1e-6))[::-1]
+    seen = [view.counts(float(threshold)) for threshold in grid]
+    correlation = error_correlation(max(seen, key=lambda counts: counts.wrong))
+    growth = certify_tokens / view.reach.shape[1]
+    wanted: list[float] = []  # exit shares
+    begin_share: dict[float, float] = {}
+    for target in targets:
+        chances = [forecast_p_value(counts, target, correlation, growth, confidence) for counts in seen]
+        safe = [i for i, chance in enumerate(chances) if chance <= 1.0 - confidence]
+        chosen = safe[-1] if safe else int(np.argmin(chances))
+        steps = STEPS if safe else STEPS[:1]
+        own = [seen[chosen].total / seen[chosen].tokens * step for step in steps]
+        begin_share[target] = own[0]
+        wanted += own
+    distinct = _distinct(wanted)
+    thresholds = [_threshold_at(best, share) for share in distinct]
+    begins = {
+        target: thresholds[max(i for i, kept in enumerate(distinct) if kept <= share)]
+        for target, share in begin_share.items()
+    }
+    return ThresholdPlan(tuple(dict.fromkeys(thresholds)), begins, correlation)
+
+
+def _distinct(shares: Sequence[float]) -> list[float]:
+    """`shares` ascending, those within `SAME` of the one before left out."""
+    kept: list[float] = []
+    for share in sorted(shares):
+        if not kept or share * SAME > kept[-1]:
+            kept.append(share)
+    return kept
+
+
+def _threshold_at(best: NDArray[np.float64], share: float) -> float:
+    """The threshold at which `share` of the tokens leave, with four digits, rounded to the strict side."""
+    value = float(np.quantile(best, 1.0 - min(share, 1.0)))
+    return float(min(0.9999, max(0.0001, np.ceil(value * 1e4) / 1e4)))
+
+
+@dataclass(frozen=True, slots=True)
+class Certification:
+    """What certifying one combination found: a certificate per target, and the counts at each threshold tested."""
+
+    certificates: tuple[Certificate, ...]
+    tested: tuple[tuple[float, ExitCounts], ...]
+    by_exit: tuple[tuple[float, tuple[int, ...]], ...]  # tokens that left at each exit, by threshold
+
+
+def certify(
+    model: ForcedModel,
+    rows: Sequence[Tensor],
+    plan: ThresholdPlan,
+    *,
+    batch_tokens: int,
+    confidence: float = CONFIDENCE,
+    advance: Advance = lambda _tokens: None,
+) -> Certification:
+    """Test the plan's thresholds on `rows` by real passes with exits, strict to loose.
+
+    Differing means differing from the top token of `model` itself at full depth. `advance` is told the tokens of
+    every pass; a sequence that ends early leaves some untold.
+    """
+    groups = list(batches(rows, batch_tokens, model.decoder.device))
+    references = [_reference(model, group, advance) for group in groups]
+    where = text_blocks(rows)
+    sequences = [
+        FixedSequence(target, begin, plan.correlation, confidence) for target, begin in plan.begins.items()
+    ]
+    tested: list[tuple[float, ExitCounts]] = []
+    by_exit: list[tuple[float, tuple[int, ...]]] = []
+    for threshold in plan.thresholds:
+        if not any(sequence.open for sequence in sequences):
+            break
+        counts, split = _count(model, groups, references, where, threshold, advance)
+        tested.append((threshold, counts))
+        by_exit.append((threshold, split))
+        for sequence in sequences:
+            sequence.test(threshold, counts)
+    return Certification(tuple(each.certificate for each in sequences), tuple(tested), tuple(by_exit))
+
+
+def _reference(model: ForcedModel, batch: SequenceBatch, advance: Advance) -> tuple[Tensor, Tensor]:
+    """The states behind the first exit's block and the full-depth top tokens."""
+    entry, final = model.full_depth(batch)
+    top = model.top_tokens(final)
+    advance(batch.tokens)
+    return entry, top
+
+
+def _count(
+    model: ForcedModel,
+    groups: Sequence[SequenceBatch],
+    references: Sequence[tuple[Tensor, Tensor]],
+    where: NDArray[np.int64],
+    threshold: float,
+    advance: Advance,
+) -> tuple[ExitCounts, tuple[int, ...]]:
+    blocks = int(where[-1]) + 1
+    exits, errors = np.zeros(blocks), np.zeros(blocks)
+    by_exit = [0] * len(model.exits)
+    start = 0
+    for group, (entry, top) in zip(groups, references, strict=True):
+        own = where[start : start + group.tokens]
+
+        def note(
+            number: int, tokens: Tensor, logits: Tensor, top: Tensor = top, own: NDArray[np.int64] = own
+        ) -> None:
+            differs = (logits.argmax(-1) != top[tokens]).cpu().numpy()
+            at = own[tokens.cpu().numpy()]
+            np.add.at(exits, at, 1.0)
+            np.add.at(errors, at[differs], 1.0)
+            by_exit[number] += len(at)
+
+        model.with_exits(group, threshold, entry, note, to_the_end=False)
+        start += group.tokens
+        advance(group.tokens)
+    return ExitCounts(exits, errors, len(where)), tuple(by_exit)

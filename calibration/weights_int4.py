@@ -1,0 +1,92 @@
+"""The checkpoint's linear layers in INT4: quantised directly, one block at a time, under canonical names."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from exeunt.calibration.errors import CalibrationError
+from exeunt.compression.architecture import Architecture
+from exeunt.compression.bundle_weights import int4_tensors
+from exeunt.compression.checkpoint_names import linear_names, linear_shapes
+from exeunt.compression.weights import WeightSource
+from exeunt.kernels.int4_linear import Int4Weight, dequantize, quantize
+
+Advance = Callable[[int], None]
+
+
+class Int4Weights:
+    """Every block's INT4 linears on the CPU: a source of weights, and what a bundle writes.
+
+    Only codes, scales and offsets are here; norms, biases and the embedding stay the full model's.
+    """
+
+    def __init__(
+        self,
+        weights: Mapping[tuple[int, str], Int4Weight],
+        group_size: int,
+        relative_error: Mapping[tuple[int, str], float],
+    ) -> None:
+        self.weights = weights  # by (block, canonical name of the linear)
+        self.group_size = group_size
+        self.relative_error = relative_error  # |W - quantised W|² / |W|²
+
+    def shared(self) -> Mapping[str, Tensor]:
+        """Nothing outside the blocks is INT4."""
+        return {}
+
+    def block(self, index: int) -> Mapping[str, Tensor]:
+        """One block's tensors, named without `blocks.<index>.`."""
+        prefix = f"blocks.{index}."
+        own = {key: weight for key, weight in self.weights.items() if key[0] == index}
+        return {name.removeprefix(prefix): tensor for name, tensor in int4_tensors(own).items()}
+
+
+def check_group_size(spec: Architecture, group_size: int) -> None:
+    """Raise CalibrationError where this model's linears cannot be held in groups of `group_size`."""
+    if group_size < 2 or group_size % 2:
+        raise CalibrationError(f"The INT4 group size is {group_size}; it must be even and at least 2.")
+    for name, (_, fan_in) in linear_shapes(spec).items():
+        if fan_in % 2:
+            raise CalibrationError(
+                f"The layer {name} has {fan_in} inputs, and INT4 holds two weights a byte; calibrate with full weights."
+            )
+
+
+def quantize_weights(
+    source: WeightSource,
+    spec: Architecture,
+    group_size: int,
+    device: torch.device | str = "cpu",
+    advance: Advance = lambda _blocks: None,
+) -> Int4Weights:
+    """The linears of `source` in INT4, each rounded to nearest in groups of `group_size` inputs, clipped for the
+    least squared error. `device` does the work; `advance` is told each block. Raises CalibrationError."""
+    check_group_size(spec, group_size)
+    weights: dict[tuple[int, str], Int4Weight] = {}
+    errors: dict[tuple[int, str], float] = {}
+    for index in range(spec.blocks):
+        block = source.block(index)
+        for name in linear_names(spec):
+            weight = block[f"{name}.weight"].to(device)
+            try:
+                packed = quantize(weight, group_size)
+            except ValueError as error:
+                raise CalibrationError(
+                    f"Layer {name} of block {index} cannot be held in INT4: {error}."
+                ) from error
+            errors[index, name] = _relative_error(weight, packed)
+            weights[index, name] = _on_cpu(packed)
+        advance(1)
+    return Int4Weights(weights, group_size, errors)
+
+
+def _on_cpu(packed: Int4Weight) -> Int4Weight:
+    return replace(packed, codes=packed.codes.cpu(), scales=packed.scales.cpu(), offsets=packed.offsets.cpu())
+
+
+def _relative_error(weight: Tensor, packed: Int4Weight) -> float:
+    wanted = weight.float()
+    norm = float(wanted.square().sum())
+    return float((wanted - dequantize(packed, torch.float32)).square().sum()) / norm if norm > 0 else 0.0
