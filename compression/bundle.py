@@ -156,7 +156,9 @@ def is_bundle(path: Path) -> bool:
 def open_bundle(path: Path | str) -> Bundle:
     """The bundle at `path`, every file of it verified. Raises BundleError."""
     path = Path(path)
-    if not path.exists():
+    if not os.path.exists(
+        path
+    ):  # unlike Path.exists, False for a name too long or a folder one may not search
         raise BundleError(f"{path} does not exist; give the directory that `exeunt calibrate --out` wrote")
     if not path.is_dir():
         raise BundleError(
@@ -200,6 +202,8 @@ def _verify_files(path: Path, files: Mapping[str, FileRecord]) -> None:
             size = (path / name).stat().st_size
         except FileNotFoundError as error:
             raise BundleError(f"{path}: {name} is missing; {_REMEDY}") from error
+        except OSError as error:
+            raise BundleError(f"{path / name} cannot be read ({error}); {_REMEDY}") from error
         if size != record.bytes:
             state = "truncated" if size < record.bytes else "altered"
             raise BundleError(
@@ -238,11 +242,14 @@ def check_target(path: Path | str) -> Path:
     work whose result it is to hold.
     """
     target = Path(os.path.realpath(path))
-    if not target.exists():
+    if not os.path.lexists(target):
         return target
     if not target.is_dir():
         raise BundleError(f"{target} exists and is not a directory; give another --out or remove it")
-    held = {entry.name for entry in target.iterdir()}
+    try:
+        held = set(os.listdir(target))
+    except OSError as error:
+        raise BundleError(f"{target} cannot be read ({error}); give another --out") from error
     if not held:
         return target
     fields = _manifest_fields(target)

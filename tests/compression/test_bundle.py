@@ -189,6 +189,8 @@ def _edit(path: Path, key: str, value: object) -> None:
 def test_what_is_no_directory_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="does not exist"):
         open_bundle(tmp_path / "nothing")
+    with pytest.raises(BundleError, match="does not exist"):
+        open_bundle(tmp_path / ("long" * 100))
     (tmp_path / "file").write_text("")
     with pytest.raises(BundleError, match="is not a directory"):
         open_bundle(tmp_path / "file")
@@ -344,6 +346,13 @@ def test_targets_that_are_something_else_are_refused(contents: BundleContents, t
     assert (tmp_path / "file").read_text() == "mine"
     assert (contents.checkpoint / "model.safetensors").read_bytes() == b"not copied"
     assert check_target(tmp_path / "free") == tmp_path / "free"
+
+
+def test_a_target_that_cannot_be_made_is_refused(contents: BundleContents, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for impossible in (tmp_path / ("long" * 100), tmp_path / "file" / "bundle"):
+        with pytest.raises(BundleError, match=r"could not be written .*; give another --out"):
+            write_bundle(impossible, contents)
 
 
 def test_one_hash_stands_for_a_checkpoint_of_several_files(tmp_path: Path) -> None:
