@@ -32,14 +32,11 @@ class KVProjection:
 
     def __call__(self, normalised: Tensor, start: int, stop: int) -> Tensor:
         """[tokens, stop - start, 2, kv_heads, head_dim]: keys (before head norm and rotation), then values."""
-        if start < self._first or self._weight is None:
-            self._build(start)
-            assert self._weight is not None  # for the type checker
+        weight, bias = self._stack(start)
         spec = self._blocks[0].spec
         width = 2 * spec.kv_size
         rows = slice((start - self._first) * width, (stop - self._first) * width)
-        bias = self._bias[rows] if self._bias is not None else None
-        stacked = F.linear(normalised, self._weight[rows], bias)
+        stacked = F.linear(normalised, weight[rows], bias[rows] if bias is not None else None)
         return stacked.view(normalised.shape[0], stop - start, 2, spec.kv_heads, spec.head_dim)
 
     def reset(self) -> None:
@@ -50,13 +47,20 @@ class KVProjection:
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in (self._weight, self._bias) if tensor is not None)
 
-    def _build(self, start: int) -> None:
-        with torch.inference_mode(False):
-            folded = [_folded(block) for block in self._blocks[start:]]
-            self._weight = torch.cat([weight for weight, _ in folded])
-            biases = [bias for _, bias in folded if bias is not None]
-            self._bias = torch.cat(biases) if biases else None
-            self._first = start
+    def _stack(self, start: int) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of the stack, rebuilt where it begins behind block `start`."""
+        if self._weight is None or start < self._first:
+            with torch.inference_mode(False):
+                folded = [_folded(block) for block in self._blocks[start:]]
+                self._weight = torch.cat([weight for weight, _ in folded])
+                if any(bias is not None for _, bias in folded):
+                    zeros = [weight.new_zeros(weight.shape[0]) for weight, _ in folded]
+                    biases = [
+                        zero if bias is None else bias for zero, (_, bias) in zip(zeros, folded, strict=True)
+                    ]
+                    self._bias = torch.cat(biases)
+                self._first = start
+        return self._weight, self._bias
 
 
 def _folded(block: Block) -> tuple[Tensor, Tensor | None]:

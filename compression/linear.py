@@ -1,5 +1,6 @@
 """A linear layer, whatever its weights are stored in: full precision or INT4, with one face."""
 
+from dataclasses import replace
 from typing import Literal, Protocol
 
 import torch
@@ -66,36 +67,50 @@ class FullLinear:
 class Int4Linear:
     """A linear layer with INT4 weights, held only in the layout that the device's kernel reads."""
 
-    __slots__ = ("bias", "format", "in_features", "out_features", "weight")
+    __slots__ = ("_skipped", "bias", "format", "in_features", "out_features", "weight")
 
     def __init__(self, weight: Int4Weight, bias: Tensor | None = None) -> None:
-        self.format: Literal["full", "int4"] = "int4"
-        self.weight: PackedWeight = pack(weight)
-        self.bias = bias
-        self.out_features, self.in_features = weight.out_features, weight.in_features
+        self._hold(pack(weight), bias, 0)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return int4_linear(x, self.weight, self.bias)
+        out = int4_linear(x, self.weight, self.bias)
+        return out[..., self._skipped :] if self._skipped else out
 
     def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
-        return residual.add_(int4_linear(x, self.weight, self.bias))
+        return residual.add_(self(x))
 
     def rows(self, start: int, stop: int) -> "Int4Linear":
-        bias = self.bias[start:stop] if self.bias is not None else None
-        return Int4Linear(int4_rows(self.weight, start, stop), bias)
+        """The layer of outputs `start` to `stop` - 1, sharing this one's bytes.
+
+        A packed weight is cut where one of its panels begins; outputs in front of `start` are computed and dropped.
+        The native kernel computes an output alike whatever stands beside it: the results are the whole layer's bits.
+        """
+        weight, first = _rows_from(self.weight, start + self._skipped, stop + self._skipped)
+        bias = self.bias[first : stop + self._skipped] if self.bias is not None else None
+        part = Int4Linear.__new__(Int4Linear)
+        part._hold(weight, bias, start + self._skipped - first)
+        return part
+
+    def _hold(self, weight: PackedWeight, bias: Tensor | None, skipped: int) -> None:
+        self.format: Literal["full", "int4"] = "int4"
+        self.weight = weight
+        self.bias = bias
+        self.in_features = weight.in_features
+        self.out_features = weight.out_features - skipped
+        self._skipped = skipped  # outputs of `weight` in front of this layer's
 
     @property
     def nbytes(self) -> int:
         return self.weight.nbytes
 
 
-def int4_rows(weight: Int4Weight, start: int, stop: int) -> Int4Weight:
-    """The INT4 weight of outputs `start` to `stop` - 1: rows are quantised one by one, so a slice is exact."""
-    return Int4Weight(
-        codes=weight.codes[start:stop],
-        scales=weight.scales[start:stop],
-        offsets=weight.offsets[start:stop],
-        group_size=weight.group_size,
-        in_features=weight.in_features,
-        out_features=stop - start,
-    )
+def _rows_from(weight: PackedWeight, start: int, stop: int) -> tuple[PackedWeight, int]:
+    """A weight that holds outputs `start` to `stop` - 1 behind a few others, and the first output it holds."""
+    if isinstance(weight, Int4Weight):
+        codes, scales, offsets = (t[start:stop] for t in (weight.codes, weight.scales, weight.offsets))
+        size = stop - start
+        return replace(weight, codes=codes, scales=scales, offsets=offsets, out_features=size), start
+    lanes = weight.library.lanes
+    first = start // lanes
+    panels = weight.panels[first : -(-stop // lanes)]
+    return replace(weight, panels=panels, out_features=stop - first * lanes), first * lanes
