@@ -84,26 +84,28 @@ def _pack_groups(codes: Tensor, scales: Tensor, offsets: Tensor, lanes: int) -> 
 
 def int4_linear_native(x: Tensor, weight: PackedInt4, bias: Tensor | None) -> Tensor:
     """Return x [..., in] times the weight transposed, plus bias [out], in x's dtype (a float type of the CPU's)."""
-    if x.shape[-1] != weight.in_features:
-        raise ValueError(f"the input has {x.shape[-1]} features, the INT4 weight takes {weight.in_features}")
-    if not x.is_cpu or x.dtype not in DTYPE_CODES:
+    *leading, features = x.shape
+    dtype = x.dtype
+    if features != weight.in_features:
+        raise ValueError(f"the input has {features} features, the INT4 weight takes {weight.in_features}")
+    if not x.is_cpu or dtype not in DTYPE_CODES:
         raise TypeError(
             f"weights packed for the CPU take float32, bfloat16 or float16 there, not {x.dtype} {x.device}"
         )
     x = x.contiguous()
-    if bias is not None and (bias.dtype != x.dtype or not bias.is_contiguous()):
-        bias = bias.to(x.dtype).contiguous()
-    out = x.new_empty((*x.shape[:-1], weight.out_features))
+    if bias is not None and (bias.dtype != dtype or not bias.is_contiguous()):
+        bias = bias.to(dtype).contiguous()
+    out = torch.empty((*leading, weight.out_features), dtype=dtype)
     weight.library.int4_linear(
         out.data_ptr(),
         x.data_ptr(),
         weight.panels.data_ptr(),
         None if bias is None else bias.data_ptr(),
-        x.numel() // weight.in_features,
-        weight.in_features,
+        x.numel() // features,
+        features,
         weight.out_features,
         weight.group_size,
-        DTYPE_CODES[x.dtype],
+        DTYPE_CODES[dtype],
         torch.get_num_threads(),
     )
     return out

@@ -16,7 +16,8 @@ constexpr int ROW_TILE = 4;              // rows that share one unpacking of the
 constexpr int64_t SCRATCH_ROWS = 256;    // rows quantised at once
 constexpr int64_t STEP_INPUTS = 8;       // inputs of one byte vector
 constexpr int64_t STEP_BYTES = LANES * 4;
-constexpr int64_t SHARED_WORK = 1 << 19;  // multiplications from which threads pay
+constexpr int64_t SHARED_WORK = 1 << 22;     // multiplications from which threads pay: some 40 µs of one
+constexpr int64_t SHARED_INPUTS = 1 << 18;   // inputs from which quantising them is shared
 
 typedef uint8_t vbytes __attribute__((vector_size(LANES * 4)));
 
@@ -185,7 +186,7 @@ void int4_linear(T* y, const T* x, int64_t rows, const uint8_t* panels, Groups g
   const int64_t count = (outputs + LANES - 1) / LANES;
   for (; rows > 0; rows -= held, x += held * groups.inputs, y += held * outputs) {
     held = held < rows ? held : rows;
-    share(held, held * groups.inputs >= SHARED_WORK / 4 ? threads : 1, 16, [&](int64_t first, int64_t last) {
+    share(held, held * groups.inputs >= SHARED_INPUTS ? threads : 1, 16, [&](int64_t first, int64_t last) {
       for (int64_t r = first; r < last; r++)
         quantise_row(x + r * groups.inputs, groups, q.codes.data() + r * groups.padded(),
                      q.scales.data() + r * groups.count, q.sums.data() + r * groups.count);

@@ -6,7 +6,6 @@ EXEUNT_NATIVE=0 turns them off.
 """
 
 import ctypes
-import functools
 import logging
 import os
 import threading
@@ -21,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _loading = threading.Lock()
+_loaded: list["NativeLibrary | None"] = []  # one entry once the question is settled
 
 _pointer, _long, _int, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _SIGNATURES = {
@@ -55,11 +55,13 @@ def native_library() -> NativeLibrary | None:
 
     Why there are none is logged once.
     """
-    with _loading:
-        return _load()
+    if not _loaded:  # the first calls only: this is asked for every operation
+        with _loading:
+            if not _loaded:
+                _loaded.append(_load())
+    return _loaded[0]
 
 
-@functools.cache
 def _load() -> NativeLibrary | None:
     if os.environ.get("EXEUNT_NATIVE", "1") == "0":
         return None

@@ -29,7 +29,7 @@ struct Int4Pages {
   static constexpr int UNIT = 2;
   static constexpr bool INT4 = true;
   static void read(const char* p, int64_t chunk, int n, vf out[UNIT]) {
-    vi bytes = __builtin_convertvector(load_u8(p + chunk * LANES, n), vi);
+    vi bytes = widened(load_u8(p + chunk * LANES, n));
     out[0] = __builtin_convertvector(bytes & 15, vf);
     out[1] = __builtin_convertvector(bytes >> 4, vf);
   }

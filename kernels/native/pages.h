@@ -44,15 +44,11 @@ inline void rotate(vf* x, int64_t n) {
   const int64_t block = n & -n, vectors = (n + LANES - 1) / LANES;
   for (int64_t i = 0; i < vectors; i++) {
     vf v = x[i];
+    if (block > 1) v = swap1(v) + flipped(v, 1);
+    if (block > 2) v = swap2(v) + flipped(v, 2);
+    if (block > 4) v = swap4(v) + flipped(v, 4);
 #if defined(EXEUNT_AVX512)
-    if (block > 1) v = SHUFFLE(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14) + flipped(v, 1);
-    if (block > 2) v = SHUFFLE(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13) + flipped(v, 2);
-    if (block > 4) v = SHUFFLE(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11) + flipped(v, 4);
-    if (block > 8) v = SHUFFLE(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7) + flipped(v, 8);
-#else
-    if (block > 1) v = SHUFFLE(v, v, 1, 0, 3, 2, 5, 4, 7, 6) + flipped(v, 1);
-    if (block > 2) v = SHUFFLE(v, v, 2, 3, 0, 1, 6, 7, 4, 5) + flipped(v, 2);
-    if (block > 4) v = SHUFFLE(v, v, 4, 5, 6, 7, 0, 1, 2, 3) + flipped(v, 4);
+    if (block > 8) v = swap8(v) + flipped(v, 8);
 #endif
     x[i] = v;
   }

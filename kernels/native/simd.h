@@ -148,6 +148,18 @@ inline vu8 load_u8(const void* p, int n) {
 #endif
 }
 
+inline vi widened(vu8 x) {  // GCC 12 takes the plain conversion apart byte by byte
+#if defined(EXEUNT_AVX512)
+  return (vi)_mm512_maskz_cvtepu8_epi32(__mmask16(-1), (__m128i)x);
+#elif defined(__AVX2__)
+  __m128i low{};
+  memcpy(&low, &x, sizeof x);
+  return (vi)_mm256_cvtepu8_epi32(low);
+#else
+  return __builtin_convertvector(x, vi);
+#endif
+}
+
 inline vf from_half(vu16 bits) {
 #if defined(EXEUNT_AVX512)
   return (vf)_mm512_maskz_cvtph_ps(__mmask16(-1), (__m256i)bits);
@@ -174,20 +186,35 @@ inline void store(T* p, vf v, int n) {
 
 // ---- sums over lanes, exponential ----------------------------------------------------------------------------
 
-inline float sum(vf v) {  // a fixed tree
-  float lane[LANES];
-  memcpy(lane, &v, sizeof v);
-  for (int width = LANES / 2; width; width /= 2)
-    for (int i = 0; i < width; i++) lane[i] += lane[i + width];
-  return lane[0];
+// The lanes exchanged in neighbouring runs of 1, 2, 4, 8.
+#if defined(EXEUNT_AVX512)
+inline vf swap1(vf v) { return SHUFFLE(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14); }
+inline vf swap2(vf v) { return SHUFFLE(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13); }
+inline vf swap4(vf v) { return SHUFFLE(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11); }
+inline vf swap8(vf v) { return SHUFFLE(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7); }
+#else
+inline vf swap1(vf v) { return SHUFFLE(v, v, 1, 0, 3, 2, 5, 4, 7, 6); }
+inline vf swap2(vf v) { return SHUFFLE(v, v, 2, 3, 0, 1, 6, 7, 4, 5); }
+inline vf swap4(vf v) { return SHUFFLE(v, v, 4, 5, 6, 7, 0, 1, 2, 3); }
+#endif
+
+inline float sum(vf v) {
+#if defined(EXEUNT_AVX512)
+  v += swap8(v);
+#endif
+  v += swap4(v);
+  v += swap2(v);
+  v += swap1(v);
+  return v[0];
 }
 
 inline float largest(vf v) {
-  float lane[LANES];
-  memcpy(lane, &v, sizeof v);
-  for (int width = LANES / 2; width; width /= 2)
-    for (int i = 0; i < width; i++) lane[i] = lane[i] > lane[i + width] ? lane[i] : lane[i + width];
-  return lane[0];
+#if defined(EXEUNT_AVX512)
+  v = larger(v, swap8(v));
+#endif
+  v = larger(v, swap4(v));
+  v = larger(v, swap2(v));
+  return larger(v, swap1(v))[0];
 }
 
 inline vf pair_sums(vf a, vf b) {  // [a0+a1, a2+a3, …, b0+b1, …]

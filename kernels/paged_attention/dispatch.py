@@ -31,7 +31,7 @@ def paged_attention(
     strides = queries.stride()
     if strides[2] != 1 or strides[1] != head_dim:
         queries = queries.contiguous()
-    out = queries.new_empty((tokens, heads, head_dim))
+    out = torch.empty((tokens, heads, head_dim), dtype=dtype)
     library.paged_attention(
         out.data_ptr(),
         queries.data_ptr(),
