@@ -1,1 +1,15 @@
-"""The packaged model."""
+"""The small language model that ships with Exeunt, as a Hugging Face folder inside the package."""
+
+from importlib.resources import files
+from pathlib import Path
+
+
+def path() -> Path:
+    """Return the folder of the packaged model; ``AutoModelForCausalLM`` and ``AutoTokenizer`` load it.
+
+    Raises FileNotFoundError if the package does not lie unpacked on disk, as in a zip archive.
+    """
+    folder = Path(str(files(__name__)))
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"the packaged model is not on disk at {folder}")
+    return folder
