@@ -237,17 +237,16 @@ def _rope(config: Any, head_dim: int) -> RopeSpec:
 
 
 def _windows(config: Any, family: Family) -> tuple[int | None, ...]:
-    """The window of every block: Mistral's holds for all of them, Qwen's for those that `layer_types` names."""
+    """The window of every block: Mistral's holds for all of them, Qwen's for those that `layer_types` names.
+
+    A Mistral config that names layer types never comes here: transformers reads it as a model of its own.
+    """
     window: int | None = getattr(config, "sliding_window", None)
     layer_types: list[str] = getattr(config, "layer_types", None) or []
     blocks: int = config.num_hidden_layers
     if family == "llama":
         return (None,) * blocks
     if family == "mistral":
-        if len(set(layer_types)) > 1:
-            raise UnsupportedModelError(
-                "Mistral with alternating layer_types is not supported; supported is one window for all blocks."
-            )
         return (window,) * blocks
     kinds = {"full_attention": None, "sliding_attention": window}
     for kind in layer_types:
