@@ -236,6 +236,8 @@ class Engine:
         """Carry out what other threads asked for; with nothing to run, wait for it."""
         while not self._stopping:
             busy = self._scheduler.running or self._scheduler.waiting
+            if not busy:
+                self._set_gauges(force=True)  # what is exported while nothing happens must be what is true
             try:
                 command = self._commands.get(block=not busy, timeout=self._patience())
             except queue.Empty:
