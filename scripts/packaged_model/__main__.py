@@ -40,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     train = command("train", "train one stage, or go on with it; exit status 75 if it stopped before its end")
     train.add_argument("--stage", choices=STAGES, required=True)
-    train.add_argument("--steps", type=int, help="steps of the stage in all (default: the preset's)")
+    train.add_argument("--steps", type=int, help="steps of the stage in all (default: as before)")
     train.add_argument("--minutes", type=float, default=math.inf, help="stop and save after so long")
     train.add_argument("--device", default="auto", help="auto, cpu or cuda")
     train.add_argument("--no-compile", action="store_true", help="do not use torch.compile")
@@ -70,8 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run_training(options: argparse.Namespace) -> int:
     """Train a stage; return 0 at its end and 75 (try again) where it stopped before."""
-    recipe = PRESETS[options.preset]
-    steps = options.steps or (recipe.trunk_steps if options.stage == "trunk" else recipe.branch_steps)
+    recipe, steps = PRESETS[options.preset], options.steps
     device = choose_device(options.device)
     trainer = Trainer(options.run, recipe, options.stage, steps, device, compiled=not options.no_compile)
     return 0 if trainer.train(options.minutes) else 75

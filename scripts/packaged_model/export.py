@@ -1,5 +1,6 @@
 """Writes a stage's weights and the tokenizer as a Hugging Face folder in bfloat16."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -24,4 +25,10 @@ def export(run: Path, recipe: Recipe, stage: Stage, folder: Path) -> None:
     model: Any = stage_model(run, recipe, stage).bfloat16()
     model.generation_config = GenerationConfig(bos_token_id=0, eos_token_id=0, pad_token_id=0)
     model.save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)
     load_tokenizer(run / "tokenizer").save_pretrained(folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    for local in ("backend", "is_local", "local_files_only"):
+        settings.pop(local, None)
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # the name that every release knows
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")

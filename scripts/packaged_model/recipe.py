@@ -25,18 +25,20 @@ class Recipe:
     context: int = 1024
     trunk_split: int = 4
     """The trunk trains on windows of ``context`` tokens cut in so many rows."""
-    branch_split: int = 2
+    branch_split: int = 4
     """The same for a branch, except in its last, long phase, which trains on whole windows."""
     windows: int = 8
     """Windows of ``context`` tokens per step."""
     story_windows: int = 3
-    """How many of them come from the stories; the others come from the novels."""
+    """How many of them come from the stories in the trunk; the others come from the novels."""
+    branch_story_windows: int = 6
+    """The same in a branch: it ends on the simpler language, which a model this small can learn to write."""
     trunk_steps: int = 2000
     branch_steps: int = 1000
     warmup_steps: int = 60
-    decay_share: float = 0.6
+    decay_share: float = 0.7
     """Share of a branch's steps over which the learning rate falls linearly to zero."""
-    long_share: float = 0.15
+    long_share: float = 0.2
     """Share of a branch's steps, at its end, trained on whole windows of ``context`` tokens."""
     muon_rate: float = 0.02
     adam_rate: float = 0.003
@@ -63,8 +65,8 @@ class Recipe:
             raise ValueError(
                 f"{self.context} tokens do not cut in {self.trunk_split} or {self.branch_split} rows"
             )
-        if not 0 <= self.story_windows <= self.windows:
-            raise ValueError(f"{self.story_windows} story windows do not fit in {self.windows} windows")
+        if not all(0 <= count <= self.windows for count in (self.story_windows, self.branch_story_windows)):
+            raise ValueError(f"a step's story windows must lie between 0 and {self.windows}")
 
     def to_json(self) -> dict[str, Any]:
         """Return the record as plain values."""
@@ -81,6 +83,7 @@ GPU = Recipe(
     mlp=704,
     windows=32,
     story_windows=12,
+    branch_story_windows=18,
     trunk_steps=6000,
     branch_steps=4000,
     evaluate_steps=500,
@@ -88,7 +91,7 @@ GPU = Recipe(
 )
 TINY = replace(
     CPU, preset="tiny", blocks=3, hidden=64, heads=2, kv_heads=1, mlp=64, vocabulary=320, context=64, windows=2,
-    story_windows=1, trunk_steps=6, branch_steps=6, warmup_steps=2,
+    story_windows=1, branch_story_windows=2, trunk_steps=6, branch_steps=6, warmup_steps=2,
 )  # fmt: skip
 PRESETS = {recipe.preset: recipe for recipe in (CPU, GPU, TINY)}
 
@@ -100,8 +103,12 @@ def learning_share(recipe: Recipe, stage: Stage, done: int, steps: int) -> float
     """
     if stage == "trunk":
         return min(1.0, (done + 1) / max(1, recipe.warmup_steps))
-    decay = max(1, round(steps * recipe.decay_share))
-    return max(0.0, min(1.0, (steps - done) / (decay + 1)))
+    return max(0.0, min(1.0, (steps - done) / (decay_steps(recipe, steps) + 1)))
+
+
+def decay_steps(recipe: Recipe, steps: int) -> int:
+    """Return over how many of a branch's steps, at its end, the learning rate falls."""
+    return max(1, round(steps * recipe.decay_share))
 
 
 def split_of(recipe: Recipe, stage: Stage, done: int, steps: int) -> int:

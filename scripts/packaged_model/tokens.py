@@ -79,19 +79,29 @@ class Batches:
             for index, source in enumerate(SOURCES)
         }
 
-    def batch(self, step: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return inputs and targets of a step, both int64 [windows * rows, context / rows]."""
-        counts = {
-            "stories": self._recipe.story_windows,
-            "novels": self._recipe.windows - self._recipe.story_windows,
+    def batch(self, step: int, rows: int, branched: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return inputs and targets of a step, both int64 [windows * rows, context / rows].
+
+        From step ``branched`` on the branches' mixture holds, before it (or without it) the trunk's; either way a
+        source goes on where it stood.
+        """
+        recipe = self._recipe
+        in_trunk = step if branched is None else min(step, branched)
+        stories = (
+            recipe.story_windows if in_trunk == step and step != branched else recipe.branch_story_windows
+        )
+        earlier = in_trunk * recipe.story_windows + (step - in_trunk) * recipe.branch_story_windows
+        spans = {
+            "stories": (earlier, stories),
+            "novels": (step * recipe.windows - earlier, recipe.windows - stories),
         }
         windows = [
-            self._streams[source].window(step * count + index)
-            for source, count in counts.items()
+            self._streams[source].window(first + index)
+            for source, (first, count) in spans.items()
             for index in range(count)
         ]
         tokens = torch.from_numpy(np.stack(windows).astype(np.int64))  # [windows, context + 1]
-        length = self._recipe.context // rows
+        length = recipe.context // rows
         return tokens[:, :-1].reshape(-1, length), tokens[:, 1:].reshape(-1, length)
 
 

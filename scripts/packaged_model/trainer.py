@@ -19,7 +19,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from scripts.packaged_model.checkpoint import Checkpoint, load_checkpoint
 from scripts.packaged_model.decoder import Decoder, build_model
-from scripts.packaged_model.recipe import Recipe, Stage, block_dropout, learning_share, split_of
+from scripts.packaged_model.recipe import Recipe, Stage, block_dropout, decay_steps, learning_share, split_of
 from scripts.packaged_model.tokens import SOURCES, Batches, held_out_rows
 
 
@@ -50,9 +50,12 @@ class Trainer:
     """One stage of training, from its start or from its last checkpoint."""
 
     def __init__(
-        self, run: Path, recipe: Recipe, stage: Stage, steps: int, device: torch.device, compiled: bool
+        self, run: Path, recipe: Recipe, stage: Stage, steps: int | None, device: torch.device, compiled: bool
     ):
-        """Build the model and go on from ``<stage>.pt``, or, for a branch, begin at ``trunk.pt``."""
+        """Build the model and go on from ``<stage>.pt``, or, for a branch, begin at ``trunk.pt``.
+
+        ``steps`` is how many the stage has in all; None means as before, or the recipe's number at the start.
+        """
         self.run, self.recipe, self.stage, self.device = run, recipe, stage, device
         self.model = build_model(recipe).to(device)
         self.decoder = Decoder(self.model, compiled)
@@ -64,7 +67,8 @@ class Trainer:
         )
         self._adam = torch.optim.AdamW(others, lr=recipe.adam_rate, betas=(0.9, 0.95), weight_decay=0.0)
         self.step = self.first = 0
-        self.steps = steps
+        self._asked = steps
+        self.steps = steps or (recipe.trunk_steps if stage == "trunk" else recipe.branch_steps)
         self.seconds = self.trunk_seconds = 0.0
         self._resume()
 
@@ -85,9 +89,20 @@ class Trainer:
         if saved.stage == self.stage:
             self.first, self.seconds, self.trunk_seconds = saved.first, saved.seconds, saved.trunk_seconds
             if self.stage != "trunk":
-                self.steps = saved.steps  # the schedule of a branch is fixed when it begins
+                self.steps = self._agreed_steps(saved)
         else:
             self.first, self.trunk_seconds = saved.step, saved.seconds
+
+    def _agreed_steps(self, saved: Checkpoint) -> int:
+        """Return the steps of a branch gone on with; raise ValueError if they change after the decay began."""
+        asked, done = self._asked or saved.steps, saved.step - saved.first
+        if asked != saved.steps and done > min(
+            steps - decay_steps(self.recipe, steps) for steps in (asked, saved.steps)
+        ):
+            raise ValueError(
+                f"the branch has {done} of {saved.steps} steps and its rate decays: {asked} is too late"
+            )
+        return asked
 
     def save(self) -> None:
         """Write ``<stage>.pt``."""
@@ -134,7 +149,10 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = stable * rate
             optimizer.zero_grad(set_to_none=True)
-        tokens, targets = self._batches.batch(self.step, split_of(recipe, self.stage, done, self.steps))
+        branched = None if self.stage == "trunk" else self.first
+        tokens, targets = self._batches.batch(
+            self.step, split_of(recipe, self.stage, done, self.steps), branched
+        )
         tokens, targets = tokens.to(self.device), targets.to(self.device)
         depth, keeps = self.sampled_exit(tokens.shape[0])
         with torch.autocast(self.device.type, torch.bfloat16):

@@ -17,7 +17,7 @@ from scripts.packaged_model.measure import measure
 from scripts.packaged_model.recipe import CPU, PRESETS, TINY, block_dropout, learning_share, split_of
 from scripts.packaged_model.sampler import Sampler, documents
 from scripts.packaged_model.tokenizer import train_tokenizer
-from scripts.packaged_model.tokens import SOURCES, held_out_rows
+from scripts.packaged_model.tokens import SOURCES, Batches, held_out_rows
 from scripts.packaged_model.trainer import Trainer
 
 STEPS = 6
@@ -77,6 +77,29 @@ def test_a_branch_without_a_trunk_is_refused(tmp_path: Path) -> None:
         trainer(prepared(tmp_path / "run"), "plain")
 
 
+def test_a_branch_may_change_its_length_only_before_the_decay(trained: Path, tmp_path: Path) -> None:
+    run = prepared(tmp_path / "run")
+    (run / "trunk.pt").write_bytes((trained / "trunk.pt").read_bytes())
+    assert not trainer(run, "plain", steps=20).train(minutes=0)
+    assert trainer(run, "plain", steps=40).steps == 40
+    assert Trainer(run, TINY, "plain", None, CPU_DEVICE, compiled=False).steps == 20
+    with pytest.raises(ValueError, match="too late"):
+        trainer(trained, "plain", steps=STEPS + 1)
+
+
+def test_a_branch_changes_the_mixture_and_goes_on_in_both_sources(tmp_path: Path) -> None:
+    recipe = replace(TINY, windows=4, story_windows=1, branch_story_windows=3, trunk_split=1)
+    batches = Batches(prepared(tmp_path / "run"), recipe)
+    trunk, branch = (
+        torch.cat([batches.batch(step, 1, first)[0] for step in range(4)]) for first in (None, 2)
+    )
+    assert torch.equal(branch[:8], trunk[:8])
+    stories = [trunk[index] for index in (0, 4, 8, 12)]
+    assert torch.equal(branch[8], stories[2])
+    assert torch.equal(branch[9], stories[3])
+    assert torch.equal(branch[11], trunk[9])
+
+
 def test_learning_rate_warms_up_stays_and_falls_to_zero() -> None:
     recipe = replace(CPU, warmup_steps=10, decay_share=0.5)
     assert learning_share(recipe, "trunk", 0, 100) == pytest.approx(0.1)
@@ -90,8 +113,8 @@ def test_learning_rate_warms_up_stays_and_falls_to_zero() -> None:
 
 def test_rows_grow_to_the_whole_context() -> None:
     assert split_of(CPU, "trunk", 5, 10) == CPU.trunk_split
-    splits = [split_of(CPU, "exits", done, 100) for done in range(100)]
-    assert splits == [CPU.branch_split] * 85 + [1] * 15
+    recipe = replace(CPU, branch_split=2, long_share=0.15)
+    assert [split_of(recipe, "exits", done, 100) for done in range(100)] == [2] * 85 + [1] * 15
 
 
 def test_layer_dropout_grows_with_depth_and_only_where_exits_are_trained(trained: Path) -> None:
