@@ -21,7 +21,6 @@ from exeunt.compression.kv_format import KVPages
 from exeunt.compression.kv_projection import KVProjection
 from exeunt.compression.linear import Linear
 from exeunt.compression.linear_block import LinearBlock
-from exeunt.compression.norm import rms_norm
 from exeunt.compression.rope import RopeTables, rotate
 from exeunt.compression.weights import WeightSource
 from exeunt.kernels.paged_batch import PagedBatch
@@ -233,14 +232,9 @@ class Decoder:
     def _project_stacked(
         self, hidden: Tensor, rotation: Rotation, batch: PagedBatch, pages: KVPages, start: int, stop: int
     ) -> None:
-        blocks = self._blocks[start:stop]
-        stacked = self._kv_projection(blocks[0].attention_norm.normalise(hidden), start, stop)
-        keys, values = stacked[:, :, 0], stacked[:, :, 1]  # [tokens, blocks, kv_heads, head_dim]
-        weights = [block.head_norm[self.spec.heads :] for block in blocks if block.head_norm is not None]
-        if weights:
-            keys = rms_norm(keys, torch.stack(weights), self.spec.norm_eps)
+        keys, values = self._kv_projection(hidden, start, stop)
         if rotation is not None:
             cosines, sines = rotation
             keys = rotate(keys, cosines.unsqueeze(1), sines.unsqueeze(1))
-        for offset, block in enumerate(blocks):
-            write_kv(keys[:, offset], values[:, offset], batch.slots, pages.block(block.index))
+        for offset in range(stop - start):
+            write_kv(keys[:, offset], values[:, offset], batch.slots, pages.block(start + offset))
