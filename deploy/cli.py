@@ -190,7 +190,9 @@ def _settings(given: dict[str, Any]) -> Any:
 
 @app.command()
 def calibrate(
-    model: Annotated[str, typer.Argument(help="A checkpoint's directory or a Hugging Face id.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A checkpoint's directory or a Hugging Face id.")
+    ],
     out: Annotated[Path, typer.Option(help="Where the bundle goes.", show_default=False)],
     data: Annotated[
         str | None,

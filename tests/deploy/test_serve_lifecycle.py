@@ -1,0 +1,178 @@
+"""How the server starts, refuses to start, drains and ends: real processes, real signals."""
+
+import json
+import shutil
+import signal
+import socket
+import threading
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from exeunt.deploy.cli import run
+from tests.deploy.server_process import byte_bundle, eventually, run_to_end, serving
+
+LONG = {"prompt": "x", "max_new_tokens": 1500, "ignore_eos": True, "details": False}
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return byte_bundle(tmp_path_factory.mktemp("served"))
+
+
+def test_sigterm_drains(bundle: Path, tmp_path: Path) -> None:
+    with serving(str(bundle), "--shutdown-timeout", "60", log=tmp_path / "log") as server:
+        answers: list[httpx.Response] = []
+        thread = threading.Thread(target=lambda: answers.append(server.client.post("/generate", json=LONG)))
+        thread.start()
+        eventually(lambda: server.metrics()["num_requests_running"] == 1, "running")
+        server.process.send_signal(signal.SIGTERM)
+        eventually(lambda: server.client.get("/ready").status_code == 503, "draining")
+        refused = server.client.post("/generate", json={"prompt": "y"})
+        assert refused.status_code == 503
+        assert "shutting down" in refused.json()["error"]["message"]
+        assert server.client.get("/health").status_code == 200
+        assert server.metrics()["ready"] == 0
+        thread.join(60)
+        assert answers[0].status_code == 200
+        assert answers[0].json()["usage"]["completion_tokens"] == 1500
+        assert server.process.wait(timeout=30) == 0
+    assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+def test_what_does_not_finish_in_time_is_told_so(bundle: Path, tmp_path: Path) -> None:
+    with serving(str(bundle), "--shutdown-timeout", "0.1", log=tmp_path / "log") as server:
+        with server.client.stream(
+            "POST", "/generate", json={**LONG, "max_new_tokens": 4000, "stream": True}
+        ) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            server.process.send_signal(signal.SIGTERM)
+            events = [line.removeprefix("data: ") for line in lines if line]
+        assert events[-1] == "[DONE]"
+        assert json.loads(events[-2])["error"]["type"] == "unavailable_error"
+        assert server.process.wait(timeout=30) == 0
+
+
+def test_the_second_signal_stops_at_once(bundle: Path, tmp_path: Path) -> None:
+    def cut_off(body: dict[str, Any]) -> None:
+        with server.client.stream("POST", "/generate", json=body) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            server.process.send_signal(signal.SIGINT)
+            eventually(
+                lambda: httpx.get(server.client.base_url.join("/ready")).status_code == 503, "draining"
+            )
+            server.process.send_signal(signal.SIGTERM)
+            for _ in lines:
+                pass
+
+    with serving(str(bundle), "--shutdown-timeout", "60", log=tmp_path / "log") as server:
+        with pytest.raises(httpx.TransportError):
+            cut_off({**LONG, "max_new_tokens": 4000, "stream": True})
+        assert server.process.wait(timeout=10) == 128 + signal.SIGTERM
+
+
+def test_settings_come_from_the_environment_too(bundle: Path, tmp_path: Path) -> None:
+    default = {
+        "weights": "full",
+        "kv_cache": "full",
+        "early_exit": {"mode": "approximate", "threshold": 0.25},
+    }
+    env = {
+        "EXEUNT_MODEL": str(bundle),
+        "EXEUNT_API_KEY": "key",
+        "EXEUNT_DEFAULT_COMPRESSION": json.dumps(default),
+        "EXEUNT_MAX_MODEL_LEN": "32",
+        "EXEUNT_REQUEST_TIMEOUT": "0.001",
+        "EXEUNT_LOG_JSON": "true",
+    }
+    with serving("--max-num-seqs", "4", log=tmp_path / "log", env=env) as server:
+        assert server.client.get("/info").status_code == 401
+        server.client.headers["Authorization"] = "Bearer key"
+        info = server.client.get("/info").json()
+        assert info["limits"]["max_model_len"] == 32
+        assert info["limits"]["max_num_seqs"] == 4
+        assert info["limits"]["request_timeout_s"] == 0.001
+        assert info["defaults"]["weights"] == "full"
+        assert info["defaults"]["early_exit"]["threshold"] == 0.25
+        late = server.client.post("/generate", json={"prompt": "x", "max_new_tokens": 30})
+        assert late.status_code == 504
+        assert late.json()["error"]["code"] == "timeout"
+        assert server.stop() == 0
+    lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    assert any("Serving" in line["message"] for line in lines)
+    assert all(set(line) >= {"time", "level", "logger", "message"} for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        (["serve", "/nowhere/at/all"], 2, ["/nowhere/at/all", "does not exist"]),
+        (["serve", "--port", "eighty"], 2, ["--port", '"eighty"', "integer"]),
+        (["serve", "--port", "70000"], 2, ["--port", "70000", "65535"]),
+        (["serve", "--colour", "red"], 2, ["--colour"]),
+        (["serve", "--default-compression", '{"wieghts": "int4"}'], 2, ["--default-compression", "wieghts"]),
+        (["serve", "--default-compression", "{"], 2, ["--default-compression"]),
+        (["serve", "--kv-cache-memory", "much"], 2, ["--kv-cache-memory", "much"]),
+        (["serve", "--device", "abacus"], 2, ["--device", "abacus"]),
+        (["calibrate"], 2, ["MODEL"]),
+        (["calibrate", "x", "--out", "y", "--exits", "one"], 2, ["--exits", "one"]),
+        (["calibrate", "x", "--out", "y", "--weights", "int2"], 2, ["--weights", "int2"]),
+        (["inspect", "/nowhere"], 1, ["/nowhere", "does not exist"]),
+        (["dance"], 2, ["dance"]),
+    ],
+)
+def test_wrong_usage_is_one_line(
+    capsys: pytest.CaptureFixture[str], quiet: None, arguments: list[str], status: int, words: list[str]
+) -> None:
+    assert run(arguments) == status
+    told = capsys.readouterr().err
+    assert len(told.strip().splitlines()) == 1, told
+    for word in words:
+        assert word in told, told
+
+
+@pytest.fixture
+def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep the command line from taking over the logging of the test process."""
+    monkeypatch.setattr("exeunt.deploy.logs.configure_logging", lambda level, as_json: None)
+
+
+def test_debug_adds_the_traceback(
+    capsys: pytest.CaptureFixture[str], quiet: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EXEUNT_LOG_LEVEL", "debug")
+    assert run(["serve", "/nowhere/at/all"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_port_in_use_is_one_line(bundle: Path, capsys: pytest.CaptureFixture[str], quiet: None) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert run(["serve", str(bundle), "--port", port]) == 1
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert f"127.0.0.1:{port}" in told
+    assert "in use" in told
+
+
+def test_a_truncated_bundle_is_refused(bundle: Path, tmp_path: Path) -> None:
+    spoilt = tmp_path / "spoilt"
+    shutil.copytree(bundle, spoilt)
+    weights = spoilt / "weights.int4.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    ended = run_to_end("serve", str(spoilt), "--port", "0")
+    assert ended.returncode == 1
+    assert ended.stderr.count("\n") == 1, ended.stderr
+    assert "weights.int4.safetensors" in ended.stderr
+
+
+def test_settings_that_do_not_fit_the_model_are_refused_before_serving(bundle: Path) -> None:
+    ended = run_to_end("serve", str(bundle), "--port", "0", "--default-compression", '{"early_exit": true}')
+    assert ended.returncode == 2, ended.stderr
+    assert ended.stderr.count("\n") == 1, ended.stderr
+    assert "--default-compression" in ended.stderr
+    assert "'verified'" in ended.stderr

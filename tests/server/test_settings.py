@@ -1,0 +1,64 @@
+"""Settings: flags over environment over defaults, checked, and one sentence for what is wrong."""
+
+import pytest
+from pydantic import ValidationError
+
+from exeunt.server.settings import Settings, invalid_setting, load_settings
+
+
+@pytest.fixture(autouse=True)
+def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in Settings.model_fields:
+        monkeypatch.delenv(f"EXEUNT_{name.upper()}", raising=False)
+
+
+def test_defaults() -> None:
+    settings = load_settings({})
+    assert (settings.host, settings.port, settings.model) == ("127.0.0.1", 8000, None)
+    assert settings.default_compression.model_dump(exclude_none=True) == {}
+    assert settings.max_body_bytes == 4 * 2**20
+
+
+def test_flags_come_before_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EXEUNT_PORT", "9000")
+    monkeypatch.setenv("EXEUNT_HOST", "0.0.0.0")
+    settings = load_settings({"port": "9001"})
+    assert (settings.host, settings.port) == ("0.0.0.0", 9001)
+
+
+def test_every_form_of_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EXEUNT_KV_CACHE_MEMORY", "512MiB")
+    monkeypatch.setenv("EXEUNT_ALLOWED_ORIGINS", "http://a, http://b")
+    monkeypatch.setenv("EXEUNT_DEFAULT_COMPRESSION", '{"weights": "full", "early_exit": false}')
+    monkeypatch.setenv("EXEUNT_LOG_JSON", "1")
+    monkeypatch.setenv("EXEUNT_API_KEY", "")
+    settings = load_settings({})
+    assert settings.kv_cache_memory == 512 * 2**20
+    assert settings.allowed_origins == ("http://a", "http://b")
+    assert settings.default_compression.weights == "full"
+    assert settings.default_compression.early_exit is not None
+    assert settings.default_compression.early_exit.mode == "off"
+    assert settings.log_json
+    assert settings.api_key is None
+
+
+def test_the_key_is_not_printed() -> None:
+    assert "sesame" not in repr(load_settings({"api_key": "sesame"}))
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"port": "x"}, '--port is "x"; it must be a valid integer'),
+        ({"port": "65536"}, '--port is "65536"; it must be at most 65535'),
+        ({"request_timeout": "nan"}, '--request-timeout is "nan"; it must be a finite number'),
+        ({"request_timeout": "0"}, '--request-timeout is "0"; it must be above 0'),
+        ({"weights": "int8"}, "--weights is \"int8\"; it must be 'int4', 'full' or 'both'"),
+        ({"default_compression": '{"kv": 1}'}, "--default-compression (kv) is 1; "),
+        ({"default_compression": '{"linear_block": 1}'}, "--default-compression (linear_block) is 1; "),
+    ],
+)
+def test_what_is_wrong_is_one_sentence(given: dict[str, object], sentence: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        load_settings(given)
+    assert invalid_setting(caught.value).startswith(sentence)
