@@ -5,6 +5,7 @@ the flags and the processor's features. It appears there by an atomic rename, un
 process wait instead of compiling too. A cache that cannot be written is replaced by a folder of this process's own.
 """
 
+import atexit
 import hashlib
 import logging
 import os
@@ -52,14 +53,19 @@ def cached_library(compiler: str, flags: tuple[str, ...]) -> Path:
     name = f"{_fingerprint(compiler, flags)}.so"
     try:
         folder = cache_folder()
+        target = folder / name
+        if (
+            target.is_file()
+        ):  # needs no lock: it appeared whole, perhaps in a cache this process may only read
+            return target
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder / f"{name}.lock"):
-            target = folder / name
             if not target.is_file():
                 compile_library(compiler, flags, target)
             return target
     except OSError as error:
         own = Path(tempfile.mkdtemp(prefix="exeunt-native-"))
+        atexit.register(shutil.rmtree, own, ignore_errors=True)
         logger.warning("native kernels: the cache cannot be used (%s), compiling into %s", error, own)
         compile_library(compiler, flags, own / name)
         return own / name

@@ -34,14 +34,13 @@ def seed(request: pytest.FixtureRequest) -> int:
 def empty_block(
     pages: int, kv_heads: int, page_tokens: int, head_dim: int, dtype: torch.dtype, int4: bool
 ) -> KVBlock:
-    """A strided block inside a larger arena, as the server's pages are, all NaN (0xFF for codes)."""
+    """A strided block inside a larger arena, as the server's pages are, every byte 0xFF: NaN."""
     spare = 3  # other blocks share each page: views are strided
 
     def strided(width: int, kind: torch.dtype) -> Tensor:
-        arena = torch.full(
-            (pages, spare, kv_heads, page_tokens, width), float("nan") if kind != torch.uint8 else 255
-        )
-        return arena.to(kind)[:, 1]
+        values = pages * spare * kv_heads * page_tokens * width
+        arena = torch.full((values * torch.empty(0, dtype=kind).element_size(),), 255, dtype=torch.uint8)
+        return arena.view(kind).reshape(pages, spare, kv_heads, page_tokens, width)[:, 1]
 
     if not int4:
         return KVBlock(strided(head_dim, dtype), strided(head_dim, dtype))
@@ -92,3 +91,8 @@ def make_problem(
 @pytest.fixture
 def paged_problem(seed: int) -> Callable[..., PagedProblem]:
     return make_problem
+
+
+@pytest.fixture
+def new_block() -> Callable[..., KVBlock]:
+    return empty_block
