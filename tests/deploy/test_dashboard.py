@@ -6,21 +6,20 @@ import re
 import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import yaml
 
 from exeunt.server.metrics import Metrics, new_registry
-from exeunt.server.request import EmittedToken, FinishReason
 from tests.deploy.conftest import DEPLOY, Prometheus, running_prometheus
+from tests.deploy.server_process import ServerProcess, byte_bundle, serving
 
 DASHBOARD = json.loads((DEPLOY / "grafana" / "dashboards" / "exeunt.json").read_text())
 PANELS: list[dict[str, Any]] = DASHBOARD["panels"]
 GRAFANA = {"$__rate_interval": "30s", "$model": ".*", "$instance": ".*"}  # what Grafana puts in
-# Nothing to show until verified mode and audits run, or where nothing is certified: defined, but maybe NaN.
-MAY_BE_NAN = {"Exit thresholds"}
+MAY_BE_NAN = {"Exit thresholds"}  # where a target is not certified
 
 
 def _expressions() -> list[tuple[str, str]]:
@@ -33,42 +32,38 @@ def _substituted(expression: str) -> str:
     return expression
 
 
-@pytest.fixture(scope="module")
-def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
-    metrics = Metrics(new_registry(), "m", ["0", "1"], ["block_1"], [0.05])
-    metrics.set_ready(True)
+# Every mode and saving at once, so that ratios are defined; thresholds at which some tokens leave and some stay.
+REQUESTS: tuple[dict[str, Any], ...] = (
+    {"compression": {"early_exit": {"mode": "approximate", "threshold": 0.3}}},
+    {"compression": {"early_exit": {"mode": "approximate", "threshold": 0.0}, "linear_block": True}},
+    {"compression": {"weights": "full", "kv_cache": "full", "early_exit": False}, "n": 2},
+)
+
+
+@contextmanager
+def _load(server: ServerProcess) -> Iterator[None]:
+    """Keeps a server busy."""
     done = threading.Event()
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(metrics.exposition())
+    def ask() -> None:
+        while not done.is_set():
+            for request in REQUESTS:
+                server.generate(prompt="It was a dark night", max_new_tokens=16, ignore_eos=True, **request)
 
-        def log_message(self, *args: object) -> None:
-            pass
-
-    def traffic() -> None:
-        while not done.wait(0.1):
-            metrics.token("approximate", EmittedToken(1, "a", -1.0, 2, "block_1"), 4, 2, 0.01)
-            metrics.step(0, 0.01, 2)
-            metrics.step(1, 0.01, 2)
-            metrics.started(0.1, 4)
-            metrics.first_token(0.1)
-            metrics.finished(FinishReason.LENGTH, 3, 1.0)
-            metrics._compression["weights", True].inc()
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threads = [threading.Thread(target=target, daemon=True) for target in (server.serve_forever, traffic)]
-    for thread in threads:
-        thread.start()
-    with running_prometheus(
-        f"127.0.0.1:{server.server_port}", tmp_path_factory.mktemp("prometheus")
-    ) as found:
-        yield found
+    thread = threading.Thread(target=ask)
+    thread.start()
+    yield
     done.set()
-    server.shutdown()
-    server.server_close()
+    thread.join()
+
+
+@pytest.fixture(scope="module")
+def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
+    folder = tmp_path_factory.mktemp("dashboard")
+    with serving(str(byte_bundle(folder / "bundle")), log=folder / "serve.log") as server:
+        target = str(server.client.base_url).removeprefix("http://").strip("/")
+        with running_prometheus(target, folder) as found, _load(server):
+            yield found
 
 
 def _empty(prometheus: Prometheus) -> list[str]:
