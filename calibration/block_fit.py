@@ -35,7 +35,7 @@ class Moments:
         """No tokens seen."""
 
         def empty(*shape: int) -> Tensor:
-            return torch.zeros(*shape, dtype=torch.float64, device=device)
+            return torch.zeros(shape, dtype=torch.float64, device=device)
 
         return cls(0, empty(inputs), empty(outputs), empty(inputs, inputs), empty(outputs, inputs), empty())
 

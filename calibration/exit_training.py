@@ -24,7 +24,7 @@ Project = Callable[[Tensor], Tensor]
 class HeadTraining:
     """How long and how fast heads are trained. `visits` are tokens seen in training, with repetition."""
 
-    visits: int = 40_000
+    visits: int = 24_000
     batch_tokens: int = 512
     learning_rate: float = 1e-3
     evaluations: int = 6  # of agreement on the select split while training

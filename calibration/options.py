@@ -29,7 +29,7 @@ class CalibrationOptions:
     model: str  # a local directory or a Hugging Face id
     out: Path
     data: str  # see `exeunt.calibration.corpus.read_corpus`
-    tokens: int = 120_000
+    tokens: int = 48_000
     exits: Literal["auto"] | tuple[int, ...] = "auto"
     linear_block: Literal["auto", "none"] | int = "auto"
     weights: WeightFormat = "int4"
@@ -42,7 +42,7 @@ class CalibrationOptions:
     group_size: int = 32  # inputs that share an INT4 scale
     row_tokens: int = 512
     batch_tokens: int = 4096
-    evaluation_tokens: int = 12_000  # of the certify split
+    evaluation_tokens: int = 6_000  # of the certify split
     least_tokens: int = LEAST_TOKENS
     origin: str | None = None  # where the text comes from, for the manifest
     head: HeadTraining = field(default_factory=HeadTraining)

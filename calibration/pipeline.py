@@ -14,7 +14,7 @@ from torch import Tensor
 from exeunt.calibration.activations import BlockVisitor, Scratch, StateKeeper, stream_blocks
 from exeunt.calibration.block_choice import BlockChoice, BlockFitter, choose_block
 from exeunt.calibration.bundle_manifest import CorpusRecord, build_manifest
-from exeunt.calibration.certificates import CertifiedVariant, certify_variants
+from exeunt.calibration.certificates import CertifiedVariant, certify_variants, rows_for
 from exeunt.calibration.corpus import Corpus, Splits, read_corpus, split_corpus
 from exeunt.calibration.evaluation import EvaluationTable, evaluate_modes
 from exeunt.calibration.exit_fit import ExitData, FittedExit, fit_exits, top_tokens
@@ -182,12 +182,13 @@ def _plan(task: _Task, stack: ModelStack, exits: tuple[FittedExit, ...], data: E
 def _certify(task: _Task, learned: _Learned) -> tuple[CertifiedVariant, ...]:
     if not learned.exits:
         return ()
-    passes = len(learned.stack.variants) * (1 + len(learned.plan.thresholds))
-    with task.progress.phase("Certifying thresholds", passes * task.splits.tokens()["certify"]) as advance:
+    rows, passes = task.splits.certify, 1 + len(learned.plan.thresholds)
+    tokens = sum(sum(map(len, rows_for(variant, learned.stack, rows))) for variant in learned.stack.variants)
+    with task.progress.phase("Certifying thresholds", passes * tokens) as advance:
         certified = certify_variants(
             learned.stack,
             [each.head for each in learned.exits],
-            task.splits.certify,
+            rows,
             learned.plan,
             batch_tokens=task.options.batch_tokens,
             confidence=task.options.confidence,

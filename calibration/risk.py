@@ -14,9 +14,9 @@ m the size-weighted mean of exits in a block and ρ the correlation of errors wi
 data: where no error was seen, the between-block variance is zero and says nothing. It is an approximation, and its
 coverage is tested by simulation.
 
-*The search.* Learn then Test (Angelopoulos et al., arXiv 2110.01052, fixed-sequence testing): thresholds are tested from
-strict to loose at level 1 - confidence, and the first that fails ends the sequence, so the chance that any threshold
-called safe is not stays below that level, however many were tried. Where the sequence begins is fixed
+*The search.* Learn then Test (Angelopoulos et al., arXiv 2110.01052, fixed-sequence testing): thresholds are tested
+from strict to loose at level 1 - confidence, and the first that fails ends the sequence, so the chance that any
+threshold called safe is not stays below that level, however many were tried. Where the sequence begins is fixed
 beforehand, on other data.
 """
 
@@ -45,6 +45,11 @@ class ExitCounts:
     @property
     def total(self) -> int:
         return int(self.exits.sum())
+
+    @property
+    def exit_rate(self) -> float:
+        """Share of the tokens that left."""
+        return self.total / self.tokens if self.tokens else 0.0
 
     @property
     def wrong(self) -> int:
@@ -204,7 +209,13 @@ class FixedSequence:
 def forecast_p_value(
     seen: ExitCounts, target: float, correlation: float, growth: float, confidence: float = CONFIDENCE
 ) -> float:
-    """The p-value that a split `growth` times as large would give, were its blocks like those in `seen`."""
+    """The p-value that a split `growth` times as large would give, were its blocks like those in `seen`.
+
+    One error more than seen is assumed: that none was seen does not mean that there are none.
+    """
     repeats = max(1, round(growth))
-    larger = ExitCounts(np.tile(seen.exits, repeats), np.tile(seen.errors, repeats), seen.tokens * repeats)
+    errors = seen.errors.copy()
+    spare = seen.exits > errors
+    errors[int(spare.argmax())] += float(spare.any())
+    larger = ExitCounts(np.tile(seen.exits, repeats), np.tile(errors, repeats), seen.tokens * repeats)
     return p_value(larger, target, correlation, confidence)

@@ -1,7 +1,7 @@
 """Which thresholds are certified: planned on the select split, tested on the held-out one.
 
-Planning looks at the gates' decisions over full-depth states, which costs no pass: it proposes thresholds at which the
-risk looks a little and much safer than each target, and where each target's sequence begins. Certifying runs
+Planning looks at the gates' decisions over full-depth states, which costs no pass: for each target it begins at the
+threshold that looks most likely to pass, and goes on to the loosest that looks safe. Certifying runs
 the real thing, `ForcedModel.with_exits`, once per threshold from strict to loose, and stops when every target's
 sequence has ended (`exeunt.calibration.risk`).
 """
@@ -32,8 +32,8 @@ BLOCK_TOKENS: Final = 256
 """Tokens of a row that count as one draw: the unit of certificates and of confidence intervals."""
 FORECASTS: Final = 60  # thresholds looked at while planning
 LEAST_SHARE: Final = 0.004  # of tokens leaving, at the strictest of them
-STEPS: Final = (0.6, 0.85, 1.1)
-"""Exit shares tried for a target, over the largest share that looks safe for it while planning."""
+STEPS: Final = (0.8, 1.05)
+"""Exit shares tried for a target after the first, over the largest share that looks safe for it while planning."""
 SAME: Final = 0.9  # thresholds whose exit shares are closer than this ratio are one
 
 Advance = Callable[[int], None]
@@ -134,11 +134,9 @@ def plan_thresholds(
     for target in targets:
         chances = [forecast_p_value(counts, target, correlation, growth, confidence) for counts in seen]
         safe = [i for i, chance in enumerate(chances) if chance <= 1.0 - confidence]
-        chosen = safe[-1] if safe else int(np.argmin(chances))
-        steps = STEPS if safe else STEPS[:1]
-        own = [seen[chosen].total / seen[chosen].tokens * step for step in steps]
-        begin_share[target] = own[0]
-        wanted += own
+        begin_share[target] = seen[int(np.argmin(chances))].exit_rate
+        loosest = seen[safe[-1]].exit_rate if safe else 0.0
+        wanted += [begin_share[target], *(s * loosest for s in STEPS if s * loosest > begin_share[target])]
     distinct = _distinct(wanted)
     thresholds = [_threshold_at(best, share) for share in distinct]
     begins = {

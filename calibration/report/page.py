@@ -59,7 +59,8 @@ figures lean a little to the good side.</p>
 {% if certificates %}
 <h2>Certified exits</h2>
 <p>A target is certified where, with {{ "{:.0%}".format(confidence) }} confidence, among the tokens that leave
-early at most that share has another top token than full depth of the same variant, on text like the certify split. It says
+early at most that share has another top token than full depth of the same variant, on text like the certify split.
+It says
 nothing about sampled tokens. {{ tested }} thresholds were planned on other text and tested from strict to
 loose.</p>
 <div class="wide"><table><tr><th>combination</th><th>target</th><th>threshold</th><th>leave early</th>
