@@ -7,6 +7,7 @@
 
 #include "int4_linear.h"
 #include "paged_attention.h"
+#include "rows.h"
 #include "write_kv.h"
 
 template <class Function>
@@ -54,6 +55,32 @@ EXPORTED void exeunt_paged_attention(void* out, const void* queries, const Pages
     else
       paged_attention<FullPages<T>>(*pages, *batch, (const T*)queries, query_stride, (T*)out, tokens, heads,
                                     scale, window, threads);
+  });
+}
+
+// x [rows, n] with `stride` elements between rows, weight [n], y [rows, n].
+EXPORTED void exeunt_rms_norm(void* y, const void* x, const void* weight, int64_t rows, int64_t n, int64_t stride,
+                              float eps, int dtype) {
+  with_dtype(dtype, [&](auto* kind) {
+    using T = std::remove_pointer_t<decltype(kind)>;
+    rms_norm((T*)y, (const T*)x, (const T*)weight, rows, n, stride, eps);
+  });
+}
+
+// x [rows, 2 n], y [rows, n].
+EXPORTED void exeunt_silu_mul(void* y, const void* x, int64_t rows, int64_t n, int dtype) {
+  with_dtype(dtype, [&](auto* kind) {
+    using T = std::remove_pointer_t<decltype(kind)>;
+    silu_mul((T*)y, (const T*)x, rows, n);
+  });
+}
+
+// x [tokens, heads, n] with `stride` elements between tokens, cosines and sines [tokens, n] with `table_stride`.
+EXPORTED void exeunt_rotate_heads(void* x, const void* cosines, const void* sines, int64_t tokens, int64_t heads,
+                                  int64_t n, int64_t stride, int64_t table_stride, int dtype) {
+  with_dtype(dtype, [&](auto* kind) {
+    using T = std::remove_pointer_t<decltype(kind)>;
+    rotate_heads((T*)x, (const T*)cosines, (const T*)sines, tokens, heads, n, stride, table_stride);
   });
 }
 }
