@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from exeunt.compression.architecture import Architecture
@@ -19,7 +18,7 @@ from exeunt.compression.checkpoint import open_checkpoint
 from exeunt.compression.embedding import Embedding
 from exeunt.compression.kv_format import KVPages
 from exeunt.compression.kv_projection import KVProjection
-from exeunt.compression.linear import Linear
+from exeunt.compression.linear import Linear, full_linear
 from exeunt.compression.linear_block import LinearBlock
 from exeunt.compression.rope import RopeTables, rotate
 from exeunt.compression.weights import WeightSource
@@ -190,7 +189,7 @@ class Decoder:
 
     def project(self, state: Tensor) -> Tensor:
         """Logits [tokens, vocab] float32 of a state that has been through `final_norm` (or an exit's head)."""
-        return F.linear(state, self._embedding.output).float()
+        return full_linear(state, self._embedding.output).float()
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits [tokens, vocab] float32 of the state behind the last block."""

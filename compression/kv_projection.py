@@ -3,11 +3,10 @@
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from exeunt.compression.block import Block
-from exeunt.compression.linear import FullLinear
+from exeunt.compression.linear import FullLinear, full_linear
 from exeunt.compression.norm import rms_norm
 
 
@@ -42,7 +41,7 @@ class KVProjection:
         normalised = self._blocks[start].attention_norm.normalise(hidden)
         width = 2 * spec.kv_size
         rows = slice((start - self._first) * width, (stop - self._first) * width)
-        stacked = F.linear(normalised, weight[rows], bias[rows] if bias is not None else None)
+        stacked = full_linear(normalised, weight[rows], bias[rows] if bias is not None else None)
         heads = stacked.view(hidden.shape[0], stop - start, 2, spec.kv_heads, spec.head_dim)
         keys = heads[:, :, 0]
         if self._key_norms is not None:
