@@ -9,7 +9,8 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -289,3 +290,80 @@ def _write_json(path: Path | None, content: object) -> None:
         path.write_text(
             json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8"
         )
+
+
+@app.command(name="eval")
+def evaluate(
+    bundle: Annotated[str, typer.Argument(metavar="BUNDLE", help="A bundle or a checkpoint's directory.")],
+    data: Annotated[
+        str, typer.Option(help="Text: a file (txt or JSONL), a folder, or hf:NAME.", show_default=False)
+    ],
+    tokens: Annotated[int, typer.Option(min=16, help="Use so many tokens of it.")] = 16_000,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    speed: Annotated[bool, typer.Option(help="Also measure every mode's tokens/s.")] = True,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Also write it as JSON to this file.")
+    ] = None,
+) -> None:
+    """Measure perplexity, KL, agreement, depth and speed of every mode on a text."""
+    from rich.console import Console
+
+    from exeunt.deploy.evaluation import evaluate_and_time, evaluation_table
+
+    model = _load(bundle, device)
+    evaluated = evaluate_and_time(model, data, tokens=tokens, speed=speed)
+    Console().print(evaluation_table(evaluated))
+    _write_json(json_file, evaluated.record(model.name))
+
+
+@app.command()
+def bench(
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="BUNDLE|URL", help="A bundle (measured in process) or a server's http:// address."
+        ),
+    ],
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests under way at once.")] = 8,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of every prompt.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=2, help="Length of every answer.")] = 64,
+    requests: Annotated[int | None, typer.Option(min=1, help="Requests per mode. [4 × concurrency]")] = None,
+    device: Annotated[str, typer.Option(help="For a bundle: auto, cpu, cuda or cuda:N.")] = "auto",
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Also write it as JSON to this file.")
+    ] = None,
+) -> None:
+    """Measure the speed of every mode: tokens/s, time to first token, inter-token latency, exits and depth."""
+    from rich.console import Console
+
+    from exeunt.deploy.bench import Load, bench_record, modes_of
+    from exeunt.deploy.bench_table import measure, speed_table
+
+    load = Load(concurrency, prompt_tokens, max_new_tokens, requests or 4 * concurrency)
+    with _driver(target, load, device) as driver:
+        speeds = measure(driver, modes_of(driver.offer()), load)
+    Console().print(speed_table(speeds))
+    _write_json(json_file, bench_record(target, load, speeds))
+
+
+@contextmanager
+def _driver(target: str, load: Any, device: str) -> Iterator[Any]:
+    if target.startswith(("http://", "https://")):
+        from exeunt.deploy.bench_http import HTTPDriver
+
+        driver: Any = HTTPDriver(target, concurrency=load.concurrency)
+    else:
+        from exeunt.deploy.bench_engine import engine_driver
+
+        driver = engine_driver(_load(target, device), load)
+    try:
+        yield driver
+    finally:
+        driver.close()
+
+
+def _load(name: str, device: str) -> Any:
+    """A bundle or plain model, loaded for measuring."""
+    from exeunt.deploy.loading import find_source, load_model
+
+    return load_model(find_source(name), _settings({"device": device, "weights": "both"}))

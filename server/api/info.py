@@ -19,6 +19,7 @@ from exeunt.server.api.responses import (
     ModelInfo,
     ModelList,
     ModesInfo,
+    VariantInfo,
 )
 from exeunt.server.api.schemas import MAX_CHOICES, MAX_STOP_STRINGS
 from exeunt.server.api.service import Service, loaded_service
@@ -85,6 +86,9 @@ def _modes(service: Service) -> ModesInfo:
     variants = service.offer.variants
     exits = bool(service.offer.exits)
     return ModesInfo(
+        variants=[
+            VariantInfo(weights=v.weights, kv_cache=v.kv_cache, linear_block=v.linear_block) for v in variants
+        ],
         weights=sorted({variant.weights for variant in variants}),
         kv_cache=sorted({variant.kv_cache for variant in variants}),
         linear_block=sorted({variant.linear_block for variant in variants}),

@@ -217,9 +217,18 @@ class BundleInfo(BaseModel):
     calibration: dict[str, Any] | None
 
 
-class ModesInfo(BaseModel):
-    """What `compression` may ask for."""
+class VariantInfo(BaseModel):
+    """One combination of weights, KV cache and linear block that the model holds."""
 
+    weights: WeightFormat
+    kv_cache: KVFormat
+    linear_block: bool
+
+
+class ModesInfo(BaseModel):
+    """What `compression` may ask for; `variants` are the combinations that there are."""
+
+    variants: list[VariantInfo]
     weights: list[WeightFormat]
     kv_cache: list[KVFormat]
     linear_block: list[bool]

@@ -106,6 +106,10 @@ def test_info_of_a_plain_model(client: httpx.Client) -> None:
     assert body["model"]["dtype"] == "float32"
     assert body["bundle"] is None
     assert body["modes"] == {
+        "variants": [
+            {"weights": "full", "kv_cache": "full", "linear_block": False},
+            {"weights": "int4", "kv_cache": "int4", "linear_block": False},
+        ],
         "weights": ["full", "int4"],
         "kv_cache": ["full", "int4"],
         "linear_block": [False],

@@ -1,0 +1,121 @@
+"""The benchmark's load on an engine in this process: no HTTP, the server's own ceiling."""
+
+import queue
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from exeunt.compression.model import LoadedModel
+from exeunt.deploy.bench import TEMPERATURE, BenchError, Load, Trace
+from exeunt.deploy.bench_text import cut_prompts
+from exeunt.deploy.loading import engine_config
+from exeunt.server.api.compression import AppliedCompression, resolve
+from exeunt.server.api.offer import Offer, offer_of
+from exeunt.server.api.schemas import CompressionOptions
+from exeunt.server.engine import Engine
+from exeunt.server.engine_config import EngineConfig
+from exeunt.server.metrics import Metrics, new_registry
+from exeunt.server.request import (
+    Event,
+    FailureEvent,
+    FinishEvent,
+    GenerationRequest,
+    SamplingParams,
+    StepEvent,
+)
+from exeunt.server.settings import load_settings
+
+
+def engine_driver(model: LoadedModel, load: Load) -> "EngineDriver":
+    """An engine with room for the load. Raises SettingsError where the model has not."""
+    longest = load.prompt_tokens + load.max_new_tokens
+    settings = load_settings(
+        {
+            "max_model_len": longest,
+            "max_num_seqs": load.concurrency,
+            "max_num_queued_reqs": load.concurrency,
+            "max_num_batched_tokens": max(512, load.concurrency),
+        }
+    )
+    return EngineDriver(model, engine_config(model, settings))
+
+
+class EngineDriver:
+    """Runs the load on an engine of its own; `close` ends it."""
+
+    def __init__(self, model: LoadedModel, config: EngineConfig) -> None:
+        self._model, self._config = model, config
+        self._offer = offer_of(model)
+        stages = [str(stage) for stage in range(len(model.exits) + 1)]
+        metrics = Metrics(new_registry(), model.name, stages, self._offer.exits)
+        self._engine = Engine(model, config, metrics)
+        self._engine.start()
+        self._sent = 0
+
+    def close(self) -> None:
+        """Stop the engine."""
+        self._engine.stop()
+
+    def offer(self) -> Offer:
+        """What the model offers."""
+        return self._offer
+
+    def prompts(self, count: int, tokens: int) -> list[list[int]]:
+        """Passages of the packaged text."""
+        return cut_prompts(
+            lambda text: list(self._model.tokenizer.encode(text, verbose=False)), count, tokens
+        )
+
+    def run(
+        self, prompts: Sequence[Sequence[int]], compression: Mapping[str, Any], load: Load
+    ) -> list[Trace]:
+        """Answer every prompt, `load.concurrency` at a time. Raises BenchError where one fails."""
+        applied = resolve(CompressionOptions.model_validate(compression), CompressionOptions(), self._offer)
+        ended: queue.SimpleQueue[FailureEvent | None] = queue.SimpleQueue()
+        traces: list[Trace] = []
+        waiting = list(enumerate(prompts))[::-1]
+        under_way = 0
+        while waiting or under_way:
+            while waiting and under_way < load.concurrency:
+                seed, prompt = waiting.pop()
+                traces.append(self._send(prompt, seed, applied, load, ended))
+                under_way += 1
+            failure = ended.get()
+            if failure is not None:
+                raise BenchError(f"A request failed: {failure.message}")
+            under_way -= 1
+        return traces
+
+    def _send(
+        self,
+        prompt: Sequence[int],
+        seed: int,
+        applied: AppliedCompression,
+        load: Load,
+        ended: "queue.SimpleQueue[FailureEvent | None]",
+    ) -> Trace:
+        self._sent += 1
+        sampling = SamplingParams(
+            max_new_tokens=load.max_new_tokens, temperature=TEMPERATURE, seed=seed, ignore_eos=True
+        )
+        request = GenerationRequest(
+            f"bench-{self._sent}",
+            tuple(prompt),
+            sampling,
+            applied.variant,
+            applied.exits,
+            arrival=time.monotonic(),
+        )
+        trace = Trace(sent=time.perf_counter())
+
+        def on_event(event: Event) -> None:
+            if isinstance(event, StepEvent):
+                trace.arrivals.extend([time.perf_counter()] * len(event.tokens))
+                trace.depths += sum(token.depth for token in event.tokens)
+                return
+            if isinstance(event, FinishEvent):
+                trace.by_exit, trace.blocks = event.summary.depth.by_exit, event.summary.depth.blocks
+            ended.put(event if isinstance(event, FailureEvent) else None)
+
+        self._engine.submit(request, on_event)
+        return trace

@@ -1,0 +1,77 @@
+"""`exeunt eval`: every mode's quality on a text, and beside it what the mode is for: its speed."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from exeunt.calibration.evaluate import EvaluationOptions, evaluate
+from exeunt.calibration.evaluation import EvaluationTable, Mode
+from exeunt.calibration.progress import TerminalProgress
+from exeunt.compression.model import LoadedModel
+from exeunt.deploy.bench import BenchMode, Load, bench_record
+from exeunt.deploy.bench_engine import engine_driver
+from exeunt.deploy.bench_table import measure
+
+LOAD = Load(concurrency=8, prompt_tokens=32, max_new_tokens=64, requests=16)
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluated:
+    """A table of modes and, where it was measured, each mode's tokens per second by name."""
+
+    table: EvaluationTable
+    speed: Mapping[str, float]
+
+    def record(self, model: str) -> dict[str, Any]:
+        """The table as JSON."""
+        rows = []
+        for result in self.table.results:
+            row = asdict(result) | result.record().model_dump(include={"name", "early_exit"})
+            rows.append(row | {"tokens_per_second": self.speed.get(result.mode.name)})
+        about = {key: value for key, value in asdict(self.table).items() if key != "results"}
+        return bench_record(model, LOAD, ()) | about | {"modes": rows}
+
+
+def evaluate_and_time(model: LoadedModel, data: str, *, tokens: int, speed: bool) -> Evaluated:
+    """Every mode's quality on `data`, and its speed at eight requests at once. Raises CorpusError, BenchError."""
+    table = evaluate(model, data, EvaluationOptions(tokens=tokens), TerminalProgress())
+    return Evaluated(table, _speeds(model, [result.mode for result in table.results]) if speed else {})
+
+
+def _speeds(model: LoadedModel, modes: Sequence[Mode]) -> dict[str, float]:
+    driver = engine_driver(model, LOAD)
+    try:
+        measured = measure(driver, [BenchMode(mode.name, _compression(mode)) for mode in modes], LOAD)
+    finally:
+        driver.close()
+    return {speed.name: speed.tokens_per_second for speed in measured}
+
+
+def _compression(mode: Mode) -> dict[str, Any]:
+    exits: Any = False if mode.threshold is None else {"mode": "approximate", "threshold": mode.threshold}
+    variant = mode.variant
+    return {
+        "weights": variant.weights,
+        "kv_cache": variant.kv_cache,
+        "linear_block": variant.linear_block,
+        "early_exit": exits,
+    }
+
+
+def evaluation_table(evaluated: Evaluated) -> Table:
+    """One line a mode, 95 % intervals in brackets."""
+    table = evaluated.table
+    title = f"{table.tokens:,} tokens of {table.text}; 95 % intervals in brackets"
+    shown = Table(box=box.SIMPLE_HEAD, title=title)
+    shown.add_column(table.HEADERS[0], no_wrap=True)
+    for header in table.HEADERS[1:]:
+        shown.add_column(header, justify="right")
+    if evaluated.speed:
+        shown.add_column("tokens/s", justify="right")
+    for result, row in zip(table.results, table.rows(), strict=True):
+        speed = evaluated.speed.get(result.mode.name)
+        shown.add_row(*row, *(() if speed is None else (f"{speed:.0f}",)))
+    return shown

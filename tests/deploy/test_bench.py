@@ -1,0 +1,125 @@
+"""`exeunt bench` and `exeunt eval`: every mode measured, as a table and as JSON. No speed is asserted."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from exeunt.compression.model import load_bundle
+from exeunt.deploy.bench import BenchError, Load, bench, modes_of
+from exeunt.deploy.bench_engine import engine_driver
+from exeunt.deploy.bench_text import cut_prompts
+from exeunt.deploy.cli import run
+from tests.deploy.server_process import BLOCKS, byte_bundle, serving
+
+LOAD = Load(concurrency=2, prompt_tokens=8, max_new_tokens=6, requests=3)
+SMALL = ["--concurrency", "2", "--prompt-tokens", "8", "--max-new-tokens", "4", "--requests", "2"]
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return byte_bundle(tmp_path_factory.mktemp("bench"))
+
+
+def test_every_mode_of_a_bundle_is_measured_on_the_same_work(bundle: Path) -> None:
+    driver = engine_driver(load_bundle(bundle), LOAD)
+    try:
+        modes = modes_of(driver.offer())
+        speeds = list(bench(driver, modes, LOAD))
+    finally:
+        driver.close()
+    assert len(modes) == 8 + 2  # every variant, and the certified targets of one
+    assert [speed.name for speed in speeds] == [mode.name for mode in modes]
+    assert "int4/int4 exits 5%" in [mode.name for mode in modes]
+    for speed in speeds:
+        assert speed.tokens == 18
+        assert speed.tokens_per_second == pytest.approx(18 / speed.seconds)
+        assert set(speed.time_to_first_token_s) == set(speed.inter_token_latency_s) == {"p50", "p90", "p99"}
+        assert 0 < speed.time_to_first_token_s["p50"] <= speed.time_to_first_token_s["p99"]
+        assert speed.blocks == BLOCKS
+        if "exits" not in speed.name:
+            assert (speed.exit_rate, speed.mean_depth) == (0, BLOCKS)
+        assert speed.mean_depth <= BLOCKS
+
+
+def test_prompts_have_their_length_and_differ() -> None:
+    prompts = cut_prompts(lambda text: list(text.encode()), 5, 40)
+    assert [len(prompt) for prompt in prompts] == [40] * 5
+    assert len({tuple(prompt) for prompt in prompts}) == 5
+    assert [len(prompt) for prompt in cut_prompts(lambda text: list(text.encode()), 2, 200_000)] == [
+        200_000
+    ] * 2
+
+
+def test_a_server_is_measured_over_http(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with serving(str(bundle), "--weights", "int4", log=tmp_path / "log") as server:
+        url = str(server.client.base_url)
+        assert run(["bench", url, *SMALL, "--json", str(tmp_path / "speed.json")]) == 0
+        assert server.stop() == 0
+    record = json.loads((tmp_path / "speed.json").read_text())
+    assert record["load"]["concurrency"] == 2
+    assert record["machine"]["cores"] >= 1
+    modes = {mode["name"]: mode for mode in record["modes"]}
+    assert set(modes) >= {"int4/full", "int4/int4", "int4/int4 exits 10%", "int4/int4 linear"}
+    assert all(mode["tokens"] == 8 for mode in modes.values())
+    assert "int4/int4 exits 10%" in capsys.readouterr().out
+
+
+def test_a_server_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["bench", "http://127.0.0.1:9", *SMALL]) == 1
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert "127.0.0.1:9" in told
+
+
+def test_lengths_beyond_the_model_are_refused(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["bench", str(bundle), "--prompt-tokens", "5000"]) == 2
+    assert "4096" in capsys.readouterr().err
+
+
+def test_no_token_is_an_error_not_a_division() -> None:
+    class Silent:
+        def offer(self) -> None: ...
+
+        def prompts(self, count: int, tokens: int) -> list[list[int]]:
+            return [[1]] * count
+
+        def run(self, *_: object) -> list[object]:
+            return []
+
+    from exeunt.deploy.bench import BenchMode
+
+    with pytest.raises(BenchError, match="No token"):
+        list(bench(Silent(), [BenchMode("mode", {})], LOAD))  # type: ignore[arg-type]
+
+
+def test_eval_prints_every_mode_with_its_speed(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("exeunt.deploy.evaluation.LOAD", LOAD)
+    monkeypatch.setenv("COLUMNS", "200")
+    text = tmp_path / "text.txt"
+    text.write_text("It was a dark and stormy night. " * 40)
+    told = tmp_path / "eval.json"
+    assert run(["eval", str(bundle), "--data", str(text), "--tokens", "400", "--json", str(told)]) == 0
+    printed = capsys.readouterr().out
+    record = json.loads(told.read_text())
+    assert record["tokens"] > 0
+    for mode in record["modes"]:
+        assert mode["name"] in printed
+        assert mode["perplexity"]["value"] > 0
+        assert mode["tokens_per_second"] > 0
+    assert "tokens/s" in printed
+
+
+def test_eval_of_a_missing_text_is_one_line(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["eval", str(bundle), "--data", "/nowhere.txt"]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_inspect_prints_and_writes(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["inspect", str(bundle), "--json", str(tmp_path / "bundle.json")]) == 0
+    assert "block_1" in capsys.readouterr().out
+    assert json.loads((tmp_path / "bundle.json").read_text())
