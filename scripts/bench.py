@@ -26,7 +26,7 @@ from rich.table import Table
 from exeunt.compression.model import LoadedModel, load_bundle
 from exeunt.compression.variant import Variant
 from exeunt.deploy import packaged_model
-from exeunt.deploy.serve import packaged_bundle
+from exeunt.deploy.packaged import packaged_bundle
 from exeunt.server.engine import Engine
 from exeunt.server.engine_config import EngineConfig
 from exeunt.server.metrics import Metrics
@@ -79,7 +79,7 @@ def main(
     streams: Annotated[int, typer.Option(min=1)] = 8,
 ) -> None:
     """Measure, print a table, write JSON."""
-    bundle = packaged_bundle(console)
+    bundle = packaged_bundle()
     model = load_bundle(bundle, device="cpu", dtype=torch.float32, weights="both")
     prompts = _prompts(model, streams, prompt_tokens)
     reference = _Transformers(packaged_model.path())
