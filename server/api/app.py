@@ -53,6 +53,7 @@ def create_app(
         license_info={"name": "Apache-2.0"},
         middleware=gates,
         redirect_slashes=False,  # /generate/ is not a route; a redirect would turn an error into a puzzle
+        docs_url=None,  # the framework's page loads its script from elsewhere; ours is in health.py
         redoc_url=None,
     )
     app.state.availability = availability

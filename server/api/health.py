@@ -1,13 +1,14 @@
-"""`GET /health`, `GET /ready` and `GET /metrics`: what probes and scrapers ask. They need no API key."""
+"""`GET /health`, `GET /ready`, `GET /metrics` and `GET /docs`: what needs no API key."""
 
 from typing import Annotated
 
 from fastapi import APIRouter, Depends
-from starlette.responses import Response
+from starlette.responses import HTMLResponse, Response
 
 from exeunt.server.api.errors import documented
 from exeunt.server.api.responses import HealthResponse, ReadyResponse
 from exeunt.server.api.service import Service, loaded_service, serving_service
+from exeunt.server.assets import page
 from exeunt.server.metrics import CONTENT_TYPE
 
 router = APIRouter()
@@ -40,3 +41,9 @@ async def ready(_: Annotated[Service, Depends(serving_service)]) -> ReadyRespons
 def metrics(service: Annotated[Service, Depends(loaded_service)]) -> Response:
     """Everything the server counts; there once the model is loaded."""
     return Response(service.metrics.exposition(), headers={"Content-Type": CONTENT_TYPE})
+
+
+@router.get("/docs", include_in_schema=False)
+async def docs() -> HTMLResponse:
+    """A page that shows /openapi.json, without anything from other servers."""
+    return HTMLResponse(page("docs.html"))

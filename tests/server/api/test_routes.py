@@ -169,3 +169,12 @@ def test_openapi_describes_every_route_and_its_errors(client: httpx.Client) -> N
     early_exit = document["components"]["schemas"]["CompressionOptions"]["properties"]["early_exit"]
     assert {"type": "boolean"} in early_exit["anyOf"]
     assert "ValidationError" not in str(document)
+
+
+def test_the_documentation_needs_no_other_server(client: httpx.Client) -> None:
+    response = client.get("/docs")
+    assert response.headers["content-type"].startswith("text/html")
+    assert "openapi.json" in response.text
+    assert "http://" not in response.text
+    assert "https://" not in response.text
+    assert "src=" not in response.text
