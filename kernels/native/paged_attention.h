@@ -1,8 +1,9 @@
 // Softmax attention over pages in one pass: blocks of LANES keys at absolute positions 0, LANES, 2 LANES, …
 //
-// One task is one query token and one KV head: the heads that share it read each key and value once, four heads at
-// a time. A block's scores lie in the lanes of one vector. What is computed for a token depends on its position, its
-// keys and values, and the model's shape alone: not on the batch, nor on who else is a query.
+// One task is one KV head and up to four query tokens of a row that stand close together: all their heads read a
+// block of keys and values in turn, four heads at a time. A block's scores lie in the lanes of one vector. What is
+// computed for a token depends on its position, its keys and values, and the model's shape alone: keys that only its
+// neighbours see have weight 0 for it and change nothing.
 //
 // Full pages are read in their dtype. INT4 pages are unpacked in registers: with k = c s + m,  q·k = s Σ q c + m Σ q
 // and  Σ p v = Σ (p s) c + Σ p m.  Codes of even elements are in low nibbles, of odd ones in high nibbles, so queries
@@ -14,6 +15,7 @@
 #include "pages.h"
 #include "threads.h"
 
+constexpr int64_t TOKEN_TILE = 4;           // query tokens that may share a task
 constexpr int64_t SHARED_SCORES = 1 << 17;  // keys × head_dim × heads from which threads pay
 
 template <class T>
@@ -39,6 +41,7 @@ struct KeyBlock {  // LANES keys; those outside first .. last - 1 stand for the 
   const char* keys[LANES];
   const char* values[LANES];
   vf key_scale, key_minimum, value_scale, value_minimum;
+  int64_t start;  // position of lane 0
   int first, last;
 };
 
@@ -52,7 +55,12 @@ struct Head {  // the state of one query head
   vf* mixed;  // Σ p v so far
   vf total, minimum;  // Σ p and Σ p m by lane
   float top, query_sum;
+  int64_t first, last;  // it sees keys first .. last - 1
 };
+
+inline int within_block(int64_t key, int64_t start) {
+  return int(key <= start ? 0 : key - start < LANES ? key - start : LANES);
+}
 
 // scores[g] of GT heads against the block's keys, by lane.
 template <class KV, int GT>
@@ -111,9 +119,9 @@ void attend(const KeyBlock& block, const Shape& shape, Head* heads) {
   score<KV, GT>(block, shape, heads, scores);
   vi lane;
   for (int i = 0; i < LANES; i++) lane[i] = i;
-  const vi seen = (lane >= block.first) & (lane < block.last);
   for (int g = 0; g < GT; g++) {
     Head& head = heads[g];
+    const vi seen = (lane >= within_block(head.first, block.start)) & (lane < within_block(head.last, block.start));
     vf valid = seen ? scores[g] : splat(-INFINITY);
     const float top = largest(valid);
     if (top > head.top) {  // never for equal tops, where the factor would be 1
@@ -144,8 +152,9 @@ template <class KV>
 void find_block(const Pages& pages, const int32_t* table, int64_t head, int64_t start, int64_t first,
                 int64_t last, KeyBlock* block) {
   const char *key_params[LANES], *value_params[LANES];
-  block->first = int(first > start ? first - start : 0);
-  block->last = int(last - start < LANES ? last - start : LANES);
+  block->start = start;
+  block->first = within_block(first, start);
+  block->last = within_block(last, start);
   int64_t place = (start + block->first) % pages.page_tokens;
   const int32_t* entry = table + (start + block->first) / pages.page_tokens;
   for (int k = block->first; k < block->last; k++) {
@@ -182,64 +191,106 @@ struct AttentionScratch {
   std::vector<Head> heads;
 };
 
-// One token and KV head: `query` and `out` are [group, head_dim] of the query heads that share it.
+// The state of one head of one token before its first block.
 template <class KV, class Q>
-void attend_token(const Pages& pages, const int32_t* table, int64_t kv_head, int64_t group, const Q* query,
-                  Q* out, int64_t position, float scale, int64_t window, AttentionScratch& scratch) {
-  const int64_t n = pages.head_dim;
-  const Shape shape{(n / KV::UNIT + LANES - 1) / LANES, n / KV::UNIT};
-  const int64_t vectors = shape.chunks * KV::UNIT;
-  scratch.queries.assign(size_t(group * vectors), vf{});
-  scratch.mixed.assign(size_t(group * vectors), vf{});
-  scratch.heads.resize(size_t(group));
-  scratch.ordered.resize(size_t(vectors));
-  for (int64_t g = 0; g < group; g++) {
-    vf *to = scratch.queries.data() + g * vectors, *x = KV::INT4 ? scratch.ordered.data() : to;
-    load_padded(x, query + g * n, n);
-    if (KV::INT4) rotate(x, n);
-    for (int64_t i = 0; i * LANES < n; i++) x[i] *= scale;
-    if (KV::INT4) split_pairs((const float*)x, n, (float*)to);
-    vf total{};
-    for (int64_t i = 0; i < vectors; i++) total += to[i];
-    scratch.heads[size_t(g)] = Head{to, scratch.mixed.data() + g * vectors, vf{}, vf{}, -INFINITY, sum(total)};
-  }
-  Head* heads = scratch.heads.data();
-  const int64_t first = position - window + 1 > 0 ? position - window + 1 : 0;
-  for (int64_t start = first / LANES * LANES; start <= position; start += LANES) {
-    KeyBlock block;
-    find_block<KV>(pages, table, kv_head, start, first, position + 1, &block);
-    int64_t g = 0;
-    for (; g + 4 <= group; g += 4) attend<KV, 4>(block, shape, heads + g);
-    for (; g + 2 <= group; g += 2) attend<KV, 2>(block, shape, heads + g);
-    if (g < group) attend<KV, 1>(block, shape, heads + g);
-  }
-  for (int64_t g = 0; g < group; g++) {
-    const float inverse = 1.0f / sum(heads[g].total), minimum = sum(heads[g].minimum);
-    for (int64_t i = 0; i < vectors; i++)
-      heads[g].mixed[i] = (KV::INT4 ? heads[g].mixed[i] + minimum : heads[g].mixed[i]) * inverse;
-    const vf* x = heads[g].mixed;
-    if (KV::INT4) {
-      join_pairs((const float*)x, n, (float*)scratch.ordered.data());
-      x = scratch.ordered.data();
-    }
-    for (int64_t i = 0; i < n; i += LANES) store(out + g * n + i, x[i / LANES], int(n - i < LANES ? n - i : LANES));
-  }
+Head new_head(const Q* query, int64_t n, float scale, vf* to, vf* mixed, int64_t vectors, vf* ordered) {
+  vf* x = KV::INT4 ? ordered : to;
+  load_padded(x, query, n);
+  if (KV::INT4) rotate(x, n);
+  for (int64_t i = 0; i * LANES < n; i++) x[i] *= scale;
+  if (KV::INT4) split_pairs((const float*)x, n, (float*)to);
+  vf total{};
+  for (int64_t i = 0; i < vectors; i++) total += to[i];
+  return Head{to, mixed, vf{}, vf{}, -INFINITY, sum(total), 0, 0};
 }
+
+template <class KV, class Q>
+void finish_head(const Head& head, int64_t n, int64_t vectors, vf* ordered, Q* out) {
+  const float inverse = 1.0f / sum(head.total), minimum = sum(head.minimum);
+  for (int64_t i = 0; i < vectors; i++)
+    head.mixed[i] = (KV::INT4 ? head.mixed[i] + minimum : head.mixed[i]) * inverse;
+  const vf* x = head.mixed;
+  if (KV::INT4) {
+    join_pairs((const float*)x, n, (float*)ordered);
+    x = ordered;
+  }
+  for (int64_t i = 0; i < n; i += LANES) store(out + i, x[i / LANES], int(n - i < LANES ? n - i : LANES));
+}
+
+template <class KV>
+void attend_block(const KeyBlock& block, const Shape& shape, Head* heads, int64_t count) {
+  int64_t g = 0;
+  for (; g + 4 <= count; g += 4) attend<KV, 4>(block, shape, heads + g);
+  for (; g + 2 <= count; g += 2) attend<KV, 2>(block, shape, heads + g);
+  if (g < count) attend<KV, 1>(block, shape, heads + g);
+}
+
+template <class KV, class Q>
+struct Attention {
+  const Pages& pages;
+  const Batch& batch;
+  const Q* queries;  // [tokens, heads, head_dim] with query_stride elements between tokens
+  int64_t query_stride, heads;
+  Q* out;  // [tokens, heads, head_dim]
+  float scale;
+  int64_t window;
+
+  // The query heads of `kv_head`, for tokens `token` to `token` + `count` - 1 of `row`.
+  void attend_tokens(int64_t token, int64_t count, int64_t row, int64_t kv_head, AttentionScratch& scratch) const {
+    const int64_t n = pages.head_dim, group = heads / pages.kv_heads, all = count * group;
+    const Shape shape{(n / KV::UNIT + LANES - 1) / LANES, n / KV::UNIT};
+    const int64_t vectors = shape.chunks * KV::UNIT;
+    scratch.queries.assign(size_t(all * vectors), vf{});
+    scratch.mixed.assign(size_t(all * vectors), vf{});
+    scratch.heads.resize(size_t(all));
+    scratch.ordered.resize(size_t(vectors));
+    Head* state = scratch.heads.data();
+    for (int64_t i = 0; i < all; i++) {
+      const int64_t t = token + i / group, h = kv_head * group + i % group, position = batch.positions[t];
+      state[i] = new_head<KV>(queries + t * query_stride + h * n, n, scale, scratch.queries.data() + i * vectors,
+                              scratch.mixed.data() + i * vectors, vectors, scratch.ordered.data());
+      state[i].first = position - window + 1 > 0 ? position - window + 1 : 0;
+      state[i].last = position + 1;
+    }
+    const int32_t* table = batch.page_tables + row * batch.table_width;
+    const int64_t first = state[0].first, last = state[all - 1].last;
+    for (int64_t start = first / LANES * LANES; start < last; start += LANES) {
+      KeyBlock block;
+      find_block<KV>(pages, table, kv_head, start, first, last, &block);
+      attend_block<KV>(block, shape, state, all);
+    }
+    for (int64_t i = 0; i < all; i++)
+      finish_head<KV>(state[i], n, vectors, scratch.ordered.data(),
+                      out + ((token + i / group) * heads + kv_head * group + i % group) * n);
+  }
+
+  // Tokens `token` to `last` - 1, cut where a row ends or positions jump.
+  void attend_tile(int64_t token, int64_t last, int64_t kv_head, AttentionScratch& scratch) const {
+    while (token < last) {
+      const int64_t row = batch.row_of(token);
+      int64_t stop = token + 1;
+      while (stop < last && stop < batch.query_starts[row + 1] &&
+             batch.positions[stop] - batch.positions[token] < 2 * LANES)
+        stop++;
+      attend_tokens(token, stop - token, row, kv_head, scratch);
+      token = stop;
+    }
+  }
+};
 
 template <class KV, class Q>
 void paged_attention(const Pages& pages, const Batch& batch, const Q* queries, int64_t query_stride, Q* out,
                      int64_t tokens, int64_t heads, float scale, int64_t window, int threads) {
-  const int64_t group = heads / pages.kv_heads, n = pages.head_dim;
+  const Attention<KV, Q> work{pages, batch, queries, query_stride, heads, out, scale, window};
   const int64_t context = batch.max_context < window ? batch.max_context : window;
-  share(tokens * pages.kv_heads, tokens * heads * context * n >= SHARED_SCORES ? threads : 1,
-        tokens >= 64 ? 16 : 1, [&](int64_t first, int64_t last) {
-          static thread_local AttentionScratch scratch;
-          for (int64_t task = first; task < last; task++) {
-            const int64_t token = task / pages.kv_heads, head = task % pages.kv_heads;
-            const int32_t* table = batch.page_tables + batch.row_of(token) * batch.table_width;
-            attend_token<KV>(pages, table, head, group, queries + token * query_stride + head * group * n,
-                             out + (token * heads + head * group) * n, batch.positions[token], scale, window,
-                             scratch);
-          }
-        });
+  const int64_t tiles = (tokens + TOKEN_TILE - 1) / TOKEN_TILE;
+  const bool parallel = tokens * heads * context * pages.head_dim >= SHARED_SCORES;
+  share(tiles * pages.kv_heads, parallel ? threads : 1, tiles >= 16 ? 4 : 1, [&](int64_t first, int64_t last) {
+    static thread_local AttentionScratch scratch;
+    for (int64_t task = first; task < last; task++) {
+      const int64_t token = task / pages.kv_heads * TOKEN_TILE;
+      work.attend_tile(token, token + TOKEN_TILE < tokens ? token + TOKEN_TILE : tokens, task % pages.kv_heads,
+                       scratch);
+    }
+  });
 }
