@@ -30,7 +30,12 @@ from torch import Tensor
 from exeunt.server.request import SamplingParams
 
 GREEDY_BELOW = 1e-5  # temperatures under this are greedy: dividing by them only overflows
-_CANDIDATES = 1024  # top-p looks among this many most probable ids before it sorts a whole vocabulary
+_MASS_UNITS = (
+    1 << 40
+)  # top-p adds probabilities up as integers of this unit: sums that no order of adding changes
+_LEVEL_SHIFT = 18  # a float32's exponent and its first five mantissa bits: 32 levels per power of two
+_LEVELS = 1 << (30 - _LEVEL_SHIFT)  # enough for every float up to 1
+_CPU_CHUNK = 1 << 16  # vocabulary entries drawn from at a time on a CPU: more would leave its cache
 _MASK64 = (1 << 64) - 1
 
 
@@ -146,6 +151,12 @@ def _processed(logits: Tensor, rows: Sequence[RowSampling], eos_token_ids: Colle
 
 def _draw(scores: Tensor, rows: Sequence[RowSampling], drawn: list[int]) -> Tensor:
     """The ids [drawn] of the rows that are not greedy."""
+    step = len(drawn) if scores.device.type != "cpu" else max(_CPU_CHUNK // scores.shape[1], 1)
+    parts = [_draw_some(scores, rows, drawn[start : start + step]) for start in range(0, len(drawn), step)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _draw_some(scores: Tensor, rows: Sequence[RowSampling], drawn: list[int]) -> Tensor:
     if len(drawn) < len(rows):
         scores = scores[_index(drawn, scores)]
     chosen = [rows[index] for index in drawn]
@@ -182,35 +193,32 @@ def _truncated_softmax(scores: Tensor, params: Sequence[SamplingParams]) -> Tens
 
 
 def _nucleus(probs: Tensor, mass: Tensor) -> Tensor:
-    """Step 5: `probs` [rows, vocab] with zeros outside each row's nucleus of `mass` [rows, 1] float64."""
-    if probs.shape[1] <= 2 * _CANDIDATES:
-        return _nucleus_by_sort(probs, mass)
-    values, ids = probs.topk(_CANDIDATES, dim=-1)
-    ids, order = ids.sort(dim=-1)  # lower ids first, so that the stable sort below leaves ties in that order
-    values, order = values.gather(1, order).sort(dim=-1, descending=True, stable=True)
-    ids = ids.gather(1, order)
-    inside = _inside(values, mass)
-    result = torch.zeros_like(probs).scatter_(1, ids, values * inside)
-    # The candidates suffice where the nucleus ends above the least of them: ties with that one may lie
-    # outside.
-    least = values.masked_fill(~inside, torch.inf).amin(dim=-1)
-    unsure = (least <= values[:, -1]).nonzero().squeeze(1)
-    if unsure.numel():
-        result[unsure] = _nucleus_by_sort(probs[unsure], mass[unsure])
-    return result
+    """Step 5: `probs` [rows, vocab] with zeros outside each row's nucleus of `mass` [rows, 1] float64.
 
-
-def _nucleus_by_sort(probs: Tensor, mass: Tensor) -> Tensor:
-    values, ids = probs.sort(dim=-1, descending=True, stable=True)
-    return torch.zeros_like(probs).scatter_(1, ids, values * _inside(values, mass))
-
-
-def _inside(values: Tensor, mass: Tensor) -> Tensor:
-    """Which of the descending `values` are in the nucleus: those with less than `mass` before them."""
-    wide = values.double()
-    inside = wide.cumsum(dim=-1).sub_(wide) < mass
-    inside[:, 0] = True
-    return inside
+    Sorting a vocabulary costs more than the rest of sampling together. A histogram over levels of probability finds
+    the level in which the nucleus ends; all above is in it, all below is not, and only that level is sorted.
+    """
+    probs = probs.nan_to_num(0.0)  # an unusable row fails by itself, not the batch by an index out of bounds
+    units = (probs.double() * _MASS_UNITS).long()
+    wanted = (mass * _MASS_UNITS).ceil().long().clamp_min_(1)
+    # The bits of positive floats are ordered as the floats are.
+    levels = (probs.view(torch.int32) >> _LEVEL_SHIFT).long()
+    by_level = units.new_zeros(probs.shape[0], _LEVELS + 1).scatter_add_(1, levels, units)
+    reached = by_level.flip(1).cumsum(dim=1).flip(1)  # [rows, levels]: mass at a level and above
+    border = ((reached >= wanted).sum(dim=1, keepdim=True) - 1).clamp_min_(0)
+    above = reached.gather(1, border + 1)
+    inside = levels > border
+    rows, ids = (levels == border).nonzero().unbind(1)
+    order = probs[rows, ids].sort(descending=True, stable=True).indices  # ties stay in the order of their ids
+    order = order[rows[order].sort(stable=True).indices]
+    rows, ids = rows[order], ids[order]
+    weights = units[rows, ids]
+    before = weights.cumsum(dim=0) - weights
+    counts = rows.bincount(minlength=probs.shape[0])
+    first = (counts.cumsum(dim=0) - counts)[rows]
+    stays = above[rows, 0] + before - before[first] < wanted[rows, 0]
+    inside[rows[stays], ids[stays]] = True
+    return probs * inside
 
 
 def _on_host(ids: list[float], logprobs: list[float], possible: list[float]) -> SampledTokens:
