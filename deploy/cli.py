@@ -7,6 +7,7 @@ command alone, so that `--help` answers at once.
 
 import json
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -36,8 +37,14 @@ class UsageError(ValueError):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and end the process with its exit status."""
+    signal.signal(signal.SIGTERM, _terminated)
     words = list(sys.argv[1:] if arguments is None else arguments)
     sys.exit(run(words))
+
+
+def _terminated(number: int, frame: object) -> None:
+    """End as an interruption does, with everything cleaned up: a half-made bundle, temporary files."""
+    raise SystemExit(128 + number)
 
 
 def run(arguments: list[str]) -> int:

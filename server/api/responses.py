@@ -8,6 +8,11 @@ from exeunt.compression.variant import KVFormat, WeightFormat
 from exeunt.server.request import ExitMode, FinishReason, SkippedKV
 
 
+def _without_default(schema: dict[str, Any]) -> None:
+    """A field that may be absent has no default that a reader could assume."""
+    schema.pop("default", None)
+
+
 class TokenInfo(BaseModel):
     """One generated token."""
 
@@ -77,7 +82,9 @@ class Choice(BaseModel):
     index: int
     text: str
     finish_reason: FinishReason
-    tokens: list[TokenInfo] = Field(default=[], description="Absent with `details` false.")
+    tokens: list[TokenInfo] = Field(
+        default=[], description="Absent with `details` false.", json_schema_extra=_without_default
+    )
     depth: DepthInfo
     perplexity: float | None = Field(description="exp of the mean of -logprob; null without tokens.")
 
@@ -88,10 +95,14 @@ class GenerateResponse(BaseModel):
     id: str
     model: str
     created: int = Field(description="Unix time, seconds.")
-    text: str = ""
-    finish_reason: FinishReason = FinishReason.STOP
-    tokens: list[TokenInfo] = Field(default=[], description="Absent with `details` false.")
-    choices: list[Choice] = Field(default=[], description="Only with `n` above 1.")
+    text: str = Field(default="", json_schema_extra=_without_default)
+    finish_reason: FinishReason = Field(default=FinishReason.STOP, json_schema_extra=_without_default)
+    tokens: list[TokenInfo] = Field(
+        default=[], description="Absent with `details` false.", json_schema_extra=_without_default
+    )
+    choices: list[Choice] = Field(
+        default=[], description="Only with `n` above 1.", json_schema_extra=_without_default
+    )
     usage: Usage
     compression: CompressionApplied
     depth: DepthInfo | None = None
@@ -107,7 +118,9 @@ class StreamStep(BaseModel):
     id: str
     index: int = Field(description="Which answer, from 0.")
     text: str
-    tokens: list[TokenInfo] = Field(default=[], description="Absent with `details` false.")
+    tokens: list[TokenInfo] = Field(
+        default=[], description="Absent with `details` false.", json_schema_extra=_without_default
+    )
 
 
 class ScoredTokenInfo(BaseModel):
@@ -142,7 +155,9 @@ class ScoreResponse(BaseModel):
     id: str
     model: str
     created: int
-    tokens: list[ScoredTokenInfo] = Field(default=[], description="Absent with `details` false.")
+    tokens: list[ScoredTokenInfo] = Field(
+        default=[], description="Absent with `details` false.", json_schema_extra=_without_default
+    )
     logprob: float = Field(description="Sum over the text, nats.")
     perplexity: float | None = Field(description="exp of the mean of -logprob; null for a single token.")
     usage: ScoreUsage

@@ -168,6 +168,8 @@ def test_openapi_describes_every_route_and_its_errors(client: httpx.Client) -> N
     assert body["properties"]["max_new_tokens"]["default"] == 64
     early_exit = document["components"]["schemas"]["CompressionOptions"]["properties"]["early_exit"]
     assert {"type": "boolean"} in early_exit["anyOf"]
+    answer = document["components"]["schemas"]["GenerateResponse"]["properties"]
+    assert not [name for name in ("text", "finish_reason", "tokens", "choices") if "default" in answer[name]]
     assert "ValidationError" not in str(document)
 
 

@@ -1,0 +1,88 @@
+"""The packaged model's bundle: made on first use, kept by content, made anew when it is spoilt."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from exeunt.calibration.options import CalibrationOptions
+from exeunt.deploy import packaged_model
+from exeunt.deploy.packaged import (
+    CALIBRATION_TEXT,
+    cache_folder,
+    content_key,
+    find_or_calibrate,
+    packaged_bundle,
+)
+from tests.compression.small_bundles import small_bundle, small_checkpoint
+
+
+@pytest.fixture
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = small_checkpoint(tmp_path / "model")
+    (folder / CALIBRATION_TEXT).write_text("some text")
+    monkeypatch.setattr(packaged_model, "path", lambda: folder)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return folder
+
+
+@pytest.fixture
+def made(model: Path, monkeypatch: pytest.MonkeyPatch) -> list[CalibrationOptions]:
+    """The calibrations that were asked for; each is answered with a small bundle at once."""
+    asked: list[CalibrationOptions] = []
+
+    def calibrate(options: CalibrationOptions, progress: object) -> Path:
+        asked.append(options)
+        return small_bundle(options.out, Path(options.model)).path
+
+    monkeypatch.setattr("exeunt.calibration.pipeline.calibrate", calibrate)
+    return asked
+
+
+def test_the_bundle_is_made_once(model: Path, made: list[CalibrationOptions]) -> None:
+    first = packaged_bundle()
+    assert packaged_bundle() == first
+    assert len(made) == 1
+    assert first.is_relative_to(cache_folder())
+    assert made[0].data == str(model / CALIBRATION_TEXT)
+    assert made[0].model == str(model)
+
+
+def test_another_content_is_another_bundle(model: Path, made: list[CalibrationOptions]) -> None:
+    before = packaged_bundle()
+    (model / CALIBRATION_TEXT).write_text("same size")
+    assert packaged_bundle() != before
+    assert len(made) == 2
+
+
+def test_names_and_bytes_make_the_key(tmp_path: Path) -> None:
+    def key(**files: str) -> str:
+        folder = tmp_path / "-".join((*files, *files.values()))
+        folder.mkdir()
+        for name, text in files.items():
+            (folder / name).write_text(text)
+        return content_key(folder)
+
+    assert len({key(a="x"), key(b="x"), key(a="y"), key(a="x", b="")}) == 4
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-10])
+
+
+@pytest.mark.parametrize("spoil", [cut, Path.unlink])
+def test_a_spoilt_bundle_is_made_anew(
+    made: list[CalibrationOptions], spoil: Callable[[Path], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    spoil(packaged_bundle() / "weights.int4.safetensors")
+    assert packaged_bundle().is_dir()
+    assert len(made) == 2
+    assert "made anew" in caplog.text
+
+
+def test_a_named_model_is_not_calibrated(model: Path, made: list[CalibrationOptions]) -> None:
+    source = find_or_calibrate(str(model))
+    assert (source.path, source.is_bundle) == (str(model), False)
+    assert made == []
+    assert find_or_calibrate(None).is_bundle
+    assert len(made) == 1
