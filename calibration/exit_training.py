@@ -66,6 +66,14 @@ def head_state(norm: ExitNorm, adapter: Tensor, hidden: Tensor) -> Tensor:
     return torch.addmm(normed, normed, adapter.t())
 
 
+def _live_state(norm: ExitNorm, scale: Tensor, adapter: Tensor, hidden: Tensor) -> Tensor:
+    """`head_state` with `scale` as the norm's weight, so that gradients reach it (norms precompute with their own)."""
+    normed = norm.normalise(hidden.to(adapter.dtype)) * scale
+    if norm.bias is not None:
+        normed = normed + norm.bias
+    return torch.addmm(normed, normed, adapter.t())
+
+
 @torch.no_grad()
 def head_agreement(
     norm: ExitNorm, adapter: Tensor, data: Labelled, project: Project, chunk: int = 2048
@@ -99,7 +107,6 @@ def train_head(
     best = (max(untrained, linear), norm, starts[int(linear > untrained)])
     adapter = best[2].clone().requires_grad_()
     scale = norm.weight.clone().requires_grad_()
-    live = replace(norm, weight=scale)
     steps = max(1, planned_visits(fit.tokens, training) // training.batch_tokens)
     optimizer = torch.optim.Adam([adapter, scale], lr=training.learning_rate)
     every = max(1, steps // training.evaluations)
@@ -107,15 +114,17 @@ def train_head(
         for group in optimizer.param_groups:
             group["lr"] = training.learning_rate * _rate(step, steps)
         part = fit.rows(rows, adapter.device)
-        loss = F.cross_entropy(project(head_state(live, adapter, part.hidden)), part.top)
+        state = _live_state(norm, scale, adapter, part.hidden)
+        loss = F.cross_entropy(project(state), part.top)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         advance(len(rows))
         if step % every == 0 or step == steps:
-            agreement = head_agreement(live, adapter, seen, project)
+            now = replace(norm, weight=scale.detach().clone())
+            agreement = head_agreement(now, adapter, seen, project)
             if agreement > best[0]:
-                best = (agreement, replace(norm, weight=scale.detach().clone()), adapter.detach().clone())
+                best = (agreement, now, adapter.detach().clone())
     return TrainedHead(best[1], best[2], untrained, linear, best[0])
 
 

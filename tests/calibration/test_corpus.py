@@ -1,0 +1,137 @@
+"""Texts become documents, documents are dealt to splits whole, and what is no text is refused in one sentence."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from exeunt.calibration.corpus import Corpus, TextEncoding, read_corpus, rows_of, split_corpus
+from exeunt.calibration.errors import CorpusError
+
+PREFIX, END = 1000, 1001
+
+
+def encoding(prefix: tuple[int, ...] = (), end: int | None = None) -> TextEncoding:
+    return TextEncoding(lambda text: [ord(sign) for sign in text], prefix, end)
+
+
+def marked(documents: int, length: int = 200) -> Corpus:
+    """Document i consists of the letter number i alone, so that a row tells where it came from."""
+    return Corpus("marked", tuple(chr(0x100 + i) * length for i in range(documents)))
+
+
+def origins(rows: tuple[object, ...]) -> set[int]:
+    return {int(token) for row in rows for token in row}  # type: ignore[attr-defined]
+
+
+def test_documents_never_straddle_splits() -> None:
+    splits = split_corpus(marked(40), encoding(), tokens=8000, row_tokens=64, seed=1, least=1000)
+    seen = [origins(splits.fit), origins(splits.select), origins(splits.certify)]
+    assert all(seen)
+    assert len(set.union(*seen)) == sum(map(len, seen))
+    assert splits.tokens()["fit"] > splits.tokens()["certify"] > splits.tokens()["select"]
+
+
+def test_no_more_tokens_than_allowed_and_from_many_documents() -> None:
+    splits = split_corpus(marked(40, 1000), encoding(), tokens=6000, row_tokens=64, seed=1, least=1000)
+    assert 5000 < sum(splits.tokens().values()) <= 6000
+    assert len(origins(splits.fit)) > 10
+
+
+def test_the_seed_decides_who_goes_where() -> None:
+    def fitted(seed: int) -> set[int]:
+        return origins(
+            split_corpus(marked(40), encoding(), tokens=8000, row_tokens=64, seed=seed, least=99).fit
+        )
+
+    assert fitted(1) == fitted(1) != fitted(2)
+
+
+def test_one_document_gives_its_beginning_middle_and_end() -> None:
+    text = "\n".join(chr(0x1000 + line) * 50 for line in range(400))
+    splits = split_corpus(Corpus("one", (text,)), encoding(), tokens=9000, row_tokens=64, seed=0, least=1000)
+    lines = [{token for token in origins(rows) if token >= 0x1000} for rows in (splits.fit, splits.select)]
+    assert max(lines[0]) < min(lines[1])
+    assert max(lines[1]) < min(t for t in origins(splits.certify) if t >= 0x1000)
+
+
+def test_rows_begin_with_the_prefix_and_documents_end_with_the_end() -> None:
+    rows = rows_of(Corpus("c", ("x" * 100,)), encoding((PREFIX,), END), tokens=1000, row_tokens=41)
+    assert [int(row[0]) for row in rows] == [PREFIX] * len(rows)
+    assert all(len(row) <= 41 for row in rows)
+    assert int(rows[-1][-1]) == END
+    assert sum(int((row < PREFIX).sum()) for row in rows) == 100
+
+
+def test_files_of_every_kind(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one<END>two<END>")
+    (tmp_path / "b.txt").write_text("three")
+    (tmp_path / "c.jsonl").write_text('{"text": "four"}\n\n{"text": "five"}\n')
+    assert read_corpus(str(tmp_path / "a.txt"), "<END>").documents == ("one", "two")
+    assert read_corpus(str(tmp_path / "a.txt"), None).documents == ("one<END>two<END>",)
+    assert read_corpus(str(tmp_path), "<END>").documents == ("one", "two", "three")
+    assert read_corpus(str(tmp_path / "c.jsonl"), None).documents == ("four", "five")
+
+
+def test_the_hash_is_that_of_the_documents() -> None:
+    assert (
+        Corpus("x", ("ab", "c")).sha256 == Corpus("y", ("ab", "c")).sha256 != Corpus("x", ("a", "bc")).sha256
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("empty.txt", b"", "holds no text"),
+        ("blank.txt", b" \n\t\n", "holds no text"),
+        ("binary.txt", b"abc\x00def", "byte 3 is zero"),
+        ("latin.txt", "caf\xe9 noir".encode("latin-1"), "byte 3 cannot be decoded"),
+        ("broken.jsonl", b'{"text": "a"}\n{"text"', "line 2, is not JSON"),
+        ("fieldless.jsonl", json.dumps({"body": "a"}).encode(), 'string field "text"'),
+    ],
+)
+def test_what_is_no_text_is_refused(tmp_path: Path, name: str, content: bytes, says: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(CorpusError, match=says):
+        read_corpus(str(path), "<END>")
+
+
+def test_missing_paths_and_empty_folders_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CorpusError, match="neither a file nor a folder"):
+        read_corpus(str(tmp_path / "nothing"), None)
+    with pytest.raises(CorpusError, match=r"holds no \.txt file"):
+        read_corpus(str(tmp_path), None)
+
+
+def test_too_little_text_says_how_much_there_is_and_how_much_is_needed() -> None:
+    with pytest.raises(CorpusError, match=r"gives 2,000 tokens .* at least 6,000"):
+        split_corpus(marked(10), encoding(), tokens=100_000, row_tokens=64, seed=0)
+
+
+def test_an_unreachable_hub_is_an_error_and_not_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def unreachable(*_args: object, **_kwargs: object) -> object:
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(CorpusError, match=r"some/set cannot be read .*no route to host"):
+        read_corpus("hf:some/set", None)
+
+
+def test_a_hub_data_set_is_read_by_its_text_field(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    asked: list[tuple[str, str]] = []
+
+    def load(name: str, *, split: str, streaming: bool) -> list[dict[str, str]]:
+        assert streaming
+        asked.append((name, split))
+        return [{"text": "one"}, {"text": "two"}] if split == "test" else [{"body": "x"}]
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert read_corpus("hf:some/set:test", None).documents == ("one", "two")
+    assert asked == [("some/set", "test")]
+    with pytest.raises(CorpusError, match='no field "text"'):
+        read_corpus("hf:some/set", None)

@@ -1,0 +1,142 @@
+"""The figures of the table are those of a plain computation over the same tokens."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from exeunt.calibration.evaluation import Mode, evaluate_modes
+from exeunt.calibration.modes import loose_threshold, modes_of
+from exeunt.calibration.sequence_batch import batches
+from exeunt.calibration.teacher_forcing import ForcedModel
+from exeunt.compression.decoder import Decoder
+from exeunt.compression.manifest import RiskEntry, RiskTarget
+from exeunt.compression.variant import Variant
+from tests.calibration.conftest import BLOCKS, VOCAB, random_exit
+
+FULL, SMALL_KV = Variant("full", "full", False), Variant("full", "int4", False)
+
+
+def rows() -> list[torch.Tensor]:
+    g = torch.Generator().manual_seed(9)
+    return [torch.randint(VOCAB, (n,), generator=g) for n in (40, 40, 17, 40, 30)]
+
+
+def models(decoder: Decoder) -> dict[Variant, ForcedModel]:
+    exits = (random_exit(0, 1), random_exit(2, 2))
+    return {v: ForcedModel(decoder, v.kv_cache, exits) for v in (FULL, SMALL_KV)}
+
+
+def test_figures_equal_a_plain_computation(decoder: Decoder) -> None:
+    modes = [Mode(FULL), Mode(FULL, 0.55, 0.1), Mode(SMALL_KV)]
+    told: list[int] = []
+    held = models(decoder)
+    table = evaluate_modes(modes, held, rows(), text="t", batch_tokens=90, seed=0, advance=told.append)
+    assert sum(told) == 3 * 167
+    (batch,) = batches(rows(), 1000)
+    model = held[FULL]
+    entry, final = model.full_depth(batch)
+    full = decoder.head(final)
+    early, depth = torch.empty_like(full), torch.zeros(batch.tokens)
+
+    def sink(number: int, tokens: torch.Tensor, logits: torch.Tensor) -> None:
+        early[tokens], depth[tokens] = logits, float(model.depth(number))
+
+    model.with_exits(batch, 0.55, entry, sink)
+    reference, result, small = table.results
+    targets = batch.targets
+    assert reference.perplexity.value == pytest.approx(
+        math.exp(F.cross_entropy(full, targets, ignore_index=-1)), rel=1e-4
+    )
+    assert result.perplexity.value == pytest.approx(
+        math.exp(F.cross_entropy(early, targets, ignore_index=-1)), rel=1e-4
+    )
+    assert result.perplexity_increase.value == pytest.approx(
+        result.perplexity.value - reference.perplexity.value, rel=1e-6
+    )
+    kl = F.kl_div(early.log_softmax(-1), full.log_softmax(-1), log_target=True, reduction="batchmean")
+    assert result.kl.value == pytest.approx(float(kl), rel=1e-3)
+    agreement = (early.argmax(-1) == full.argmax(-1)).float()
+    assert result.agreement.value == pytest.approx(float(agreement.mean()))
+    assert result.mean_depth.value == pytest.approx(float(depth.mean()))
+    left = depth < BLOCKS
+    assert result.exit_rate.value == pytest.approx(float(left.float().mean()))
+    assert 0.1 < result.exit_rate.value < 0.9
+    assert result.disagreement is not None
+    assert result.disagreement.value == pytest.approx(1 - float(agreement[left].mean()))
+    assert sum(result.by_exit) == int(left.sum())
+    assert reference.kl.value == pytest.approx(0.0, abs=1e-9)
+    assert reference.agreement.value == 1.0
+    assert small.kl.value > 0
+    assert small.mean_depth.value == BLOCKS
+
+
+def test_intervals_hold_their_value_and_come_from_the_seed(decoder: Decoder) -> None:
+    modes = [Mode(FULL), Mode(FULL, 0.55)]
+
+    def table(seed: int) -> tuple[float, float, float]:
+        held = evaluate_modes(modes, models(decoder), rows(), text="t", batch_tokens=90, seed=seed)
+        measure = held.results[1].perplexity
+        return measure.low, measure.value, measure.high
+
+    low, value, high = table(1)
+    assert low < value < high
+    assert table(1) == (low, value, high)
+    assert table(2)[0] != low
+
+
+def test_the_table_reads_and_the_records_are_valid(decoder: Decoder) -> None:
+    modes = [Mode(FULL), Mode(FULL, 0.55, 0.1), Mode(SMALL_KV, 0.4)]
+    table = evaluate_modes(modes, models(decoder), rows(), text="t", batch_tokens=90, seed=0)
+    lines = table.rows()
+    assert [line[0] for line in lines] == [
+        "full/full",
+        "full/full exits 10% certified",
+        "full/int4 exits at 0.40, uncertified",
+    ]
+    assert all(len(line) == len(table.HEADERS) for line in lines)
+    assert table.results[1].record().early_exit == "approximate"
+    assert table.results[1].record().skipped_kv == "propagate"
+    assert table.results[0].record().early_exit == "off"
+
+
+def entry(variant: Variant, *lines: RiskTarget) -> RiskEntry:
+    return RiskEntry(
+        weights=variant.weights,
+        kv_cache=variant.kv_cache,
+        linear_block=variant.linear_block,
+        skipped_kv="propagate",
+        targets=lines,
+    )
+
+
+def test_every_certified_target_is_a_mode_and_a_loose_one_where_none_lets_many_leave() -> None:
+    def line(target: float, threshold: float, rate: float) -> RiskTarget:
+        return RiskTarget(target=target, certified=True, threshold=threshold, exit_rate=rate)
+
+    failed = RiskTarget(target=0.01, certified=False, reason="too few")
+    table = [
+        entry(FULL, failed, line(0.05, 0.9, 0.2), line(0.1, 0.9, 0.2)),
+        entry(SMALL_KV, failed, line(0.05, 0.95, 0.03)),
+    ]
+    modes = modes_of([SMALL_KV, FULL], FULL, table, {FULL: 0.5, SMALL_KV: 0.6})
+    assert modes == [
+        Mode(FULL),
+        Mode(FULL, 0.9, 0.05),
+        Mode(SMALL_KV),
+        Mode(SMALL_KV, 0.95, 0.05),
+        Mode(SMALL_KV, 0.6),
+    ]
+
+
+def test_a_loose_threshold_lets_about_a_seventh_leave(decoder: Decoder) -> None:
+    model = models(decoder)[FULL]
+    threshold = loose_threshold(model, rows(), batch_tokens=1000)
+    (batch,) = batches(rows(), 1000)
+    left: list[int] = []
+    entry_state, _ = model.full_depth(batch)
+    model.with_exits(
+        batch, threshold, entry_state, lambda number, tokens, _: left.append(len(tokens) * (number < 2))
+    )
+    assert 0.05 < sum(left) / batch.tokens < 0.4

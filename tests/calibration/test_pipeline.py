@@ -1,0 +1,269 @@
+"""From a checkpoint and a text to a bundle that opens: the same bytes for the same seed, or nothing at all."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from exeunt.calibration.errors import CalibrationError, CorpusError
+from exeunt.calibration.evaluate import EvaluationOptions, evaluate
+from exeunt.calibration.exit_training import HeadTraining
+from exeunt.calibration.gate_training import ProbeTraining
+from exeunt.calibration.options import CalibrationOptions, exit_blocks, resolve_device
+from exeunt.calibration.pipeline import calibrate
+from exeunt.calibration.progress import Advance, SilentProgress
+from exeunt.compression.bundle import BundleError, open_bundle
+from exeunt.compression.checkpoint import CheckpointError
+from exeunt.compression.decoder import Decoder
+from exeunt.compression.model import LoadedModel, load_bundle
+from exeunt.compression.variant import Variant
+
+
+def options(checkpoint: Path, text_file: Path, out: Path) -> CalibrationOptions:
+    return CalibrationOptions(
+        model=str(checkpoint),
+        out=out,
+        data=str(text_file),
+        tokens=6000,
+        exits=(0, 2),
+        risk=(0.05, 0.3),
+        device="cpu",
+        row_tokens=64,
+        batch_tokens=512,
+        evaluation_tokens=500,
+        least_tokens=3000,
+        head=HeadTraining(visits=2000, evaluations=2),
+        probe=ProbeTraining(units=8, steps=40, evaluations=2),
+    )
+
+
+class Watched(SilentProgress):
+    """Adds up what each phase promised and what it did; `stop_in` interrupts the phase of that name."""
+
+    def __init__(self, stop_in: str | None = None) -> None:
+        self.promised: dict[str, int] = {}
+        self.done: dict[str, int] = {}
+        self.notes: list[str] = []
+        self._stop_in = stop_in
+
+    @contextmanager
+    def phase(self, title: str, total: int) -> Iterator[Advance]:
+        self.promised[title], self.done[title] = total, 0
+
+        def advance(units: int) -> None:
+            self.done[title] += units
+            if title == self._stop_in:
+                raise KeyboardInterrupt
+
+        yield advance
+
+    def note(self, message: str) -> None:
+        self.notes.append(message)
+
+
+@pytest.fixture(scope="module")
+def made(
+    checkpoint: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Path, Watched]]:
+    """One calibration that several tests look at."""
+    torch.set_num_threads(1)
+    progress = Watched()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+        out = tmp_path_factory.mktemp("made") / "bundle"
+        yield calibrate(options(checkpoint, text_file, out), progress), progress
+
+
+@pytest.fixture(scope="module")
+def model(made: tuple[Path, Watched]) -> LoadedModel:
+    return load_bundle(made[0], device="cpu")
+
+
+def test_the_bundle_opens_and_says_what_was_done(made: tuple[Path, Watched], text_file: Path) -> None:
+    manifest = open_bundle(made[0]).manifest
+    assert manifest.weights == ("int4", "full")
+    assert manifest.kv_cache == ("int4", "full")
+    assert [record.block for record in manifest.exits] == [0, 2]
+    assert manifest.calibration is not None
+    assert manifest.calibration.data == text_file.name
+    assert sum(manifest.calibration.splits.values()) == manifest.calibration.tokens <= 6000
+    assert manifest.linear_block is not None
+    assert manifest.linear_block.index >= 2, "of the later half"
+    assert len(manifest.linear_block.r2_by_block) == 4
+    assert manifest.linear_block.parameters == 2 * 32 * manifest.linear_block.rank + 32
+    assert {entry.variant for entry in manifest.risk_table} == {
+        Variant(weights, kv, linear)
+        for weights in ("int4", "full")
+        for kv in ("int4", "full")
+        for linear in (False, True)
+    }
+    for entry in manifest.risk_table:
+        assert [line.target for line in entry.targets] == [0.05, 0.3]
+        for line in entry.targets:
+            assert line.certified == (line.threshold is not None) == (line.reason is None)
+    assert manifest.evaluation[0].name == "full/full"
+    assert manifest.created.year == 2023
+
+
+def test_it_loads_and_its_exits_run(model: LoadedModel) -> None:
+    assert len(model.variants) == 8
+    assert [head.block for head in model.exits] == [0, 2]
+
+
+def test_the_report_stands_alone(made: tuple[Path, Watched]) -> None:
+    page = (made[0] / "report.html").read_text()
+    assert page.count("<svg") >= 4
+    for outside in ("<script", "<link", "src=", "@import"):
+        assert outside not in page
+    assert "prefers-color-scheme: dark" in page
+    assert "currentColor" in page
+    assert "Certified exits" in page
+    assert "None" not in page
+    record = json.loads((made[0] / "report.json").read_text())
+    assert len(record["certificates"]) == 8
+    assert record["evaluation"]["modes"][0]["perplexity"]["low"] > 1
+    assert record["linear_block"]["together"]["blocks"] == [2, 3]
+
+
+def test_progress_promises_what_it_does(made: tuple[Path, Watched]) -> None:
+    _, progress = made
+    assert set(progress.promised) == {
+        "Quantising weights",
+        "Collecting activations",
+        "Comparing linear blocks",
+        "Asking the full model",
+        "Training exit heads",
+        "Certifying thresholds",
+        "Evaluating every mode",
+    }
+    for title, promised in progress.promised.items():
+        if title == "Certifying thresholds":  # sequences may end early
+            assert 0 < progress.done[title] <= promised
+        else:
+            assert progress.done[title] == promised, title
+    assert any(note.startswith("linear block") for note in progress.notes)
+
+
+def test_the_same_seed_gives_the_same_bytes(
+    made: tuple[Path, Watched],
+    checkpoint: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+    again = calibrate(options(checkpoint, text_file, tmp_path / "again"), SilentProgress())
+    for path in sorted(made[0].iterdir()):
+        assert (again / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+@pytest.mark.parametrize("phase", ["Quantising weights", "Collecting activations", "Evaluating every mode"])
+def test_an_interrupt_leaves_nothing(
+    checkpoint: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, phase: str
+) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(scratch))
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(options(checkpoint, text_file, tmp_path / "out" / "bundle"), Watched(stop_in=phase))
+    assert [path.name for path in tmp_path.iterdir()] == ["scratch"]
+    assert not list(scratch.iterdir())
+
+
+def test_full_weights_and_no_linear_block(checkpoint: Path, text_file: Path, tmp_path: Path) -> None:
+    asked = replace(
+        options(checkpoint, text_file, tmp_path / "b"), weights="full", kv_cache="full", linear_block="none"
+    )
+    bundle = open_bundle(calibrate(asked, SilentProgress()))
+    assert bundle.manifest.weights == ("full",)
+    assert bundle.manifest.kv_cache == ("full",)
+    assert bundle.manifest.linear_block is None
+    assert not (bundle.path / "weights.int4.safetensors").exists()
+    assert [entry.variant for entry in bundle.manifest.risk_table] == [Variant("full", "full", False)]
+
+
+def test_a_named_linear_block_is_taken(checkpoint: Path, text_file: Path, tmp_path: Path) -> None:
+    asked = replace(options(checkpoint, text_file, tmp_path / "b"), linear_block=1)
+    manifest = open_bundle(calibrate(asked, SilentProgress())).manifest
+    assert manifest.linear_block is not None
+    assert manifest.linear_block.index == 1
+
+
+def test_evaluating_a_bundle_covers_its_modes(model: LoadedModel, text_file: Path) -> None:
+    progress = Watched()
+    table = evaluate(
+        model, str(text_file), EvaluationOptions(tokens=600, row_tokens=64, batch_tokens=256), progress
+    )
+    assert table.tokens <= 600
+    assert {result.mode.variant for result in table.results} == set(model.variants)
+    assert table.results[0].mode.name == "full/full"
+    assert progress.done == progress.promised
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "says"),
+    [
+        ({"exits": (0, 3)}, CalibrationError, "no exit after block 3"),
+        ({"exits": (-1,)}, CalibrationError, "no exit after block -1"),
+        ({"linear_block": 4}, CalibrationError, "no block 4"),
+        ({"group_size": 7}, CalibrationError, "group size is 7"),
+        ({"data": "/nowhere/text.txt"}, CorpusError, "neither a file nor a folder"),
+        ({"model": "/nowhere/model"}, CheckpointError, "neither a checkpoint directory"),
+        ({"least_tokens": 50_000, "tokens": 60_000}, CorpusError, "at least 50,000"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_any_work(
+    checkpoint: Path,
+    text_file: Path,
+    tmp_path: Path,
+    change: dict[str, object],
+    error: type[Exception],
+    says: str,
+) -> None:
+    asked = replace(options(checkpoint, text_file, tmp_path / "b"), **change)  # type: ignore[arg-type]
+    with pytest.raises(error, match=says):
+        calibrate(asked, SilentProgress())
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_folder_that_is_no_bundle_is_not_overwritten(
+    checkpoint: Path, text_file: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "mine").write_text("keep")
+    with pytest.raises(BundleError, match="not a bundle"):
+        calibrate(options(checkpoint, text_file, tmp_path), SilentProgress())
+    assert (tmp_path / "mine").read_text() == "keep"
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"risk": (0.0,)}, "risk target 0"),
+        ({"risk": ()}, "at least one risk target"),
+        ({"confidence": 1.0}, "confidence is 1"),
+        ({"tokens": 10}, "allowed 10 tokens"),
+        ({"row_tokens": 4}, "at least 16"),
+    ],
+)
+def test_options_are_checked(change: dict[str, object], says: str) -> None:
+    with pytest.raises(CalibrationError, match=says):
+        CalibrationOptions(model="m", out=Path("o"), data="d", **change)  # type: ignore[arg-type]
+
+
+def test_exits_stand_where_the_depth_says(decoder: Decoder) -> None:
+    spec = decoder.spec
+    assert exit_blocks(replace(spec, blocks=12), "auto") == (2, 5, 7, 9)
+    assert exit_blocks(replace(spec, blocks=32), "auto") == (7, 15, 20, 26)
+    assert exit_blocks(replace(spec, blocks=2), "auto") == (0,)
+    assert exit_blocks(replace(spec, blocks=1), "auto") == ()
+    assert exit_blocks(spec, (2, 0, 2)) == (0, 2)
+
+
+def test_devices_are_checked() -> None:
+    assert resolve_device("cpu").type == "cpu"
+    with pytest.raises(CalibrationError, match="'toaster'"):
+        resolve_device("toaster")

@@ -1,0 +1,129 @@
+"""Planning and certifying: what the gates' view forecasts, and that certificates count what really leaves."""
+
+import numpy as np
+import pytest
+import torch
+
+from exeunt.calibration.exit_training import Labelled
+from exeunt.calibration.sequence_batch import batches
+from exeunt.calibration.teacher_forcing import ForcedModel
+from exeunt.calibration.thresholds import GateView, certify, plan_thresholds, text_blocks, view_gates
+from exeunt.compression.decoder import Decoder
+from tests.calibration.conftest import VOCAB, random_exit
+
+TARGETS = (0.01, 0.05, 0.2)
+
+
+def view(tokens: int = 20_000, blocks: int = 80, seed: int = 0) -> GateView:
+    """Two exits whose reach is a calibrated probability: a token agrees with exactly that chance."""
+    g = np.random.default_rng(seed)
+    reach = np.stack([g.beta(1.0, 1.5, tokens), g.beta(2.0, 1.0, tokens)])
+    return GateView(
+        reach, g.random((2, tokens)) < reach, np.repeat(np.arange(blocks), tokens // blocks), blocks
+    )
+
+
+def test_tokens_leave_at_the_first_exit_that_lets_them() -> None:
+    seen = GateView(
+        np.array([[0.9, 0.2, 0.1, 0.8], [0.1, 0.9, 0.3, 0.9]]),
+        np.array([[True, True, True, False], [False, False, True, True]]),
+        np.array([0, 0, 1, 1]),
+        2,
+    )
+    counts = seen.counts(0.8)
+    assert counts.exits.tolist() == [2.0, 1.0]
+    assert counts.errors.tolist() == [1.0, 1.0]  # the second token at exit 1, the fourth at exit 0
+    assert counts.exit_rate == 0.75
+
+
+def test_plans_run_from_strict_to_loose_and_begin_where_passing_is_likely() -> None:
+    plan = plan_thresholds(view(), TARGETS, certify_tokens=40_000)
+    assert list(plan.thresholds) == sorted(plan.thresholds, reverse=True)
+    assert len(set(plan.thresholds)) == len(plan.thresholds) <= 3 * len(TARGETS)
+    assert set(plan.begins) == set(TARGETS)
+    assert set(plan.begins.values()) <= set(plan.thresholds)
+    fresh = view(seed=1)
+    for target in (0.05, 0.2):
+        risk = fresh.counts(plan.begins[target]).risk
+        assert risk is not None
+        assert risk < target
+    assert plan.begins[0.01] >= plan.begins[0.05] >= plan.begins[0.2]
+
+
+def test_short_rests_join_the_block_before_them() -> None:
+    rows = [torch.zeros(length) for length in (512, 300, 500, 20)]
+    blocks = text_blocks(rows)
+    assert np.bincount(blocks).tolist() == [256, 256, 300, 256, 244, 20]
+
+
+def test_the_view_is_what_the_gates_do(decoder: Decoder) -> None:
+    """At every threshold the view's exits are those of a pass in which exits change nothing later."""
+    exits = (random_exit(0, 1), random_exit(1, 2))
+    rows = [torch.randint(VOCAB, (30,), generator=torch.Generator().manual_seed(s)) for s in (1, 2)]
+    model = ForcedModel(decoder, "full", exits)
+    (batch,) = batches(rows, 1000)
+    _, final = model.full_depth(batch)
+    top = model.top_tokens(final)
+    hidden, states, start = decoder.embed(batch.token_ids, batch.positions), [], 0
+    for head in exits:
+        hidden = decoder.run_blocks(
+            hidden, batch.geometry(model.layout.page_tokens), model.pages(batch), start, head.depth
+        )
+        states.append(Labelled(hidden, top))
+        start = head.depth
+    seen = view_gates(exits, states, rows, decoder.project)
+    for threshold in (0.3, 0.5, 0.7):
+        left = np.zeros(batch.tokens, dtype=bool)
+        for head, data in zip(exits, states, strict=True):
+            gate = head.gate(data.hidden, torch.full((batch.tokens,), threshold), decoder.project)
+            left |= gate.leaves.numpy()
+        left[batch.positions.numpy() == 0] = False
+        assert seen.counts(threshold).total == left.sum() > 0
+
+
+def test_certificates_count_what_left_and_differed(decoder: Decoder) -> None:
+    exits = (random_exit(0, 1), random_exit(2, 2))
+    g = torch.Generator().manual_seed(9)
+    rows = [torch.randint(VOCAB, (40,), generator=g) for _ in range(30)]
+    model = ForcedModel(decoder, "full", exits)
+    plan = plan_thresholds(_plan_view(model, rows), (0.9999,), certify_tokens=1200)
+    told: list[int] = []
+    outcome = certify(model, rows, plan, batch_tokens=200, advance=told.append)
+    threshold, counts = outcome.tested[0]
+    left = wrong = 0
+    for batch in batches(rows, 10_000):
+        entry, final = model.full_depth(batch)
+        top = model.top_tokens(final)
+        seen: list[tuple[int, int]] = []
+
+        def sink(number: int, tokens: torch.Tensor, logits: torch.Tensor) -> None:
+            if number < 2:
+                seen.append((len(tokens), int((logits.argmax(-1) != top[tokens]).sum())))  # noqa: B023
+
+        model.with_exits(batch, threshold, entry, sink)
+        left, wrong = left + sum(n for n, _ in seen), wrong + sum(w for _, w in seen)
+    assert (counts.total, counts.wrong) == (left, wrong)
+    assert 0 < wrong <= left
+    assert counts.tokens == 1200
+    assert sum(dict(outcome.by_exit)[threshold]) == left
+    assert sum(told) == 1200 * (1 + len(outcome.tested))
+
+
+def _plan_view(model: ForcedModel, rows: list[torch.Tensor]) -> GateView:
+    tokens = sum(map(len, rows))
+    g = np.random.default_rng(0)
+    return GateView(
+        g.random((2, tokens)) * 0.8, np.ones((2, tokens), dtype=bool), text_blocks(rows), len(rows)
+    )
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_an_unsafe_gate_is_not_certified(target: float) -> None:
+    """A gate whose reach says nothing: whatever is planned first is far above every target."""
+    g = np.random.default_rng(1)
+    reach = g.random((1, 10_000))
+    seen = GateView(reach, g.random((1, 10_000)) < 0.5, np.repeat(np.arange(40), 250), 40)
+    plan = plan_thresholds(seen, (target,), certify_tokens=10_000)
+    risk = seen.counts(plan.begins[target]).risk
+    assert risk is not None
+    assert risk > target
