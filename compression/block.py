@@ -12,6 +12,7 @@ from exeunt.compression.norm import Norm, rms_norm
 from exeunt.compression.rope import rotate
 from exeunt.kernels.paged_attention import paged_attention
 from exeunt.kernels.paged_batch import KVBlock, PagedBatch
+from exeunt.kernels.rows import rotate_heads, silu_mul
 from exeunt.kernels.write_kv import write_kv
 
 Rotation = (
@@ -96,7 +97,7 @@ class Block:
         if self.head_norm is not None:
             turning = rms_norm(turning, self.head_norm, spec.norm_eps)
         if rotation is not None:
-            turning = rotate(turning, *rotation)
+            rotate_heads(turning, *rotation)
         write_kv(turning[:, spec.heads :], qkv[:, spec.heads + spec.kv_heads :], batch.slots, kv)
         attended = paged_attention(turning[:, : spec.heads], kv, batch, self._scale, self._window)
         self.out.add_to(hidden, attended.reshape(tokens, spec.query_size))
@@ -121,6 +122,8 @@ class Block:
         up = self.up(normed)
         if not self.spec.gated:
             return self._activation(up)
+        if self._activation is F.silu:
+            return silu_mul(up)
         width = self.spec.intermediate_size
         return self._activation(up[:, :width]).mul_(up[:, width:])
 
