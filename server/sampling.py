@@ -24,6 +24,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -261,6 +262,9 @@ def _signed32(value: int) -> int:
 
 @lru_cache(maxsize=8)
 def _token_keys(vocab_size: int, device: torch.device) -> Tensor:
-    """A scattered int32 key per token id [1, vocab_size]: close ids share no bits with a row's key."""
-    keys = [_signed32(_mix64(token) >> 32) for token in range(vocab_size)]
-    return torch.tensor(keys, dtype=torch.int32).to(device)[None]
+    """A scattered int32 key per token id [1, vocab_size], `_mix64`'s upper half: close ids share no bits."""
+    keys = np.arange(vocab_size, dtype=np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    keys = (keys ^ (keys >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    keys = (keys ^ (keys >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    keys ^= keys >> np.uint64(31)
+    return torch.from_numpy((keys >> np.uint64(32)).astype(np.uint32).view(np.int32)).to(device)[None]

@@ -104,6 +104,17 @@ class TestDistribution:
         assert math.isfinite(float(noise.max()))
 
 
+def test_noise_is_the_same_in_every_release() -> None:
+    """A seed is a promise: a request repeated next year draws the same tokens."""
+    rows = [_row(0, seed=1), _row(1000, choice=3, seed=2**64 - 1)]
+    noise = exponential_noise(rows, 150_000, "cpu")[:, [0, 1, 2, 149_999]]
+    promised = [
+        [1.36267042, 1.11123276, 0.348338038, 0.220016092],
+        [0.868917704, 0.0944077298, 0.29131192, 0.47198382],
+    ]
+    assert torch.equal(noise, torch.tensor(promised))
+
+
 def _fit(counts: Tensor, expected: Tensor) -> float:
     """The chi-square test's p-value, rare outcomes pooled."""
     rare = expected < 5
