@@ -191,9 +191,11 @@ def evaluate_modes(
     ):
         own = torch.from_numpy(where[start : start + batch.tokens])
         _add(scored, own, (batch.targets >= 0).double().cpu())
-        held = _reference(models[reference.variant], batch)
+        states = models[reference.variant].full_depth(batch)
+        held = _reference(models[reference.variant], states[1])
         for variant, numbers in by_variant.items():
-            _run_variant(models[variant], modes, numbers, batch, own, held, sums)
+            own_states = states if variant == reference.variant else models[variant].full_depth(batch)
+            _run_variant(models[variant], own_states, modes, numbers, batch, own, held, sums)
             advance(batch.tokens * len(numbers))
         start += batch.tokens
     resamples = np.random.default_rng(seed).multinomial(blocks, np.full(blocks, 1.0 / blocks), RESAMPLES)
@@ -208,8 +210,7 @@ def _add(sums: Floats, at: Tensor, values: Tensor) -> None:
 
 
 @torch.inference_mode()
-def _reference(model: ForcedModel, batch: SequenceBatch) -> _Reference:
-    _, final = model.full_depth(batch)
+def _reference(model: ForcedModel, final: Tensor) -> _Reference:
     log_probs = model.decoder.head(final).log_softmax(-1)
     return _Reference(log_probs, log_probs.argmax(-1))
 
@@ -217,6 +218,7 @@ def _reference(model: ForcedModel, batch: SequenceBatch) -> _Reference:
 @torch.inference_mode()
 def _run_variant(
     model: ForcedModel,
+    states: tuple[Tensor, Tensor],
     modes: Sequence[Mode],
     numbers: Sequence[int],
     batch: SequenceBatch,
@@ -224,22 +226,22 @@ def _run_variant(
     reference: _Reference,
     sums: Sequence[_Sums],
 ) -> None:
-    """Add what every mode of one variant makes of a batch to its sums; they share one pass at full depth."""
-    entry, final = model.full_depth(batch)
+    """Add what every mode of one variant makes of a batch to its sums; they share the `states` at full depth."""
+    entry, final = states
     own_top = torch.empty_like(batch.token_ids)
+    counters = {n: _counter(model, batch, where, reference, own_top, sums[n]) for n in numbers}
+    off = [counters[number] for number in numbers if modes[number].threshold is None]
 
-    def note_top(_number: int, tokens: Tensor, logits: Tensor) -> None:
+    def at_full_depth(number: int, tokens: Tensor, logits: Tensor) -> None:
         own_top[tokens] = logits.argmax(-1)
+        for count in off:
+            count(number, tokens, logits)
 
-    everything = torch.arange(batch.tokens, device=final.device)
-    model.final(final, everything, note_top)
+    model.final(final, torch.arange(batch.tokens, device=final.device), at_full_depth)
     for number in numbers:
-        counted = _counter(model, batch, where, reference, own_top, sums[number])
         threshold = modes[number].threshold
-        if threshold is None:
-            model.final(final, everything, counted)
-        else:
-            model.with_exits(batch, threshold, entry, counted)
+        if threshold is not None:
+            model.with_exits(batch, threshold, entry, counters[number])
 
 
 def _counter(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from exeunt.calibration.activations import BlockVisitor, Scratch, StateKeeper, stream_blocks
 from exeunt.calibration.block_choice import BlockChoice, BlockFitter, choose_block
-from exeunt.calibration.bundle_manifest import CorpusRecord, build_manifest
+from exeunt.calibration.bundle_manifest import CorpusRecord, build_manifest, data_name
 from exeunt.calibration.certificates import CertifiedVariant, certify_variants, rows_for
 from exeunt.calibration.corpus import Corpus, Splits, read_corpus, split_corpus
 from exeunt.calibration.evaluation import EvaluationTable, evaluate_modes
@@ -219,7 +219,7 @@ def _evaluate(task: _Task, learned: _Learned, certified: tuple[CertifiedVariant,
             modes,
             models,
             rows,
-            text=f"{Path(options.data).name}, certify split",
+            text=f"{data_name(options.data)}, certify split",
             batch_tokens=options.batch_tokens,
             seed=options.seed,
             advance=advance,
