@@ -38,7 +38,7 @@ class Recipe:
     warmup_steps: int = 60
     decay_share: float = 0.7
     """Share of a branch's steps over which the learning rate falls linearly to zero."""
-    long_share: float = 0.2
+    long_share: float = 0.15
     """Share of a branch's steps, at its end, trained on whole windows of ``context`` tokens."""
     muon_rate: float = 0.02
     adam_rate: float = 0.003

@@ -30,8 +30,7 @@ class Sampler:
         for place in range(length - 1):
             logits = self._step(tokens[:, place], place, caches)
             if place + 1 >= starts.shape[1]:
-                odds = torch.softmax(logits.float() / temperature, -1)
-                tokens[:, place + 1] = torch.multinomial(odds, 1, generator=generator)[:, 0]
+                tokens[:, place + 1] = drawn(logits / temperature, generator)
         return tokens
 
     def _empty_cache(self, rows: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -62,6 +61,16 @@ class Sampler:
                 functional.silu(functional.linear(normed, gate)) * functional.linear(normed, up), down
             )
         return self._decoder.logits(state)
+
+
+def drawn(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Return one token a row, int64 [rows], drawn from the softmax of logits [rows, vocabulary].
+
+    It inverts the cumulated odds at one random number a row; ``multinomial`` would draw one for every token there is.
+    """
+    odds = torch.softmax(logits, -1).cumsum(-1)
+    points = torch.rand(logits.shape[0], 1, generator=generator) * odds[:, -1:]
+    return torch.searchsorted(odds, points, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
 
 
 def documents(rows: torch.Tensor, separator: int = 0) -> Iterator[list[int]]:

@@ -15,7 +15,7 @@ from scripts.packaged_model.export import export, stage_model
 from scripts.packaged_model.facts import gather
 from scripts.packaged_model.measure import measure
 from scripts.packaged_model.recipe import CPU, PRESETS, TINY, block_dropout, learning_share, split_of
-from scripts.packaged_model.sampler import Sampler, documents
+from scripts.packaged_model.sampler import Sampler, documents, drawn
 from scripts.packaged_model.tokenizer import train_tokenizer
 from scripts.packaged_model.tokens import SOURCES, Batches, held_out_rows
 from scripts.packaged_model.trainer import Trainer
@@ -164,6 +164,14 @@ def test_sampling_follows_the_models_own_distribution(trained: Path) -> None:
     assert torch.equal(rows[:, 2:], greedy[:, 1:-1])
     assert torch.equal(Sampler(model).rows(starts, 20, 1.0, 5), Sampler(model).rows(starts, 20, 1.0, 5))
     assert list(documents(torch.tensor([[0, 4, 5, 0, 0, 6]]))) == [[4, 5], [6]]
+
+
+def test_draws_have_the_frequencies_of_the_softmax() -> None:
+    odds = torch.tensor([0.5, 0.0, 0.3, 0.2])
+    tokens = drawn(odds.log().expand(20000, 4), torch.Generator().manual_seed(1))
+    counts = torch.bincount(tokens, minlength=4) / 20000
+    torch.testing.assert_close(counts, odds, atol=0.015, rtol=0)
+    assert counts[1] == 0
 
 
 def test_full_depth_agrees_with_itself() -> None:
