@@ -62,7 +62,7 @@ class ServerProcess:
     def stop(self) -> int:
         """Ask the server to stop; its exit status."""
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(timeout=60)
+        return self.process.wait(timeout=120)
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -106,7 +106,7 @@ def run_to_end(*arguments: str, env: Mapping[str, str] | None = None) -> subproc
     )  # fmt: skip
 
 
-def eventually(condition: Any, what: str, timeout_s: float = 20) -> None:
+def eventually(condition: Any, what: str, timeout_s: float = 60) -> None:
     """Wait until `condition()` holds; fail with `what` otherwise."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:

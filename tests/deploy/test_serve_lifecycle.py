@@ -75,6 +75,12 @@ def test_the_second_signal_stops_at_once(bundle: Path, tmp_path: Path) -> None:
         assert server.process.wait(timeout=10) == 128 + signal.SIGTERM
 
 
+def test_stopped_while_loading_it_just_stops(bundle: Path, tmp_path: Path) -> None:
+    with serving(str(bundle), log=tmp_path / "log", ready=False) as server:
+        assert server.stop() == 0
+    assert "Traceback" not in (tmp_path / "log").read_text()
+
+
 def test_settings_come_from_the_environment_too(bundle: Path, tmp_path: Path) -> None:
     default = {
         "weights": "full",
