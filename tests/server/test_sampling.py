@@ -85,7 +85,7 @@ class TestDistribution:
         assert _fit(pairs, torch.full((64,), 20_000 / 64, dtype=torch.float64)) > 1e-3
 
     def test_a_large_vocabulary(self) -> None:
-        vocab, draws = 150_000, 120
+        vocab, draws = 150_000, 60
         weights = torch.linspace(0.0, 2.0, vocab)
         rows = [_row(i, seed=9, temperature=1.0) for i in range(draws)]
         ids = [
