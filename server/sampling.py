@@ -36,9 +36,8 @@ _MASS_UNITS = (
 )  # top-p adds probabilities up as integers of this unit: sums that no order of adding changes
 _LEVEL_SHIFT = 18  # a float32's exponent and its first five mantissa bits: 32 levels per power of two
 _LEVELS = 1 << (30 - _LEVEL_SHIFT)  # enough for every float up to 1
-_CPU_CHUNK = (
-    1 << 15
-)  # vocabulary entries drawn from at a time on a CPU: they stay in its cache, and on one thread
+# Vocabulary entries drawn from at a time on a CPU: they stay in its cache, and each step on one thread.
+_CPU_CHUNK = 1 << 15
 _MASK64 = (1 << 64) - 1
 
 
