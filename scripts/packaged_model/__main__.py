@@ -52,9 +52,9 @@ def build_parser() -> argparse.ArgumentParser:
     text = command("calibration-text", "let the model write the text it is calibrated on")
     text.add_argument("--stage", choices=STAGES, default="exits")
     text.add_argument("--folder", type=Path, default=PACKAGED)
-    text.add_argument("--tokens", type=int, default=500_000)
-    text.add_argument("--length", type=int, default=512, help="tokens of a row")
-    text.add_argument("--batch", type=int, default=192, help="rows at once")
+    text.add_argument("--tokens", type=int, default=400_000)
+    text.add_argument("--length", type=int, default=384, help="tokens of a row")
+    text.add_argument("--batch", type=int, default=384, help="rows at once")
     text.add_argument("--seed", type=int, default=1)
 
     measured = command("measure", "measure exits branch and plain twin on held-out text into measured.json")
@@ -89,7 +89,8 @@ def run_calibration_text(options: argparse.Namespace) -> int:
         batch=options.batch,
         seed=options.seed,
     )
-    (options.run / "calibration.json").write_text(json.dumps({"tokens": written, "seed": options.seed}))
+    drawn = {"tokens": written, "length": options.length, "batch": options.batch, "seed": options.seed}
+    (options.run / "calibration.json").write_text(json.dumps(drawn))
     return 0
 
 
@@ -106,13 +107,14 @@ def run_measurement(options: argparse.Namespace) -> int:
         commands=[],
     )
     exits, preset = facts["exits"], f"--preset {recipe.preset}"
+    sampling = " ".join(f"--{name} {value}" for name, value in facts["calibration"].items())
     facts["commands"] = [
         f"{PROGRAM} prepare RUN {preset} --data DATA",
         f"{PROGRAM} train RUN {preset} --stage trunk --steps {exits['trunk_steps']}",
         f"{PROGRAM} train RUN {preset} --stage exits --steps {exits['branch_steps_planned']}",
         f"{PROGRAM} train RUN {preset} --stage plain --steps {exits['branch_steps_planned']}",
-        f"{PROGRAM} export RUN {preset}",
-        f"{PROGRAM} calibration-text RUN {preset} --seed {facts['calibration']['seed']}",
+        f"{PROGRAM} export RUN {preset} --stage exits",
+        f"{PROGRAM} calibration-text RUN {preset} {sampling}",
         f"{PROGRAM} measure RUN {preset} --windows {options.windows}",
         f"{PROGRAM} card RUN {preset}",
     ]

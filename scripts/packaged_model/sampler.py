@@ -53,8 +53,9 @@ class Sampler:
             query = rotate(functional.linear(normed, q).view(rows, kv_heads, -1, size), cosine, sine)
             keys[:, :, place] = rotate(functional.linear(normed, k).view(rows, kv_heads, size), cosine, sine)
             values[:, :, place] = functional.linear(normed, v).view(rows, kv_heads, size)
-            scores = query @ keys[:, :, : place + 1].transpose(-1, -2) * size**-0.5
-            mixed = torch.softmax(scores, -1) @ values[:, :, : place + 1]
+            mixed = functional.scaled_dot_product_attention(
+                query, keys[:, :, : place + 1], values[:, :, : place + 1]
+            )
             state = state + functional.linear(mixed.reshape(rows, -1), o)
             normed = norm(state, second_norm)
             state = state + functional.linear(
