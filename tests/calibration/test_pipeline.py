@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from exeunt.calibration.errors import CalibrationError, CorpusError
 from exeunt.calibration.evaluate import EvaluationOptions, evaluate
@@ -21,6 +22,7 @@ from exeunt.compression.checkpoint import CheckpointError
 from exeunt.compression.decoder import Decoder
 from exeunt.compression.model import LoadedModel, load_bundle
 from exeunt.compression.variant import Variant
+from tests.calibration.conftest import EOS, VOCAB, byte_tokenizer
 
 
 def options(checkpoint: Path, text_file: Path, out: Path) -> CalibrationOptions:
@@ -267,3 +269,25 @@ def test_devices_are_checked() -> None:
     assert resolve_device("cpu").type == "cpu"
     with pytest.raises(CalibrationError, match="'toaster'"):
         resolve_device("toaster")
+
+
+def test_a_model_in_bfloat16(checkpoint: Path, text_file: Path, tmp_path: Path) -> None:
+    asked = replace(options(checkpoint, text_file, tmp_path / "b"), dtype=torch.bfloat16, exits=(2,))
+    manifest = open_bundle(calibrate(asked, SilentProgress())).manifest
+    assert manifest.exits[0].agreement > 0.3
+    assert 1 < manifest.evaluation[0].perplexity < 10_000
+
+
+def test_a_model_with_layer_norms_and_learned_positions(text_file: Path, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    config = GPT2Config(
+        vocab_size=VOCAB, n_positions=48, n_embd=32, n_layer=3, n_head=2, bos_token_id=EOS, eos_token_id=EOS
+    )
+    folder = tmp_path / "gpt2"
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    asked = replace(options(folder, text_file, tmp_path / "b"), exits="auto")
+    path = calibrate(asked, SilentProgress())
+    model = load_bundle(path, device="cpu")
+    assert [head.norm.kind for head in model.exits] == ["layer"] * len(model.exits)
+    assert all(head.norm.bias is not None for head in model.exits)
