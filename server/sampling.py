@@ -141,14 +141,22 @@ def _processed(logits: Tensor, rows: Sequence[RowSampling], eos_token_ids: Colle
         eos = _index(list(eos_token_ids), scores)
         scores[_index(masked, scores)[:, None], eos] = -torch.inf
     if penalised:
-        seen = [(index, token) for index in penalised for token in set(rows[index].history)]
-        row_ids, token_ids = torch.tensor(seen, device=scores.device).unbind(1)
+        row_ids, token_ids = _seen(rows, penalised, scores.device)
         strength = torch.tensor([row.params.repetition_penalty for row in rows], device=scores.device)[
             row_ids
         ]
         values = scores[row_ids, token_ids]
+        # A token that was seen twice is written twice, with the same value: both come from the score as it was.
         scores[row_ids, token_ids] = torch.where(values < 0, values * strength, values / strength)
     return scores
+
+
+def _seen(rows: Sequence[RowSampling], penalised: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """(row, token id) of every token in the histories of the rows `penalised`."""
+    histories = [rows[index].history for index in penalised]
+    lengths = [len(history) for history in histories]
+    ids = np.concatenate([np.fromiter(history, np.int64, len(history)) for history in histories])
+    return torch.from_numpy(np.repeat(penalised, lengths)).to(device), torch.from_numpy(ids).to(device)
 
 
 def _draw(scores: Tensor, rows: Sequence[RowSampling], drawn: list[int]) -> Tensor:
