@@ -6,6 +6,7 @@ command alone, so that `--help` answers at once.
 """
 
 import json
+import logging
 import os
 import signal
 import sys
@@ -174,8 +175,13 @@ def serve(
     given = {name: value for name, value in locals().items() if value is not None}
     settings = _settings(given)
     from exeunt.deploy.logs import configure_logging
+    from exeunt.server.settings import unknown_variables
 
     configure_logging(settings.log_level, as_json=settings.log_json)
+    for name in unknown_variables(os.environ):
+        logging.getLogger("exeunt.settings").warning(
+            "%s is no setting; `exeunt serve --help` lists what there is.", name
+        )
     from exeunt.deploy.packaged import find_or_calibrate
     from exeunt.deploy.serve import bind
     from exeunt.deploy.serve import serve as serve_until_stopped

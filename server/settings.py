@@ -1,7 +1,7 @@
 """The server's settings: flags of `exeunt serve`, each also an environment variable `EXEUNT_<NAME>`."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import BeforeValidator, ByteSize, Field, SecretStr, ValidationError
 from pydantic_core import from_json
@@ -10,7 +10,10 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from exeunt.server.api.schemas import CompressionOptions
 from exeunt.server.api.validation import requirement, shown
 
-ENV_PREFIX = "EXEUNT_"
+ENV_PREFIX: Final = "EXEUNT_"
+_OTHERS: Final = frozenset(
+    {"EXEUNT_NATIVE", "EXEUNT_SHARED", "EXEUNT_PUBLISHED_PORT"}
+)  # of kernels, tests, compose
 
 
 def _comma_separated(value: Any) -> Any:
@@ -82,6 +85,14 @@ class Settings(BaseSettings):
 def load_settings(given: Mapping[str, object]) -> Settings:
     """The settings of what was given, the environment, and the defaults, in this order; raises ValidationError."""
     return Settings(**given)  # type: ignore[arg-type] # values are checked by pydantic
+
+
+def unknown_variables(environment: Mapping[str, str]) -> list[str]:
+    """Variables that look like settings and are none: likely misspelt, and otherwise passed over in silence."""
+    known = {f"{ENV_PREFIX}{name.upper()}" for name in Settings.model_fields} | _OTHERS
+    return sorted(
+        name for name in environment if name.upper().startswith(ENV_PREFIX) and name.upper() not in known
+    )
 
 
 def invalid_setting(error: ValidationError) -> str:

@@ -3,7 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
-from exeunt.server.settings import Settings, invalid_setting, load_settings
+from exeunt.server.settings import Settings, invalid_setting, load_settings, unknown_variables
 
 
 @pytest.fixture(autouse=True)
@@ -62,3 +62,14 @@ def test_what_is_wrong_is_one_sentence(given: dict[str, object], sentence: str) 
     with pytest.raises(ValidationError) as caught:
         load_settings(given)
     assert invalid_setting(caught.value).startswith(sentence)
+
+
+def test_misspelt_variables_are_noticed() -> None:
+    environment = {
+        "EXEUNT_PROT": "1",
+        "EXEUNT_PORT": "1",
+        "EXEUNT_NATIVE": "0",
+        "HOME": "/",
+        "exeunt_host": "x",
+    }
+    assert unknown_variables(environment) == ["EXEUNT_PROT"]
