@@ -14,10 +14,11 @@ ENV PATH=/opt/exeunt/bin:$PATH
 WORKDIR /src
 COPY constraints.txt ./
 
-# ---- PyTorch without CUDA is an eighth of the size and lives on an index of its own
+# ---- PyTorch without CUDA is an eighth of the size and lives on an index of its own: name that index with
+# --build-arg TORCH_INDEX=... (PyTorch's installation page has its address); without it the default build is taken
 FROM sources AS build-cpu
-ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
-RUN pip install --index-url "$TORCH_INDEX" --no-deps "$(grep '^torch==' constraints.txt)"
+ARG TORCH_INDEX=
+RUN pip install ${TORCH_INDEX:+--index-url "$TORCH_INDEX" --no-deps} "$(grep '^torch==' constraints.txt)"
 COPY pyproject.toml README.md LICENSE ./
 COPY kernels kernels
 COPY compression compression

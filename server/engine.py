@@ -16,7 +16,7 @@ from exeunt.compression.kv_format import page_bytes_for
 from exeunt.compression.model import LoadedModel
 from exeunt.compression.variant import Variant
 from exeunt.server.answer import Answer, Job, ScoreJob
-from exeunt.server.detokenizer import StreamDetokenizer
+from exeunt.server.detokenizer import StreamDetokenizer, token_text
 from exeunt.server.engine_config import EngineConfig
 from exeunt.server.metrics import Metrics
 from exeunt.server.pages import PagePool, PageTable
@@ -401,7 +401,7 @@ class Engine:
     def _piece(self, token_id: int) -> str:
         piece = self._pieces.get(token_id)
         if piece is None:
-            piece = self._pieces[token_id] = self._model.tokenizer.decode([token_id])
+            piece = self._pieces[token_id] = token_text(self._model.tokenizer, token_id)
         return piece
 
     def _finish(self, answer: Answer, reason: FinishReason) -> None:
