@@ -32,7 +32,7 @@ BLOCK_TOKENS: Final = 256
 """Tokens of a row that count as one draw: the unit of certificates and of confidence intervals."""
 FORECASTS: Final = 60  # thresholds looked at while planning
 LEAST_SHARE: Final = 0.004  # of tokens leaving, at the strictest of them
-STEPS: Final = (0.8, 1.05)
+STEPS: Final = (0.8, 0.93)
 """Exit shares tried for a target after the first, over the largest share that looks safe for it while planning."""
 SAME: Final = 0.9  # thresholds whose exit shares are closer than this ratio are one
 
