@@ -22,11 +22,13 @@ def measure(driver: Driver, modes: Sequence[BenchMode], load: Load) -> list[Mode
 
 
 def speed_table(speeds: Sequence[ModeSpeed]) -> Table:
-    """One line a mode; latencies are p50 / p90 / p99 in milliseconds."""
-    table = Table(box=box.SIMPLE_HEAD)
+    """One line a mode."""
+    blocks = max((speed.blocks for speed in speeds), default=0)
+    caption = f"latencies: median/p99 in ms; depth in blocks, of {blocks}"
+    table = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left")
     table.add_column("mode", no_wrap=True)
-    for name in ("tokens/s", "first token ms", "between tokens ms", "exit rate", "mean depth"):
-        table.add_column(name, justify="right")
+    for name in ("tokens/s", "first token", "next token", "exits", "depth"):
+        table.add_column(name, justify="right", no_wrap=True)
     for speed in speeds:
         table.add_row(
             speed.name,
@@ -34,10 +36,10 @@ def speed_table(speeds: Sequence[ModeSpeed]) -> Table:
             _milliseconds(speed.time_to_first_token_s),
             _milliseconds(speed.inter_token_latency_s),
             f"{speed.exit_rate:.1%}",
-            f"{speed.mean_depth:.2f} of {speed.blocks}",
+            f"{speed.mean_depth:.2f}",
         )
     return table
 
 
 def _milliseconds(quantiles: Mapping[str, float]) -> str:
-    return " / ".join(f"{seconds * 1000:.1f}" for seconds in quantiles.values())
+    return "/".join(f"{quantiles[name] * 1000:.1f}" for name in ("p50", "p99") if name in quantiles)
