@@ -24,10 +24,10 @@ def measure(driver: Driver, modes: Sequence[BenchMode], load: Load) -> list[Mode
 def speed_table(speeds: Sequence[ModeSpeed]) -> Table:
     """One line a mode."""
     blocks = max((speed.blocks for speed in speeds), default=0)
-    caption = f"latencies: median/p99 in ms; depth in blocks, of {blocks}"
-    table = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left")
+    caption = f"time to the first token and between tokens: median/p99; depth in blocks, of {blocks}"
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption=caption, caption_justify="left")
     table.add_column("mode", no_wrap=True)
-    for name in ("tokens/s", "first token", "next token", "exits", "depth"):
+    for name in ("tokens/s", "first ms", "next ms", "exits", "depth"):
         table.add_column(name, justify="right", no_wrap=True)
     for speed in speeds:
         table.add_row(
