@@ -111,14 +111,24 @@ class EvaluationTable:
     blocks: int
     results: tuple[ModeResult, ...]
 
-    HEADERS = ("mode", "perplexity", "KL", "agreement", "mean depth", "exit rate", "disagreement of exits")
+    HEADERS = (
+        "mode",
+        "perplexity",
+        "change",
+        "KL",
+        "agreement",
+        "mean depth",
+        "exit rate",
+        "exits that differ",
+    )
 
     def rows(self) -> list[tuple[str, ...]]:
         """The table as text, one tuple per mode in the order of `HEADERS`, intervals in brackets."""
         return [
             (
                 result.mode.name,
-                _shown(result.perplexity, "{:.2f}"),
+                f"{result.perplexity.value:.2f}",
+                _shown(result.perplexity_increase, "{:+.2f}"),
                 _shown(result.kl, "{:.4f}"),
                 _shown(result.agreement, "{:.1%}"),
                 f"{result.mean_depth.value:.2f} of {self.blocks}",

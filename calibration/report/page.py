@@ -47,10 +47,10 @@ seed {{ data.seed }}.</p>
 
 <h2>Every mode</h2>
 <p>Teacher-forced on {{ "{:,}".format(table.tokens) }} tokens ({{ table.text_blocks }} blocks) of text that nothing was
-fitted on. KL is in nats per token against the first row; agreement is of top tokens with it; the last column is the
-share of the tokens that left early whose top token differs from full depth of the same variant. In brackets
-95 % intervals, bootstrapped over blocks of text. Where a mode's threshold was certified on the same split, its
-figures lean a little to the good side.</p>
+fitted on. The change is in perplexity over the first row; KL is in nats per token against it, agreement of top tokens
+with it; the last column is the share of the tokens that left early whose top token differs from full depth of the
+same variant. In brackets 95 % intervals, bootstrapped over blocks of text, all modes on the same blocks. Where a
+mode's threshold was certified on the same split, its figures lean a little to the good side.</p>
 <div class="wide"><table><tr>{% for head in table.HEADERS %}<th>{{ head }}</th>{% endfor %}</tr>
 {% for row in table.rows() %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</table></div>
