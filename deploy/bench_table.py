@@ -27,7 +27,7 @@ def speed_table(speeds: Sequence[ModeSpeed]) -> Table:
     caption = f"time to the first token and between tokens: median/p99; depth in blocks, of {blocks}"
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption=caption, caption_justify="left")
     table.add_column("mode", no_wrap=True)
-    for name in ("tokens/s", "first ms", "next ms", "exits", "depth"):
+    for name in ("tok/s", "first ms", "next ms", "exits", "depth"):
         table.add_column(name, justify="right", no_wrap=True)
     for speed in speeds:
         table.add_row(
