@@ -29,6 +29,7 @@ app = typer.Typer(
 )
 
 USAGE_ERROR: Final = 2
+_PIPE_COLUMNS: Final = 180
 _BUNDLE = typer.Argument(help="A bundle's directory, as `exeunt calibrate --out` wrote it.")
 
 
@@ -288,14 +289,20 @@ def inspect(
     ] = None,
 ) -> None:
     """Show what is inside a bundle, its sizes, how it was made, and its risk table."""
-    from rich.console import Console
-
     from exeunt.compression.bundle import open_bundle
     from exeunt.deploy.inspect import describe, render
 
     opened = open_bundle(bundle)
-    Console().print(render(opened))
+    _show(render(opened))
     _write_json(json_file, describe(opened))
+
+
+def _show(table: Any) -> None:
+    """Print a table: as wide as the terminal, and as wide as it wants where it goes to a file or a pipe."""
+    from rich.console import Console
+
+    console = Console()
+    (console if console.is_terminal else Console(width=_PIPE_COLUMNS)).print(table)
 
 
 def _write_json(path: Path | None, content: object) -> None:
@@ -319,13 +326,11 @@ def evaluate(
     ] = None,
 ) -> None:
     """Measure perplexity, KL, agreement, depth and speed of every mode on a text."""
-    from rich.console import Console
-
     from exeunt.deploy.evaluation import evaluate_and_time, evaluation_table
 
     model = _load(bundle, device)
     evaluated = evaluate_and_time(model, data, tokens=tokens, speed=speed)
-    Console().print(evaluation_table(evaluated))
+    _show(evaluation_table(evaluated))
     _write_json(json_file, evaluated.record(model.name))
 
 
@@ -347,15 +352,13 @@ def bench(
     ] = None,
 ) -> None:
     """Measure the speed of every mode: tokens/s, time to first token, inter-token latency, exits and depth."""
-    from rich.console import Console
-
     from exeunt.deploy.bench import Load, bench_record, modes_of
     from exeunt.deploy.bench_table import measure, speed_table
 
     load = Load(concurrency, prompt_tokens, max_new_tokens, requests or 4 * concurrency)
     with _driver(target, load, device) as driver:
         speeds = measure(driver, modes_of(driver.offer()), load)
-    Console().print(speed_table(speeds))
+    _show(speed_table(speeds))
     _write_json(json_file, bench_record(target, load, speeds))
 
 
