@@ -1,6 +1,6 @@
-"""The engine: one thread that owns every request's life, from the queue to its last token."""
+"""The engine's face and thread: requests come in from any thread, one thread runs them all."""
 
-import heapq
+import contextlib
 import logging
 import queue
 import threading
@@ -8,39 +8,29 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
 from exeunt.compression.kv_format import page_bytes_for
 from exeunt.compression.model import LoadedModel
 from exeunt.compression.variant import Variant
-from exeunt.server.answer import Answer, Job, ScoreJob
-from exeunt.server.detokenizer import StreamDetokenizer, token_text
 from exeunt.server.engine_config import EngineConfig
+from exeunt.server.lifecycle import Lifecycle
 from exeunt.server.metrics import Metrics
-from exeunt.server.pages import PagePool, PageTable
+from exeunt.server.pages import PagePool
 from exeunt.server.request import (
-    EmittedToken,
     Event,
     FailureEvent,
-    FinishEvent,
     FinishReason,
     GenerationRequest,
     ScoredToken,
     ScoreRequest,
-    StepEvent,
 )
-from exeunt.server.runner import Draw, RowResult, Runner, Sampler
-from exeunt.server.scheduler import Scheduler, Tick
-from exeunt.server.sequence import Sequence, Status
+from exeunt.server.runner import Runner
+from exeunt.server.scheduler import Scheduler
 from exeunt.server.stages import StagePlan
 
 log = logging.getLogger("exeunt.engine")
-
-_GAUGE_INTERVAL_S = (
-    0.05  # gauges are scraped every few seconds; setting them every tick would cost more than it shows
-)
 
 
 class QueueFullError(Exception):
@@ -92,7 +82,7 @@ class Engine:
         self, model: LoadedModel, config: EngineConfig, metrics: Metrics, *, run_through: bool = True
     ) -> None:
         """`run_through` as in `Scheduler`: without it rows wait at every exit they did not take."""
-        self._model, self._config, self._metrics = model, config, metrics
+        self._config = config
         self.plan = StagePlan(model.spec.blocks, tuple(head.block for head in model.exits))
         page_bytes = page_bytes_for(model.spec, model.dtype)
         count = max(config.kv_cache_bytes // page_bytes, 1)
@@ -114,12 +104,18 @@ class Engine:
         self._accepting = True
         self._stopping = False
         self._open = 0  # requests accepted and not ended; guarded by the lock
-        self._jobs: dict[str, Job | ScoreJob] = {}
-        self._answers: dict[Sequence, Answer] = {}
-        self._scoring: dict[Sequence, ScoreJob] = {}
-        self._deadlines: list[tuple[float, str]] = []
-        self._pieces: dict[int, str] = {}
-        self._gauges_at = 0.0
+        self._failed = False
+        self._lives = Lifecycle(
+            model,
+            config,
+            metrics,
+            self.plan,
+            self._scheduler,
+            self._runner,
+            self._pool,
+            on_started=self._unqueue,
+            on_ended=self._close,
+        )
 
     # -- any thread --
 
@@ -141,18 +137,21 @@ class Engine:
         """
         tokens = len(request.prompt_token_ids) + request.sampling.max_new_tokens
         self._check_capacity(min(tokens, self._config.max_model_len), request.variant)
-        self._accept()
-        self._commands.put(lambda: self._begin(request, on_event))
+        self._accept(lambda: self._lives.begin(request, on_event))
 
     def score(self, request: ScoreRequest, on_done: Callable[[list[ScoredToken] | Event], None]) -> None:
         """Queue a text to be scored; `on_done` gets its tokens, or a FailureEvent. Raises as `submit` does."""
         self._check_capacity(len(request.token_ids), request.variant)
-        self._accept()
-        self._commands.put(lambda: self._begin_score(request, on_done))
+        self._accept(lambda: self._lives.begin_score(request, on_done))
 
     def cancel(self, request_id: str) -> None:
         """Stop a request; what it holds is freed. Unknown or finished ids are no error: the race is natural."""
-        self._commands.put(lambda: self._cancel(request_id, FinishReason.CANCELLED))
+        self._commands.put(lambda: self._lives.cancel(request_id, FinishReason.CANCELLED))
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine's thread runs: false before `start`, after `stop`, and after a bug ended it."""
+        return self._thread.is_alive() and not self._failed
 
     def snapshot(self) -> EngineSnapshot:
         """What the engine holds now; figures of one moment only when the engine is idle."""
@@ -195,9 +194,7 @@ class Engine:
     def check_integrity(self) -> None:
         """Raise unless nothing is held while nothing runs (pages, states, requests): for tests and idle moments."""
         self._pool.check_integrity([s.table for s in self._scheduler.running_sequences()])
-        if not self._jobs and (
-            self._pool.used or not self._runner.holds_nothing or self._answers or self._scoring
-        ):
+        if not self._lives.under_way and not self._lives.holds_nothing:
             raise RuntimeError(
                 f"the engine is idle and still holds {self._pool.used} pages or a request's state"
             )
@@ -211,33 +208,62 @@ class Engine:
         if tokens > most:
             raise RequestTooLargeError(tokens, most)
 
-    def _accept(self) -> None:
-        with self._lock:
+    def _accept(self, begin: Command) -> None:
+        with (
+            self._lock
+        ):  # held until the command is queued: whoever stops the engine finds all it has accepted
             if not self._accepting:
-                raise EngineStoppedError("The server is shutting down and takes no more requests.")
+                raise EngineStoppedError("The engine is stopping and takes no more requests.")
             if self._queued >= self._config.max_num_queued_reqs:
                 raise QueueFullError(self._config.max_num_queued_reqs)
             self._queued += 1
             self._open += 1
+            self._commands.put(begin)
+
+    def _unqueue(self) -> None:
+        with self._lock:
+            self._queued -= 1
+
+    def _close(self) -> None:
+        with self._lock:
+            self._open -= 1
 
     # -- the engine's thread --
 
     def _loop(self) -> None:
-        while not self._stopping:
-            self._take_commands()
-            self._expire()
-            tick = self._scheduler.next_tick()
-            self._note_scheduling()
-            if tick is not None:
-                self._run(tick)
-            self._set_gauges(force=tick is None)
+        try:
+            while not self._stopping:
+                self._take_commands()
+                self._lives.expire()
+                tick = self._scheduler.next_tick()
+                self._lives.note_scheduling()
+                if tick is not None:
+                    self._lives.run(tick)
+                self._lives.set_gauges(force=tick is None)
+        except Exception as error:  # noqa: BLE001 - callers must hear of it, or they wait for ever
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        """A bug outside a tick: nothing can be trusted any more, so everybody is told and nobody let in."""
+        error_id = uuid.uuid4().hex[:12]
+        log.critical("the engine has stopped on a bug (error id %s)", error_id, exc_info=error)
+        with self._lock:
+            self._accepting, self._failed = False, True
+        self._begin_accepted()
+        self._lives.abandon(FailureEvent("The engine has stopped on a bug.", "internal", error_id))
+
+    def _begin_accepted(self) -> None:
+        """Begin what was accepted and not begun, so that its callers can be told like the others."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._commands.get_nowait()()
 
     def _take_commands(self) -> None:
         """Carry out what other threads asked for; with nothing to run, wait for it."""
         while not self._stopping:
             busy = self._scheduler.running or self._scheduler.waiting
             if not busy:
-                self._set_gauges(force=True)  # what is exported while nothing happens must be what is true
+                self._lives.set_gauges(force=True)  # what is exported while nothing happens must be true
             try:
                 command = self._commands.get(block=not busy, timeout=self._patience())
             except queue.Empty:
@@ -246,309 +272,10 @@ class Engine:
 
     def _patience(self) -> float | None:
         """How long the engine may sleep: until the next deadline, or for ever."""
-        return max(self._deadlines[0][0] - time.monotonic(), 0.0) if self._deadlines else None
-
-    def _begin(self, request: GenerationRequest, on_event: Callable[[Event], None]) -> None:
-        job = Job(request, on_event)
-        self._jobs[request.id] = job
-        for choice in range(request.n):
-            sequence = self._sequence(f"{request.id}/{choice}", request, list(request.prompt_token_ids))
-            detokenizer = StreamDetokenizer(
-                self._model.tokenizer, request.sampling.stop, request.prompt_token_ids
-            )
-            answer = Answer(job, sequence, choice, detokenizer)
-            job.answers.append(answer)
-            job.running += 1
-            self._answers[sequence] = answer
-            self._runner.enter(sequence, Sampler(request.sampling, choice))
-            self._scheduler.add(sequence)
-        self._metrics.compression_request(request)
-        if request.deadline is not None:
-            heapq.heappush(self._deadlines, (request.deadline, request.id))
-
-    def _begin_score(
-        self, request: ScoreRequest, on_done: Callable[[list[ScoredToken] | Event], None]
-    ) -> None:
-        sequence = self._sequence(request.id, request, list(request.token_ids), scoring=True)
-        job = ScoreJob(request, on_done, sequence)
-        self._jobs[request.id] = job
-        self._scoring[sequence] = job
-        self._scheduler.add(sequence)
-        if len(request.token_ids) < 2:  # nothing to predict
-            self._unqueue()
-            self._finish_score(job)
-            return
-        if request.deadline is not None:
-            heapq.heappush(self._deadlines, (request.deadline, request.id))
-
-    def _sequence(
-        self,
-        name: str,
-        request: GenerationRequest | ScoreRequest,
-        tokens: list[int],
-        *,
-        scoring: bool = False,
-    ) -> Sequence:
-        table = PageTable(self._pool, self._runner.page_tokens(request.variant))
-        return Sequence(name, request.variant, request.exits, tokens, len(tokens), table, scoring)
-
-    def _unqueue(self) -> None:
-        with self._lock:
-            self._queued -= 1
-
-    def _close(self, request_id: str) -> None:
-        """A request has ended, one way or another."""
-        if self._jobs.pop(request_id, None) is not None:
-            with self._lock:
-                self._open -= 1
-
-    def _note_scheduling(self) -> None:
-        """Tell the metrics what the scheduler has just admitted and preempted."""
-        for sequence in self._scheduler.take_admitted():
-            if sequence in self._scoring:
-                self._unqueue()
-                continue
-            answer = self._answers[sequence]
-            if answer.started is None:
-                answer.started = time.monotonic()
-                request = answer.owner.request
-                if all(other.started is None for other in answer.owner.answers if other is not answer):
-                    self._unqueue()
-                    self._metrics.started(answer.started - request.arrival, len(request.prompt_token_ids))
-        for sequence in self._scheduler.take_preempted():
-            self._runner.forget_states(sequence)
-            self._metrics.preempted()
-
-    def _run(self, tick: Tick) -> None:
-        began = time.perf_counter()
-        try:
-            results = self._runner.run(tick)
-        except Exception as error:  # noqa: BLE001 - whatever a tick raises fails its own requests alone
-            self._fail_tick(tick, error)
-            return
-        seconds = time.perf_counter() - began
-        self._scheduler.served(tick.variant, seconds)
-        self._metrics.step(tick.first_stage, seconds, len(tick.rows))
-        for result in results:
-            if result.row.sequence.status is Status.RUNNING:
-                self._apply(tick, result)
-
-    def _apply(self, tick: Tick, result: RowResult) -> None:
-        sequence = result.row.sequence
-        if result.error is not None:
-            self._fail(self._answers[sequence].owner, RuntimeError(result.error))
-            return
-        self._count_replayed(tick, result)
-        if sequence.scoring:
-            self._note_scores(sequence, result)
-        if result.draw is not None:
-            self._emit(self._answers[sequence], result.draw)
-        if sequence.status is not Status.RUNNING:
-            return
-        if result.waiting:
-            self._scheduler.move_on(result.row, tick.last_stage + 1, result.waiting)
-            return
-        sequence.computed = result.row.stop
-        if sequence.scoring and not sequence.prefilling:
-            self._finish_score(self._scoring[sequence])
-        else:
-            self._scheduler.finish_pass(sequence)
-
-    def _count_replayed(self, tick: Tick, result: RowResult) -> None:
-        """Recomputing a generated token's pass after a preemption is work that no answer uses."""
-        sequence = result.row.sequence
-        if (
-            sequence.preemptions == 0
-            or sequence.scoring
-            or result.draw is not None
-            or not sequence.prefilling
-        ):
-            return
-        blocks = self.plan.stop(tick.last_stage) - self.plan.start(tick.first_stage)
-        again = sum(1 for p in result.row.positions if sequence.recorded_stage(p) is not None)
-        if again:
-            sequence.totals.blocks_wasted += again * blocks
-            sequence.totals.block_passes += blocks
-            self._metrics.wasted(again * blocks, blocks)
-
-    def _emit(self, answer: Answer, draw: Draw) -> None:
-        """A new token: record where it left, tell the caller, and see whether the answer ends here."""
-        sequence, request, now = answer.sequence, answer.owner.request, time.monotonic()
-        depth, name = self.plan.stop(draw.stage), self.plan.exit_name(draw.stage)
-        token = EmittedToken(draw.token, self._piece(draw.token), draw.logprob, depth, name)
-        sequence.tokens.append(draw.token)
-        sequence.left_at.append(draw.stage)
-        answer.count(token, self.plan.blocks)
-        since_last = None if answer.last_token is None else now - answer.last_token
-        self._metrics.token(request.exits.mode, token, self.plan.blocks, depth, since_last)
-        answer.last_token = now
-        if answer.first_token is None:
-            answer.first_token = now
-            if answer.choice == 0:
-                self._metrics.first_token(now - request.arrival)
-        text = self._text_of(answer, draw.token)
-        reason = answer.finish_reason(draw.token, self._model.spec.eos_token_ids, self._config.max_model_len)
-        self._tell(answer.owner, StepEvent(answer.choice, text, (token,)))
-        if reason is not None:
-            self._finish(answer, reason)
-
-    def _text_of(self, answer: Answer, token_id: int) -> str:
-        """The text a token adds; an end-of-text token adds none."""
-        if token_id in self._model.spec.eos_token_ids and not answer.owner.request.sampling.ignore_eos:
-            return ""
-        return answer.detokenizer.push(token_id)
-
-    def _piece(self, token_id: int) -> str:
-        piece = self._pieces.get(token_id)
-        if piece is None:
-            piece = self._pieces[token_id] = token_text(self._model.tokenizer, token_id)
-        return piece
-
-    def _finish(self, answer: Answer, reason: FinishReason) -> None:
-        job = answer.owner
-        self._release(answer)
-        summary = answer.summary(reason)
-        self._metrics.finished(reason, summary.completion_tokens, summary.total_s)
-        job.running -= 1
-        if job.running == 0:
-            self._close(job.request.id)
-        self._tell(job, FinishEvent(answer.choice, answer.detokenizer.finish(), summary))
-
-    def _release(self, answer: Answer) -> None:
-        if answer.sequence.status is not Status.FINISHED:
-            self._scheduler.remove(answer.sequence)
-        self._runner.leave(answer.sequence)
-        self._answers.pop(answer.sequence, None)
-
-    def _note_scores(self, sequence: Sequence, result: RowResult) -> None:
-        job = self._scoring[sequence]
-        for score in result.scores:
-            at = score.position + 1
-            token_id = sequence.tokens[at]
-            stage = score.stage
-            job.scores[at] = ScoredToken(
-                token_id,
-                self._piece(token_id),
-                score.logprob,
-                self.plan.stop(stage),
-                self.plan.exit_name(stage),
-            )
-
-    def _finish_score(self, job: ScoreJob) -> None:
-        tokens = job.request.token_ids
-        first = [ScoredToken(tokens[0], self._piece(tokens[0]), None, None, None)] if tokens else []
-        self._drop_score(job)
-        self._tell_scores(job, first + [job.scores[at] for at in range(1, len(tokens))])
-
-    def _drop_score(self, job: ScoreJob) -> None:
-        self._scheduler.remove(job.sequence)
-        self._runner.leave(job.sequence)
-        self._scoring.pop(job.sequence, None)
-        self._close(job.request.id)
-
-    def _tell(self, job: Job, event: Event) -> None:
-        try:
-            job.on_event(event)
-        except Exception:  # noqa: BLE001 - a caller that is gone is no trouble of the others
-            log.warning("the caller of %s is gone; its request is cancelled", job.request.id)
-            if job.request.id in self._jobs:
-                job.on_event = _ignore
-                self._cancel(job.request.id, FinishReason.CANCELLED)
-
-    def _tell_scores(self, job: ScoreJob, outcome: list[ScoredToken] | Event) -> None:
-        try:
-            job.on_done(outcome)
-        except Exception:  # noqa: BLE001 - a caller that is gone is no trouble of the others
-            log.warning("the caller of %s is gone", job.request.id)
-
-    def _cancel(self, request_id: str, reason: FinishReason) -> None:
-        """End a request as it stands: its answers finish with `reason`, a text being scored fails."""
-        job = self._jobs.get(request_id)
-        if job is None:
-            return
-        kind: Literal["timeout", "cancelled"] = "timeout" if reason is FinishReason.TIMEOUT else "cancelled"
-        if isinstance(job, ScoreJob):
-            if job.sequence.status is Status.WAITING and not job.sequence.preemptions:
-                self._unqueue()
-            self._drop_score(job)
-            self._metrics.failed(kind)
-            self._tell_scores(job, FailureEvent(f"The request was {_ENDED[reason]}.", kind))
-            return
-        self._unqueue_if_waiting(job)
-        if all(answer.first_token is None for answer in job.answers) and reason is FinishReason.TIMEOUT:
-            self._end_job(job, FailureEvent("The request timed out before its first token.", "timeout"))
-            return
-        for answer in list(job.answers):
-            if answer.sequence.status is not Status.FINISHED:
-                self._finish(answer, reason)
-
-    def _unqueue_if_waiting(self, job: Job) -> None:
-        if all(answer.started is None for answer in job.answers):
-            self._unqueue()
-
-    def _end_job(self, job: Job, failure: FailureEvent) -> None:
-        for answer in job.answers:
-            self._release(answer)
-        self._close(job.request.id)
-        self._metrics.failed(failure.kind)
-        self._tell(job, failure)
-
-    def _fail(self, job: Job | ScoreJob, error: BaseException) -> None:
-        """A bug met this request: log it under an id and tell the caller that id."""
-        error_id = uuid.uuid4().hex[:12]
-        log.error("request %s failed (error id %s)", job.request.id, error_id, exc_info=error)
-        failure = FailureEvent("The request failed inside the server.", "internal", error_id)
-        if isinstance(job, ScoreJob):
-            self._drop_score(job)
-            self._metrics.failed("internal")
-            self._tell_scores(job, failure)
-        elif job.request.id in self._jobs:
-            self._end_job(job, failure)
-
-    def _fail_tick(self, tick: Tick, error: Exception) -> None:
-        for row in tick.rows:
-            sequence = row.sequence
-            if sequence.status is Status.RUNNING:
-                self._fail(
-                    self._scoring[sequence] if sequence.scoring else self._answers[sequence].owner, error
-                )
-
-    def _expire(self) -> None:
-        """End the requests whose time is over."""
-        now = time.monotonic()
-        while self._deadlines and self._deadlines[0][0] <= now:
-            _, request_id = heapq.heappop(self._deadlines)
-            self._cancel(request_id, FinishReason.TIMEOUT)
+        deadline = self._lives.next_deadline()
+        return None if deadline is None else max(deadline - time.monotonic(), 0.0)
 
     def _shut_down(self) -> None:
         self._stopping = True
-        for job in list(self._jobs.values()):
-            failure = FailureEvent("The server has shut down.", "shutdown")
-            if isinstance(job, ScoreJob):
-                self._drop_score(job)
-                self._metrics.failed("shutdown")
-                self._tell_scores(job, failure)
-            else:
-                self._end_job(job, failure)
-
-    def _set_gauges(self, *, force: bool) -> None:
-        now = time.monotonic()
-        if not force and now - self._gauges_at < _GAUGE_INTERVAL_S:
-            return
-        self._gauges_at = now
-        used = {"int4": 0, "full": 0}
-        for sequence in self._scheduler.running_sequences():
-            used[sequence.variant.kv_cache] += len(sequence.table.pages)
-        self._metrics.gauges(
-            self._scheduler.running,
-            self._scheduler.waiting,
-            self._scheduler.rows_waiting(),
-            {name: pages / self._pool.num_pages for name, pages in used.items()},
-        )
-
-
-_ENDED = {FinishReason.TIMEOUT: "timed out", FinishReason.CANCELLED: "cancelled"}
-
-
-def _ignore(_: Event) -> None:
-    """Where the events of a caller that is gone go."""
+        self._begin_accepted()
+        self._lives.abandon(FailureEvent("The server has shut down.", "shutdown"))

@@ -84,6 +84,10 @@ class Availability:
         service = self.loaded()
         if self.phase == "draining":
             raise draining()
+        if not service.engine.alive:
+            raise ApiError(
+                503, "The engine has stopped; the server must be restarted.", code="engine_stopped"
+            )
         return service
 
 

@@ -32,6 +32,7 @@ from exeunt.server.request import (
     ScoreRequest,
     StepEvent,
 )
+from exeunt.server.scheduler import Scheduler
 
 FULL, INT4_KV, LINEAR = Variant(), Variant(kv_cache="int4"), Variant(linear_block=True)
 OFF, LEAVE = ExitPolicy(), ExitPolicy("approximate", threshold=0.5)
@@ -430,3 +431,21 @@ def test_stopping_tells_every_caller(tiny_model: LoadedModel) -> None:
         last = heard.wait().events[-1]
     assert isinstance(last, FailureEvent)
     assert last.kind == "shutdown"
+
+
+def test_a_bug_outside_a_tick_is_told_to_everybody_and_lets_nobody_in(
+    tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(_: Scheduler) -> None:
+        raise KeyError("a bug in the scheduler")
+
+    with running(tiny_model) as bench:
+        assert bench.engine.alive
+        bench.answer()
+        monkeypatch.setattr(Scheduler, "next_tick", broken)
+        last = bench.answer().events[-1]
+        assert isinstance(last, FailureEvent)
+        assert last.kind == "internal"
+        assert not bench.engine.alive
+        with pytest.raises(EngineStoppedError):
+            bench.ask()

@@ -1,0 +1,381 @@
+"""Requests' lives: begun, run tick by tick, finished, cancelled, timed out or failed. All on the engine's thread."""
+
+import heapq
+import logging
+import time
+import uuid
+from collections.abc import Callable
+from typing import Literal
+
+from exeunt.compression.model import LoadedModel
+from exeunt.server.answer import Answer, Job, ScoreJob
+from exeunt.server.detokenizer import StreamDetokenizer, token_text
+from exeunt.server.engine_config import EngineConfig
+from exeunt.server.metrics import Metrics
+from exeunt.server.pages import PagePool, PageTable
+from exeunt.server.request import (
+    EmittedToken,
+    Event,
+    FailureEvent,
+    FinishEvent,
+    FinishReason,
+    GenerationRequest,
+    ScoredToken,
+    ScoreRequest,
+    StepEvent,
+)
+from exeunt.server.runner import Draw, RowResult, Runner, Sampler
+from exeunt.server.scheduler import Scheduler, Tick
+from exeunt.server.sequence import Sequence, Status
+from exeunt.server.stages import StagePlan
+
+log = logging.getLogger("exeunt.engine")
+
+_GAUGE_INTERVAL_S = (
+    0.05  # scrapes come every few seconds; setting gauges every tick would cost more than it shows
+)
+
+
+class Lifecycle:
+    """Every request between its submission and its last event, and what it holds meanwhile.
+
+    `on_started` is called when a request leaves the queue (however), `on_ended` when it is over.
+    """
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        config: EngineConfig,
+        metrics: Metrics,
+        plan: StagePlan,
+        scheduler: Scheduler,
+        runner: Runner,
+        pool: PagePool,
+        *,
+        on_started: Callable[[], None],
+        on_ended: Callable[[], None],
+    ) -> None:
+        self._model, self._config, self._metrics = model, config, metrics
+        self._plan, self._scheduler, self._runner, self._pool = plan, scheduler, runner, pool
+        self._on_started, self._on_ended = on_started, on_ended
+        self._jobs: dict[str, Job | ScoreJob] = {}
+        self._answers: dict[Sequence, Answer] = {}
+        self._scoring: dict[Sequence, ScoreJob] = {}
+        self._deadlines: list[tuple[float, str]] = []
+        self._pieces: dict[int, str] = {}
+        self._gauges_at = 0.0
+
+    @property
+    def holds_nothing(self) -> bool:
+        """Whether no request is under way and nothing of one is kept."""
+        return (
+            not (self._jobs or self._answers or self._scoring or self._pool.used)
+            and self._runner.holds_nothing
+        )
+
+    @property
+    def under_way(self) -> bool:
+        return bool(self._jobs)
+
+    def next_deadline(self) -> float | None:
+        """When the next request times out, on the `time.monotonic` clock."""
+        return self._deadlines[0][0] if self._deadlines else None
+
+    def _closed(self, request_id: str) -> None:
+        if self._jobs.pop(request_id, None) is not None:
+            self._on_ended()
+
+    def begin(self, request: GenerationRequest, on_event: Callable[[Event], None]) -> None:
+        """Queue a request's answers."""
+        job = Job(request, on_event)
+        self._jobs[request.id] = job
+        for choice in range(request.n):
+            sequence = self._sequence(f"{request.id}/{choice}", request, list(request.prompt_token_ids))
+            detokenizer = StreamDetokenizer(
+                self._model.tokenizer, request.sampling.stop, request.prompt_token_ids
+            )
+            answer = Answer(job, sequence, choice, detokenizer)
+            job.answers.append(answer)
+            job.running += 1
+            self._answers[sequence] = answer
+            self._runner.enter(sequence, Sampler(request.sampling, choice))
+            self._scheduler.add(sequence)
+        self._metrics.compression_request(request)
+        if request.deadline is not None:
+            heapq.heappush(self._deadlines, (request.deadline, request.id))
+
+    def begin_score(
+        self, request: ScoreRequest, on_done: Callable[[list[ScoredToken] | Event], None]
+    ) -> None:
+        sequence = self._sequence(request.id, request, list(request.token_ids), scoring=True)
+        job = ScoreJob(request, on_done, sequence)
+        self._jobs[request.id] = job
+        self._scoring[sequence] = job
+        self._scheduler.add(sequence)
+        if len(request.token_ids) < 2:  # nothing to predict
+            self._on_started()
+            self._finish_score(job)
+            return
+        if request.deadline is not None:
+            heapq.heappush(self._deadlines, (request.deadline, request.id))
+
+    def _sequence(
+        self,
+        name: str,
+        request: GenerationRequest | ScoreRequest,
+        tokens: list[int],
+        *,
+        scoring: bool = False,
+    ) -> Sequence:
+        table = PageTable(self._pool, self._runner.page_tokens(request.variant))
+        return Sequence(name, request.variant, request.exits, tokens, len(tokens), table, scoring)
+
+    def note_scheduling(self) -> None:
+        """Tell the metrics what the scheduler has just admitted and preempted."""
+        for sequence in self._scheduler.take_admitted():
+            if sequence in self._scoring:
+                self._on_started()
+                continue
+            answer = self._answers[sequence]
+            if answer.started is None:
+                answer.started = time.monotonic()
+                request = answer.owner.request
+                if all(other.started is None for other in answer.owner.answers if other is not answer):
+                    self._on_started()
+                    self._metrics.started(answer.started - request.arrival, len(request.prompt_token_ids))
+        for sequence in self._scheduler.take_preempted():
+            self._runner.forget_states(sequence)
+            self._metrics.preempted()
+
+    def run(self, tick: Tick) -> None:
+        began = time.perf_counter()
+        try:
+            results = self._runner.run(tick)
+        except Exception as error:  # noqa: BLE001 - whatever a tick raises fails its own requests alone
+            self._fail_tick(tick, error)
+            return
+        seconds = time.perf_counter() - began
+        self._scheduler.served(tick.variant, seconds)
+        self._metrics.step(tick.first_stage, seconds, len(tick.rows))
+        for result in results:
+            if result.row.sequence.status is Status.RUNNING:
+                self._apply(tick, result)
+
+    def _apply(self, tick: Tick, result: RowResult) -> None:
+        sequence = result.row.sequence
+        if result.error is not None:
+            self._fail(self._answers[sequence].owner, RuntimeError(result.error))
+            return
+        self._count_replayed(tick, result)
+        if sequence.scoring:
+            self._note_scores(sequence, result)
+        if result.draw is not None:
+            self._emit(self._answers[sequence], result.draw)
+        if sequence.status is not Status.RUNNING:
+            return
+        if result.waiting:
+            self._scheduler.move_on(result.row, tick.last_stage + 1, result.waiting)
+            return
+        sequence.computed = result.row.stop
+        if sequence.scoring and not sequence.prefilling:
+            self._finish_score(self._scoring[sequence])
+        else:
+            self._scheduler.finish_pass(sequence)
+
+    def _count_replayed(self, tick: Tick, result: RowResult) -> None:
+        """Recomputing a generated token's pass after a preemption is work that no answer uses."""
+        sequence = result.row.sequence
+        if (
+            sequence.preemptions == 0
+            or sequence.scoring
+            or result.draw is not None
+            or not sequence.prefilling
+        ):
+            return
+        blocks = self._plan.stop(tick.last_stage) - self._plan.start(tick.first_stage)
+        again = sum(1 for p in result.row.positions if sequence.recorded_stage(p) is not None)
+        if again:
+            sequence.totals.blocks_wasted += again * blocks
+            sequence.totals.block_passes += blocks
+            self._metrics.wasted(again * blocks, blocks)
+
+    def _emit(self, answer: Answer, draw: Draw) -> None:
+        """A new token: record where it left, tell the caller, and see whether the answer ends here."""
+        sequence, request, now = answer.sequence, answer.owner.request, time.monotonic()
+        depth, name = self._plan.stop(draw.stage), self._plan.exit_name(draw.stage)
+        token = EmittedToken(draw.token, self._piece(draw.token), draw.logprob, depth, name)
+        sequence.tokens.append(draw.token)
+        sequence.left_at.append(draw.stage)
+        answer.count(token, self._plan.blocks)
+        since_last = None if answer.last_token is None else now - answer.last_token
+        self._metrics.token(request.exits.mode, token, self._plan.blocks, depth, since_last)
+        answer.last_token = now
+        if answer.first_token is None:
+            answer.first_token = now
+            if answer.choice == 0:
+                self._metrics.first_token(now - request.arrival)
+        text = self._text_of(answer, draw.token)
+        reason = answer.finish_reason(draw.token, self._model.spec.eos_token_ids, self._config.max_model_len)
+        self._tell(answer.owner, StepEvent(answer.choice, text, (token,)))
+        if reason is not None:
+            self._finish(answer, reason)
+
+    def _text_of(self, answer: Answer, token_id: int) -> str:
+        """The text a token adds; an end-of-text token adds none."""
+        if token_id in self._model.spec.eos_token_ids and not answer.owner.request.sampling.ignore_eos:
+            return ""
+        return answer.detokenizer.push(token_id)
+
+    def _piece(self, token_id: int) -> str:
+        piece = self._pieces.get(token_id)
+        if piece is None:
+            piece = self._pieces[token_id] = token_text(self._model.tokenizer, token_id)
+        return piece
+
+    def _finish(self, answer: Answer, reason: FinishReason) -> None:
+        job = answer.owner
+        self._release(answer)
+        summary = answer.summary(reason)
+        self._metrics.finished(reason, summary.completion_tokens, summary.total_s)
+        job.running -= 1
+        if job.running == 0:
+            self._closed(job.request.id)
+        self._tell(job, FinishEvent(answer.choice, answer.detokenizer.finish(), summary))
+
+    def _release(self, answer: Answer) -> None:
+        if answer.sequence.status is not Status.FINISHED:
+            self._scheduler.remove(answer.sequence)
+        self._runner.leave(answer.sequence)
+        self._answers.pop(answer.sequence, None)
+
+    def _note_scores(self, sequence: Sequence, result: RowResult) -> None:
+        job = self._scoring[sequence]
+        for score in result.scores:
+            at = score.position + 1
+            token_id = sequence.tokens[at]
+            stage = score.stage
+            job.scores[at] = ScoredToken(
+                token_id,
+                self._piece(token_id),
+                score.logprob,
+                self._plan.stop(stage),
+                self._plan.exit_name(stage),
+            )
+
+    def _finish_score(self, job: ScoreJob) -> None:
+        tokens = job.request.token_ids
+        first = [ScoredToken(tokens[0], self._piece(tokens[0]), None, None, None)] if tokens else []
+        self._drop_score(job)
+        self._tell_scores(job, first + [job.scores[at] for at in range(1, len(tokens))])
+
+    def _drop_score(self, job: ScoreJob) -> None:
+        self._scheduler.remove(job.sequence)
+        self._runner.leave(job.sequence)
+        self._scoring.pop(job.sequence, None)
+        self._closed(job.request.id)
+
+    def _tell(self, job: Job, event: Event) -> None:
+        try:
+            job.on_event(event)
+        except Exception:  # noqa: BLE001 - a caller that is gone is no trouble of the others
+            log.warning("the caller of %s is gone; its request is cancelled", job.request.id)
+            if job.request.id in self._jobs:
+                job.on_event = _ignore
+                self.cancel(job.request.id, FinishReason.CANCELLED)
+
+    def _tell_scores(self, job: ScoreJob, outcome: list[ScoredToken] | Event) -> None:
+        try:
+            job.on_done(outcome)
+        except Exception:  # noqa: BLE001 - a caller that is gone is no trouble of the others
+            log.warning("the caller of %s is gone", job.request.id)
+
+    def cancel(self, request_id: str, reason: FinishReason) -> None:
+        """End a request as it stands: its answers finish with `reason`, a text being scored fails."""
+        job = self._jobs.get(request_id)
+        if job is None:
+            return
+        kind: Literal["timeout", "cancelled"] = "timeout" if reason is FinishReason.TIMEOUT else "cancelled"
+        if isinstance(job, ScoreJob):
+            if job.sequence.status is Status.WAITING and not job.sequence.preemptions:
+                self._on_started()
+            self._drop_score(job)
+            self._metrics.failed(kind)
+            self._tell_scores(job, FailureEvent(f"The request was {_ENDED[reason]}.", kind))
+            return
+        self._leave_queue(job)
+        if all(answer.first_token is None for answer in job.answers) and reason is FinishReason.TIMEOUT:
+            self._end_job(job, FailureEvent("The request timed out before its first token.", "timeout"))
+            return
+        for answer in list(job.answers):
+            if answer.sequence.status is not Status.FINISHED:
+                self._finish(answer, reason)
+
+    def _leave_queue(self, job: Job) -> None:
+        if all(answer.started is None for answer in job.answers):
+            self._on_started()
+
+    def _end_job(self, job: Job, failure: FailureEvent) -> None:
+        for answer in job.answers:
+            self._release(answer)
+        self._closed(job.request.id)
+        self._metrics.failed(failure.kind)
+        self._tell(job, failure)
+
+    def _fail(self, job: Job | ScoreJob, error: BaseException) -> None:
+        """A bug met this request: log it under an id and tell the caller that id."""
+        error_id = uuid.uuid4().hex[:12]
+        log.error("request %s failed (error id %s)", job.request.id, error_id, exc_info=error)
+        failure = FailureEvent("The request failed inside the server.", "internal", error_id)
+        if isinstance(job, ScoreJob):
+            self._drop_score(job)
+            self._metrics.failed("internal")
+            self._tell_scores(job, failure)
+        elif job.request.id in self._jobs:
+            self._end_job(job, failure)
+
+    def _fail_tick(self, tick: Tick, error: Exception) -> None:
+        for row in tick.rows:
+            sequence = row.sequence
+            if sequence.status is Status.RUNNING:
+                self._fail(
+                    self._scoring[sequence] if sequence.scoring else self._answers[sequence].owner, error
+                )
+
+    def expire(self) -> None:
+        """End the requests whose time is over."""
+        now = time.monotonic()
+        while self._deadlines and self._deadlines[0][0] <= now:
+            _, request_id = heapq.heappop(self._deadlines)
+            self.cancel(request_id, FinishReason.TIMEOUT)
+
+    def abandon(self, failure: FailureEvent) -> None:
+        """Fail every request under way, and hold nothing any more."""
+        for job in list(self._jobs.values()):
+            if isinstance(job, ScoreJob):
+                self._drop_score(job)
+                self._metrics.failed(failure.kind)
+                self._tell_scores(job, failure)
+            else:
+                self._end_job(job, failure)
+
+    def set_gauges(self, *, force: bool) -> None:
+        now = time.monotonic()
+        if not force and now - self._gauges_at < _GAUGE_INTERVAL_S:
+            return
+        self._gauges_at = now
+        used = {"int4": 0, "full": 0}
+        for sequence in self._scheduler.running_sequences():
+            used[sequence.variant.kv_cache] += len(sequence.table.pages)
+        self._metrics.gauges(
+            self._scheduler.running,
+            self._scheduler.waiting,
+            self._scheduler.rows_waiting(),
+            {name: pages / self._pool.num_pages for name, pages in used.items()},
+        )
+
+
+_ENDED = {FinishReason.TIMEOUT: "timed out", FinishReason.CANCELLED: "cancelled"}
+
+
+def _ignore(_: Event) -> None:
+    """Where the events of a caller that is gone go."""
