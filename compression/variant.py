@@ -19,4 +19,6 @@ class Variant:
     linear_block: bool = False
 
     def __str__(self) -> str:
-        return f"weights={self.weights} kv_cache={self.kv_cache} linear_block={str(self.linear_block).lower()}"
+        return (
+            f"weights={self.weights} kv_cache={self.kv_cache} linear_block={str(self.linear_block).lower()}"
+        )

@@ -69,6 +69,7 @@ class ScriptedEngine:
     `refuse` is raised at submission. While `gate` is not set, an answer stops after its first `before_gate` tokens.
     """
 
+    alive: bool = True
     refuse: Exception | None = None
     fail_at: int | None = None
     failure: FailureEvent = field(default_factory=lambda: FailureEvent("It broke.", "internal", "err-1"))
