@@ -215,7 +215,7 @@ def calibrate(
             help="Text to calibrate on: a file (txt or JSONL), a folder, or hf:NAME. [the packaged text]"
         ),
     ] = None,
-    tokens: Annotated[int, typer.Option(help="Use so many tokens of it.")] = 120_000,
+    tokens: Annotated[int, typer.Option(help="Use so many tokens of it.")] = 48_000,
     exits: Annotated[str, typer.Option(help="`auto`, or the blocks that exits follow, e.g. 3,8.")] = "auto",
     linear_block: Annotated[str, typer.Option(help="`auto`, `none`, or the block to replace.")] = "auto",
     weights: Annotated[

@@ -1,8 +1,10 @@
 """Request bodies: how large they may be and what counts as JSON."""
 
+import asyncio
+import contextlib
 import json
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import Any, Final
 
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
@@ -10,6 +12,10 @@ from pydantic_core import from_json
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from exeunt.server.api.errors import ApiError
+
+
+DISCARD_S: Final = 2.0  # how long a body that is refused is read on
+DISCARD_TIMES: Final = 4  # and how much of it, in limits
 
 
 class BodyLimit:
@@ -25,6 +31,7 @@ class BodyLimit:
             return
         announced = dict(scope["headers"]).get(b"content-length", b"0")
         if announced.isdigit() and int(announced) > self._max_bytes:
+            await self._discard(receive)
             raise self._too_large(f"{int(announced)} bytes")
         received = 0
 
@@ -33,10 +40,22 @@ class BodyLimit:
             message = await receive()
             received += len(message.get("body", b""))
             if received > self._max_bytes:
+                await self._discard(receive)
                 raise self._too_large(f"more than {self._max_bytes} bytes")
             return message
 
         await self._app(scope, limited, send)
+
+    async def _discard(self, receive: Receive) -> None:
+        """Read on for a while: a connection closed on a client that still sends is reset, and the refusal is lost."""
+        left = DISCARD_TIMES * self._max_bytes
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(DISCARD_S):
+                while left > 0:
+                    message = await receive()
+                    left -= len(message.get("body", b""))
+                    if message["type"] != "http.request" or not message.get("more_body", False):
+                        return
 
     def _too_large(self, size: str) -> ApiError:
         message = f"The body has {size}; the limit is {self._max_bytes} bytes (--max-body-bytes)."
