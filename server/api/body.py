@@ -13,7 +13,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from exeunt.server.api.errors import ApiError
 
-
 DISCARD_S: Final = 2.0  # how long a body that is refused is read on
 DISCARD_TIMES: Final = 4  # and how much of it, in limits
 
