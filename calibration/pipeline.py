@@ -17,6 +17,7 @@ from exeunt.calibration.bundle_manifest import CorpusRecord, build_manifest, dat
 from exeunt.calibration.certificates import CertifiedVariant, certify_variants, rows_for
 from exeunt.calibration.corpus import Corpus, Splits, read_corpus, split_corpus
 from exeunt.calibration.evaluation import EvaluationTable, evaluate_modes
+from exeunt.calibration.exit_choice import choose_exits, exit_costs
 from exeunt.calibration.exit_fit import ExitData, FittedExit, fit_exits, top_tokens
 from exeunt.calibration.model_stack import ModelStack, final_exit_norm
 from exeunt.calibration.modes import loose_threshold, modes_of
@@ -57,7 +58,8 @@ class _Learned:
 
     stack: ModelStack
     choice: BlockChoice | None
-    exits: tuple[FittedExit, ...]
+    candidates: tuple[FittedExit, ...]
+    exits: tuple[FittedExit, ...]  # the candidates kept
     plan: ThresholdPlan
 
 
@@ -140,8 +142,8 @@ def _learn(task: _Task, stack: ModelStack, scratch: Scratch) -> _Learned:
             f"{each.training.agreement:.1%} trained, AUC {each.gate.auc:.3f}"
         )
     chosen = None if choice is None or choice.chosen is None else choice.chosen.map
-    plan = _plan(task, stack, exits, data)
-    return _Learned(stack.with_linear_block(chosen), choice, exits, plan)
+    kept, plan = _plan(task, stack, exits, data)
+    return _Learned(stack.with_linear_block(chosen), choice, exits, kept, plan)
 
 
 def _choose_block(task: _Task, stack: ModelStack, fitter: BlockFitter) -> BlockChoice:
@@ -166,7 +168,12 @@ def _choose_block(task: _Task, stack: ModelStack, fitter: BlockFitter) -> BlockC
     return choice
 
 
-def _plan(task: _Task, stack: ModelStack, exits: tuple[FittedExit, ...], data: ExitData) -> ThresholdPlan:
+def _plan(
+    task: _Task, stack: ModelStack, exits: tuple[FittedExit, ...], data: ExitData
+) -> tuple[tuple[FittedExit, ...], ThresholdPlan]:
+    """Which exits are kept (all that were asked for by number), and the thresholds to test with them."""
+    options, spec = task.options, task.checkpoint.spec
+    certify_tokens = task.splits.tokens()["certify"]
     model = stack.forced(stack.deployed, [each.head for each in exits])
     view = view_gates(
         model.exits,
@@ -174,9 +181,18 @@ def _plan(task: _Task, stack: ModelStack, exits: tuple[FittedExit, ...], data: E
         task.splits.select,
         model.decoder.project,
     )
-    return plan_thresholds(
-        view, task.options.targets, task.splits.tokens()["certify"], task.options.confidence
-    )
+    if options.exits == "auto" and exits:
+        depths = [head.depth for head in model.exits]
+        costs = exit_costs(spec, options.probe.units)
+        choice = choose_exits(
+            view, depths, spec.blocks, costs, options.targets, certify_tokens, options.confidence
+        )
+        task.progress.note(
+            f"exits kept: {', '.join(exits[place].head.name for place in choice.kept)}, expected to save "
+            f"{choice.saving:.1%} of the blocks, net"
+        )
+        exits, view = tuple(exits[place] for place in choice.kept), view.only(choice.kept)
+    return exits, plan_thresholds(view, options.targets, certify_tokens, options.confidence)
 
 
 def _certify(task: _Task, learned: _Learned) -> tuple[CertifiedVariant, ...]:
@@ -246,7 +262,9 @@ def _contents(
         certified,
         table,
     )
-    content = ReportContent(manifest, learned.choice, learned.exits, learned.plan, certified, table, int4)
+    content = ReportContent(
+        manifest, learned.choice, learned.candidates, learned.exits, learned.plan, certified, table, int4
+    )
     return BundleContents(
         checkpoint=task.checkpoint.directory,
         manifest=manifest,

@@ -52,13 +52,22 @@ class ThresholdPlan:
 class GateView:
     """What the gates made of full-depth tokens: [exits, T] arrays, and which block of text each is in.
 
-    A token leaves at the first exit whose `reach` is at least the threshold.
+    A token leaves at the first exit whose `reach` is at least the threshold; it is projected onto the vocabulary where
+    `projects` is.
     """
 
     reach: NDArray[np.float64]
+    projects: NDArray[np.float64]
     agrees: NDArray[np.bool_]
     text_block: NDArray[np.int64]  # [T]
     blocks: int
+
+    def only(self, exits: Sequence[int]) -> "GateView":
+        """The view of some of the exits, by their place in it."""
+        chosen = list(exits)
+        return GateView(
+            self.reach[chosen], self.projects[chosen], self.agrees[chosen], self.text_block, self.blocks
+        )
 
     def counts(self, threshold: float) -> ExitCounts:
         """Exits and errors by block of text at `threshold`, as if exits did not change later tokens."""
@@ -96,54 +105,90 @@ def view_gates(
     chunk: int = 2048,
 ) -> GateView:
     """The gates' view of the tokens of `rows`, from full-depth `states` behind each exit's block."""
-    reach, agrees = [], []
+    reach, projects, agrees = [], [], []
     for head, data in zip(exits, states, strict=True):
         slices = [slice(start, start + chunk) for start in range(0, data.tokens, chunk)]
         parts = [_reach(head, data.rows(part, head.adapter.device), project) for part in slices]
         reach.append(torch.cat([part[0] for part in parts]).double().cpu().numpy())
-        agrees.append(torch.cat([part[1] for part in parts]).cpu().numpy())
+        projects.append(torch.cat([part[1] for part in parts]).double().cpu().numpy())
+        agrees.append(torch.cat([part[2] for part in parts]).cpu().numpy())
     starts = np.concatenate([np.arange(len(row)) == 0 for row in rows])
     where = text_blocks(rows)
     reached = np.stack(reach)
     reached[:, starts] = -1.0  # a row's first token stands for the prompt
-    return GateView(reached, np.stack(agrees), where, int(where[-1]) + 1)
+    return GateView(reached, np.stack(projects), np.stack(agrees), where, int(where[-1]) + 1)
 
 
-def _reach(head: ExitHead, data: Labelled, project: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    """The largest threshold at which each token leaves, and whether it would be right to."""
+def _reach(
+    head: ExitHead, data: Labelled, project: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The largest threshold at which each token leaves, at which it is projected, and whether leaving is right."""
     state = head.state(data.hidden)
     logit = head.probe(state)
     logits = project(state).float()
     sure = head.confidence(logit, logits)
     screened = logit.sigmoid() / head.screen_ratio if head.screen_ratio > 0 else torch.ones_like(logit)
-    return torch.minimum(sure, screened), logits.argmax(-1) == data.top
+    return torch.minimum(sure, screened), screened, logits.argmax(-1) == data.top
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What the select split lets one expect of thresholds on the held-out one."""
+
+    thresholds: tuple[float, ...]  # descending
+    counts: tuple[ExitCounts, ...]  # on the select split, by threshold
+    correlation: float
+    growth: float  # tokens of the held-out split over those of the select split
+    confidence: float
+
+    def safe(self, target: float) -> list[int]:
+        """The thresholds, by their place, that look as if they would pass for `target`."""
+        return [i for i, chance in enumerate(self._chances(target)) if chance <= 1.0 - self.confidence]
+
+    def shares(self, target: float) -> tuple[float, float]:
+        """The exit rate at which `target` is likeliest to pass, and the largest that looks safe (0: none does)."""
+        chances, safe = self._chances(target), self.safe(target)
+        return self.counts[int(np.argmin(chances))].exit_rate, self.counts[
+            safe[-1]
+        ].exit_rate if safe else 0.0
+
+    def _chances(self, target: float) -> list[float]:
+        return [
+            forecast_p_value(counts, target, self.correlation, self.growth, self.confidence)
+            for counts in self.counts
+        ]
+
+
+def forecast_of(view: GateView, certify_tokens: int, confidence: float) -> Forecast:
+    """The forecast for a held-out split of `certify_tokens` tokens."""
+    best = view.reach.max(0)
+    shares = np.geomspace(0.95, LEAST_SHARE, FORECASTS)
+    grid = np.unique(np.quantile(best[best >= 0], 1.0 - shares).clip(1e-6, 1.0 - 1e-6))[::-1]
+    seen = tuple(view.counts(float(threshold)) for threshold in grid)
+    correlation = error_correlation(max(seen, key=lambda counts: counts.wrong))
+    growth = certify_tokens / view.reach.shape[1]
+    return Forecast(tuple(float(each) for each in grid), seen, correlation, growth, confidence)
 
 
 def plan_thresholds(
     view: GateView, targets: Sequence[float], certify_tokens: int, confidence: float = CONFIDENCE
 ) -> ThresholdPlan:
     """Thresholds to test for `targets` on a held-out split of `certify_tokens` tokens."""
-    best = view.reach.max(0)
-    shares = np.geomspace(0.95, LEAST_SHARE, FORECASTS)
-    grid = np.unique(np.quantile(best[best >= 0], 1.0 - shares).clip(1e-6, 1.0 - 1e-6))[::-1]
-    seen = [view.counts(float(threshold)) for threshold in grid]
-    correlation = error_correlation(max(seen, key=lambda counts: counts.wrong))
-    growth = certify_tokens / view.reach.shape[1]
+    forecast = forecast_of(view, certify_tokens, confidence)
     wanted: list[float] = []  # exit shares
     begin_share: dict[float, float] = {}
     for target in targets:
-        chances = [forecast_p_value(counts, target, correlation, growth, confidence) for counts in seen]
-        safe = [i for i, chance in enumerate(chances) if chance <= 1.0 - confidence]
-        begin_share[target] = seen[int(np.argmin(chances))].exit_rate
-        loosest = seen[safe[-1]].exit_rate if safe else 0.0
-        wanted += [begin_share[target], *(s * loosest for s in STEPS if s * loosest > begin_share[target])]
+        begin, loosest = forecast.shares(target)
+        begin_share[target] = begin
+        wanted += [begin, *(step * loosest for step in STEPS if step * loosest > begin)]
+    best = view.reach.max(0)
     distinct = _distinct(wanted)
     thresholds = [_threshold_at(best, share) for share in distinct]
     begins = {
         target: thresholds[max(i for i, kept in enumerate(distinct) if kept <= share)]
         for target, share in begin_share.items()
     }
-    return ThresholdPlan(tuple(dict.fromkeys(thresholds)), begins, correlation)
+    return ThresholdPlan(tuple(dict.fromkeys(thresholds)), begins, forecast.correlation)
 
 
 def _distinct(shares: Sequence[float]) -> list[float]:

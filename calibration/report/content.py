@@ -18,7 +18,8 @@ class ReportContent:
 
     manifest: Manifest
     choice: BlockChoice | None
-    exits: Sequence[FittedExit]
+    candidates: Sequence[FittedExit]
+    exits: Sequence[FittedExit]  # the candidates kept
     plan: ThresholdPlan
     certified: Sequence[CertifiedVariant]
     table: EvaluationTable

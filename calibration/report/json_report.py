@@ -21,6 +21,7 @@ def report_json(content: ReportContent) -> str:
         "weights_int4": None if content.int4 is None else _weights(content),
         "linear_block": None if content.choice is None else _choice(content.choice),
         "exits": [_exit(each) for each in content.exits],
+        "exits_left_out": [_exit(each) for each in content.candidates if each not in content.exits],
         "thresholds": {
             "tested": list(content.plan.thresholds),
             "begins": {f"{target:g}": begin for target, begin in content.plan.begins.items()},

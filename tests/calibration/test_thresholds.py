@@ -19,13 +19,14 @@ def view(tokens: int = 20_000, blocks: int = 80, seed: int = 0) -> GateView:
     g = np.random.default_rng(seed)
     reach = np.stack([g.beta(1.0, 1.5, tokens), g.beta(2.0, 1.0, tokens)])
     return GateView(
-        reach, g.random((2, tokens)) < reach, np.repeat(np.arange(blocks), tokens // blocks), blocks
+        reach, reach, g.random((2, tokens)) < reach, np.repeat(np.arange(blocks), tokens // blocks), blocks
     )
 
 
 def test_tokens_leave_at_the_first_exit_that_lets_them() -> None:
     seen = GateView(
         np.array([[0.9, 0.2, 0.1, 0.8], [0.1, 0.9, 0.3, 0.9]]),
+        np.ones((2, 4)),
         np.array([[True, True, True, False], [False, False, True, True]]),
         np.array([0, 0, 1, 1]),
         2,
@@ -113,7 +114,11 @@ def _plan_view(model: ForcedModel, rows: list[torch.Tensor]) -> GateView:
     tokens = sum(map(len, rows))
     g = np.random.default_rng(0)
     return GateView(
-        g.random((2, tokens)) * 0.8, np.ones((2, tokens), dtype=bool), text_blocks(rows), len(rows)
+        g.random((2, tokens)) * 0.8,
+        np.ones((2, tokens)),
+        np.ones((2, tokens), dtype=bool),
+        text_blocks(rows),
+        len(rows),
     )
 
 
@@ -122,7 +127,7 @@ def test_an_unsafe_gate_is_not_certified(target: float) -> None:
     """A gate whose reach says nothing: whatever is planned first is far above every target."""
     g = np.random.default_rng(1)
     reach = g.random((1, 10_000))
-    seen = GateView(reach, g.random((1, 10_000)) < 0.5, np.repeat(np.arange(40), 250), 40)
+    seen = GateView(reach, reach, g.random((1, 10_000)) < 0.5, np.repeat(np.arange(40), 250), 40)
     plan = plan_thresholds(seen, (target,), certify_tokens=10_000)
     risk = seen.counts(plan.begins[target]).risk
     assert risk is not None

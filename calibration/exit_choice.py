@@ -1,0 +1,100 @@
+"""Which exits are kept: those that are expected to save computation, net of what asking them costs.
+
+Every exit that a token passes costs its gate, and where the gate projects in vain a projection; every token that
+leaves saves the blocks behind it, less the keys and values it still owes them. Agreement is no guide: at half depth half of
+the tokens may agree and almost none may leave safely, while all of them pay the gate.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Final
+
+import numpy as np
+
+from exeunt.calibration.thresholds import GateView, forecast_of
+from exeunt.compression.architecture import Architecture
+
+MOST_EXITS: Final = 2
+"""More than two would pay only where the blocks between two exits cost much more than a gate."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExitCosts:
+    """What exits cost in multiply-adds per token, in units of one block."""
+
+    gate: float  # norm's adapter and probe
+    projection: float  # the output matrix
+    skipped_kv: float  # keys and values of one skipped block
+
+
+@dataclass(frozen=True, slots=True)
+class ExitChoice:
+    """The exits kept, by their place among the candidates, and what every single one would save by itself."""
+
+    kept: tuple[int, ...]
+    saving: float  # expected share of the blocks saved, net, averaged over the targets
+    alone: tuple[float, ...]  # the same for each candidate as the only exit
+
+
+def exit_costs(spec: Architecture, probe_units: int) -> ExitCosts:
+    """Costs of a model's exits from the sizes of its matrices."""
+    hidden, block = spec.hidden_size, spec.block_parameters
+    return ExitCosts(
+        gate=hidden * (hidden + probe_units) / block,
+        projection=spec.vocab_size * hidden / block,
+        skipped_kv=2 * spec.kv_size * hidden / block,
+    )
+
+
+def net_saving(
+    view: GateView, threshold: float, depths: Sequence[int], blocks: int, costs: ExitCosts
+) -> float:
+    """The share of all block × token pairs saved at `threshold`, gates, vain projections and K/V paid for."""
+    may_leave = view.reach[0] >= 0
+    passing, saved = may_leave.copy(), 0.0
+    for place, depth in enumerate(depths):
+        leaves = passing & (view.reach[place] >= threshold)
+        vain = passing & (view.projects[place] >= threshold) & ~leaves
+        saved += (blocks - depth) * (1.0 - costs.skipped_kv) * int(leaves.sum())
+        saved -= costs.gate * int(passing.sum()) + costs.projection * int(vain.sum())
+        passing &= ~leaves
+    tokens = int(may_leave.sum())
+    return saved / (tokens * blocks) if tokens else 0.0
+
+
+def choose_exits(
+    view: GateView,
+    depths: Sequence[int],
+    blocks: int,
+    costs: ExitCosts,
+    targets: Sequence[float],
+    certify_tokens: int,
+    confidence: float,
+) -> ExitChoice:
+    """The one or two exits that save most on average over `targets`, each at its loosest threshold that looks safe.
+
+    Where none saves anything the deepest is kept, so that the bundle has an exit to be asked for. `depths` are the
+    blocks passed at each exit of `view`, ascending.
+    """
+
+    def saving(places: tuple[int, ...]) -> float:
+        seen = view.only(places)
+        forecast = forecast_of(seen, certify_tokens, confidence)
+        at = [depths[place] for place in places]
+        gains = []
+        for target in targets:
+            safe = forecast.safe(target)
+            gain = net_saving(seen, forecast.thresholds[safe[-1]], at, blocks, costs) if safe else 0.0
+            gains.append(max(gain, 0.0))  # a target that does not pay need not be asked for
+        return float(np.mean(gains))
+
+    places = range(len(depths))
+    alone = tuple(saving((place,)) for place in places)
+    savings: dict[tuple[int, ...], float] = {(place,): alone[place] for place in places}
+    for count in range(2, min(MOST_EXITS, len(depths)) + 1):
+        savings |= {several: saving(several) for several in combinations(places, count)}
+    kept = max(savings, key=lambda several: savings[several])
+    if savings[kept] <= 0.0:
+        kept = (len(depths) - 1,)
+    return ExitChoice(kept, savings[kept], alone)

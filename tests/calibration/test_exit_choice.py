@@ -1,0 +1,64 @@
+"""Which exits are kept: a planted case where the answer is known, and the arithmetic of what they save."""
+
+import numpy as np
+import pytest
+
+from exeunt.calibration.exit_choice import ExitCosts, choose_exits, net_saving
+from exeunt.calibration.thresholds import GateView
+
+FREE = ExitCosts(0.0, 0.0, 0.0)
+TARGETS = (0.02, 0.05)
+TOKENS, TEXT_BLOCKS, BLOCKS = 24_000, 96, 12
+
+
+def view(*exits: tuple[float, float]) -> GateView:
+    """Exits of (share that is sure, agreement among the others): the sure agree always, the others are never sure."""
+    g = np.random.default_rng(0)
+    ease = g.random(TOKENS)
+    reach, agrees = [], []
+    for share, other in exits:
+        sure = ease < share
+        reach.append(np.where(sure, 0.99, 0.3 * g.random(TOKENS)))
+        agrees.append(sure | (g.random(TOKENS) < other))
+    where = np.repeat(np.arange(TEXT_BLOCKS), TOKENS // TEXT_BLOCKS)
+    return GateView(np.stack(reach), np.stack(reach), np.stack(agrees), where, TEXT_BLOCKS)
+
+
+def test_saving_is_what_leaves_less_what_is_asked() -> None:
+    seen = view((0.25, 0.0), (0.5, 0.0))
+    first, second = (float((seen.reach[i] > 0.9).mean()) for i in (0, 1))
+    free = net_saving(seen, 0.9, (3, 9), BLOCKS, FREE)
+    assert free == pytest.approx((first * 9 + (second - first) * 3) / BLOCKS)
+    dear = net_saving(seen, 0.9, (3, 9), BLOCKS, ExitCosts(0.5, 0.0, 0.1))
+    asked = 1.0 + (1.0 - first)
+    assert dear == pytest.approx(free * 0.9 - 0.5 * asked / BLOCKS)
+
+
+def test_a_projection_in_vain_is_paid_for() -> None:
+    seen = view((0.25, 0.0))
+    eager = GateView(seen.reach, np.ones_like(seen.reach), seen.agrees, seen.text_block, seen.blocks)
+    cost = net_saving(seen, 0.9, (6,), BLOCKS, ExitCosts(0.0, 2.0, 0.0)) - net_saving(
+        eager, 0.9, (6,), BLOCKS, ExitCosts(0.0, 2.0, 0.0)
+    )
+    assert cost == pytest.approx(2.0 * float((seen.reach[0] < 0.9).mean()) / BLOCKS)
+
+
+def test_an_exit_that_nobody_may_take_is_left_out() -> None:
+    seen = view((0.0, 0.6), (0.3, 0.0), (0.31, 0.0))
+    choice = choose_exits(seen, (3, 6, 10), BLOCKS, ExitCosts(0.2, 1.0, 0.1), TARGETS, 2 * TOKENS, 0.95)
+    assert choice.kept == (1,)  # the first lets nobody go, the third hardly anybody more than the second
+    assert choice.saving == pytest.approx(max(choice.alone))
+
+
+def test_two_exits_are_kept_where_both_pay() -> None:
+    seen = view((0.2, 0.0), (0.7, 0.0))
+    choice = choose_exits(seen, (3, 8), BLOCKS, ExitCosts(0.05, 0.3, 0.1), TARGETS, 2 * TOKENS, 0.95)
+    assert choice.kept == (0, 1)
+    assert choice.saving > max(choice.alone)
+
+
+def test_the_deepest_is_kept_where_none_pays() -> None:
+    seen = view((0.05, 0.5), (0.05, 0.5))
+    choice = choose_exits(seen, (3, 8), BLOCKS, ExitCosts(5.0, 5.0, 0.1), TARGETS, 2 * TOKENS, 0.95)
+    assert choice.kept == (1,)
+    assert choice.saving == 0.0
