@@ -1,8 +1,8 @@
 """Which exits are kept: those that are expected to save computation, net of what asking them costs.
 
 Every exit that a token passes costs its gate, and where the gate projects in vain a projection; every token that
-leaves saves the blocks behind it, less the keys and values it still owes them. Agreement is no guide: at half depth half of
-the tokens may agree and almost none may leave safely, while all of them pay the gate.
+leaves saves the blocks behind it, less the keys and values it still owes them. Agreement is no guide: at half depth
+half of the tokens may agree and almost none may leave safely, while all of them pay the gate.
 """
 
 from collections.abc import Sequence
