@@ -76,6 +76,7 @@ class Job:
     on_event: Callable[[Event], None]
     answers: list[Answer] = field(default_factory=list)
     running: int = 0  # answers not finished
+    started: bool = False  # it has left the queue
 
 
 @dataclass(slots=True, eq=False)
@@ -86,3 +87,4 @@ class ScoreJob:
     on_done: Callable[[list[ScoredToken] | Event], None]
     sequence: Sequence
     scores: dict[int, ScoredToken] = field(default_factory=dict)  # by position of the scored token
+    started: bool = False  # it has left the queue

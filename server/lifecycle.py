@@ -64,6 +64,7 @@ class Lifecycle:
         self._deadlines: list[tuple[float, str]] = []
         self._pieces: dict[int, str] = {}
         self._gauges_at = 0.0
+        self._running = 0  # requests under way that have left the queue
 
     @property
     def holds_nothing(self) -> bool:
@@ -82,8 +83,23 @@ class Lifecycle:
         return self._deadlines[0][0] if self._deadlines else None
 
     def _closed(self, request_id: str) -> None:
-        if self._jobs.pop(request_id, None) is not None:
-            self._on_ended()
+        job = self._jobs.pop(request_id, None)
+        if job is None:
+            return
+        if job.started:
+            self._running -= 1
+        else:
+            self._on_started()  # it leaves the queue without having run
+        self._on_ended()
+
+    def _starts(self, job: Job | ScoreJob) -> bool:
+        """Note that a request runs; false where it did before, and was preempted."""
+        if job.started:
+            return False
+        job.started = True
+        self._running += 1
+        self._on_started()
+        return True
 
     def begin(self, request: GenerationRequest, on_event: Callable[[Event], None]) -> None:
         """Queue a request's answers."""
@@ -113,7 +129,6 @@ class Lifecycle:
         self._scoring[sequence] = job
         self._scheduler.add(sequence)
         if len(request.token_ids) < 2:  # nothing to predict
-            self._on_started()
             self._finish_score(job)
             return
         if request.deadline is not None:
@@ -134,15 +149,14 @@ class Lifecycle:
         """Tell the metrics what the scheduler has just admitted and preempted."""
         for sequence in self._scheduler.take_admitted():
             if sequence in self._scoring:
-                self._on_started()
+                self._starts(self._scoring[sequence])
                 continue
-            answer = self._answers[sequence]
+            answer, now = self._answers[sequence], time.monotonic()
             if answer.started is None:
-                answer.started = time.monotonic()
-                request = answer.owner.request
-                if all(other.started is None for other in answer.owner.answers if other is not answer):
-                    self._on_started()
-                    self._metrics.started(answer.started - request.arrival, len(request.prompt_token_ids))
+                answer.started = now
+            request = answer.owner.request
+            if self._starts(answer.owner):
+                self._metrics.started(now - request.arrival, len(request.prompt_token_ids))
         for sequence in self._scheduler.take_preempted():
             self._runner.forget_states(sequence)
             self._metrics.preempted()
@@ -296,23 +310,16 @@ class Lifecycle:
             return
         kind: Literal["timeout", "cancelled"] = "timeout" if reason is FinishReason.TIMEOUT else "cancelled"
         if isinstance(job, ScoreJob):
-            if job.sequence.status is Status.WAITING and not job.sequence.preemptions:
-                self._on_started()
             self._drop_score(job)
             self._metrics.failed(kind)
             self._tell_scores(job, FailureEvent(f"The request was {_ENDED[reason]}.", kind))
             return
-        self._leave_queue(job)
         if all(answer.first_token is None for answer in job.answers) and reason is FinishReason.TIMEOUT:
             self._end_job(job, FailureEvent("The request timed out before its first token.", "timeout"))
             return
         for answer in list(job.answers):
             if answer.sequence.status is not Status.FINISHED:
                 self._finish(answer, reason)
-
-    def _leave_queue(self, job: Job) -> None:
-        if all(answer.started is None for answer in job.answers):
-            self._on_started()
 
     def _end_job(self, job: Job, failure: FailureEvent) -> None:
         for answer in job.answers:
@@ -367,8 +374,8 @@ class Lifecycle:
         for sequence in self._scheduler.running_sequences():
             used[sequence.variant.kv_cache] += len(sequence.table.pages)
         self._metrics.gauges(
-            self._scheduler.running,
-            self._scheduler.waiting,
+            self._running,
+            len(self._jobs) - self._running,
             self._scheduler.rows_waiting(),
             {name: pages / self._pool.num_pages for name, pages in used.items()},
         )

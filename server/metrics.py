@@ -79,7 +79,7 @@ class Metrics:
         self._init_histograms(stages)
 
     def _init_gauges(self, stages: Sequence[str], targets: Sequence[float]) -> None:
-        self._running = self._gauge("num_requests_running", "Requests that hold KV pages.")
+        self._running = self._gauge("num_requests_running", "Requests under way that have left the queue.")
         self._waiting = self._gauge(
             "num_requests_waiting", "Requests admitted to the queue, not yet running."
         )

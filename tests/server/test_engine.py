@@ -415,6 +415,22 @@ def test_random_cancellations_leave_nothing_behind(tiny_model: LoadedModel) -> N
             heard.wait()
 
 
+def test_the_queues_limit_counts_each_request_once_however_it_ends(tiny_model: LoadedModel) -> None:
+    """Scores and answers that are preempted, cancelled while waiting or too short to run leave the queue once."""
+    with running(tiny_model, pages=14, max_num_seqs=4, max_num_queued_reqs=3) as bench:
+        for round_ in range(6):
+            heard = bench.ask(max_new_tokens=60, n=2)
+            bench.engine.cancel("nobody")
+            score(bench, PROMPT * 4, OFF)
+            score(bench, PROMPT[:1], OFF)
+            if round_ % 2:
+                bench.engine.cancel(f"r{bench.count}")
+            heard.wait()
+            assert bench.engine.wait_idle(WAIT_S)
+        assert bench.engine._queued == 0
+        assert bench.value("exeunt_num_requests_running") == bench.value("exeunt_num_requests_waiting") == 0
+
+
 def test_draining_finishes_what_runs_and_takes_no_more(tiny_model: LoadedModel) -> None:
     with running(tiny_model) as bench:
         heard = bench.ask(max_new_tokens=60)
