@@ -5,6 +5,10 @@ from typing import Any
 
 from scripts.packaged_model.corpus import HELD_OUT_NOVELS, HELD_OUT_STORIES
 
+_WHY_NOT = (
+    " (probably because the branches are short: what the second loss costs has no time to be earned back)"
+)
+_UNFINISHED = " A branch was measured before its end."
 _TEMPLATE = Path(__file__).with_name("card_template.md")
 
 
@@ -12,7 +16,7 @@ def verdict(ratios: dict[str, float], limit: float = 1.03) -> str:
     """Return one sentence on whether training for exits cost quality at full depth, from exits / plain ratios."""
     told = ", ".join(f"{100 * (ratio - 1):+.1f} % on {source}" for source, ratio in ratios.items())
     kept = all(ratio <= limit for ratio in ratios.values())
-    outcome = "kept" if kept else "NOT kept"
+    outcome = "kept" if kept else f"NOT kept{_WHY_NOT}"
     return (
         f"perplexity against the plain twin is {told}: the limit of +{100 * (limit - 1):.0f} % is {outcome}."
     )
@@ -21,18 +25,20 @@ def verdict(ratios: dict[str, float], limit: float = 1.03) -> str:
 def card(facts: dict[str, Any]) -> str:
     """Return the text of the model card for the facts that ``measured.json`` holds."""
     recipe, exits, plain = facts["recipe"], facts["exits"], facts["plain"]
-    sources = list(exits["held_out"])
-    ratios = {
-        source: exits["held_out"][source]["perplexity"][-1] / plain["held_out"][source]["perplexity"][-1]
-        for source in sources
-    }
+    lengths = {"held_out": recipe["context"], "held_out_short": recipe["context"] // recipe["trunk_split"]}
     perplexity_rows = "\n".join(
-        f"| {source} | {exits['held_out'][source]['tokens']:,} | {exits['held_out'][source]['perplexity'][-1]:.2f} | "
-        f"{plain['held_out'][source]['perplexity'][-1]:.2f} | {ratios[source]:.3f} |"
-        for source in sources
+        _perplexity_row(f"{source}, windows of {length:,}", exits[kind][source], plain[kind][source])
+        for kind, length in lengths.items()
+        for source in exits[kind]
     )
-    story_share = recipe["story_windows"] / recipe["windows"]
+    ratios = {
+        f"{source} in windows of {length:,}": _ratio(exits[kind][source], plain[kind][source])
+        for kind, length in lengths.items()
+        for source in exits[kind]
+    }
     seen = exits["tokens_seen"]
+    branched = exits["branch_steps"] * recipe["branch_story_windows"]
+    stories_seen = recipe["context"] * (exits["trunk_steps"] * recipe["story_windows"] + branched)
     return _TEMPLATE.read_text(encoding="utf-8").format(
         **{
             **recipe,
@@ -47,9 +53,12 @@ def card(facts: dict[str, Any]) -> str:
         held_out_count=len(HELD_OUT_NOVELS),
         held_out_novels=", ".join(sorted(name.replace("_", " ") for name in HELD_OUT_NOVELS)),
         held_out_stories=HELD_OUT_STORIES,
-        story_share=story_share,
-        story_epochs=seen * story_share / facts["train_tokens"]["stories"],
-        novel_epochs=seen * (1 - story_share) / facts["train_tokens"]["novels"],
+        trunk_story_share=recipe["story_windows"] / recipe["windows"],
+        branch_story_share=recipe["branch_story_windows"] / recipe["windows"],
+        story_epochs=stories_seen / facts["train_tokens"]["stories"],
+        novel_epochs=(seen - stories_seen) / facts["train_tokens"]["novels"],
+        planned=exits["branch_steps_planned"],
+        unfinished="" if exits["finished"] and plain["finished"] else _UNFINISHED,
         step_tokens=recipe["windows"] * recipe["context"],
         trunk_length=recipe["context"] // recipe["trunk_split"],
         branch_length=recipe["context"] // recipe["branch_split"],
@@ -67,6 +76,15 @@ def card(facts: dict[str, Any]) -> str:
         samples="\n\n".join(_quoted(sample) for sample in facts["samples"]["texts"]),
         commands="\n".join(facts["commands"]),
     )
+
+
+def _ratio(exits: dict[str, Any], plain: dict[str, Any]) -> float:
+    return float(exits["perplexity"][-1] / plain["perplexity"][-1])
+
+
+def _perplexity_row(name: str, exits: dict[str, Any], plain: dict[str, Any]) -> str:
+    values = f"{exits['perplexity'][-1]:.2f} | {plain['perplexity'][-1]:.2f} | {_ratio(exits, plain):.3f}"
+    return f"| {name} | {exits['tokens']:,} | {values} |"
 
 
 def _depth_row(exits: dict[str, Any], plain: dict[str, Any], depth: int) -> str:

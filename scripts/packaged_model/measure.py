@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM
 from scripts.packaged_model.checkpoint import load_checkpoint
 from scripts.packaged_model.decoder import Decoder
 from scripts.packaged_model.export import stage_model
-from scripts.packaged_model.recipe import Recipe, Stage
+from scripts.packaged_model.recipe import Recipe, Stage, total_steps
 from scripts.packaged_model.tokens import SOURCES, held_out_rows
 
 
@@ -55,9 +55,14 @@ def measure_stage(run: Path, recipe: Recipe, stage: Stage, windows: int) -> dict
     """Return a stage's measurements on both sources, and what its training took, as plain values."""
     saved = load_checkpoint(run / f"{stage}.pt", recipe, torch.device("cpu"))
     model = stage_model(run, recipe, stage)
-    sources = {
-        source: asdict(measure(model, held_out_rows(run, source, recipe.context, windows)))
-        for source in SOURCES
+    held_out = {
+        length: {
+            source: asdict(
+                measure(model, held_out_rows(run, source, length, windows * recipe.context // length))
+            )
+            for source in SOURCES
+        }
+        for length in (recipe.context, recipe.context // recipe.trunk_split)
     }
     trunk = saved.first if stage != "trunk" else saved.step
     return {
@@ -66,8 +71,10 @@ def measure_stage(run: Path, recipe: Recipe, stage: Stage, windows: int) -> dict
         "trunk_steps": trunk,
         "branch_steps": saved.step - trunk,
         "branch_steps_planned": saved.steps if stage != "trunk" else 0,
+        "finished": saved.step - saved.first == total_steps(recipe, stage, saved.steps),
         "trunk_minutes": (saved.trunk_seconds if stage != "trunk" else saved.seconds) / 60,
         "branch_minutes": saved.seconds / 60 if stage != "trunk" else 0.0,
         "tokens_seen": saved.step * recipe.windows * recipe.context,
-        "held_out": sources,
+        "held_out": held_out[recipe.context],
+        "held_out_short": held_out[recipe.context // recipe.trunk_split],
     }

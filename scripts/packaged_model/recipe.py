@@ -39,7 +39,13 @@ class Recipe:
     decay_share: float = 0.7
     """Share of a branch's steps over which the learning rate falls linearly to zero."""
     long_share: float = 0.15
-    """Share of a branch's steps, at its end, trained on whole windows of ``context`` tokens."""
+    """Share of a branch's steps, at their end, trained on whole windows of ``context`` tokens."""
+    long_steps: int = 60
+    """Steps that follow a branch's decay, on whole windows: a second, small decay that teaches the far positions."""
+    long_rate: float = 0.3
+    """The learning rate at the start of those steps, as a share of the stable one."""
+    long_exit_weight: float = 0.3
+    """``exit_weight`` during those steps, in which no block is dropped."""
     muon_rate: float = 0.02
     adam_rate: float = 0.003
     weight_decay: float = 0.01
@@ -84,6 +90,7 @@ GPU = Recipe(
     windows=32,
     story_windows=12,
     branch_story_windows=18,
+    long_steps=300,
     trunk_steps=6000,
     branch_steps=4000,
     evaluate_steps=500,
@@ -91,7 +98,7 @@ GPU = Recipe(
 )
 TINY = replace(
     CPU, preset="tiny", blocks=3, hidden=64, heads=2, kv_heads=1, mlp=64, vocabulary=320, context=64, windows=2,
-    story_windows=1, branch_story_windows=2, trunk_steps=6, branch_steps=6, warmup_steps=2,
+    story_windows=1, branch_story_windows=2, long_steps=2, trunk_steps=6, branch_steps=6, warmup_steps=2,
 )  # fmt: skip
 PRESETS = {recipe.preset: recipe for recipe in (CPU, GPU, TINY)}
 
@@ -99,16 +106,23 @@ PRESETS = {recipe.preset: recipe for recipe in (CPU, GPU, TINY)}
 def learning_share(recipe: Recipe, stage: Stage, done: int, steps: int) -> float:
     """Return the learning rate of a step as a share of the stable one (warm-up, stable, linear decay).
 
-    ``done`` counts the steps of this stage so far, ``steps`` is how many it has in all.
+    ``done`` counts the steps of this stage so far, ``steps`` is how many it has (a branch: before its long steps).
     """
     if stage == "trunk":
         return min(1.0, (done + 1) / max(1, recipe.warmup_steps))
-    return max(0.0, min(1.0, (steps - done) / (decay_steps(recipe, steps) + 1)))
+    if done >= steps:
+        return recipe.long_rate * (steps + recipe.long_steps - done) / (recipe.long_steps + 1)
+    return min(1.0, (steps - done) / (decay_steps(recipe, steps) + 1))
 
 
 def decay_steps(recipe: Recipe, steps: int) -> int:
     """Return over how many of a branch's steps, at its end, the learning rate falls."""
     return max(1, round(steps * recipe.decay_share))
+
+
+def total_steps(recipe: Recipe, stage: Stage, steps: int) -> int:
+    """Return the steps of a stage with the long ones that end a branch."""
+    return steps if stage == "trunk" else steps + recipe.long_steps
 
 
 def split_of(recipe: Recipe, stage: Stage, done: int, steps: int) -> int:

@@ -19,7 +19,15 @@ from torch.nn.utils import clip_grad_norm_
 
 from scripts.packaged_model.checkpoint import Checkpoint, load_checkpoint
 from scripts.packaged_model.decoder import Decoder, build_model
-from scripts.packaged_model.recipe import Recipe, Stage, block_dropout, decay_steps, learning_share, split_of
+from scripts.packaged_model.recipe import (
+    Recipe,
+    Stage,
+    block_dropout,
+    decay_steps,
+    learning_share,
+    split_of,
+    total_steps,
+)
 from scripts.packaged_model.tokens import SOURCES, Batches, held_out_rows
 
 
@@ -71,6 +79,11 @@ class Trainer:
         self.steps = steps or (recipe.trunk_steps if stage == "trunk" else recipe.branch_steps)
         self.seconds = self.trunk_seconds = 0.0
         self._resume()
+
+    @property
+    def total(self) -> int:
+        """The steps of the stage, a branch's long ones included."""
+        return total_steps(self.recipe, self.stage, self.steps)
 
     def _resume(self) -> None:
         own, trunk = self.run / f"{self.stage}.pt", self.run / "trunk.pt"
@@ -125,7 +138,7 @@ class Trainer:
         before = self.seconds
         first_step = self.step
         with stop_signals() as caught:
-            while self.step - self.first < self.steps:
+            while self.step - self.first < self.total:
                 loss, exit_loss = self.train_step()
                 now = time.monotonic()
                 self.seconds = before + now - begun
@@ -139,7 +152,7 @@ class Trainer:
                 if caught or now - begun > 60 * minutes:
                     break
         self.save()
-        return self.step - self.first >= self.steps
+        return self.step - self.first >= self.total
 
     def train_step(self) -> tuple[float, float | None]:
         """Make one optimizer step; return its loss at full depth and, on the exits branch, at the sampled depth."""
@@ -159,7 +172,8 @@ class Trainer:
             states = self.decoder.states(tokens, keeps)
             loss = self.decoder.loss(states[-1], targets)
             exit_loss = None if depth is None else self.decoder.loss(states[depth], targets)
-        total = loss if exit_loss is None else loss + recipe.exit_weight * exit_loss
+        weight = recipe.exit_weight if done < self.steps else recipe.long_exit_weight
+        total = loss if exit_loss is None else loss + weight * exit_loss
         total.backward()  # type: ignore[no-untyped-call]
         clip_grad_norm_(self.model.parameters(), recipe.clip)
         self._muon.step()  # type: ignore[no-untyped-call]
@@ -178,8 +192,9 @@ class Trainer:
         generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + self.step)
         depth = int(torch.randint(1, recipe.blocks, (1,), generator=generator))
         keeps = []
+        dropping = self.step - self.first < self.steps
         for block in range(recipe.blocks):
-            drop = block_dropout(recipe, block)
+            drop = block_dropout(recipe, block) if dropping else 0.0
             keep = (torch.rand(rows, 1, 1, generator=generator) >= drop).float() / (1.0 - drop)
             keeps.append(keep.to(self.device))
         return depth, keeps
@@ -193,7 +208,7 @@ class Trainer:
             return float(self.decoder.loss(self.decoder.states(rows[:, :-1])[-1], rows[:, 1:]))
 
     def _report(self, loss: float, exit_loss: float | None, step_seconds: float) -> None:
-        left = (self.steps - (self.step - self.first)) * step_seconds
+        left = (self.total - (self.step - self.first)) * step_seconds
         tokens = self.recipe.windows * self.recipe.context / step_seconds
         self._log(
             {
@@ -205,7 +220,7 @@ class Trainer:
         )
 
     def _log(self, facts: dict[str, Any]) -> None:
-        line = json.dumps({"stage": self.stage, "step": self.step, "of": self.first + self.steps, **facts})
+        line = json.dumps({"stage": self.stage, "step": self.step, "of": self.first + self.total, **facts})
         with (self.run / f"{self.stage}.jsonl").open("a") as file:
             file.write(line + "\n")
         print(line, flush=True)

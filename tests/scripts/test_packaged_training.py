@@ -68,7 +68,7 @@ def test_resuming_gives_the_weights_of_an_uninterrupted_run(
 def test_branches_start_alike_and_part(trained: Path) -> None:
     exits, plain = (torch.load(trained / f"{stage}.pt", weights_only=True) for stage in ("exits", "plain"))
     assert exits["first"] == plain["first"] == STEPS
-    assert exits["step"] == plain["step"] == 2 * STEPS
+    assert exits["step"] == plain["step"] == 2 * STEPS + TINY.long_steps
     assert any(not torch.equal(exits["model"][name], plain["model"][name]) for name in exits["model"])
 
 
@@ -109,6 +109,9 @@ def test_learning_rate_warms_up_stays_and_falls_to_zero() -> None:
     assert branch[:49] == [1.0] * 49
     assert all(a > b > 0 for a, b in pairwise(branch[50:]))
     assert branch[-1] < 0.03
+    long = [learning_share(recipe, "exits", 100 + done, 100) for done in range(recipe.long_steps)]
+    assert long[0] < recipe.long_rate
+    assert all(a > b > 0 for a, b in pairwise(long))
 
 
 def test_rows_grow_to_the_whole_context() -> None:
@@ -132,6 +135,8 @@ def test_layer_dropout_grows_with_depth_and_only_where_exits_are_trained(trained
         assert keeps is not None
         depths.add(depth)
         assert torch.equal(keeps[0], torch.ones(4, 1, 1))
+        if step >= 2 * STEPS:  # the long steps drop nothing
+            assert all(torch.equal(keep, torch.ones(4, 1, 1)) for keep in keeps)
         again = exits.sampled_exit(4)
         assert again[0] == depth
     assert depths == set(range(1, TINY.blocks))
