@@ -43,13 +43,12 @@ class Answer:
             total_s=now - arrival,
         )
 
-    def count(self, token: EmittedToken, blocks: int) -> None:
+    def count(self, token: EmittedToken) -> None:
         """Add an emitted token to the totals."""
         totals = self.sequence.totals
-        totals.blocks = blocks
         totals.by_exit[token.exit] = totals.by_exit.get(token.exit, 0) + 1
         totals.blocks_executed += token.depth
-        totals.blocks_skipped += blocks - token.depth
+        totals.blocks_skipped += totals.blocks - token.depth
         totals.block_passes += token.depth
         self.nll -= token.logprob
 

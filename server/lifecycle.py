@@ -90,6 +90,8 @@ class Lifecycle:
             self._running -= 1
         else:
             self._on_started()  # it leaves the queue without having run
+        while self._deadlines and self._deadlines[0][1] not in self._jobs:
+            heapq.heappop(self._deadlines)
         self._on_ended()
 
     def _starts(self, job: Job | ScoreJob) -> bool:
@@ -143,7 +145,9 @@ class Lifecycle:
         scoring: bool = False,
     ) -> Sequence:
         table = PageTable(self._pool, self._runner.page_tokens(request.variant))
-        return Sequence(name, request.variant, request.exits, tokens, len(tokens), table, scoring)
+        sequence = Sequence(name, request.variant, request.exits, tokens, len(tokens), table, scoring)
+        sequence.totals.blocks = self._plan.blocks
+        return sequence
 
     def note_scheduling(self) -> None:
         """Tell the metrics what the scheduler has just admitted and preempted."""
@@ -206,12 +210,13 @@ class Lifecycle:
             or not sequence.prefilling
         ):
             return
-        blocks = self._plan.stop(tick.last_stage) - self._plan.start(tick.first_stage)
-        again = sum(1 for p in result.row.positions if sequence.recorded_stage(p) is not None)
+        began = self._plan.start(tick.first_stage)
+        stages = [sequence.recorded_stage(p) for p in result.row.positions]
+        again = [self._plan.stop(min(at, tick.last_stage)) - began for at in stages if at is not None]
         if again:
-            sequence.totals.blocks_wasted += again * blocks
-            sequence.totals.block_passes += blocks
-            self._metrics.wasted(again * blocks, blocks)
+            sequence.totals.blocks_wasted += sum(again)
+            sequence.totals.block_passes += max(again)
+            self._metrics.wasted(sum(again), max(again))
 
     def _emit(self, answer: Answer, draw: Draw) -> None:
         """A new token: record where it left, tell the caller, and see whether the answer ends here."""
@@ -220,7 +225,7 @@ class Lifecycle:
         token = EmittedToken(draw.token, self._piece(draw.token), draw.logprob, depth, name)
         sequence.tokens.append(draw.token)
         sequence.left_at.append(draw.stage)
-        answer.count(token, self._plan.blocks)
+        answer.count(token)
         since_last = None if answer.last_token is None else now - answer.last_token
         self._metrics.token(request.exits.mode, token, self._plan.blocks, depth, since_last)
         answer.last_token = now
@@ -231,7 +236,7 @@ class Lifecycle:
         text = self._text_of(answer, draw.token)
         reason = answer.finish_reason(draw.token, self._model.spec.eos_token_ids, self._config.max_model_len)
         self._tell(answer.owner, StepEvent(answer.choice, text, (token,)))
-        if reason is not None:
+        if reason is not None and sequence.status is Status.RUNNING:  # the caller may be gone meanwhile
             self._finish(answer, reason)
 
     def _text_of(self, answer: Answer, token_id: int) -> str:

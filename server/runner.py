@@ -188,9 +188,8 @@ class Runner:
     ) -> _Batch:
         """A stage has ended in an exit: what is left of the batch when those that leave there are gone."""
         tokens = batch.tokens()
-        recorded = [row.sequence.recorded_stage(p) if row.may_leave else None for row, p in tokens]
-        gated = [i for i, (row, _) in enumerate(tokens) if row.may_leave and recorded[i] is None]
-        left = {i for i, at in enumerate(recorded) if at == stage}
+        gated = [i for i, (row, p) in enumerate(tokens) if row.sequence.asks_gate(p)]
+        left = {i for i, (row, p) in enumerate(tokens) if row.sequence.recorded_stage(p) == stage}
         if gated:
             left.update(self._gate(stage, decoder, batch.hidden, tokens, gated, outputs))
         if not left:

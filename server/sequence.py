@@ -68,8 +68,15 @@ class Sequence:
 
     def recorded_stage(self, position: int) -> int | None:
         """The stage at which the pass over `position` left before, None where it has not been run."""
+        if self.scoring:
+            return None
         passed = position - (self.prompt_tokens - 1)
         return self.left_at[passed] if 0 <= passed < len(self.left_at) else None
+
+    def asks_gate(self, position: int) -> bool:
+        """Whether the token at `position` may leave at an exit: never a prompt's, nor one whose exit is on record."""
+        free = self.scoring or position >= self.prompt_tokens
+        return self.may_leave and free and self.recorded_stage(position) is None
 
     def drop_computed(self) -> None:
         """Give back all pages; everything is to be computed again."""

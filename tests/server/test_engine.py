@@ -33,6 +33,7 @@ from exeunt.server.request import (
     StepEvent,
 )
 from exeunt.server.scheduler import Scheduler
+from exeunt.server.sequence import Sequence
 
 FULL, INT4_KV, LINEAR = Variant(), Variant(kv_cache="int4"), Variant(linear_block=True)
 OFF, LEAVE = ExitPolicy(), ExitPolicy("approximate", threshold=0.5)
@@ -194,11 +195,58 @@ def test_tokens_do_not_depend_on_the_crowd_on_chunks_or_on_preemption(tiny_model
         assert [heard.exits() for heard in other] == [heard.exits() for heard in alone]
 
 
+def long_prompts(bench: Bench, variant: Variant) -> list[Heard]:
+    prompts = [tuple((7 * i + j * j) % 256 for j in range(40)) for i in range(5)]
+    asked = [
+        bench.ask(prompt=p, variant=variant, exits=LEAVE, max_new_tokens=50, temperature=0.7, seed=i)
+        for i, p in enumerate(prompts)
+    ]
+    return [heard.wait() for heard in asked]
+
+
+@pytest.mark.parametrize("run_through", [True, False])
+@pytest.mark.parametrize("variant", [FULL, INT4_KV, LINEAR], ids=str)
+def test_a_preempted_answer_replays_its_exits(
+    tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch, variant: Variant, run_through: bool
+) -> None:
+    """Prompts long enough to be replayed in chunks, exits on record, and the blocks run again are counted as wasted."""
+    with running(tiny_model, max_num_seqs=1) as bench:
+        alone = long_prompts(bench, variant)
+    replayed: list[int] = []
+    drop = Sequence.drop_computed
+
+    def watched(sequence: Sequence) -> None:
+        replayed.append(sum(stage < 2 for stage in sequence.left_at))
+        drop(sequence)
+
+    monkeypatch.setattr(Sequence, "drop_computed", watched)
+    tokens_per_page = {FULL: 16, LINEAR: 16}.get(variant, 64)
+    pages = 240 // tokens_per_page + 2
+    calls = tiny_model.decoder(variant).block_calls
+    before = sum(calls.tokens)
+    with running(
+        tiny_model, pages=pages, run_through=run_through, max_num_batched_tokens=24, max_num_seqs=8
+    ) as bench:
+        squeezed = long_prompts(bench, variant)
+        wasted = bench.value("exeunt_blocks_wasted_total")
+    assert sum(replayed) > 0, "nobody with an early exit on record was preempted"
+    assert [heard.ids() for heard in squeezed] == [heard.ids() for heard in alone]
+    assert [heard.exits() for heard in squeezed] == [heard.exits() for heard in alone]
+    depth = [heard.finish.summary.depth for heard in squeezed]
+    assert wasted == sum(d.blocks_wasted for d in depth) > 0
+    counted = sum(d.blocks_executed + d.blocks_wasted for d in depth)
+    prompt_work = sum(calls.tokens) - before - counted
+    assert prompt_work % tiny_model.spec.blocks == 0  # what is left is whole passes over prompt tokens
+    assert prompt_work // tiny_model.spec.blocks >= 5 * 39
+
+
 def test_totals_are_the_block_calls_that_happened(tiny_model: LoadedModel) -> None:
     with running(tiny_model, max_num_seqs=4) as bench:
         bench.answer(exits=LEAVE)  # warm
         calls = tiny_model.decoder(FULL).block_calls
         before = sum(calls.tokens)
+        names = ("block_1", "block_3", "final")
+        exits_before = {name: bench.value("exeunt_exit_tokens_total", exit=name) for name in names}
         asked = [bench.ask(exits=LEAVE, seed=i, temperature=1.0) for i in range(4)]
         heard = [one.wait() for one in asked]
         assert bench.engine.wait_idle(WAIT_S)
@@ -215,7 +263,8 @@ def test_totals_are_the_block_calls_that_happened(tiny_model: LoadedModel) -> No
         for name in ("block_1", "block_3", "final"):
             said = sum(d.by_exit.get(name, 0) for d in depth)
             assert said > 0
-            assert bench.value("exeunt_exit_tokens_total", exit=name, mode="approximate") >= said
+            counted = bench.value("exeunt_exit_tokens_total", exit=name, mode="approximate")
+            assert counted - exits_before[name] == said
         executed = bench.value("exeunt_blocks_executed_total")
         skipped = bench.value("exeunt_blocks_skipped_total")
         assert executed + skipped == (tokens + warm) * blocks
