@@ -128,8 +128,8 @@ class LoadedModel:
         total: dict[str, int] = {}
         for (_, linear), decoder in self.decoders.items():
             for kind, size in decoder.resident_bytes().items():
-                own = linear if kind == "linear_block" else not linear
-                if kind in ("embedding", "norms", "rope"):
+                own = not linear
+                if kind in ("embedding", "norms", "rope", "linear_block"):
                     total[kind] = max(total.get(kind, 0), size)
                 else:
                     total[kind] = total.get(kind, 0) + (size if own else 0)

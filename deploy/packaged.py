@@ -4,6 +4,7 @@ import hashlib
 import logging
 import os
 import shutil
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Final
@@ -15,6 +16,14 @@ from exeunt.deploy.loading import Source, find_source
 
 logger = logging.getLogger("exeunt.packaged")
 
+CHECKPOINT_FILES: Final = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
+CODE: Final = ("exeunt.kernels", "exeunt.compression", "exeunt.calibration")
 CALIBRATION_TEXT: Final = "calibration.txt"
 _ORIGIN: Final = "written by the packaged model itself, see its MODEL_CARD.md"
 
@@ -45,10 +54,20 @@ def packaged_bundle() -> Path:
 
 
 def content_key(folder: Path) -> str:
-    """A short hash of a model's files and of the code that calibrates them: either changed, the bundle is another."""
+    """A short hash of what a bundle is made from: either changed, the bundle is another.
+
+    That is the model with its tokenizer and text (not the card beside them), and the code that calibrates.
+    """
+    wanted = (folder / name for name in (*CHECKPOINT_FILES, CALIBRATION_TEXT))
+    made_from = [path for path in wanted if path.exists()]
+    for layer in CODE:
+        for place in import_module(layer).__path__:
+            made_from += sorted(
+                path for path in Path(place).rglob("*") if path.suffix in (".py", ".cpp", ".h")
+            )
     digest = hashlib.sha256(f"{version('exeunt')} {FORMAT_VERSION}".encode())
-    for file in sorted(path for path in folder.iterdir() if path.is_file()):
-        digest.update(f"\0{file.name}\0{file.stat().st_size}\0".encode())
+    for file in made_from:
+        digest.update(f"\0{file.name}\0".encode())
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()[:16]

@@ -85,7 +85,9 @@ def failure(event: FailureEvent) -> ApiError:
     if event.kind == "internal":
         message = f"{event.message} The log has the details under error id {event.error_id}."
         return ApiError(500, message, code="internal_error")
-    return draining()
+    problem = draining()
+    problem.admitted = True
+    return problem
 
 
 def timed_out() -> ApiError:

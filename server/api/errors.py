@@ -62,8 +62,11 @@ class ApiError(HTTPException):
         code: str,
         param: str | None = None,
         headers: dict[str, str] | None = None,
+        admitted: bool = False,
     ) -> None:
+        """`admitted` says that the request was queued before it failed: it is counted as failed, not as refused."""
         super().__init__(status, message, headers)
+        self.admitted = admitted
         self.param = param
         self.code = code
 
@@ -153,7 +156,8 @@ def respond(scope: Scope, error: ApiError) -> Response:
     """The response of an error; a refused request is counted on the way."""
     service = scope["app"].state.availability.service
     reason = _REJECTIONS.get(error.status_code)
-    if service is not None and reason is not None and scope["path"] in _ADMITTING_ROUTES:
+    refused = reason is not None and scope["path"] in _ADMITTING_ROUTES and not error.admitted
+    if service is not None and reason is not None and refused:
         service.metrics.rejected(reason)
     return error.response
 
@@ -181,5 +185,8 @@ class ErrorBoundary:
             await respond(scope, error)(scope, receive, send)
         except Exception as error:  # noqa: BLE001 -- the outermost boundary: a bug ends one request, not the server
             problem = internal_error(log_bug(error, f"{scope['method']} {scope['path']}"))
+            service = scope["app"].state.availability.service
+            if service is not None:
+                service.metrics.failed("internal")
             if not started:
                 await problem.response(scope, receive, send)

@@ -211,7 +211,11 @@ async def _stream_events(live: LiveGeneration, first: list[StepEvent | FinishEve
         live.service.metrics.client_disconnected()
         raise
     except Exception as error:  # noqa: BLE001 -- the status is sent; what is left is to say so in the stream
-        problem = error if isinstance(error, ApiError) else internal_error(log_bug(error, "POST /generate"))
+        if isinstance(error, ApiError):
+            problem = error
+        else:
+            problem = internal_error(log_bug(error, "POST /generate"))
+            live.service.metrics.failed("internal")
         yield event_bytes(problem.body)
         yield DONE
         return

@@ -55,15 +55,18 @@ def test_another_content_is_another_bundle(model: Path, made: list[CalibrationOp
     assert len(made) == 2
 
 
-def test_names_and_bytes_make_the_key(tmp_path: Path) -> None:
-    def key(**files: str) -> str:
-        folder = tmp_path / "-".join((*files, *files.values()))
-        folder.mkdir()
-        for name, text in files.items():
-            (folder / name).write_text(text)
-        return content_key(folder)
-
-    assert len({key(a="x"), key(b="x"), key(a="y"), key(a="x", b="")}) == 4
+def test_what_the_bundle_is_made_from_makes_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("config.json", "model.safetensors", "tokenizer.json", CALIBRATION_TEXT, "MODEL_CARD.md"):
+        (tmp_path / name).write_text("as it was")
+    keys = [content_key(tmp_path)]
+    (tmp_path / "MODEL_CARD.md").write_text("a word mended")
+    assert content_key(tmp_path) == keys[0]
+    for name in ("model.safetensors", "tokenizer.json", CALIBRATION_TEXT):
+        (tmp_path / name).write_text("another")
+        keys.append(content_key(tmp_path))
+    monkeypatch.setattr("exeunt.deploy.packaged.CODE", ("exeunt.kernels",))
+    keys.append(content_key(tmp_path))
+    assert len(set(keys)) == 5
 
 
 def cut(file: Path) -> None:

@@ -32,7 +32,8 @@ from exeunt.server.request import (
     ScoreRequest,
     StepEvent,
 )
-from exeunt.server.scheduler import Scheduler
+from exeunt.server.runner import RowResult, Runner
+from exeunt.server.scheduler import Scheduler, Tick
 from exeunt.server.sequence import Sequence
 
 FULL, INT4_KV, LINEAR = Variant(), Variant(kv_cache="int4"), Variant(linear_block=True)
@@ -372,17 +373,27 @@ def test_cancelling_frees_everything_and_says_so(tiny_model: LoadedModel) -> Non
     assert [r is FinishReason.CANCELLED for r in reasons] == [True, False, True, False, True]
 
 
-def test_time_out_before_the_first_token_fails_and_after_it_finishes(tiny_model: LoadedModel) -> None:
+def test_time_out_before_the_first_token_fails_and_after_it_finishes(
+    tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Runner.run
+
+    def slow(self: Runner, tick: Tick) -> list[RowResult]:
+        time.sleep(0.005)
+        return run(self, tick)
+
+    monkeypatch.setattr(Runner, "run", slow)
     with running(tiny_model, max_num_seqs=1) as bench:
-        long = bench.ask(max_new_tokens=480, timeout_s=0.4)
+        long = bench.ask(max_new_tokens=480, timeout_s=1.0)  # 480 ticks take at least 2.4 s
         waiting = bench.ask(max_new_tokens=5, timeout_s=0.05)
         late = waiting.wait().events[-1]
         assert isinstance(late, FailureEvent)
         assert late.kind == "timeout"
         ended = long.wait()
-    reason = ended.finish.summary.finish_reason
-    assert reason is FinishReason.TIMEOUT or len(ended.ids()) == 480
+    assert ended.finish.summary.finish_reason is FinishReason.TIMEOUT
+    assert 0 < len(ended.ids()) < 480
     assert bench.value("exeunt_request_failure_total", reason="timeout") == 1
+    assert bench.value("exeunt_request_success_total", finish_reason="timeout") == 1
 
 
 def test_full_queue_and_too_large_requests_are_refused(tiny_model: LoadedModel) -> None:
