@@ -123,7 +123,7 @@ class Metrics:
             "blocks_executed", "Block x token pairs computed for generated tokens."
         )
         self._skipped = self._counter("blocks_skipped", "Block x token pairs never computed.")
-        self._wasted = self._counter("blocks_wasted", "Block x token pairs of rejected drafts and audits.")
+        self._wasted = self._counter("blocks_wasted", "Block x token pairs that no answer used.")
         self._passes = self._counter("block_passes", "Block x pass pairs of generating requests.")
         self._drafts = self._counter("drafts", "Tokens proposed by an early exit for confirmation.")
         self._drafts_accepted = self._counter(
