@@ -212,7 +212,7 @@ def calibrate(
     data: Annotated[
         str | None,
         typer.Option(
-            help="Text to calibrate on: a file (txt or JSONL), a folder, or hf:NAME. [the packaged text]"
+            help="Text to calibrate on: a file (txt or JSONL), a folder, or hf:NAME. [the packaged model's own]"
         ),
     ] = None,
     tokens: Annotated[int, typer.Option(help="Use so many tokens of it.")] = 48_000,
@@ -229,34 +229,44 @@ def calibrate(
     seed: Annotated[int, typer.Option(min=0, help="Same seed, same bundle.")] = 0,
 ) -> None:
     """Make a bundle from a model: INT4 weights, a linear block, exits with certified thresholds."""
+    from exeunt.calibration.errors import CalibrationError
     from exeunt.calibration.options import CalibrationOptions
     from exeunt.calibration.pipeline import calibrate as make_bundle
     from exeunt.calibration.progress import TerminalProgress
 
-    options = CalibrationOptions(
-        model=model,
-        out=out,
-        data=_calibration_data(data),
-        tokens=tokens,
-        exits="auto" if exits == "auto" else _numbers("--exits", exits, int),
-        linear_block=_linear_block(linear_block),
-        weights=_one_of("--weights", weights, "int4", "full"),
-        kv_cache=_one_of("--kv", kv, "int4", "full"),
-        risk=_numbers("--risk", risk, float),
-        device=device,
-        seed=seed,
-    )
+    try:
+        options = CalibrationOptions(
+            model=model,
+            out=out,
+            data=_calibration_data(model, data),
+            tokens=tokens,
+            exits="auto" if exits == "auto" else _numbers("--exits", exits, int),
+            linear_block=_linear_block(linear_block),
+            weights=_one_of("--weights", weights, "int4", "full"),
+            kv_cache=_one_of("--kv", kv, "int4", "full"),
+            risk=_numbers("--risk", risk, float),
+            device=device,
+            seed=seed,
+        )
+    except CalibrationError as error:
+        raise UsageError(str(error)) from error
     path = make_bundle(options, TerminalProgress())
     print(f"{path} is ready: exeunt inspect {path}; exeunt serve {path}")
 
 
-def _calibration_data(data: str | None) -> str:
+def _calibration_data(model: str, data: str | None) -> str:
+    """The text to calibrate on; the packaged one is the packaged model's own and certifies nothing about another."""
     if data is not None:
         return data
     from exeunt.deploy import packaged_model
     from exeunt.deploy.packaged import CALIBRATION_TEXT
 
-    return str(packaged_model.path() / CALIBRATION_TEXT)
+    folder = packaged_model.path()
+    if Path(model).resolve() != folder.resolve():
+        raise UsageError(
+            f"Give --data: a text of the kind that {model} will serve (a file, a folder, hf:NAME)."
+        )
+    return str(folder / CALIBRATION_TEXT)
 
 
 def _linear_block(text: str) -> Any:
