@@ -3,8 +3,10 @@
 import queue
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+from exeunt.compression.kv_format import page_bytes_for
 from exeunt.compression.model import LoadedModel
 from exeunt.deploy.bench import TEMPERATURE, BenchError, Load, Trace
 from exeunt.deploy.bench_text import cut_prompts
@@ -37,7 +39,12 @@ def engine_driver(model: LoadedModel, load: Load) -> "EngineDriver":
             "max_num_batched_tokens": max(512, load.concurrency),
         }
     )
-    return EngineDriver(model, engine_config(model, settings))
+    config = engine_config(model, settings)
+    page_bytes = page_bytes_for(model.spec, model.dtype)
+    pages = max(-(-longest // model.kv_layout(each, page_bytes).page_tokens) + 1 for each in model.variants)
+    # Room for every client in the largest format: modes are compared by speed, not by who is preempted.
+    held = max(config.kv_cache_bytes, load.concurrency * pages * page_bytes)
+    return EngineDriver(model, replace(config, kv_cache_bytes=held))
 
 
 class EngineDriver:

@@ -238,7 +238,6 @@ def calibrate(
         options = CalibrationOptions(
             model=model,
             out=out,
-            data=_calibration_data(model, data),
             tokens=tokens,
             exits="auto" if exits == "auto" else _numbers("--exits", exits, int),
             linear_block=_linear_block(linear_block),
@@ -247,6 +246,7 @@ def calibrate(
             risk=_numbers("--risk", risk, float),
             device=device,
             seed=seed,
+            data=_calibration_data(model, data),
         )
     except CalibrationError as error:
         raise UsageError(str(error)) from error

@@ -10,9 +10,16 @@ import torch
 from exeunt.compression.bundle import is_bundle
 from exeunt.compression.kv_format import page_bytes_for
 from exeunt.compression.model import LoadedModel, load_bundle, load_plain_model
+from exeunt.compression.variant import Variant
 from exeunt.server.engine_config import EngineConfig
 from exeunt.server.settings import Settings
 
+BUNDLE_SIGNS: Final = (
+    "manifest.json",
+    "weights.int4.safetensors",
+    "exits.safetensors",
+    "linear_block.safetensors",
+)
 _MOST_DEFAULT_CACHE: Final = 2**30  # bytes, on a CPU: more must be asked for
 _SHARE_OF_MEMORY: Final = 0.25  # of a CPU machine's free memory that the cache takes unasked
 _SHARE_OF_GPU: Final = 0.8  # of a GPU's free memory, once the weights are there
@@ -35,7 +42,10 @@ def find_source(model: str) -> Source:
     """What the words on the command line name. Raises SettingsError for a path that is not there."""
     path = Path(model).expanduser()
     if path.exists():
-        return Source(str(path), is_bundle(path) or not (path / "config.json").is_file())
+        made_here = any(
+            (path / name).exists() for name in BUNDLE_SIGNS
+        )  # a bundle even where its manifest is gone
+        return Source(str(path), made_here or is_bundle(path) or not (path / "config.json").is_file())
     if path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
         raise SettingsError(
             f"{model} does not exist; give a bundle, a checkpoint's directory or a Hugging Face id."
@@ -74,6 +84,16 @@ def load_model(source: Source, settings: Settings) -> LoadedModel:
     return load_plain_model(source.path, device=device, dtype=dtype)
 
 
+def default_variant(model: LoadedModel, settings: Settings) -> Variant:
+    """What a request runs through that asks for nothing: the server's defaults, else the model's."""
+    asked, own = settings.default_compression, model.default_variant
+    return Variant(
+        weights=asked.weights or own.weights,
+        kv_cache=asked.kv_cache or own.kv_cache,
+        linear_block=own.linear_block if asked.linear_block is None else asked.linear_block,
+    )
+
+
 def engine_config(model: LoadedModel, settings: Settings) -> EngineConfig:
     """The engine's limits for a model: as asked, else what the model and the machine's memory allow.
 
@@ -84,7 +104,7 @@ def engine_config(model: LoadedModel, settings: Settings) -> EngineConfig:
         raise SettingsError(f"--max-model-len is {settings.max_model_len}; this model's limit is {longest}.")
     wanted = settings.max_model_len or longest
     page_bytes = page_bytes_for(model.spec, model.dtype)
-    page_tokens = model.kv_layout(model.default_variant, page_bytes).page_tokens
+    page_tokens = model.kv_layout(default_variant(model, settings), page_bytes).page_tokens
     cache = _cache_bytes(model, settings, page_bytes * -(-wanted // page_tokens))
     held = cache // page_bytes * page_tokens
     if held < (settings.max_model_len or _FEWEST_TOKENS):

@@ -14,7 +14,7 @@ from typing import Final
 import uvicorn
 
 from exeunt.compression.model import LoadedModel
-from exeunt.deploy.loading import SettingsError, Source, engine_config, load_model
+from exeunt.deploy.loading import SettingsError, Source, default_variant, engine_config, load_model
 from exeunt.server.api.app import create_app
 from exeunt.server.api.compression import NotOfferedError, resolve
 from exeunt.server.api.offer import Offer, offer_of
@@ -187,7 +187,7 @@ def start_service(model: LoadedModel, settings: Settings) -> Service:
     name = settings.served_model_name or model.name
     stages = [str(stage) for stage in range(len(model.exits) + 1)]
     metrics = Metrics(new_registry(), name, stages, offer.exits, _targets(model))
-    metrics.exit_thresholds(_default_thresholds(model))
+    metrics.exit_thresholds(_default_thresholds(model, settings))
     engine = Engine(model, config, metrics)
     engine.start()
     return Service(
@@ -216,9 +216,9 @@ def _targets(model: LoadedModel) -> list[float]:
     return sorted({line.target for entry in table for line in entry.targets})
 
 
-def _default_thresholds(model: LoadedModel) -> dict[float, float | None]:
+def _default_thresholds(model: LoadedModel, settings: Settings) -> dict[float, float | None]:
     """The certified thresholds of the variant that requests get which ask for nothing."""
-    certified = offer_of(model).certified(model.default_variant, "propagate")
+    certified = offer_of(model).certified(default_variant(model, settings), "propagate")
     return {target: certified.get(target) for target in _targets(model)}
 
 

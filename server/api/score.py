@@ -34,7 +34,10 @@ Outcome = list[ScoredToken] | Event
 async def score(
     body: ScoreBody, http: Request, service: Annotated[Service, Depends(serving_service)]
 ) -> Response:
-    """Log-probabilities of a text, token by token, each from the head that would have emitted it."""
+    """Log-probabilities of a text, token by token, each from the head at which it leaves.
+
+    Every token of the text may leave under approximate exits; in `/generate` a prompt's tokens never do.
+    """
     request = await score_request(body, service)
     inbox: Inbox[Outcome] = Inbox()
     admit(lambda: service.engine.score(request, inbox.put))

@@ -96,10 +96,10 @@ def test_native_equals_reference_to_int8_activations(
         out = int4_linear(x, packed, bias)
         assert out.shape == expected.shape
         assert out.dtype == dtype
-        # One output has few terms to average over: the norm is taken over the whole result.
-        assert (
-            relative_error(out, expected) < (INT8_ERROR if rows * out_features > 8 else 0.1) + ROUNDING[dtype]
-        )
+        # A sum may cancel where there are few of them: the error is held against what is summed, not against the sum.
+        summed = x.float().norm() * dequantize(weight, torch.float32).norm() / in_features**0.5
+        error = (out.float() - expected).norm() / (summed + expected.norm())
+        assert error < INT8_ERROR + ROUNDING[dtype]
 
 
 def test_int8_error_is_half_a_percent_and_an_outlier_stays_in_its_group(
