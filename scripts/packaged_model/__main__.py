@@ -11,16 +11,20 @@ import math
 import sys
 from pathlib import Path
 
+import numpy as np
+
 from scripts.packaged_model.calibration_text import write_calibration_text
 from scripts.packaged_model.card import card
+from scripts.packaged_model.certificates import certificate_section, read_evaluations
 from scripts.packaged_model.export import export, stage_model
 from scripts.packaged_model.facts import gather, write_facts
 from scripts.packaged_model.recipe import PRESETS, STAGES
 from scripts.packaged_model.tokenizer import load_tokenizer
-from scripts.packaged_model.tokens import prepare
+from scripts.packaged_model.tokens import SOURCES, prepare
 from scripts.packaged_model.trainer import Trainer, choose_device
 
 PACKAGED = Path("deploy/packaged_model")
+EVALUATIONS = Path("benchmarks/results")
 PROGRAM = "python -m scripts.packaged_model"
 
 
@@ -63,8 +67,15 @@ def build_parser() -> argparse.ArgumentParser:
     measured.add_argument("--hardware", default="two CPU cores", help="in general words, for the card")
     measured.add_argument("--remark", default="", help="added to the sentence on wall time in the card")
 
-    described = command("card", "write MODEL_CARD.md from measured.json")
+    described = command("card", "write MODEL_CARD.md from measured.json and the evaluations on held-out text")
     described.add_argument("--folder", type=Path, default=PACKAGED)
+    described.add_argument("--evaluations", type=Path, default=EVALUATIONS)
+
+    kept_back = command(
+        "held-out-text", "write the texts that were never trained on, to recheck certificates on"
+    )
+    kept_back.add_argument("--folder", type=Path, required=True)
+    kept_back.add_argument("--tokens", type=int, default=40_000, help="of each source")
     return parser
 
 
@@ -125,7 +136,19 @@ def run_measurement(options: argparse.Namespace) -> int:
 def run_card(options: argparse.Namespace) -> int:
     """Write ``MODEL_CARD.md``."""
     facts = json.loads((options.folder / "measured.json").read_text(encoding="utf-8"))
-    (options.folder / "MODEL_CARD.md").write_text(card(facts), encoding="utf-8")
+    section = certificate_section(read_evaluations(options.evaluations))
+    (options.folder / "MODEL_CARD.md").write_text(card(facts, section), encoding="utf-8")
+    return 0
+
+
+def run_held_out_text(options: argparse.Namespace) -> int:
+    """Write ``stories.txt`` and ``novels.txt``."""
+    tokenizer = load_tokenizer(options.run / "tokenizer")
+    options.folder.mkdir(parents=True, exist_ok=True)
+    for source in SOURCES:
+        tokens = np.load(options.run / f"{source}.held_out.npy")[: options.tokens]
+        text = tokenizer.decode(tokens.tolist(), skip_special_tokens=False)
+        (options.folder / f"{source}.txt").write_text(text, encoding="utf-8")
     return 0
 
 
@@ -143,6 +166,7 @@ def main() -> int:
             "calibration-text": run_calibration_text,
             "measure": run_measurement,
             "card": run_card,
+            "held-out-text": run_held_out_text,
         }
         return commands[options.command](options)
     return 0

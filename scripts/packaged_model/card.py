@@ -22,8 +22,8 @@ def verdict(ratios: dict[str, float], limit: float = 1.03) -> str:
     )
 
 
-def card(facts: dict[str, Any]) -> str:
-    """Return the text of the model card for the facts that ``measured.json`` holds."""
+def card(facts: dict[str, Any], certificates: str = "") -> str:
+    """Return the model card for the facts that ``measured.json`` holds, with the section on certificates."""
     recipe, exits, plain = facts["recipe"], facts["exits"], facts["plain"]
     lengths = {"held_out": recipe["context"], "held_out_short": recipe["context"] // recipe["trunk_split"]}
     perplexity_rows = "\n".join(
@@ -68,6 +68,7 @@ def card(facts: dict[str, Any]) -> str:
         contention=facts["remark"],
         perplexity_rows=perplexity_rows,
         verdict=verdict(ratios),
+        certificates=certificates,
         depth_rows="\n".join(_depth_row(exits, plain, depth) for depth in range(recipe["blocks"])),
         calibration_tokens=facts["calibration"]["tokens"],
         calibration_seed=facts["calibration"]["seed"],
