@@ -1,5 +1,6 @@
 """Requests' lives: begun, run tick by tick, finished, cancelled, timed out or failed. All on the engine's thread."""
 
+import copy
 import heapq
 import logging
 import time
@@ -58,6 +59,9 @@ class Lifecycle:
         self._model, self._config, self._metrics = model, config, metrics
         self._plan, self._scheduler, self._runner, self._pool = plan, scheduler, runner, pool
         self._on_started, self._on_ended = on_started, on_ended
+        self._tokenizer = copy.deepcopy(
+            model.tokenizer
+        )  # not safe to share, and the API's threads use the model's
         self._jobs: dict[str, Job | ScoreJob] = {}
         self._answers: dict[Sequence, Answer] = {}
         self._scoring: dict[Sequence, ScoreJob] = {}
@@ -109,9 +113,7 @@ class Lifecycle:
         self._jobs[request.id] = job
         for choice in range(request.n):
             sequence = self._sequence(f"{request.id}/{choice}", request, list(request.prompt_token_ids))
-            detokenizer = StreamDetokenizer(
-                self._model.tokenizer, request.sampling.stop, request.prompt_token_ids
-            )
+            detokenizer = StreamDetokenizer(self._tokenizer, request.sampling.stop, request.prompt_token_ids)
             answer = Answer(job, sequence, choice, detokenizer)
             job.answers.append(answer)
             job.running += 1
@@ -248,7 +250,7 @@ class Lifecycle:
     def _piece(self, token_id: int) -> str:
         piece = self._pieces.get(token_id)
         if piece is None:
-            piece = self._pieces[token_id] = token_text(self._model.tokenizer, token_id)
+            piece = self._pieces[token_id] = token_text(self._tokenizer, token_id)
         return piece
 
     def _finish(self, answer: Answer, reason: FinishReason) -> None:

@@ -111,7 +111,7 @@ async def _tokens(
             code="missing_field",
             param=text_name,
         )
-    tokens = await service.encode(text)
+    tokens = await service.tokenizer.encode(text)
     if not tokens:
         raise bad_request(f"{text_name} holds no token of this model; give a longer text.", param=text_name)
     vocab_size = service.model.spec.vocab_size

@@ -1,7 +1,5 @@
 """What every route works with: the loaded model, its engine, and whether requests would be served now."""
 
-import asyncio
-import threading
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -11,13 +9,10 @@ from exeunt.compression.model import LoadedModel
 from exeunt.server.api.errors import ApiError
 from exeunt.server.api.offer import Offer
 from exeunt.server.api.schemas import CompressionOptions
+from exeunt.server.api.tokenizer import SharedTokenizer
 from exeunt.server.engine import Engine
 from exeunt.server.engine_config import EngineConfig
 from exeunt.server.metrics import Metrics
-
-_INLINE_CHARACTERS = (
-    4096  # longer texts are cut into tokens on another thread, so that streams go on meanwhile
-)
 
 Phase = Literal["loading", "ready", "draining"]
 
@@ -36,18 +31,10 @@ class Service:
     created: int  # Unix time at which the model was loaded, seconds
     request_timeout_s: float
     max_body_bytes: int
-    _encoding: threading.Lock = field(default_factory=threading.Lock)  # the tokenizer is not safe to share
+    tokenizer: SharedTokenizer = field(init=False)
 
-    async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """The token ids of a text."""
-        if len(text) <= _INLINE_CHARACTERS:
-            return self._encode(text, add_special_tokens)
-        return await asyncio.to_thread(self._encode, text, add_special_tokens)
-
-    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        with self._encoding:
-            ids = self.model.tokenizer.encode(text, add_special_tokens=add_special_tokens, verbose=False)
-        return [int(token_id) for token_id in ids]
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tokenizer", SharedTokenizer(self.model.tokenizer))
 
 
 class Availability:
@@ -109,11 +96,11 @@ def availability_of(request: Request) -> Availability:
     return found
 
 
-def loaded_service(request: Request) -> Service:
+async def loaded_service(request: Request) -> Service:
     """A route's dependency: the loaded service, also while draining."""
     return availability_of(request).loaded()
 
 
-def serving_service(request: Request) -> Service:
+async def serving_service(request: Request) -> Service:
     """A route's dependency: the service, if it takes requests now."""
     return availability_of(request).serving()

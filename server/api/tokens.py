@@ -19,12 +19,12 @@ ServiceLoaded = Annotated[Service, Depends(loaded_service)]
 @router.post("/tokenize", summary="Cut a text into tokens", responses=documented(400, 401, 413, 503))
 async def tokenize(body: TokenizeBody, service: ServiceLoaded) -> TokenizeResponse:
     """The token ids of a text, as a prompt would be cut."""
-    ids = await service.encode(body.prompt, add_special_tokens=body.add_special_tokens)
+    ids = await service.tokenizer.encode(body.prompt, add_special_tokens=body.add_special_tokens)
     return TokenizeResponse(
         count=len(ids),
         max_model_len=service.config.max_model_len,
         tokens=ids,
-        token_strs=list(service.model.tokenizer.convert_ids_to_tokens(ids)),
+        token_strs=await service.tokenizer.names(ids),
     )
 
 
@@ -32,19 +32,16 @@ async def tokenize(body: TokenizeBody, service: ServiceLoaded) -> TokenizeRespon
 async def detokenize(body: DetokenizeBody, service: ServiceLoaded) -> DetokenizeResponse:
     """The text of token ids."""
     check_ids(body.tokens, service.model.spec.vocab_size, "tokens")
-    return DetokenizeResponse(prompt=str(service.model.tokenizer.decode(body.tokens)))
+    return DetokenizeResponse(prompt=await service.tokenizer.decode(body.tokens))
 
 
 @router.get("/tokenizer_info", summary="The tokenizer", responses=documented(401, 503))
 async def tokenizer_info(service: ServiceLoaded) -> TokenizerInfo:
     """What the tokenizer is and which special tokens it has."""
-    tokenizer = service.model.tokenizer
-    special = {
-        name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)
-    }
+    facts = service.tokenizer.facts
     return TokenizerInfo(
-        tokenizer_class=type(tokenizer).__name__,
-        vocab_size=len(tokenizer),
-        special_tokens=special,
-        has_chat_template=bool(getattr(tokenizer, "chat_template", None)),
+        tokenizer_class=facts.kind,
+        vocab_size=facts.vocab_size,
+        special_tokens=facts.special_tokens,
+        has_chat_template=facts.has_chat_template,
     )
