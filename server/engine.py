@@ -82,14 +82,14 @@ class Engine:
         self, model: LoadedModel, config: EngineConfig, metrics: Metrics, *, run_through: bool = True
     ) -> None:
         """`run_through` as in `Scheduler`: without it rows wait at every exit they did not take."""
-        self._config = config
+        self._config, self._metrics = config, metrics
         self.plan = StagePlan(model.spec.blocks, tuple(head.block for head in model.exits))
         page_bytes = page_bytes_for(model.spec, model.dtype)
         count = max(config.kv_cache_bytes // page_bytes, 1)
         arena = torch.zeros(count * page_bytes, dtype=torch.uint8, device=model.device)
         self._page_bytes = page_bytes
         self._pool = PagePool(count)
-        self._runner = Runner(model, self.plan, arena, page_bytes)
+        self._runner = Runner(model, self.plan, arena, page_bytes, self._note_stages)
         self._scheduler = Scheduler(
             self.plan,
             self._pool,
@@ -229,6 +229,13 @@ class Engine:
             self._open -= 1
 
     # -- the engine's thread --
+
+    def _note_stages(self, stages: range, seconds: float, rows: int) -> None:
+        """Tell the metrics of a run of stages. Those run in one piece share its time by their blocks."""
+        blocks = self.plan.stop(stages[-1]) - self.plan.start(stages[0])
+        for stage in stages:
+            share = (self.plan.stop(stage) - self.plan.start(stage)) / blocks
+            self._metrics.step(stage, seconds * share, rows)
 
     def _loop(self) -> None:
         try:

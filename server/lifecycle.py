@@ -174,9 +174,7 @@ class Lifecycle:
         except Exception as error:  # noqa: BLE001 - whatever a tick raises fails its own requests alone
             self._fail_tick(tick, error)
             return
-        seconds = time.perf_counter() - began
-        self._scheduler.served(tick.variant, seconds)
-        self._metrics.step(tick.first_stage, seconds, len(tick.rows))
+        self._scheduler.served(tick.variant, time.perf_counter() - began)
         for result in results:
             if result.row.sequence.status is Status.RUNNING:
                 self._apply(tick, result)

@@ -180,10 +180,10 @@ class Metrics:
         self._e2e = self._histogram("e2e_request_latency_seconds", "From arrival to the end of an answer.")
         self._queue = self._histogram("request_queue_time_seconds", "From arrival to the first computation.")
         durations = self._labelled_histogram(
-            "step_duration_seconds", "One tick of a stage.", "stage", _STEP_BUCKETS
+            "step_duration_seconds", "One run of a stage.", "stage", _STEP_BUCKETS
         )
         sizes = self._labelled_histogram(
-            "step_batch_size", "Rows in one tick of a stage.", "stage", _SIZE_BUCKETS
+            "step_batch_size", "Rows that entered a stage in one run of it.", "stage", _SIZE_BUCKETS
         )
         self._step_seconds = [durations.labels(self._model_name, stage) for stage in stages]
         self._step_rows = [sizes.labels(self._model_name, stage) for stage in stages]
@@ -220,7 +220,7 @@ class Metrics:
         )
 
     def step(self, stage: int, seconds: float, rows: int) -> None:
-        """One tick of a stage took `seconds` for `rows` rows."""
+        """A stage was run once, which took `seconds`; `rows` rows entered it."""
         self._step_seconds[stage].observe(seconds)
         self._step_rows[stage].observe(rows)
 

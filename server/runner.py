@@ -3,6 +3,8 @@
 It knows nothing of queues or of requests' lives: the scheduler says which rows run how far, the engine what follows.
 """
 
+import time
+from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
 
@@ -80,11 +82,27 @@ class _Batch:
         return [(part.row, position) for part in self.parts for position in part.positions]
 
 
-class Runner:
-    """Runs ticks on one device. Holds the page arena and the hidden states of rows that wait between stages."""
+def _nothing_left(batch: _Batch) -> _Batch:
+    return _Batch([], batch.geometry, batch.hidden[:0])
 
-    def __init__(self, model: LoadedModel, plan: StagePlan, arena: Tensor, page_bytes: int) -> None:
+
+class Runner:
+    """Runs ticks on one device. Holds the page arena and the hidden states of rows that wait between stages.
+
+    `on_stages` is told of every run of stages, from where rows entered to the next gate (or the tick's end): which
+    stages, the seconds they took (the tick's set-up with the first), and the rows that entered.
+    """
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        plan: StagePlan,
+        arena: Tensor,
+        page_bytes: int,
+        on_stages: Callable[[range, float, int], None],
+    ) -> None:
         self._model = model
+        self._on_stages = on_stages
         self._plan = plan
         self._device = model.device
         self._pages = {v: KVPages(model.kv_layout(v, page_bytes), arena) for v in model.variants}
@@ -120,24 +138,34 @@ class Runner:
         Tokens that leave at an exit on the way get their deeper keys and values there and drop out of the batch; what
         is left after the tick's last stage, where that is not the model's last, waits with its state.
         """
+        began = time.perf_counter()
         decoder = self._model.decoder(tick.variant)
         batch = self._gather(tick, decoder)
         outputs = _Outputs()
         stage = tick.first_stage
         while batch.parts:
-            boundary = self._next_boundary(tick, batch, stage)
-            first, stop = self._plan.start(stage), self._plan.stop(boundary)
-            pages = self._pages[tick.variant]
-            batch.hidden = decoder.run_blocks(batch.hidden, batch.geometry, pages, first, stop)
-            if boundary == self._plan.last:
-                self._finish(decoder, batch, outputs)
-                break
-            batch = self._after_exit(boundary, decoder, pages, batch, outputs)
-            if boundary == tick.last_stage:
-                self._park(batch, outputs)
-                break
-            stage = boundary + 1
+            boundary, rows = self._next_boundary(tick, batch, stage), len(batch.parts)
+            batch = self._run_stages(tick, batch, stage, boundary, outputs)
+            ended = time.perf_counter()
+            self._on_stages(range(stage, boundary + 1), ended - began, rows)
+            began, stage = ended, boundary + 1
         return [outputs.result(row) for row in tick.rows]
+
+    def _run_stages(
+        self, tick: Tick, batch: _Batch, stage: int, boundary: int, outputs: "_Outputs"
+    ) -> _Batch:
+        """Run stages `stage` to `boundary` in one piece and say what is left to be run in this tick."""
+        decoder, pages = self._model.decoder(tick.variant), self._pages[tick.variant]
+        first, stop = self._plan.start(stage), self._plan.stop(boundary)
+        batch.hidden = decoder.run_blocks(batch.hidden, batch.geometry, pages, first, stop)
+        if boundary == self._plan.last:
+            self._finish(decoder, batch, outputs)
+            return _nothing_left(batch)
+        batch = self._after_exit(boundary, decoder, pages, batch, outputs)
+        if boundary == tick.last_stage:
+            self._park(batch, outputs)
+            return _nothing_left(batch)
+        return batch
 
     def _next_boundary(self, tick: Tick, batch: _Batch, stage: int) -> int:
         """How far to run before asking a gate: where no row may leave, to the end of the tick."""
@@ -243,7 +271,7 @@ class Runner:
             if kept:
                 parts.append(_Part(part.row, [p for _, p in kept]))
         if not parts:
-            return _Batch([], batch.geometry, batch.hidden[:0])
+            return _nothing_left(batch)
         return _Batch(parts, self._geometry(parts), batch.hidden[self._ints(stay)])
 
     def _park(self, batch: _Batch, outputs: "_Outputs") -> None:

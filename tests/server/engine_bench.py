@@ -1,0 +1,141 @@
+"""A running engine on a tiny real model, and what its callers hear."""
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+from prometheus_client import CollectorRegistry
+
+from exeunt.compression.kv_format import page_bytes_for
+from exeunt.compression.model import LoadedModel
+from exeunt.compression.variant import Variant
+from exeunt.server.engine import Engine
+from exeunt.server.engine_config import EngineConfig
+from exeunt.server.metrics import Metrics
+from exeunt.server.request import (
+    Event,
+    ExitPolicy,
+    FailureEvent,
+    FinishEvent,
+    GenerationRequest,
+    SamplingParams,
+    ScoredToken,
+    ScoreRequest,
+    StepEvent,
+)
+
+FULL, INT4_KV, LINEAR = Variant(), Variant(kv_cache="int4"), Variant(linear_block=True)
+OFF, LEAVE = ExitPolicy(), ExitPolicy("approximate", threshold=0.5)
+PROMPT = tuple(b"The stage is empty. They leave.")
+WAIT_S = 60
+
+
+@dataclass
+class Heard:
+    """Everything a caller heard of one request."""
+
+    events: list[Event] = field(default_factory=list)
+    done: threading.Event = field(default_factory=threading.Event)
+    choices: int = 1
+
+    def __call__(self, event: Event) -> None:
+        self.events.append(event)
+        ended = sum(isinstance(e, FinishEvent) for e in self.events)
+        if isinstance(event, FailureEvent) or ended == self.choices:
+            self.done.set()
+
+    def wait(self) -> "Heard":
+        assert self.done.wait(WAIT_S), "the request never ended"
+        return self
+
+    def ids(self, choice: int = 0) -> list[int]:
+        return [
+            t.id for e in self.events if isinstance(e, StepEvent) and e.choice == choice for t in e.tokens
+        ]
+
+    def exits(self) -> list[str]:
+        return [t.exit for e in self.events if isinstance(e, StepEvent) for t in e.tokens]
+
+    def text(self, choice: int = 0) -> str:
+        return "".join(
+            e.text for e in self.events if isinstance(e, StepEvent | FinishEvent) and e.choice == choice
+        )
+
+    @property
+    def finish(self) -> FinishEvent:
+        return next(e for e in self.events if isinstance(e, FinishEvent))
+
+
+@dataclass
+class Bench:
+    """A running engine with its metrics."""
+
+    engine: Engine
+    registry: CollectorRegistry
+    count: int = 0
+
+    def ask(
+        self,
+        prompt: tuple[int, ...] = PROMPT,
+        variant: Variant = FULL,
+        exits: ExitPolicy = OFF,
+        n: int = 1,
+        timeout_s: float | None = None,
+        **sampling: object,
+    ) -> Heard:
+        self.count += 1
+        heard = Heard(choices=n)
+        params = replace(SamplingParams(max_new_tokens=24, ignore_eos=True), **sampling)
+        now = time.monotonic()
+        deadline = None if timeout_s is None else now + timeout_s
+        request = GenerationRequest(f"r{self.count}", prompt, params, variant, exits, n, now, deadline)
+        self.engine.submit(request, heard)
+        return heard
+
+    def answer(self, **kwargs: object) -> Heard:
+        return self.ask(**kwargs).wait()
+
+    def value(self, name: str, **labels: str) -> float:
+        return sum(
+            sample.value
+            for metric in self.registry.collect()
+            for sample in metric.samples
+            if sample.name == name and labels.items() <= sample.labels.items()
+        )
+
+
+@contextmanager
+def running(model: LoadedModel, pages: int = 400, run_through: bool = True, **limits: int) -> Iterator[Bench]:
+    registry = CollectorRegistry()
+    exits = [f"block_{head.block}" for head in model.exits]
+    metrics = Metrics(registry, "tiny", [str(i) for i in range(len(exits) + 1)], exits)
+    page_bytes = page_bytes_for(model.spec, model.dtype)
+    settings = {"max_model_len": 512, "max_num_batched_tokens": 128, **limits}
+    engine = Engine(
+        model, EngineConfig(kv_cache_bytes=pages * page_bytes, **settings), metrics, run_through=run_through
+    )
+    engine.start()
+    try:
+        yield Bench(engine, registry)
+        assert engine.wait_idle(WAIT_S)
+        engine.check_integrity()
+        snapshot = engine.snapshot()
+        assert snapshot.kv_pages_free == snapshot.kv_pages_total
+    finally:
+        engine.stop()
+
+
+def score(bench: Bench, text: tuple[int, ...], exits: ExitPolicy) -> list[ScoredToken]:
+    done = threading.Event()
+    got: list[list[ScoredToken] | Event] = []
+
+    def on_done(outcome: list[ScoredToken] | Event) -> None:
+        got.append(outcome)
+        done.set()
+
+    bench.engine.score(ScoreRequest("s", text, FULL, exits), on_done)
+    assert done.wait(WAIT_S)
+    assert isinstance(got[0], list)
+    return got[0]

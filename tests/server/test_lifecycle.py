@@ -1,0 +1,186 @@
+"""Requests' lives on a tiny real model: what is counted of them, how they end, and what they leave behind."""
+
+import random
+import time
+
+import pytest
+
+from exeunt.compression.model import LoadedModel
+from exeunt.server.request import (
+    Event,
+    FailureEvent,
+    FinishReason,
+    GenerationRequest,
+    SamplingParams,
+    StepEvent,
+)
+from exeunt.server.runner import RowResult, Runner
+from exeunt.server.scheduler import Tick
+from tests.server.engine_bench import FULL, INT4_KV, LEAVE, LINEAR, OFF, PROMPT, WAIT_S, running
+
+
+def test_totals_are_the_block_calls_that_happened(tiny_model: LoadedModel) -> None:
+    with running(tiny_model, max_num_seqs=4) as bench:
+        bench.answer(exits=LEAVE)  # warm
+        calls = tiny_model.decoder(FULL).block_calls
+        before = sum(calls.tokens)
+        names = ("block_1", "block_3", "final")
+        exits_before = {name: bench.value("exeunt_exit_tokens_total", exit=name) for name in names}
+        asked = [bench.ask(exits=LEAVE, seed=i, temperature=1.0) for i in range(4)]
+        heard = [one.wait() for one in asked]
+        assert bench.engine.wait_idle(WAIT_S)
+        after = sum(calls.tokens)
+        depth = [one.finish.summary.depth for one in heard]
+        blocks = tiny_model.spec.blocks
+        tokens = sum(len(one.ids()) for one in heard)
+        assert sum(d.blocks_executed + d.blocks_skipped for d in depth) == tokens * blocks
+        prompt = 4 * (len(PROMPT) - 1) * blocks  # the last prompt token's pass is the first generated token's
+        assert after - before == sum(d.blocks_executed for d in depth) + prompt
+        assert sum(d.block_passes for d in depth) == sum(d.blocks_executed for d in depth)
+        warm = 24
+        assert bench.value("exeunt_generation_tokens_total", mode="approximate") == tokens + warm
+        for name in ("block_1", "block_3", "final"):
+            said = sum(d.by_exit.get(name, 0) for d in depth)
+            assert said > 0
+            counted = bench.value("exeunt_exit_tokens_total", exit=name, mode="approximate")
+            assert counted - exits_before[name] == said
+        executed = bench.value("exeunt_blocks_executed_total")
+        skipped = bench.value("exeunt_blocks_skipped_total")
+        assert executed + skipped == (tokens + warm) * blocks
+
+
+@pytest.mark.parametrize("run_through", [True, False])
+def test_step_metrics_name_the_stages_that_were_run(tiny_model: LoadedModel, run_through: bool) -> None:
+    began = time.perf_counter()
+    with running(tiny_model, run_through=run_through) as bench:
+        heard = bench.answer(exits=LEAVE, max_new_tokens=30)
+        exits = heard.exits()
+        depth = {"block_1": 1, "block_3": 2, "final": 3}  # stages that a token passed
+        passed = [sum(depth[name] > stage for name in exits) for stage in range(3)]
+        assert passed[0] == 30 > passed[1] > passed[2] > 0
+        for stage, count in enumerate(passed):
+            label = {"stage": str(stage)}
+            assert bench.value("exeunt_step_batch_size_count", **label) == count
+            assert bench.value("exeunt_step_batch_size_sum", **label) == count
+            assert bench.value("exeunt_step_duration_seconds_count", **label) == count
+            assert bench.value("exeunt_step_duration_seconds_sum", **label) > 0
+    assert bench.value("exeunt_step_duration_seconds_sum") < time.perf_counter() - began
+
+
+def test_summary_adds_up_to_its_tokens(tiny_model: LoadedModel) -> None:
+    with running(tiny_model) as bench:
+        heard = bench.answer(exits=LEAVE, temperature=1.0, seed=4, max_new_tokens=50)
+    tokens = [t for e in heard.events if isinstance(e, StepEvent) for t in e.tokens]
+    summary = heard.finish.summary
+    assert summary.completion_tokens == len(tokens) == 50
+    assert summary.nll == pytest.approx(-sum(t.logprob for t in tokens))
+    assert summary.depth.blocks_executed == sum(t.depth for t in tokens)
+    assert {t.depth for t in tokens} <= {2, 4, 6}
+    assert tokens[0].exit == "final"  # a prompt's last token never leaves early
+
+
+def test_stop_string_across_tokens_cuts_the_text(tiny_model: LoadedModel) -> None:
+    with running(tiny_model) as bench:
+        whole = bench.answer(max_new_tokens=40)
+        text = whole.text()
+        printable = [
+            i
+            for i in range(2, len(text) - 3)
+            if text[i : i + 2].isascii() and text.find(text[i : i + 2]) == i
+        ]
+        at = printable[len(printable) // 2]
+        stop = text[at : at + 2]
+        heard = bench.answer(max_new_tokens=40, stop=(stop,))
+    assert heard.text() == text[:at]
+    assert heard.finish.summary.finish_reason is FinishReason.STOP
+    assert len(heard.ids()) < 40
+
+
+def test_end_of_text_ends_and_min_new_tokens_puts_it_off(tiny_model: LoadedModel) -> None:
+    with running(tiny_model) as bench:
+        free = bench.answer(ignore_eos=True, temperature=1.5, max_new_tokens=400, seed=2)
+        at = next((i for i, t in enumerate(free.ids()) if t == 256), None)
+        assert at is not None, "choose a seed that meets the end of text"
+        ended = bench.answer(ignore_eos=False, temperature=1.5, max_new_tokens=400, seed=2)
+        assert ended.ids() == free.ids()[: at + 1]
+        assert ended.finish.summary.finish_reason is FinishReason.STOP
+        assert "endoftext" not in ended.text()
+        later = bench.answer(
+            ignore_eos=False, temperature=1.5, max_new_tokens=400, seed=2, min_new_tokens=at + 5
+        )
+        assert len(later.ids()) >= at + 5
+
+
+def test_cancelling_frees_everything_and_says_so(tiny_model: LoadedModel) -> None:
+    with running(tiny_model, max_num_seqs=2) as bench:
+        asked = [bench.ask(max_new_tokens=400, exits=LEAVE) for _ in range(5)]
+        while not asked[0].ids():
+            time.sleep(0.005)
+        for i in (1, 3, 5):
+            bench.engine.cancel(f"r{i}")
+        reasons = [heard.wait().finish.summary.finish_reason for heard in asked]
+    assert [r is FinishReason.CANCELLED for r in reasons] == [True, False, True, False, True]
+
+
+def test_time_out_before_the_first_token_fails_and_after_it_finishes(
+    tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Runner.run
+
+    def slow(self: Runner, tick: Tick) -> list[RowResult]:
+        time.sleep(0.005)
+        return run(self, tick)
+
+    monkeypatch.setattr(Runner, "run", slow)
+    with running(tiny_model, max_num_seqs=1) as bench:
+        long = bench.ask(max_new_tokens=480, timeout_s=1.0)  # 480 ticks take at least 2.4 s
+        waiting = bench.ask(max_new_tokens=5, timeout_s=0.05)
+        late = waiting.wait().events[-1]
+        assert isinstance(late, FailureEvent)
+        assert late.kind == "timeout"
+        ended = long.wait()
+    assert ended.finish.summary.finish_reason is FinishReason.TIMEOUT
+    assert 0 < len(ended.ids()) < 480
+    assert bench.value("exeunt_request_failure_total", reason="timeout") == 1
+    assert bench.value("exeunt_request_success_total", finish_reason="timeout") == 1
+
+
+def test_an_exception_in_a_tick_fails_its_requests_and_the_engine_lives_on(
+    tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = tiny_model.decoder(FULL)
+    with running(tiny_model) as bench:
+        monkeypatch.setattr(type(decoder), "head", lambda *_: (_ for _ in ()).throw(MemoryError("no room")))
+        failure = bench.answer().events[-1]
+        assert isinstance(failure, FailureEvent)
+        assert failure.kind == "internal"
+        monkeypatch.undo()
+        assert len(bench.answer().ids()) == 24
+
+
+def test_a_caller_that_raises_loses_only_its_own_request(tiny_model: LoadedModel) -> None:
+    with running(tiny_model) as bench:
+
+        def gone(event: Event) -> None:
+            raise ConnectionResetError("the client hung up")
+
+        request = GenerationRequest(
+            "gone", PROMPT, SamplingParams(max_new_tokens=50, ignore_eos=True), FULL, OFF
+        )
+        bench.engine.submit(request, gone)
+        assert len(bench.answer().ids()) == 24
+
+
+def test_random_cancellations_leave_nothing_behind(tiny_model: LoadedModel) -> None:
+    dice = random.Random(1)
+    with running(tiny_model, pages=16, max_num_seqs=6, max_num_batched_tokens=40) as bench:
+        asked = []
+        for i in range(40):
+            prompt = tuple(dice.randrange(256) for _ in range(dice.choice((1, 20, 60))))
+            variant = dice.choice((FULL, INT4_KV, LINEAR))
+            asked.append(bench.ask(prompt=prompt, variant=variant, exits=dice.choice((OFF, LEAVE)), seed=i))
+            if dice.random() < 0.5:
+                bench.engine.cancel(f"r{dice.randint(1, i + 1)}")
+            time.sleep(dice.random() * 0.01)
+        for heard in asked:
+            heard.wait()
