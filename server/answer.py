@@ -75,6 +75,7 @@ class Job:
     on_event: Callable[[Event], None]
     answers: list[Answer] = field(default_factory=list)
     running: int = 0  # answers not finished
+    spoken: bool = False  # its first token is out
     started: bool = False  # it has left the queue
 
 

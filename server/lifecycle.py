@@ -132,6 +132,7 @@ class Lifecycle:
         self._jobs[request.id] = job
         self._scoring[sequence] = job
         self._scheduler.add(sequence)
+        self._metrics.compression_request(request)
         if len(request.token_ids) < 2:  # nothing to predict
             self._finish_score(job)
             return
@@ -231,7 +232,8 @@ class Lifecycle:
         answer.last_token = now
         if answer.first_token is None:
             answer.first_token = now
-            if answer.choice == 0:
+            if not answer.owner.spoken:
+                answer.owner.spoken = True
                 self._metrics.first_token(now - request.arrival)
         text = self._text_of(answer, draw.token)
         reason = answer.finish_reason(draw.token, self._model.spec.eos_token_ids, self._config.max_model_len)
@@ -255,9 +257,10 @@ class Lifecycle:
         job = answer.owner
         self._release(answer)
         summary = answer.summary(reason)
-        self._metrics.finished(reason, summary.completion_tokens, summary.total_s)
         job.running -= 1
         if job.running == 0:
+            tokens = sum(other.sequence.generated for other in job.answers)
+            self._metrics.finished(tokens, summary.total_s)
             self._closed(job.request.id)
         self._tell(job, FinishEvent(answer.choice, answer.detokenizer.finish(), summary))
 
@@ -316,10 +319,9 @@ class Lifecycle:
         kind: Literal["timeout", "cancelled"] = "timeout" if reason is FinishReason.TIMEOUT else "cancelled"
         if isinstance(job, ScoreJob):
             self._drop_score(job)
-            self._metrics.failed(kind)
             self._tell_scores(job, FailureEvent(f"The request was {_ENDED[reason]}.", kind))
             return
-        if all(answer.first_token is None for answer in job.answers) and reason is FinishReason.TIMEOUT:
+        if reason is FinishReason.TIMEOUT and not job.spoken:
             self._end_job(job, FailureEvent("The request timed out before its first token.", "timeout"))
             return
         for answer in list(job.answers):
@@ -330,7 +332,6 @@ class Lifecycle:
         for answer in job.answers:
             self._release(answer)
         self._closed(job.request.id)
-        self._metrics.failed(failure.kind)
         self._tell(job, failure)
 
     def _fail(self, job: Job | ScoreJob, error: BaseException) -> None:
@@ -340,7 +341,6 @@ class Lifecycle:
         failure = FailureEvent("The request failed inside the server.", "internal", error_id)
         if isinstance(job, ScoreJob):
             self._drop_score(job)
-            self._metrics.failed("internal")
             self._tell_scores(job, failure)
         elif job.request.id in self._jobs:
             self._end_job(job, failure)
@@ -365,7 +365,6 @@ class Lifecycle:
         for job in list(self._jobs.values()):
             if isinstance(job, ScoreJob):
                 self._drop_score(job)
-                self._metrics.failed(failure.kind)
                 self._tell_scores(job, failure)
             else:
                 self._end_job(job, failure)

@@ -22,11 +22,19 @@ from prometheus_client import (
 )
 
 from exeunt.compression.variant import KVFormat
-from exeunt.server.request import FINAL_EXIT, EmittedToken, ExitMode, FinishReason, GenerationRequest
+from exeunt.server.request import (
+    FINAL_EXIT,
+    EmittedToken,
+    ExitMode,
+    FinishReason,
+    GenerationRequest,
+    ScoreRequest,
+)
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
-FailureReason = Literal["internal", "timeout", "cancelled", "shutdown"]
+SuccessReason = FinishReason | Literal["scored"]
+FailureReason = Literal["internal", "timeout", "shutdown"]
 RejectionReason = Literal["invalid", "unauthorized", "body_too_large", "queue_full", "unavailable"]
 CompressionMethod = Literal["weights", "kv_cache", "linear_block", "early_exit"]
 
@@ -143,14 +151,18 @@ class Metrics:
         self._audit_nll_exit = self._counter("audit_nll_exit", "Sum of the exit's -logprob, audited tokens.")
 
     def _init_request_counters(self) -> None:
-        reasons = [reason.value for reason in FinishReason]
-        self._success = self._by_label("request_success", "Finished answers.", "finish_reason", reasons)
+        self._success = self._by_label(
+            "request_success",
+            "Requests answered, by why the answer ended.",
+            "finish_reason",
+            [*(reason.value for reason in FinishReason), "scored"],
+        )
         self._failure = self._by_label(
-            "request_failure", "Failed requests.", "reason", get_args(FailureReason)
+            "request_failure", "Requests let in and not answered.", "reason", get_args(FailureReason)
         )
         self._rejections = self._by_label(
             "admission_rejections",
-            "Requests refused before they were queued.",
+            "Requests not let in.",
             "reason",
             get_args(RejectionReason),
         )
@@ -177,7 +189,9 @@ class Metrics:
         self._inter_token = self._histogram(
             "inter_token_latency_seconds", "Between two tokens of one answer."
         )
-        self._e2e = self._histogram("e2e_request_latency_seconds", "From arrival to the end of an answer.")
+        self._e2e = self._histogram(
+            "e2e_request_latency_seconds", "From arrival to the end of the last answer."
+        )
         self._queue = self._histogram("request_queue_time_seconds", "From arrival to the first computation.")
         durations = self._labelled_histogram(
             "step_duration_seconds", "One run of a stage.", "stage", _STEP_BUCKETS
@@ -188,7 +202,9 @@ class Metrics:
         self._step_seconds = [durations.labels(self._model_name, stage) for stage in stages]
         self._step_rows = [sizes.labels(self._model_name, stage) for stage in stages]
         self._prompt_length = self._histogram("request_prompt_tokens", "Prompt length.", _LENGTH_BUCKETS)
-        self._answer_length = self._histogram("request_generation_tokens", "Answer length.", _LENGTH_BUCKETS)
+        self._answer_length = self._histogram(
+            "request_generation_tokens", "Tokens of a request's answers together.", _LENGTH_BUCKETS
+        )
         self._depth = self._histogram(
             "token_depth_ratio", "Depth of a token / blocks of the model.", _DEPTH_BUCKETS
         )
@@ -276,21 +292,24 @@ class Metrics:
         """A request's first token came `seconds` after its arrival."""
         self._ttft.observe(seconds)
 
-    def finished(self, reason: FinishReason, tokens: int, total_s: float) -> None:
-        """An answer of `tokens` tokens is complete, `total_s` seconds after its request's arrival."""
-        self._success[reason.value].inc()
+    def finished(self, tokens: int, total_s: float) -> None:
+        """The last answer of a request is complete, `total_s` seconds after its arrival; `tokens` of all of them."""
         self._answer_length.observe(tokens)
         self._e2e.observe(total_s)
 
+    def succeeded(self, reason: SuccessReason) -> None:
+        """A request was answered; `cancelled` and `timeout`: as far as it got."""
+        self._success[reason].inc()
+
     def failed(self, reason: FailureReason) -> None:
-        """A request failed after it was queued."""
+        """A request was let in and got no answer."""
         self._failure[reason].inc()
 
     def rejected(self, reason: RejectionReason) -> None:
-        """A request was refused before it was queued."""
+        """A request was not let in."""
         self._rejections[reason].inc()
 
-    def compression_request(self, request: GenerationRequest) -> None:
+    def compression_request(self, request: GenerationRequest | ScoreRequest) -> None:
         """Count which savings an accepted request runs with."""
         self._compression["weights", request.variant.weights == "int4"].inc()
         self._compression["kv_cache", request.variant.kv_cache == "int4"].inc()

@@ -84,7 +84,7 @@ def failure(event: FailureEvent) -> ApiError:
         return timed_out()
     if event.kind == "internal":
         message = f"{event.message} The log has the details under error id {event.error_id}."
-        return ApiError(500, message, code="internal_error")
+        return ApiError(500, message, code="internal_error", admitted=True)
     problem = draining()
     problem.admitted = True
     return problem
@@ -93,7 +93,7 @@ def failure(event: FailureEvent) -> ApiError:
 def timed_out() -> ApiError:
     """The error of a request that saw no token in time."""
     message = "The request timed out before its first token; try again later or raise --request-timeout."
-    return ApiError(504, message, code="timeout")
+    return ApiError(504, message, code="timeout", admitted=True)
 
 
 async def _tokens(

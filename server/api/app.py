@@ -12,6 +12,7 @@ from exeunt.server.api import generate, health, info, score, tokens
 from exeunt.server.api.auth import ApiKeyGate
 from exeunt.server.api.body import BodyLimit
 from exeunt.server.api.errors import ErrorBoundary, install_error_handlers
+from exeunt.server.api.outcome import OutcomeCount
 from exeunt.server.api.service import Availability
 
 _DESCRIPTION = (
@@ -35,7 +36,7 @@ def create_app(
         api_key: asked of every request but those of probes, scrapers and the documentation; None: nobody is asked.
         allowed_origins: the browser origins that may ask (CORS); `*` is any.
     """
-    gates = [Middleware(ErrorBoundary)]
+    gates = [Middleware(OutcomeCount), Middleware(ErrorBoundary)]
     if allowed_origins:
         gates.insert(
             0,

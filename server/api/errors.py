@@ -11,8 +11,9 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from exeunt.server.api.outcome import Outcome, outcome_of
 from exeunt.server.api.validation import describe
-from exeunt.server.metrics import RejectionReason
+from exeunt.server.metrics import FailureReason, RejectionReason
 
 logger = logging.getLogger("exeunt.api")
 
@@ -33,7 +34,7 @@ _REJECTIONS: Final[dict[int, RejectionReason]] = {
     429: "queue_full",
     503: "unavailable",
 }
-_ADMITTING_ROUTES: Final = frozenset({"/generate", "/score"})  # a refusal elsewhere refuses no admission
+_FAILURES: Final[dict[int, FailureReason]] = {503: "shutdown", 504: "timeout"}  # after admission
 
 
 class ErrorDetail(BaseModel):
@@ -153,13 +154,18 @@ def _as_api_error(scope: Scope, error: Exception) -> ApiError:
 
 
 def respond(scope: Scope, error: ApiError) -> Response:
-    """The response of an error; a refused request is counted on the way."""
-    service = scope["app"].state.availability.service
-    reason = _REJECTIONS.get(error.status_code)
-    refused = reason is not None and scope["path"] in _ADMITTING_ROUTES and not error.admitted
-    if service is not None and reason is not None and refused:
-        service.metrics.rejected(reason)
+    """The response of an error, which is the outcome of its request."""
+    count_error(outcome_of(scope), error)
     return error.response
+
+
+def count_error(outcome: Outcome, error: ApiError) -> None:
+    """Count an error as the end of its request: not let in, or failed after it was."""
+    status = error.status_code
+    if error.admitted or status not in _REJECTIONS:
+        outcome.failed(_FAILURES.get(status, "internal"))
+    else:
+        outcome.rejected(_REJECTIONS[status])
 
 
 class ErrorBoundary:
@@ -185,8 +191,6 @@ class ErrorBoundary:
             await respond(scope, error)(scope, receive, send)
         except Exception as error:  # noqa: BLE001 -- the outermost boundary: a bug ends one request, not the server
             problem = internal_error(log_bug(error, f"{scope['method']} {scope['path']}"))
-            service = scope["app"].state.availability.service
-            if service is not None:
-                service.metrics.failed("internal")
+            count_error(outcome_of(scope), problem)
             if not started:
                 await problem.response(scope, receive, send)

@@ -20,7 +20,15 @@ from exeunt.server.api.answers import (
 )
 from exeunt.server.api.body import StrictJSONRoute
 from exeunt.server.api.compression import AppliedCompression
-from exeunt.server.api.errors import CLIENT_CLOSED_REQUEST, ApiError, documented, internal_error, log_bug
+from exeunt.server.api.errors import (
+    CLIENT_CLOSED_REQUEST,
+    ApiError,
+    count_error,
+    documented,
+    internal_error,
+    log_bug,
+)
+from exeunt.server.api.outcome import Outcome, outcome_of
 from exeunt.server.api.responses import Choice, GenerateResponse, StreamStep
 from exeunt.server.api.schemas import GenerateBody
 from exeunt.server.api.service import Service, serving_service
@@ -37,6 +45,7 @@ from exeunt.server.request import (
     Event,
     FailureEvent,
     FinishEvent,
+    FinishReason,
     GenerationRequest,
     StepEvent,
 )
@@ -46,13 +55,21 @@ router = APIRouter(route_class=StrictJSONRoute)
 GRACE_S: Final = (
     10.0  # the engine ends a request at its deadline; past this it is stuck, and the client is told
 )
+_GRAVEST_FIRST: Final = (
+    FinishReason.TIMEOUT,
+    FinishReason.CANCELLED,
+    FinishReason.LENGTH,
+    FinishReason.STOP,
+)
 
 
 class LiveGeneration:
     """One request while the engine works on it and its client waits."""
 
-    def __init__(self, request: GenerationRequest, body: GenerateBody, service: Service) -> None:
-        self.request, self.body, self.service = request, body, service
+    def __init__(
+        self, request: GenerationRequest, body: GenerateBody, service: Service, outcome: Outcome
+    ) -> None:
+        self.request, self.body, self.service, self.outcome = request, body, service, outcome
         self.created = int(time.time())
         self.answers = [GatheredAnswer() for _ in range(request.n)]
         self._failed: FailureEvent | None = None
@@ -71,6 +88,12 @@ class LiveGeneration:
     @property
     def finished(self) -> bool:
         return all(answer.summary is not None for answer in self.answers)
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        """Why the request ended: the gravest of its answers' reasons."""
+        reasons = {answer.summary.finish_reason for answer in self.answers if answer.summary is not None}
+        return next(reason for reason in _GRAVEST_FIRST if reason in reasons)
 
     async def events(self) -> list[StepEvent | FinishEvent]:
         """What the engine says next, gathered into the answers too; raises ApiError where the request failed.
@@ -167,7 +190,8 @@ async def generate(
     body: GenerateBody, http: Request, service: Annotated[Service, Depends(serving_service)]
 ) -> Response:
     """Generate from a prompt. Every saving is chosen per request; every token says at which depth it left."""
-    live = LiveGeneration(await generation_request(body, service), body, service)
+    outcome = outcome_of(http.scope)
+    live = LiveGeneration(await generation_request(body, service), body, service, outcome)
     live.submit()
     attendance = live.attend(http)
     try:
@@ -182,9 +206,10 @@ async def generate(
         live.close()
         if not isinstance(error, ClientGoneError):
             raise
-        service.metrics.client_disconnected()
+        outcome.client_left()
         return Response(status_code=CLIENT_CLOSED_REQUEST)
     attendance.end()
+    outcome.succeeded(live.finish_reason)
     return Response(response, media_type="application/json")
 
 
@@ -207,17 +232,16 @@ async def _stream_events(live: LiveGeneration, first: list[StepEvent | FinishEve
             if live.finished:
                 break
             events = await live.events()
-    except (ClientGoneError, asyncio.CancelledError):
-        live.service.metrics.client_disconnected()
+        summary = event_bytes(live.response(summary_only=True))
+    except ClientGoneError:
+        live.outcome.client_left()
         raise
     except Exception as error:  # noqa: BLE001 -- the status is sent; what is left is to say so in the stream
-        if isinstance(error, ApiError):
-            problem = error
-        else:
-            problem = internal_error(log_bug(error, "POST /generate"))
-            live.service.metrics.failed("internal")
+        problem = error if isinstance(error, ApiError) else internal_error(log_bug(error, "POST /generate"))
+        count_error(live.outcome, problem)
         yield event_bytes(problem.body)
         yield DONE
         return
-    yield event_bytes(live.response(summary_only=True))
+    live.outcome.succeeded(live.finish_reason)
+    yield summary
     yield DONE

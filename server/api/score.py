@@ -14,6 +14,7 @@ from exeunt.server.api.body import StrictJSONRoute
 from exeunt.server.api.compression import AppliedCompression
 from exeunt.server.api.errors import CLIENT_CLOSED_REQUEST, documented
 from exeunt.server.api.generate import GRACE_S
+from exeunt.server.api.outcome import outcome_of
 from exeunt.server.api.responses import ScoredTokenInfo, ScoreResponse, ScoreUsage
 from exeunt.server.api.schemas import ScoreBody
 from exeunt.server.api.service import Service, serving_service
@@ -38,6 +39,7 @@ async def score(
 
     Every token of the text may leave under approximate exits; in `/generate` a prompt's tokens never do.
     """
+    outcome = outcome_of(http.scope)
     request = await score_request(body, service)
     inbox: Inbox[Outcome] = Inbox()
     admit(lambda: service.engine.score(request, inbox.put))
@@ -48,10 +50,11 @@ async def score(
         service.engine.cancel(request.id)
         if not isinstance(error, ClientGoneError):
             raise
-        service.metrics.client_disconnected()
+        outcome.client_left()
         return Response(status_code=CLIENT_CLOSED_REQUEST)
-    response = _response(request, tokens, service, details=body.details)
-    return Response(response.model_dump_json(exclude_unset=True), media_type="application/json")
+    response = _response(request, tokens, service, details=body.details).model_dump_json(exclude_unset=True)
+    outcome.succeeded("scored")
+    return Response(response, media_type="application/json")
 
 
 async def _outcome(inbox: Inbox[Outcome], request: ScoreRequest) -> list[ScoredToken]:

@@ -16,7 +16,7 @@ from exeunt.server.request import (
 )
 from exeunt.server.runner import RowResult, Runner
 from exeunt.server.scheduler import Tick
-from tests.server.engine_bench import FULL, INT4_KV, LEAVE, LINEAR, OFF, PROMPT, WAIT_S, running
+from tests.server.engine_bench import FULL, INT4_KV, LEAVE, LINEAR, OFF, PROMPT, WAIT_S, running, score
 
 
 def test_totals_are_the_block_calls_that_happened(tiny_model: LoadedModel) -> None:
@@ -47,6 +47,22 @@ def test_totals_are_the_block_calls_that_happened(tiny_model: LoadedModel) -> No
         executed = bench.value("exeunt_blocks_executed_total")
         skipped = bench.value("exeunt_blocks_skipped_total")
         assert executed + skipped == (tokens + warm) * blocks
+
+
+def test_a_request_of_several_answers_is_one_request(tiny_model: LoadedModel) -> None:
+    with running(tiny_model) as bench:
+        heard = bench.answer(n=3, temperature=1.0, seed=11)
+        score(bench, PROMPT, OFF)
+        for name in (
+            "time_to_first_token_seconds",
+            "e2e_request_latency_seconds",
+            "request_queue_time_seconds",
+        ):
+            assert bench.value(f"exeunt_{name}_count") == 1
+        tokens = sum(len(heard.ids(choice)) for choice in range(3))
+        assert bench.value("exeunt_request_generation_tokens_count") == 1
+        assert bench.value("exeunt_request_generation_tokens_sum") == tokens
+        assert bench.value("exeunt_compression_requests_total", method="weights") == 2  # the score, too
 
 
 @pytest.mark.parametrize("run_through", [True, False])
@@ -141,8 +157,7 @@ def test_time_out_before_the_first_token_fails_and_after_it_finishes(
         ended = long.wait()
     assert ended.finish.summary.finish_reason is FinishReason.TIMEOUT
     assert 0 < len(ended.ids()) < 480
-    assert bench.value("exeunt_request_failure_total", reason="timeout") == 1
-    assert bench.value("exeunt_request_success_total", finish_reason="timeout") == 1
+    assert bench.value("exeunt_e2e_request_latency_seconds_count") == 1  # the one that was answered
 
 
 def test_an_exception_in_a_tick_fails_its_requests_and_the_engine_lives_on(

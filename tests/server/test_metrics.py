@@ -112,7 +112,9 @@ def test_requests_and_steps(metrics: Metrics) -> None:
     metrics.step(1, 0.002, rows=3)
     metrics.started(0.1, prompt_tokens=7)
     metrics.first_token(0.2)
-    metrics.finished(FinishReason.LENGTH, tokens=5, total_s=0.4)
+    metrics.finished(tokens=5, total_s=0.4)
+    metrics.succeeded(FinishReason.LENGTH)
+    metrics.succeeded("scored")
     metrics.failed("internal")
     metrics.rejected("queue_full")
     metrics.preempted()
@@ -123,6 +125,7 @@ def test_requests_and_steps(metrics: Metrics) -> None:
     assert value(metrics, "step_duration_seconds_count", stage="0") == 0
     assert value(metrics, "prompt_tokens_total") == 7
     assert value(metrics, "request_success_total", finish_reason="length") == 1
+    assert value(metrics, "request_success_total", finish_reason="scored") == 1
     assert value(metrics, "request_generation_tokens_sum") == 5
     assert value(metrics, "request_failure_total", reason="internal") == 1
     assert value(metrics, "admission_rejections_total", reason="queue_full") == 1
