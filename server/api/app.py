@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from importlib.metadata import version
-from typing import Any
 
 from fastapi import FastAPI
 from starlette.middleware import Middleware
@@ -12,6 +11,7 @@ from exeunt.server.api import generate, health, info, score, tokens
 from exeunt.server.api.auth import ApiKeyGate
 from exeunt.server.api.body import BodyLimit
 from exeunt.server.api.errors import ErrorBoundary, install_error_handlers
+from exeunt.server.api.openapi import describe
 from exeunt.server.api.outcome import OutcomeCount
 from exeunt.server.api.service import Availability
 
@@ -61,21 +61,5 @@ def create_app(
     install_error_handlers(app)
     for routes in (generate, score, info, tokens, health):
         app.include_router(routes.router)
-    _describe_truthfully(app)
+    describe(app, key_required=api_key is not None)
     return app
-
-
-def _describe_truthfully(app: FastAPI) -> None:
-    """Take out of the OpenAPI document the 422 that the framework assumes: invalid bodies are a 400 here."""
-    build = app.openapi
-
-    def described() -> dict[str, Any]:
-        document = build()
-        for operations in document["paths"].values():
-            for operation in operations.values():
-                operation["responses"].pop("422", None)
-        for name in ("HTTPValidationError", "ValidationError"):
-            document["components"]["schemas"].pop(name, None)
-        return document
-
-    app.openapi = described  # type: ignore[method-assign] # the framework's documented way to change the document

@@ -112,12 +112,24 @@ def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
         400: "Malformed or not servable; the message says the value and the limit.",
         401: "No API key, or a wrong one.",
         413: "The body is larger than the server accepts.",
-        429: "The queue is full; `Retry-After` says when to come back.",
+        429: "The queue is full.",
         500: "A bug; the message has the id under which the log has the details.",
-        503: "Loading or draining.",
+        503: "Calibrating, loading or draining.",
         504: "Timed out before the first token.",
     }
-    return {status: {"model": ErrorResponse, "description": texts[status]} for status in statuses}
+    headers = {
+        401: _header("WWW-Authenticate", "Bearer"),
+        429: _header("Retry-After", "When to come back, seconds."),
+        503: _header("Retry-After", "When to come back, seconds; absent where the engine has stopped."),
+    }
+    return {
+        status: {"model": ErrorResponse, "description": texts[status], "headers": headers.get(status, {})}
+        for status in statuses
+    }
+
+
+def _header(name: str, text: str) -> dict[str, Any]:
+    return {name: {"description": text, "schema": {"type": "string"}}}
 
 
 def install_error_handlers(app: FastAPI) -> None:

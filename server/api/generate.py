@@ -180,7 +180,6 @@ class LiveGeneration:
     responses={
         **documented(400, 401, 413, 429, 500, 503, 504),
         200: {
-            "content": {"text/event-stream": {"schema": {"type": "string"}}},
             "description": "The answer; with `stream` true server-sent events: one `data:` object per step with "
             "the new `text` and `tokens`, a last one with the summary fields, then `data: [DONE]`.",
         },

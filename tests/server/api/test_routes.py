@@ -1,6 +1,8 @@
 """The other routes: scoring, tokens, information, health, metrics, and the OpenAPI that describes them all."""
 
+import json
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -150,16 +152,18 @@ def test_openapi_describes_every_route_and_its_errors(client: httpx.Client) -> N
     for path, methods in paths.items():
         for operation in methods.values():
             responses = operation["responses"]
+            assert "default" in responses, path
             assert "422" not in responses, path
             for status, response in responses.items():
                 schema = response["content"].get("application/json", {}).get("schema")
-                if int(status) >= 400:
+                if status == "default" or int(status) >= 400:
                     assert schema == {"$ref": "#/components/schemas/ErrorResponse"}, (path, status)
                 elif path != "/metrics":
                     assert schema is not None, path
     generate = paths["/generate"]["post"]
     assert generate["requestBody"]["content"]["application/json"]["schema"]["$ref"].endswith("/GenerateBody")
-    assert set(generate["responses"]) == {"200", "400", "401", "413", "429", "500", "503", "504"}
+    assert set(generate["responses"]) == {"200", "400", "401", "413", "429", "500", "503", "504", "default"}
+    assert set(generate["responses"]["429"]["headers"]) == {"Retry-After"}
     assert generate["responses"]["200"]["content"]["application/json"]["schema"]["$ref"].endswith(
         "/GenerateResponse"
     )
@@ -171,6 +175,51 @@ def test_openapi_describes_every_route_and_its_errors(client: httpx.Client) -> N
     answer = document["components"]["schemas"]["GenerateResponse"]["properties"]
     assert not [name for name in ("text", "finish_reason", "tokens", "choices") if "default" in answer[name]]
     assert "ValidationError" not in str(document)
+
+
+def test_openapi_names_the_events_of_a_stream(client: httpx.Client) -> None:
+    document = client.get("/openapi.json").json()
+    schemas = document["components"]["schemas"]
+    content = document["paths"]["/generate"]["post"]["responses"]["200"]["content"]
+    named = [schema["$ref"].split("/")[-1] for schema in content["text/event-stream"]["schema"]["oneOf"]]
+    assert named == ["StreamStep", "GenerateResponse", "ErrorResponse"]
+    assert set(schemas["StreamStep"]["properties"]) == {"id", "index", "text", "tokens"}
+    assert set(schemas["ErrorDetail"]["properties"]) == {"message", "type", "param", "code"}
+    body = {"prompt": "x", "max_new_tokens": 2, "stream": True}
+    events = [
+        line[6:] for line in client.post("/generate", json=body).text.splitlines() if line[:6] == "data: "
+    ]
+    steps, last = [json.loads(event) for event in events[:-2]], json.loads(events[-2])
+    assert all(set(step) == set(schemas["StreamStep"]["properties"]) for step in steps)
+    assert (
+        set(schemas["GenerateResponse"]["required"])
+        <= set(last)
+        <= set(schemas["GenerateResponse"]["properties"])
+    )
+
+
+def test_every_reference_of_openapi_leads_somewhere(client: httpx.Client) -> None:
+    text = client.get("/openapi.json").text
+    document = json.loads(text)
+    for reference in set(re.findall(r'"#/([^"]+)"', text)):
+        found = document
+        for part in reference.split("/"):
+            found = found[part]
+
+
+@pytest.mark.parametrize("key", [None, "secret"])
+def test_openapi_says_which_routes_want_the_key(serve: Callable[..., Any], key: str | None) -> None:
+    with serve(api_key=key) as server:
+        document = server.get("/openapi.json").json()
+        assert document["components"]["securitySchemes"]["ApiKey"]["scheme"] == "bearer"
+        for path, methods in document["paths"].items():
+            for method, operation in methods.items():
+                status = server.request(method, path, json={}).status_code
+                assert (status == 401) == (operation["security"] == [{"ApiKey": []}]), path
+                if operation["security"] == []:
+                    assert path in {"/health", "/ready", "/metrics"}
+                elif key is None:
+                    assert operation["security"] == [{"ApiKey": []}, {}]
 
 
 def test_the_documentation_needs_no_other_server(client: httpx.Client) -> None:
