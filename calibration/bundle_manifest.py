@@ -15,7 +15,6 @@ from exeunt.calibration.evaluation import EvaluationTable
 from exeunt.calibration.exit_fit import FittedExit
 from exeunt.calibration.model_stack import ModelStack
 from exeunt.calibration.options import CalibrationOptions
-from exeunt.compression.bundle import checkpoint_sha256
 from exeunt.compression.checkpoint import Checkpoint
 from exeunt.compression.manifest import (
     BaseModelRecord,
@@ -38,6 +37,7 @@ class CorpusRecord:
 
 def build_manifest(
     checkpoint: Checkpoint,
+    checkpoint_sha256: str,
     options: CalibrationOptions,
     text: CorpusRecord,
     stack: ModelStack,
@@ -54,7 +54,7 @@ def build_manifest(
         base_model=BaseModelRecord(
             name=_shown_name(checkpoint),
             architecture=spec.family,
-            sha256=checkpoint_sha256(checkpoint.files),
+            sha256=checkpoint_sha256,
             parameters=spec.parameters,
             blocks=spec.blocks,
         ),

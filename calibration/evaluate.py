@@ -51,7 +51,8 @@ def evaluate(
     }
     loose = {}
     if model.exits:
-        threshold = loose_threshold(models[model.default_variant], rows, batch_tokens=options.batch_tokens)
+        deployed = models[model.default_variant]
+        threshold = loose_threshold(deployed, rows, progress, batch_tokens=options.batch_tokens)
         loose = dict.fromkeys(models, threshold)
     risk_table = model.manifest.risk_table if model.manifest is not None else ()
     modes = modes_of(model.variants, _reference(model), risk_table, loose)

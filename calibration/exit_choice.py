@@ -5,7 +5,7 @@ leaves saves the blocks behind it, less the keys and values it still owes them. 
 half of the tokens may agree and almost none may leave safely, while all of them pay the gate.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Final
@@ -63,6 +63,12 @@ def net_saving(
     return saved / (tokens * blocks) if tokens else 0.0
 
 
+def exit_sets(candidates: int) -> list[tuple[int, ...]]:
+    """The sets of exits to choose between, by their places among the candidates: each alone, then several."""
+    sizes = range(1, min(MOST_EXITS, candidates) + 1)
+    return [places for size in sizes for places in combinations(range(candidates), size)]
+
+
 def choose_exits(
     view: GateView,
     depths: Sequence[int],
@@ -71,11 +77,12 @@ def choose_exits(
     targets: Sequence[float],
     certify_tokens: int,
     confidence: float,
+    advance: Callable[[int], None] = lambda _sets: None,
 ) -> ExitChoice:
     """The one or two exits that save most on average over `targets`, each at its loosest threshold that looks safe.
 
     Where none saves anything the deepest is kept, so that the bundle has an exit to be asked for. `depths` are the
-    blocks passed at each exit of `view`, ascending.
+    blocks passed at each exit of `view`, ascending. `advance` is told each of the `exit_sets` when it is judged.
     """
 
     def saving(places: tuple[int, ...]) -> float:
@@ -89,11 +96,11 @@ def choose_exits(
             gains.append(max(gain, 0.0))  # a target that does not pay need not be asked for
         return float(np.mean(gains))
 
-    places = range(len(depths))
-    alone = tuple(saving((place,)) for place in places)
-    savings: dict[tuple[int, ...], float] = {(place,): alone[place] for place in places}
-    for count in range(2, min(MOST_EXITS, len(depths)) + 1):
-        savings |= {several: saving(several) for several in combinations(places, count)}
+    savings: dict[tuple[int, ...], float] = {}
+    for places in exit_sets(len(depths)):
+        savings[places] = saving(places)
+        advance(1)
+    alone = tuple(savings[place,] for place in range(len(depths)))
     kept = max(savings, key=lambda several: savings[several])
     if savings[kept] <= 0.0:
         kept = (len(depths) - 1,)

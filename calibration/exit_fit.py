@@ -9,7 +9,7 @@ from torch import Tensor
 
 from exeunt.calibration.block_fit import Moments, ridge_map
 from exeunt.calibration.exit_training import HeadTraining, Labelled, TrainedHead, planned_visits, train_head
-from exeunt.calibration.gate_training import GateQuality, ProbeTraining, train_gate
+from exeunt.calibration.gate_training import GateQuality, ProbeTraining, planned_gate_tokens, train_gate
 from exeunt.calibration.progress import ProgressReport
 from exeunt.calibration.teacher_forcing import ForcedModel
 from exeunt.compression.exits import ExitHead, ExitNorm
@@ -66,23 +66,33 @@ def fit_exits(
     def project(state: Tensor) -> Tensor:
         return decoder.project(state.to(decoder.dtype))
 
-    ridges = _ridge_maps(norm, data, blocks, cut)
-    fitted = []
+    generators = {block: torch.Generator().manual_seed(seed * 1000 + block) for block in blocks}
+    with progress.phase("Fitting where exit heads start", len(blocks) * cut) as advance:
+        ridges = _ridge_maps(norm, data, blocks, cut, advance)
+    trained = {}
     with progress.phase("Training exit heads", len(blocks) * planned_visits(cut, head_training)) as advance:
         for block in blocks:
-            generator = torch.Generator().manual_seed(seed * 1000 + block)
-            learned, rest = data.fit(block).rows(slice(0, cut)), data.fit(block).rows(slice(cut, None))
-            select = data.select(block)
-            trained = train_head(
-                norm, ridges[block], learned, select, project, head_training, generator, advance
+            learned, select = data.fit(block).rows(slice(0, cut)), data.select(block)
+            trained[block] = train_head(
+                norm, ridges[block], learned, select, project, head_training, generators[block], advance
             )
-            head, quality = train_gate(block, trained, rest, select, project, probe_training, generator)
-            fitted.append(FittedExit(head.to("cpu", torch.float32), trained, quality))
+    fitted = []
+    rest_tokens, select_tokens = data.fit_tokens - cut, len(data.top) - data.fit_tokens
+    work = len(blocks) * planned_gate_tokens(rest_tokens, select_tokens, probe_training)
+    with progress.phase("Training exit gates", work) as advance:
+        for block in blocks:
+            rest, select = data.fit(block).rows(slice(cut, None)), data.select(block)
+            head, quality = train_gate(
+                block, trained[block], rest, select, project, probe_training, generators[block], advance
+            )
+            fitted.append(FittedExit(head.to("cpu", torch.float32), trained[block], quality))
     return tuple(fitted)
 
 
 @torch.no_grad()
-def _ridge_maps(norm: ExitNorm, data: ExitData, blocks: Sequence[int], tokens: int) -> dict[int, Tensor]:
+def _ridge_maps(
+    norm: ExitNorm, data: ExitData, blocks: Sequence[int], tokens: int, advance: Callable[[int], None]
+) -> dict[int, Tensor]:
     """By block, the map from the normalised state there to what it lacks of the last block's: [H, H] float32."""
     device, hidden = norm.weight.device, norm.weight.shape[0]
     maps = {}
@@ -93,6 +103,7 @@ def _ridge_maps(norm: ExitNorm, data: ExitData, blocks: Sequence[int], tokens: i
                 norm(states[part].to(device, torch.float32)) for states in (data.states[block], data.final)
             )
             moments.add(early, late - early)
+            advance(len(early))
         maps[block] = ridge_map(moments, RIDGE_STRENGTH).float()
     return maps
 

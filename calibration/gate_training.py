@@ -5,6 +5,7 @@ regression of four weights then joins its logit with the head's own top log-odds
 What comes out is a calibrated probability as far as the select split can tell; certificates do not rely on it.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -69,13 +70,15 @@ def train_gate(
     project: Project,
     training: ProbeTraining,
     generator: torch.Generator,
+    advance: Callable[[int], None] = lambda _tokens: None,
 ) -> tuple[ExitHead, GateQuality]:
     """The whole exit after `block`: `head` with its probe, regression and screen, and how well it separates.
 
-    `fit` are tokens that `head` was not trained on; the quality is measured on `select`.
+    `fit` are tokens that `head` was not trained on; the quality is measured on `select`. `advance` is told the tokens
+    looked at and trained on; they sum to `planned_gate_tokens`.
     """
-    learned, judged = _look(head, fit, project), _look(head, select, project)
-    probe = _train_probe(learned, judged, training, generator)
+    learned, judged = (_look(head, part, project, advance) for part in (fit, select))
+    probe = _train_probe(learned, judged, training, generator, advance)
     with torch.no_grad():
         logit = probe(judged.state)
         features = torch.cat((logit[:, None], judged.features), 1)
@@ -84,6 +87,11 @@ def train_gate(
     screen = _screen_ratio(logit.sigmoid(), confidence)
     exit_head = ExitHead(block, head.norm, head.adapter, probe, combine, screen)
     return exit_head, gate_quality(confidence, logit, judged.features[:, 0], judged.agrees)
+
+
+def planned_gate_tokens(fit: int, select: int, training: ProbeTraining) -> int:
+    """Tokens that `train_gate` looks at and trains on, given so many in each split."""
+    return fit + select + training.steps * training.batch_tokens
 
 
 def gate_quality(confidence: Tensor, probe_logit: Tensor, top: Tensor, agrees: Tensor) -> GateQuality:
@@ -151,7 +159,9 @@ def logistic_regression(features: Tensor, truth: Tensor, penalty: float = 1e-2, 
 
 
 @torch.no_grad()
-def _look(head: TrainedHead, data: Labelled, project: Project, chunk: int = 2048) -> _Seen:
+def _look(
+    head: TrainedHead, data: Labelled, project: Project, advance: Callable[[int], None], chunk: int = 2048
+) -> _Seen:
     states, agrees, features = [], [], []
     for start in range(0, data.tokens, chunk):
         part = data.rows(slice(start, start + chunk), head.adapter.device)
@@ -160,10 +170,17 @@ def _look(head: TrainedHead, data: Labelled, project: Project, chunk: int = 2048
         states.append(state.float())
         agrees.append(logits.argmax(-1) == part.top)
         features.append(gate_features(torch.zeros_like(logits[:, 0]), logits)[:, 1:])
+        advance(part.tokens)
     return _Seen(torch.cat(states), torch.cat(agrees), torch.cat(features))
 
 
-def _train_probe(fit: _Seen, select: _Seen, training: ProbeTraining, generator: torch.Generator) -> ExitProbe:
+def _train_probe(
+    fit: _Seen,
+    select: _Seen,
+    training: ProbeTraining,
+    generator: torch.Generator,
+    advance: Callable[[int], None],
+) -> ExitProbe:
     """The probe that predicts agreement from the state, stopped where it does so best on `select`."""
     mean, spread = fit.state.mean(0), fit.state.std(0, correction=0).clamp(min=1e-6)
     inputs, hidden = (fit.state - mean) / spread, fit.state.shape[1]
@@ -188,6 +205,7 @@ def _train_probe(fit: _Seen, select: _Seen, training: ProbeTraining, generator: 
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
+        advance(training.batch_tokens)
         if step % every == 0:
             with torch.no_grad():
                 missed = float(F.binary_cross_entropy_with_logits(live(judged), truth))

@@ -1,6 +1,6 @@
 """The variants of the model being calibrated: decoders that share every tensor they can."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -31,15 +31,18 @@ class ModelStack:
         kv_cache: KVFormat,
         device: torch.device,
         dtype: torch.dtype,
+        advance: Callable[[int], None] = lambda _decoders: None,
     ) -> "ModelStack":
         """Load `checkpoint` on `device`; `int4` are its quantised linears, `kv_cache` the smallest format held."""
         spec = checkpoint.spec
         full = Decoder.from_weights(spec, checkpoint.weights(), device=device, dtype=dtype)
+        advance(1)
         small = None
         if int4 is not None:
             small = Decoder.from_weights(
                 spec, int4, device=device, dtype=dtype, int4_group_size=int4.group_size, share_with=full
             )
+            advance(1)
         return cls(full, small, ("int4", "full") if kv_cache == "int4" else ("full",))
 
     @property

@@ -4,11 +4,13 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from exeunt.calibration.evaluation import WORTHWHILE, Mode
 from exeunt.calibration.exit_training import Labelled
-from exeunt.calibration.sequence_batch import batches
+from exeunt.calibration.progress import Advance, ProgressReport
+from exeunt.calibration.sequence_batch import SequenceBatch, batches
 from exeunt.calibration.teacher_forcing import ForcedModel
 from exeunt.calibration.thresholds import view_gates
 from exeunt.compression.manifest import RiskEntry
@@ -47,11 +49,23 @@ def modes_of(
     return modes
 
 
-def loose_threshold(model: ForcedModel, rows: Sequence[Tensor], *, batch_tokens: int) -> float:
+def loose_threshold(
+    model: ForcedModel, rows: Sequence[Tensor], progress: ProgressReport, *, batch_tokens: int
+) -> float:
     """A threshold at which about `LOOSE_SHARE` of the first batch of `rows` leaves, exits not changing later tokens."""
     batch = next(batches(rows, batch_tokens, model.decoder.device))
+    work = batch.tokens * (1 + 2 * len(model.exits))  # to the end, to each exit, and each exit's gate
+    with progress.phase("Looking for a looser threshold", work) as advance:
+        return _loose_threshold(model, rows, batch, advance)
+
+
+@torch.inference_mode()
+def _loose_threshold(
+    model: ForcedModel, rows: Sequence[Tensor], batch: SequenceBatch, advance: Advance
+) -> float:
     _, final = model.full_depth(batch)
     top = model.top_tokens(final)
+    advance(batch.tokens)
     states = []
     hidden = model.decoder.embed(batch.token_ids, batch.positions)
     geometry, start = batch.geometry(model.layout.page_tokens), 0
@@ -59,6 +73,7 @@ def loose_threshold(model: ForcedModel, rows: Sequence[Tensor], *, batch_tokens:
         hidden = model.decoder.run_blocks(hidden, geometry, model.pages(batch), start, head.depth)
         states.append(Labelled(hidden, top))
         start = head.depth
+        advance(batch.tokens)
     own = rows[: batch.row_count]
-    best = view_gates(model.exits, states, own, model.decoder.project).reach.max(0)
+    best = view_gates(model.exits, states, own, model.decoder.project, advance).reach.max(0)
     return float(np.clip(np.round(np.quantile(best, 1.0 - LOOSE_SHARE), 2), 0.01, 0.99))

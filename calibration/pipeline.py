@@ -17,7 +17,7 @@ from exeunt.calibration.bundle_manifest import CorpusRecord, build_manifest, dat
 from exeunt.calibration.certificates import CertifiedVariant, certify_variants, rows_for
 from exeunt.calibration.corpus import Corpus, Splits, read_corpus, split_corpus
 from exeunt.calibration.evaluation import EvaluationTable, evaluate_modes
-from exeunt.calibration.exit_choice import choose_exits, exit_costs
+from exeunt.calibration.exit_choice import choose_exits, exit_costs, exit_sets
 from exeunt.calibration.exit_fit import ExitData, FittedExit, fit_exits, top_tokens
 from exeunt.calibration.model_stack import ModelStack, final_exit_norm
 from exeunt.calibration.modes import loose_threshold, modes_of
@@ -29,7 +29,13 @@ from exeunt.calibration.report.page import report_html
 from exeunt.calibration.text_encoding import separator, text_encoding
 from exeunt.calibration.thresholds import ThresholdPlan, plan_thresholds, view_gates
 from exeunt.calibration.weights_int4 import Int4Weights, check_group_size, quantize_weights
-from exeunt.compression.bundle import BundleContents, check_target, write_bundle
+from exeunt.compression.bundle import (
+    BundleContents,
+    check_target,
+    checkpoint_sha256,
+    tensor_bytes,
+    write_bundle,
+)
 from exeunt.compression.bundle_weights import checkpoint_tensors, int4_tensors
 from exeunt.compression.checkpoint import Checkpoint, open_checkpoint
 from exeunt.compression.linear_block import LinearBlock
@@ -74,13 +80,15 @@ def calibrate(options: CalibrationOptions, progress: ProgressReport) -> Path:
     task = _prepare(options, progress)
     int4 = _quantized(task)
     dtype = options.dtype or default_dtype(task.checkpoint.spec, task.device)
-    stack = ModelStack.build(task.checkpoint, int4, options.kv_cache, task.device, dtype)
+    with progress.phase("Loading the model", 1 if int4 is None else 2) as advance:
+        stack = ModelStack.build(task.checkpoint, int4, options.kv_cache, task.device, dtype, advance)
     with tempfile.TemporaryDirectory(prefix="exeunt-calibrate-") as folder:
         learned = _learn(task, stack, Scratch(Path(folder)))
     certified = _certify(task, learned)
     table = _evaluate(task, learned, certified)
     contents = _contents(task, int4, learned, certified, table)
-    return write_bundle(target, contents).path
+    with progress.phase("Writing the bundle", tensor_bytes(contents)) as advance:
+        return write_bundle(target, contents, advance).path
 
 
 def _prepare(options: CalibrationOptions, progress: ProgressReport) -> _Task:
@@ -92,6 +100,7 @@ def _prepare(options: CalibrationOptions, progress: ProgressReport) -> _Task:
     wanted_linear_block(spec, options.linear_block)
     if options.weights == "int4":
         check_group_size(spec, options.group_size)
+    progress.note(f"Reading {options.model} and {options.data}.")
     tokenizer = load_tokenizer(checkpoint.directory)
     corpus = read_corpus(options.data, separator(tokenizer))
     splits = split_corpus(
@@ -172,21 +181,21 @@ def _plan(
     task: _Task, stack: ModelStack, exits: tuple[FittedExit, ...], data: ExitData
 ) -> tuple[tuple[FittedExit, ...], ThresholdPlan]:
     """Which exits are kept (all that were asked for by number), and the thresholds to test with them."""
+    if not exits:  # a model of one block has none
+        return (), ThresholdPlan((), {}, 0.0)
     options, spec = task.options, task.checkpoint.spec
     certify_tokens = task.splits.tokens()["certify"]
     model = stack.forced(stack.deployed, [each.head for each in exits])
-    view = view_gates(
-        model.exits,
-        [data.select(head.block) for head in model.exits],
-        task.splits.select,
-        model.decoder.project,
-    )
-    if options.exits == "auto" and exits:
+    states = [data.select(head.block) for head in model.exits]
+    with task.progress.phase("Asking the gates", sum(each.tokens for each in states)) as advance:
+        view = view_gates(model.exits, states, task.splits.select, model.decoder.project, advance)
+    if options.exits == "auto":
         depths = [head.depth for head in model.exits]
         costs = exit_costs(spec, options.probe.units)
-        choice = choose_exits(
-            view, depths, spec.blocks, costs, options.targets, certify_tokens, options.confidence
-        )
+        with task.progress.phase("Choosing exits", len(exit_sets(len(depths)))) as advance:
+            choice = choose_exits(
+                view, depths, spec.blocks, costs, options.targets, certify_tokens, options.confidence, advance
+            )
         task.progress.note(
             f"exits kept: {', '.join(exits[place].head.name for place in choice.kept)}, expected to save "
             f"{choice.saving:.1%} of the blocks, net"
@@ -226,7 +235,8 @@ def _evaluate(task: _Task, learned: _Learned, certified: tuple[CertifiedVariant,
     rows = _head_rows(task.splits.certify, options.evaluation_tokens)
     loose = {}
     if heads:
-        threshold = loose_threshold(models[stack.deployed], rows, batch_tokens=options.batch_tokens)
+        deployed = models[stack.deployed]
+        threshold = loose_threshold(deployed, rows, task.progress, batch_tokens=options.batch_tokens)
         loose = dict.fromkeys(stack.variants, threshold)
     risk_table = [each.entry(options.confidence) for each in certified]
     modes = modes_of(stack.variants, stack.reference, risk_table, loose)
@@ -252,8 +262,12 @@ def _contents(
     chosen: LinearBlock | None = None
     if learned.choice is not None and learned.choice.chosen is not None:
         chosen = learned.choice.chosen.map
+    files = task.checkpoint.files
+    with task.progress.phase("Hashing the checkpoint", sum(file.stat().st_size for file in files)) as advance:
+        sha256 = checkpoint_sha256(files, advance)
     manifest = build_manifest(
         task.checkpoint,
+        sha256,
         task.options,
         CorpusRecord(task.corpus, task.splits),
         learned.stack,

@@ -102,13 +102,20 @@ def view_gates(
     states: Sequence[Labelled],
     rows: Sequence[Tensor],
     project: Callable[[Tensor], Tensor],
+    advance: Advance = lambda _tokens: None,
     chunk: int = 2048,
 ) -> GateView:
-    """The gates' view of the tokens of `rows`, from full-depth `states` behind each exit's block."""
+    """The gates' view of the tokens of `rows`, from full-depth `states` behind each exit's block.
+
+    `advance` is told every exit's tokens.
+    """
     reach, projects, agrees = [], [], []
     for head, data in zip(exits, states, strict=True):
-        slices = [slice(start, start + chunk) for start in range(0, data.tokens, chunk)]
-        parts = [_reach(head, data.rows(part, head.adapter.device), project) for part in slices]
+        parts = []
+        for start in range(0, data.tokens, chunk):
+            part = data.rows(slice(start, start + chunk), head.adapter.device)
+            parts.append(_reach(head, part, project))
+            advance(part.tokens)
         reach.append(torch.cat([part[0] for part in parts]).double().cpu().numpy())
         projects.append(torch.cat([part[1] for part in parts]).double().cpu().numpy())
         agrees.append(torch.cat([part[2] for part in parts]).cpu().numpy())

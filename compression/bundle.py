@@ -12,7 +12,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -67,6 +67,14 @@ _SIDE_FILES: Final = (
 )
 _REMEDY: Final = "copy the bundle again or calibrate anew"
 _HASH_THREADS: Final = 4
+_HASH_CHUNK: Final = 4 << 20  # bytes
+
+Advance = Callable[[int], None]
+"""Called with the bytes of work done since the last call."""
+
+
+def _unseen(_bytes: int) -> None:
+    """Progress that nobody looks at."""
 
 
 class BundleError(Exception):
@@ -218,20 +226,25 @@ def _verify_files(path: Path, files: Mapping[str, FileRecord]) -> None:
                 )
 
 
-def file_sha256(path: Path) -> str:
+def file_sha256(path: Path, advance: Advance = _unseen) -> str:
     """The SHA-256 of a file, hexadecimal. Raises BundleError where it cannot be read."""
+    digest = hashlib.sha256()
     try:
         with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+            while chunk := file.read(_HASH_CHUNK):
+                digest.update(chunk)
+                advance(len(chunk))
+        return digest.hexdigest()
     except OSError as error:
         raise BundleError(f"{path} cannot be read ({error}); {_REMEDY}") from error
 
 
-def checkpoint_sha256(files: Sequence[Path]) -> str:
+def checkpoint_sha256(files: Sequence[Path], advance: Advance = _unseen) -> str:
     """One SHA-256 for a checkpoint's weight files: the file's own, or of the sorted lines `sha256  name`."""
     if len(files) == 1:
-        return file_sha256(files[0])
-    lines = [f"{file_sha256(path)}  {path.name}\n" for path in sorted(files, key=lambda path: path.name)]
+        return file_sha256(files[0], advance)
+    ordered = sorted(files, key=lambda path: path.name)
+    lines = [f"{file_sha256(path, advance)}  {path.name}\n" for path in ordered]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
@@ -273,7 +286,13 @@ def _manifest_fields(path: Path) -> dict[str, object] | None:
     return fields if isinstance(fields, dict) and fields.get("kind") == BUNDLE_KIND else None
 
 
-def write_bundle(path: Path | str, contents: BundleContents) -> Bundle:
+def tensor_bytes(contents: BundleContents) -> int:
+    """Bytes of all tensors of a bundle: what `write_bundle` tells `advance` in all."""
+    groups = [tensors for _, tensors, _ in _tensor_files(contents)]
+    return sum(tensors[name].nbytes for tensors in groups for name in tensors)
+
+
+def write_bundle(path: Path | str, contents: BundleContents, advance: Advance = _unseen) -> Bundle:
     """Write a bundle to `path` and return it, or leave everything as it was and raise.
 
     Raises BundleError where the target may not be replaced or the disk does not take it.
@@ -281,7 +300,7 @@ def write_bundle(path: Path | str, contents: BundleContents) -> Bundle:
     target = check_target(path)
     try:
         with _created(target.parent), _partial(target) as partial:
-            manifest = _write_files(partial, contents)
+            manifest = _write_files(partial, contents, advance)
             _sync_directory(partial)
             _install(partial, target)
     except OSError as error:
@@ -289,21 +308,12 @@ def write_bundle(path: Path | str, contents: BundleContents) -> Bundle:
     return Bundle(target, manifest)
 
 
-def _write_files(directory: Path, contents: BundleContents) -> Manifest:
+def _write_files(directory: Path, contents: BundleContents, advance: Advance) -> Manifest:
     written: dict[str, WrittenFile] = {}
     for source in _side_files(contents.checkpoint):
         written[source.name] = _write_bytes(directory / source.name, source.read_bytes())
-    for name, tensors in ((FULL_WEIGHTS, contents.full), (INT4_WEIGHTS, contents.int4)):
-        if tensors is not None:
-            written[name] = write_tensors(directory / name, tensors)
-    if contents.linear_block is not None:
-        written[LINEAR_BLOCK] = write_tensors(
-            directory / LINEAR_BLOCK, linear_block_tensors(contents.linear_block)
-        )
-    if contents.exits:
-        written[EXITS] = write_tensors(
-            directory / EXITS, exit_tensors(contents.exits), exit_metadata(contents.exits)
-        )
+    for name, tensors, metadata in _tensor_files(contents):
+        written[name] = write_tensors(directory / name, tensors, metadata, advance)
     written[REPORT_HTML] = _write_bytes(directory / REPORT_HTML, contents.report_html.encode())
     written[REPORT_JSON] = _write_bytes(directory / REPORT_JSON, contents.report_json.encode())
     records = {name: FileRecord(sha256=file.sha256, bytes=file.bytes) for name, file in written.items()}
@@ -311,6 +321,22 @@ def _write_files(directory: Path, contents: BundleContents) -> Manifest:
     _check_complete(manifest)
     _write_bytes(directory / MANIFEST, manifest_json(manifest).encode())
     return manifest
+
+
+def _tensor_files(
+    contents: BundleContents,
+) -> list[tuple[str, Mapping[str, Tensor], Mapping[str, str] | None]]:
+    """The names of a bundle's tensor files, their tensors, and their metadata."""
+    files: list[tuple[str, Mapping[str, Tensor], Mapping[str, str] | None]] = []
+    if contents.full is not None:
+        files.append((FULL_WEIGHTS, contents.full, None))
+    if contents.int4 is not None:
+        files.append((INT4_WEIGHTS, contents.int4, None))
+    if contents.linear_block is not None:
+        files.append((LINEAR_BLOCK, linear_block_tensors(contents.linear_block), None))
+    if contents.exits:
+        files.append((EXITS, exit_tensors(contents.exits), exit_metadata(contents.exits)))
+    return files
 
 
 def _check_complete(manifest: Manifest) -> None:

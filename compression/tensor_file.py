@@ -8,7 +8,7 @@ Reading is left to `safetensors`.
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Final
@@ -80,12 +80,15 @@ class _Shape:
 
 
 def write_tensors(
-    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None = None,
+    advance: Callable[[int], None] = lambda _bytes: None,
 ) -> WrittenFile:
     """Write `tensors` to a new safetensors file at `path`; raises OSError.
 
     `tensors` is asked twice for each tensor, for its shape and later for its data, so a mapping that reads from
-    a memory-mapped checkpoint never holds more than one.
+    a memory-mapped checkpoint never holds more than one. `advance` is told the tensors' bytes as they are written.
     """
     shapes = {name: _Shape.of(tensors[name]) for name in tensors}
     order = sorted(shapes, key=lambda name: (-shapes[name].dtype.itemsize, name))  # keeps all data aligned
@@ -97,7 +100,9 @@ def write_tensors(
         for name in order:
             data = memoryview(_bytes_of(tensors[name]))
             for start in range(0, len(data), _CHUNK):
-                writer.write(data[start : start + _CHUNK])
+                chunk = data[start : start + _CHUNK]
+                writer.write(chunk)
+                advance(len(chunk))
         return writer.finish()
 
 

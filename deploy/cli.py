@@ -8,7 +8,6 @@ command alone, so that `--help` answers at once.
 import json
 import logging
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -17,6 +16,8 @@ from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
+
+from exeunt.deploy.signals import Interrupted, Interruption, handling
 
 app = typer.Typer(
     name="exeunt",
@@ -39,20 +40,18 @@ class UsageError(ValueError):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and end the process with its exit status."""
-    signal.signal(signal.SIGTERM, _terminated)
     words = list(sys.argv[1:] if arguments is None else arguments)
-    sys.exit(run(words))
-
-
-def _terminated(number: int, frame: object) -> None:
-    """End as an interruption does, with everything cleaned up: a half-made bundle, temporary files."""
-    raise SystemExit(128 + number)
+    with handling(Interruption()):
+        status = run(words)
+    sys.exit(status)
 
 
 def run(arguments: list[str]) -> int:
     """Run one command; its exit status. Whatever goes wrong is told in one line on standard error."""
     try:
         status = app(arguments, prog_name="exeunt", standalone_mode=False)
+    except Interrupted as interruption:  # everything is cleaned up: a half-made bundle, temporary files
+        return _complain(interruption.word, 128 + interruption.number)
     except KeyboardInterrupt:
         return _complain("interrupted", 130)
     except Exception as error:  # noqa: BLE001 - the outermost boundary: a line instead of a traceback
@@ -183,12 +182,11 @@ def serve(
         logging.getLogger("exeunt.settings").warning(
             "%s is no setting; `exeunt serve --help` lists what there is.", name
         )
-    from exeunt.deploy.packaged import find_or_calibrate
     from exeunt.deploy.serve import bind
     from exeunt.deploy.serve import serve as serve_until_stopped
 
     with bind(settings.host, settings.port) as sock:
-        return serve_until_stopped(settings, sock, find_or_calibrate(settings.model))
+        return serve_until_stopped(settings, sock)
 
 
 def _settings(given: dict[str, Any]) -> Any:

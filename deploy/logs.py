@@ -4,8 +4,11 @@ import json
 import logging
 import sys
 import time
-from typing import Final
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Final, TextIO
 
+_PROGRESS_EVERY_S: Final = 10.0
 _QUIET_PATHS: Final = ("/health", "/ready", "/metrics")  # asked every few seconds by machines
 
 
@@ -34,9 +37,52 @@ class TextFormatter(logging.Formatter):
         super().__init__("%(asctime)s %(levelname)-7s %(name)s: %(message)s", "%Y-%m-%dT%H:%M:%SZ")
 
 
+class StandardErrorHandler(logging.StreamHandler[TextIO]):
+    """Writes to what standard error is at the moment: while a progress bar is shown, to the lines above it."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)  # StreamHandler's own would set the stream
+
+    @property
+    def stream(self) -> TextIO:  # type: ignore[override] # an attribute there
+        """Standard error."""
+        return sys.stderr
+
+
+class LoggedProgress:
+    """Calibration's progress as log lines: for logs that no terminal shows, where a bar would be noise."""
+
+    def __init__(self, every_s: float = _PROGRESS_EVERY_S) -> None:
+        self._every_s = every_s
+        self._logger = logging.getLogger("exeunt.calibrate")
+
+    @contextmanager
+    def phase(self, title: str, total: int) -> Iterator[Callable[[int], None]]:
+        """A line every few seconds with the share done and the time left, and one at the end."""
+        began = told = time.monotonic()
+        done = 0
+
+        def advance(units: int) -> None:
+            nonlocal done, told
+            done += units
+            now = time.monotonic()
+            if now - told < self._every_s or not done:
+                return
+            told = now
+            left = (now - began) * max(0, total - done) / done
+            self._logger.info("%s: %.0f %%, about %.0f s left.", title, 100 * min(1, done / total), left)
+
+        yield advance
+        self._logger.info("%s: done in %.1f s.", title, time.monotonic() - began)
+
+    def note(self, message: str) -> None:
+        """Log `message`."""
+        self._logger.info("%s", message)
+
+
 def configure_logging(level: str, *, as_json: bool = False) -> None:
     """Send everything to standard error; ours and the HTTP server's from `level` on, others' from warnings on."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = StandardErrorHandler()
     handler.setFormatter(JSONFormatter() if as_json else TextFormatter())
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     chosen = getattr(logging, level.upper())

@@ -1,18 +1,21 @@
 """The packaged model, calibrated on first use: the bundle is kept in the user's cache under what it was made from."""
 
+import errno
 import hashlib
 import logging
 import os
 import shutil
+from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Final
 
+from exeunt.calibration.progress import ProgressReport, SilentProgress
 from exeunt.compression.bundle import BundleError, open_bundle
 from exeunt.compression.manifest import FORMAT_VERSION
 from exeunt.deploy import packaged_model
-from exeunt.deploy.loading import Source, find_source
+from exeunt.deploy.loading import SettingsError
 
 logger = logging.getLogger("exeunt.packaged")
 
@@ -28,18 +31,16 @@ CALIBRATION_TEXT: Final = "calibration.txt"
 _ORIGIN: Final = "written by the packaged model itself, see its MODEL_CARD.md"
 
 
-def find_or_calibrate(model: str | None) -> Source:
-    """Where the model to serve lies; without a name that is the packaged one, calibrated now if it never was.
+def packaged_bundle(
+    *,
+    device: str = "auto",
+    progress: ProgressReport | None = None,
+    on_calibration: Callable[[], None] = lambda: None,
+) -> Path:
+    """The bundle of the packaged model, calibrated now, on `device`, if it never was; `on_calibration` is told before.
 
-    Raises SettingsError for a path that is not there, and what `calibrate` raises.
-    """
-    return find_source(model) if model is not None else Source(str(packaged_bundle()), is_bundle=True)
-
-
-def packaged_bundle() -> Path:
-    """The bundle of the packaged model, made on first use with progress on standard error.
-
-    Raises FileNotFoundError where the package does not lie on disk, and what `calibrate` raises.
+    Raises FileNotFoundError where the package does not lie on disk, SettingsError where nothing can be kept in the
+    cache folder, and what `calibrate` raises.
     """
     folder = packaged_model.path()
     target = cache_folder() / "bundles" / f"packaged-{content_key(folder)}"
@@ -49,7 +50,8 @@ def packaged_bundle() -> Path:
         except BundleError as error:
             logger.warning("The cached bundle is unusable and is made anew: %s.", error)
             shutil.rmtree(target)
-    _calibrate(folder, target)
+    on_calibration()
+    _calibrate(folder, target, device, progress or SilentProgress())
     return target
 
 
@@ -79,13 +81,26 @@ def cache_folder() -> Path:
     return Path(base).expanduser() / "exeunt"
 
 
-def _calibrate(folder: Path, target: Path) -> None:
+def _calibrate(folder: Path, target: Path, device: str, progress: ProgressReport) -> None:
     from exeunt.calibration.options import CalibrationOptions
     from exeunt.calibration.pipeline import calibrate
-    from exeunt.calibration.progress import TerminalProgress
 
-    progress = TerminalProgress()
+    _make_room(target.parent)
     progress.note(f"Calibrating the packaged model, once; the bundle is kept in {target}.")
-    target.parent.mkdir(parents=True, exist_ok=True)
     data = str(folder / CALIBRATION_TEXT)
-    calibrate(CalibrationOptions(model=str(folder), out=target, data=data, origin=_ORIGIN), progress)
+    options = CalibrationOptions(model=str(folder), out=target, data=data, origin=_ORIGIN, device=device)
+    calibrate(options, progress)
+
+
+def _make_room(folder: Path) -> None:
+    """Make the cache's folder before the long work whose result it is to hold. Raises SettingsError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise SettingsError(
+            f"The bundle of the packaged model cannot be kept in {folder}: {reason}; set XDG_CACHE_HOME to a folder "
+            "that can be written."
+        ) from error

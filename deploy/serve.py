@@ -1,20 +1,34 @@
-"""`exeunt serve`: puts the pieces to work. Binds the port, loads the model, starts the engine, answers HTTP."""
+"""`exeunt serve`: puts the pieces to work. Listens, makes the model ready, starts the engine, answers HTTP."""
 
 import asyncio
 import contextlib
 import logging
 import os
-import signal
 import socket
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
 from typing import Final
 
 import uvicorn
 
+from exeunt.calibration.progress import ProgressReport, TerminalProgress
 from exeunt.compression.model import LoadedModel
-from exeunt.deploy.loading import SettingsError, Source, default_variant, engine_config, load_model
+from exeunt.deploy.loading import (
+    SettingsError,
+    Source,
+    default_variant,
+    engine_config,
+    find_source,
+    load_model,
+    resolve_device,
+)
+from exeunt.deploy.logs import LoggedProgress
+from exeunt.deploy.packaged import packaged_bundle
+from exeunt.deploy.signals import CLEANING_UP_S, Interrupted, Interruption, handling
 from exeunt.server.api.app import create_app
 from exeunt.server.api.compression import NotOfferedError, resolve
 from exeunt.server.api.offer import Offer, offer_of
@@ -61,21 +75,25 @@ def _address_error(host: str, port: int, error: OSError) -> AddressError:
     return AddressError(f"Cannot listen on {host}:{port}: {reason}; choose another --host or --port.")
 
 
-def serve(settings: Settings, sock: socket.socket, source: Source) -> int:
-    """Load the model and serve it until told to stop; the process's exit status.
+def serve(settings: Settings, sock: socket.socket) -> int:
+    """Listen, make the model ready, and serve it until told to stop; the process's exit status.
 
+    From the start `/health` is answered; `/ready` is once the model is calibrated, where it must be, and loaded.
     The first SIGTERM or SIGINT drains: no new requests, those under way finish within `shutdown_timeout`, and the
-    status is 0. The second ends the process at once.
+    status is 0. While the model is being made ready it ends that work, with nothing half-made left. The second
+    signal ends the process at once.
 
     Raises:
         AddressError: another process has taken the port since it was bound.
-        SettingsError: the settings do not fit the model.
+        SettingsError: the settings do not fit the machine or the model.
     """
+    source = find_source(settings.model) if settings.model is not None else None
+    resolve_device(settings.device)  # what can be refused at once is, before anything listens
     try:
         sock.listen(2048)
     except OSError as error:
         raise _address_error(settings.host, settings.port, error) from error
-    return asyncio.run(_Serving(settings, sock, source).run())
+    return _Serving(settings, sock, source).run()
 
 
 class _Server(uvicorn.Server):
@@ -87,9 +105,13 @@ class _Server(uvicorn.Server):
 
 
 class _Serving:
-    """One run of the server, from the bound socket to the exit status."""
+    """One run of the server, from the bound socket to the exit status.
 
-    def __init__(self, settings: Settings, sock: socket.socket, source: Source) -> None:
+    HTTP is answered on a thread of its own. The main thread, which alone is given signals, calibrates and loads, so
+    that a signal ends that work where it stands; then it waits for the other.
+    """
+
+    def __init__(self, settings: Settings, sock: socket.socket, source: Source | None) -> None:
         self._settings, self._sock, self._source = settings, sock, source
         self._availability = Availability()
         key = settings.api_key.get_secret_value() if settings.api_key is not None else None
@@ -108,47 +130,109 @@ class _Serving:
                 timeout_graceful_shutdown=_LAST_BYTES_S,
             )
         )
-        self._failure: BaseException | None = None
+        self._loop = asyncio.new_event_loop()
+        self._http = threading.Thread(target=self._answer, name="exeunt-http", daemon=True)
+        self._http_failure: BaseException | None = None
+        self._interruption = Interruption()
+        self._preparing = False  # what a signal may interrupt is under way
+        self._calibrating = False
         self._signalled = False
         self._drain: asyncio.Task[None] | None = None
 
-    async def run(self) -> int:
-        """Serve until stopped; re-raises what went wrong while loading."""
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._on_signal, number)
-        loader = threading.Thread(target=self._load, args=(loop,), name="exeunt-load", daemon=True)
-        loader.start()
-        await self._server.serve([self._sock])
-        if self._drain is not None:
-            await self._drain
-        if self._failure is not None:
-            raise self._failure
-        if loader.is_alive():  # stopped while loading, which nothing can interrupt and nothing depends on
-            _exit_now(0)
-        service = self._availability.service
-        if service is not None:
-            await asyncio.to_thread(service.engine.stop)
+    def run(self) -> int:
+        """Serve until stopped; raises what went wrong while calibrating, loading or answering."""
+        with handling(self._on_signal):
+            self._http.start()
+            try:
+                began = time.monotonic()
+                service = start_service(self._prepared(), self._settings)
+                self._tell(self._open, service, time.monotonic() - began)
+            except Interrupted:
+                self._tell(self._begin_drain)
+                self._http.join(CLEANING_UP_S)
+                logger.info("Stopped before the model was ready.")
+                return 0
+            except BaseException:
+                self._tell(self._stop_serving)
+                self._http.join()
+                raise
+            self._http.join()
+        if self._http_failure is not None:
+            raise self._http_failure
+        service.engine.stop()
         logger.info("Stopped.")
         return 0
 
-    def _load(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Load the model and open the service; on the loader's thread, so that probes are answered meanwhile."""
-        began = time.monotonic()
+    # -- the main thread --
+
+    def _prepared(self) -> LoadedModel:
+        """The model, calibrated before where that is to be done. Raises Interrupted by a signal."""
+        self._preparing = True
         try:
-            service = start_service(load_model(self._source, self._settings), self._settings)
+            source = self._source or Source(str(self._packaged()), is_bundle=True)
+            self._tell(self._availability.loads)
+            return load_model(source, self._settings)
+        finally:
+            self._preparing = False
+
+    def _packaged(self) -> Path:
+        try:
+            return packaged_bundle(
+                device=self._settings.device,
+                progress=self._progress(),
+                on_calibration=self._on_calibration,
+            )
+        finally:
+            self._calibrating = False
+
+    def _on_calibration(self) -> None:
+        self._calibrating = True
+        self._tell(self._availability.calibrates)
+
+    def _progress(self) -> ProgressReport:
+        """Bars for a person who looks on; log lines where the log goes to a file or a machine."""
+        watched = sys.stderr.isatty() and not self._settings.log_json
+        return TerminalProgress() if watched else LoggedProgress()
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._preparing:
+            if not self._calibrating:  # nothing half-made is to be cleared away, and loading may take long
+                _exit_later(CLEANING_UP_S, 0)
+            self._interruption(number, frame)
+        elif self._signalled:
+            logger.warning("Second signal: stopping at once.")
+            _exit_now(128 + number)
+        else:
+            self._signalled = True
+            logger.info(
+                "Draining: no new requests; up to %g s for those under way.", self._settings.shutdown_timeout
+            )
+            self._tell(self._begin_drain)
+
+    def _tell(self, call: Callable[..., None], *arguments: object) -> None:
+        """Have the event loop call `call`, unless it has ended."""
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(call, *arguments)
+
+    # -- the event loop's thread --
+
+    def _answer(self) -> None:
+        """Answer HTTP until told to stop."""
+        try:
+            with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
+                runner.run(self._answered())
         except BaseException as error:  # noqa: BLE001 - carried to the main thread, which ends the process with it
-            self._failure = error
-            loop.call_soon_threadsafe(self._stop_serving)
-            return
-        with contextlib.suppress(RuntimeError):  # the loop is closed: stopped while loading
-            loop.call_soon_threadsafe(self._open, service, time.monotonic() - began)
+            self._http_failure = error
+
+    async def _answered(self) -> None:
+        await self._server.serve([self._sock])
+        if self._drain is not None:
+            await self._drain
 
     def _open(self, service: Service, seconds: float) -> None:
-        self._availability.opens(service)
-        if self._signalled:
-            self._availability.drains()
+        if self._drain is not None:  # told to stop while the engine started
             return
+        self._availability.opens(service)
         host, port = self._sock.getsockname()[:2]
         address = f"[{host}]" if ":" in host else host
         logger.info("Serving %s on http://%s:%d (loaded in %.1f s).", service.name, address, port, seconds)
@@ -156,15 +240,9 @@ class _Serving:
     def _stop_serving(self) -> None:
         self._server.should_exit = True
 
-    def _on_signal(self, number: int) -> None:
-        if self._signalled:
-            logger.warning("Second signal: stopping at once.")
-            _exit_now(128 + number)
-        self._signalled = True
-        logger.info(
-            "Draining: no new requests; up to %g s for those under way.", self._settings.shutdown_timeout
-        )
-        self._drain = asyncio.get_running_loop().create_task(self._drain_and_stop())
+    def _begin_drain(self) -> None:
+        if self._drain is None:
+            self._drain = self._loop.create_task(self._drain_and_stop())
 
     async def _drain_and_stop(self) -> None:
         self._availability.drains()
@@ -226,3 +304,10 @@ def _exit_now(status: int) -> None:
     """End the process without waiting for its threads."""
     logging.shutdown()
     os._exit(status)
+
+
+def _exit_later(seconds: float, status: int) -> None:
+    """End the process in `seconds` if it has not ended by then."""
+    timer = threading.Timer(seconds, _exit_now, (status,))
+    timer.daemon = True
+    timer.start()

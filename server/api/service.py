@@ -1,7 +1,8 @@
 """What every route works with: the loaded model, its engine, and whether requests would be served now."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Final, Literal
 
 from fastapi import Request
 
@@ -14,7 +15,7 @@ from exeunt.server.engine import Engine
 from exeunt.server.engine_config import EngineConfig
 from exeunt.server.metrics import Metrics
 
-Phase = Literal["loading", "ready", "draining"]
+Phase = Literal["calibrating", "loading", "ready", "draining"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +39,19 @@ class Service:
 
 
 class Availability:
-    """Whether requests are served: loading, then ready, then draining. Only the event loop changes it."""
+    """Whether requests are served: perhaps calibrating, loading, ready, draining. Only the event loop changes it."""
 
     def __init__(self) -> None:
         self.phase: Phase = "loading"
         self.service: Service | None = None
+
+    def calibrates(self) -> None:
+        """The packaged model is calibrated, once, which takes a while."""
+        self.phase = "calibrating"
+
+    def loads(self) -> None:
+        """The model is loaded."""
+        self.phase = "loading"
 
     def opens(self, service: Service) -> None:
         """The model is loaded: serve."""
@@ -56,14 +65,9 @@ class Availability:
             self.service.metrics.set_ready(False)
 
     def loaded(self) -> Service:
-        """The service, ready or draining; 503 while the model loads."""
+        """The service, ready or draining; 503 while the model is made ready, with what is being done."""
         if self.service is None:
-            raise ApiError(
-                503,
-                "The model is still loading; try again shortly.",
-                code="loading",
-                headers={"Retry-After": "5"},
-            )
+            raise _UNREADY.get(self.phase, loading)()
         return self.service
 
     def serving(self) -> Service:
@@ -78,6 +82,27 @@ class Availability:
         return service
 
 
+def calibrating() -> ApiError:
+    """The error of a server whose model is calibrated first."""
+    return ApiError(
+        503,
+        "The packaged model is being calibrated for its first use, which takes minutes; the server's log shows how "
+        "far it is, try again later.",
+        code="calibrating",
+        headers={"Retry-After": "30"},
+    )
+
+
+def loading() -> ApiError:
+    """The error of a server whose model is read."""
+    return ApiError(
+        503,
+        "The model is still loading; try again shortly.",
+        code="loading",
+        headers={"Retry-After": "5"},
+    )
+
+
 def draining() -> ApiError:
     """The error of a server that takes no more requests."""
     return ApiError(
@@ -86,6 +111,12 @@ def draining() -> ApiError:
         code="draining",
         headers={"Retry-After": "5"},
     )
+
+
+_UNREADY: Final[dict[Phase, Callable[[], ApiError]]] = {
+    "calibrating": calibrating,
+    "draining": draining,
+}
 
 
 def availability_of(request: Request) -> Availability:

@@ -38,8 +38,12 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """See `tiny_checkpoint`."""
+    return tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
+
+
+def tiny_checkpoint(folder: Path) -> Path:
     """A random Llama of four blocks, each of which changes the state a little, so that exits often agree."""
-    folder = tmp_path_factory.mktemp("tiny")
     torch.manual_seed(5)
     config = LlamaConfig(
         vocab_size=VOCAB,
@@ -72,13 +76,18 @@ def decoder(checkpoint: Path) -> Decoder:
 
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """See `some_text`."""
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text(some_text())
+    return path
+
+
+def some_text() -> str:
     """Sixty documents of about 150 letters."""
     generator = np.random.default_rng(3)
     words = ["".join(generator.choice(list("abcdefgh"), size=generator.integers(2, 7))) for _ in range(40)]
     documents = [" ".join(generator.choice(words, size=30)) for _ in range(60)]
-    path = tmp_path_factory.mktemp("text") / "words.txt"
-    path.write_text(SEPARATOR.join(documents))
-    return path
+    return SEPARATOR.join(documents)
 
 
 def random_exit(block: int, seed: int, hidden: int = HIDDEN) -> ExitHead:

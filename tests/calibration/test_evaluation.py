@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from exeunt.calibration.evaluation import Mode, evaluate_modes
 from exeunt.calibration.modes import loose_threshold, modes_of
+from exeunt.calibration.progress import SilentProgress
 from exeunt.calibration.sequence_batch import batches
 from exeunt.calibration.teacher_forcing import ForcedModel
 from exeunt.compression.decoder import Decoder
@@ -132,7 +133,7 @@ def test_every_certified_target_is_a_mode_and_a_loose_one_where_none_lets_many_l
 
 def test_a_loose_threshold_lets_about_a_seventh_leave(decoder: Decoder) -> None:
     model = models(decoder)[FULL]
-    threshold = loose_threshold(model, rows(), batch_tokens=1000)
+    threshold = loose_threshold(model, rows(), SilentProgress(), batch_tokens=1000)
     (batch,) = batches(rows(), 1000)
     left: list[int] = []
     entry_state, _ = model.full_depth(batch)

@@ -136,11 +136,18 @@ def test_progress_promises_what_it_does(made: tuple[Path, Watched]) -> None:
     assert set(progress.promised) == {
         "Quantising weights",
         "Collecting activations",
+        "Loading the model",
         "Comparing linear blocks",
         "Asking the full model",
+        "Fitting where exit heads start",
         "Training exit heads",
+        "Training exit gates",
+        "Asking the gates",
         "Certifying thresholds",
+        "Looking for a looser threshold",
         "Evaluating every mode",
+        "Hashing the checkpoint",
+        "Writing the bundle",
     }
     for title, promised in progress.promised.items():
         if title == "Certifying thresholds":  # sequences may end early
@@ -163,7 +170,9 @@ def test_the_same_seed_gives_the_same_bytes(
         assert (again / path.name).read_bytes() == path.read_bytes(), path.name
 
 
-@pytest.mark.parametrize("phase", ["Quantising weights", "Collecting activations", "Evaluating every mode"])
+@pytest.mark.parametrize(
+    "phase", ["Quantising weights", "Collecting activations", "Evaluating every mode", "Writing the bundle"]
+)
 def test_an_interrupt_leaves_nothing(
     checkpoint: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, phase: str
 ) -> None:

@@ -7,11 +7,11 @@ import pytest
 
 from exeunt.calibration.options import CalibrationOptions
 from exeunt.deploy import packaged_model
+from exeunt.deploy.loading import SettingsError
 from exeunt.deploy.packaged import (
     CALIBRATION_TEXT,
     cache_folder,
     content_key,
-    find_or_calibrate,
     packaged_bundle,
 )
 from tests.compression.small_bundles import small_bundle, small_checkpoint
@@ -83,9 +83,19 @@ def test_a_spoilt_bundle_is_made_anew(
     assert "made anew" in caplog.text
 
 
-def test_a_named_model_is_not_calibrated(model: Path, made: list[CalibrationOptions]) -> None:
-    source = find_or_calibrate(str(model))
-    assert (source.path, source.is_bundle) == (str(model), False)
+def test_a_calibration_is_told_of_and_made_as_asked(made: list[CalibrationOptions]) -> None:
+    told: list[int] = []
+    for _ in range(2):
+        packaged_bundle(device="cpu", on_calibration=lambda: told.append(len(made)))
+    assert told == [0], "before it begins, and only then"
+    assert made[0].device == "cpu"
+
+
+def test_a_cache_that_cannot_be_written_is_known_before_the_work(
+    made: list[CalibrationOptions], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(SettingsError, match=r"cannot be kept in .*not a directory; set XDG_CACHE_HOME"):
+        packaged_bundle()
     assert made == []
-    assert find_or_calibrate(None).is_bundle
-    assert len(made) == 1
