@@ -37,8 +37,6 @@ class Block:
     __slots__ = (
         "_activation",
         "_kv_rows",
-        "_scale",
-        "_window",
         "attention_norm",
         "down",
         "head_norm",
@@ -46,8 +44,10 @@ class Block:
         "mlp_norm",
         "out",
         "qkv",
+        "scale",
         "spec",
         "up",
+        "window",
     )
 
     def __init__(
@@ -66,8 +66,8 @@ class Block:
         self.mlp_norm = mlp_norm
         self.head_norm = head_norm
         self._activation = _ACTIVATIONS[spec.activation]
-        self._scale = spec.attention_scales[index]
-        self._window = spec.windows[index]
+        self.scale = spec.attention_scales[index]
+        self.window = spec.windows[index]
         self._kv_rows: Linear | None = None  # the key and value rows of qkv, once they are asked for
         self.qkv, self.out, self.up, self.down = (linears[name] for name in linear_names(spec))
 
@@ -99,7 +99,7 @@ class Block:
         if rotation is not None:
             rotate_heads(turning, *rotation)
         write_kv(turning[:, spec.heads :], qkv[:, spec.heads + spec.kv_heads :], batch.slots, kv)
-        attended = paged_attention(turning[:, : spec.heads], kv, batch, self._scale, self._window)
+        attended = paged_attention(turning[:, : spec.heads], kv, batch, self.scale, self.window)
         self.out.add_to(hidden, attended.reshape(tokens, spec.query_size))
         return self.down.add_to(hidden, self._inner(self.mlp_norm(hidden)))
 

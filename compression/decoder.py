@@ -20,8 +20,10 @@ from exeunt.compression.kv_format import KVPages
 from exeunt.compression.kv_projection import KVProjection
 from exeunt.compression.linear import Linear, full_linear
 from exeunt.compression.linear_block import LinearBlock
+from exeunt.compression.native_blocks import native_blocks
 from exeunt.compression.rope import RopeTables, rotate
 from exeunt.compression.weights import WeightSource
+from exeunt.kernels.blocks import NativeBlocks
 from exeunt.kernels.paged_batch import PagedBatch
 from exeunt.kernels.write_kv import write_kv
 
@@ -51,6 +53,7 @@ class Decoder:
         *,
         linear_block: LinearBlock | None = None,
         kv_projection: KVProjection | None = None,
+        revision: list[int] | None = None,
     ) -> None:
         """Put together from parts that are on one device; most callers want `load` or `from_weights`."""
         self.spec = spec
@@ -62,6 +65,11 @@ class Decoder:
         self._blocks = blocks
         self._rope = rope
         self._kv_projection = kv_projection or KVProjection(blocks)
+        self._revision = (
+            revision if revision is not None else [0]
+        )  # counts replaced linears, shared with `_blocks`
+        self._native: NativeBlocks | None = None
+        self._described = -1  # the revision that `_native` describes
 
     @classmethod
     def load(
@@ -125,6 +133,7 @@ class Decoder:
             self._rope,
             linear_block=linear_block,
             kv_projection=self._kv_projection,
+            revision=self._revision,
         )
 
     def twin(self) -> "Decoder":
@@ -144,6 +153,7 @@ class Decoder:
         """
         self._blocks[block] = self._blocks[block].with_linears(linears)
         self._kv_projection.reset()
+        self._revision[0] += 1
 
     def embed(self, token_ids: Tensor, positions: Tensor) -> Tensor:
         """The state in front of block 0, [tokens, hidden], of int64 token ids and positions [tokens]."""
@@ -157,14 +167,13 @@ class Decoder:
         if start >= stop:
             return hidden
         hidden = hidden.clone()  # the blocks add in place, and the caller may keep its state for a backfill
-        rotation = self._rotation(batch)
+        native, places = self._native_blocks(), pages.native(start, stop)
+        if native is not None and places is not None and native.takes(places):
+            native.run(hidden, batch, places, self._rotation_table(batch), start)
+        else:
+            hidden = self._run_blocks(hidden, batch, pages, start, stop)
         tokens, calls = hidden.shape[0], self.block_calls
-        linear_block = self.linear_block
         for index in range(start, stop):
-            if linear_block is not None and linear_block.index == index:
-                hidden = linear_block.apply(hidden)
-            else:
-                hidden = self._blocks[index].run(hidden, rotation, batch, pages.block(index))
             calls.calls[index] += 1
             calls.tokens[index] += tokens
         return hidden
@@ -173,15 +182,13 @@ class Decoder:
         """Write the keys and values that blocks `start` to `stop` - 1 make of the exit state `hidden`.
 
         `hidden` [tokens, hidden] is the state behind block `start` - 1, of which every skipped block is given the
-        same. Full-precision blocks go as one stacked matrix (see KVProjection), INT4 ones each by its own rows.
+        same. One native call on a CPU; elsewhere full-precision blocks go as one stacked matrix (see KVProjection).
         """
-        rotation = self._rotation(batch)
-        for first, last in self._runs(start, stop):
-            if self._kv_projection.applies(first, last):
-                self._project_stacked(hidden, rotation, batch, pages, first, last)
-            else:
-                for index in range(first, last):
-                    self._blocks[index].project_kv(hidden, rotation, batch.slots, pages.block(index))
+        native, places = self._native_blocks(), pages.native(start, stop)
+        if native is not None and places is not None and native.takes(places):
+            native.project_kv(hidden.contiguous(), batch, places, self._rotation_table(batch), start)
+        else:
+            self._project_kv(hidden, batch, pages, start, stop)
 
     def final_norm(self, hidden: Tensor) -> Tensor:
         """The state that the output matrix reads, [tokens, hidden]."""
@@ -216,6 +223,37 @@ class Decoder:
         sizes["rope"] = self._rope.nbytes if self._rope is not None else 0
         sizes["linear_block"] = self.linear_block.nbytes if self.linear_block is not None else 0
         return sizes
+
+    def _native_blocks(self) -> NativeBlocks | None:
+        """The blocks for the native kernel, described anew when a linear has been replaced."""
+        if self._described != self._revision[0]:
+            self._native = native_blocks(self.spec, self._blocks, self.linear_block, self.device, self.dtype)
+            self._described = self._revision[0]
+        return self._native
+
+    def _run_blocks(self, hidden: Tensor, batch: PagedBatch, pages: KVPages, start: int, stop: int) -> Tensor:
+        """`run_blocks` one operation at a time, in place."""
+        rotation = self._rotation(batch)
+        linear_block = self.linear_block
+        for index in range(start, stop):
+            if linear_block is not None and linear_block.index == index:
+                hidden = linear_block.apply(hidden)
+            else:
+                hidden = self._blocks[index].run(hidden, rotation, batch, pages.block(index))
+        return hidden
+
+    def _project_kv(self, hidden: Tensor, batch: PagedBatch, pages: KVPages, start: int, stop: int) -> None:
+        """`project_kv` without the native kernel: full-precision blocks as one stacked matrix, INT4 ones each."""
+        rotation = self._rotation(batch)
+        for first, last in self._runs(start, stop):
+            if self._kv_projection.applies(first, last):
+                self._project_stacked(hidden, rotation, batch, pages, first, last)
+            else:
+                for index in range(first, last):
+                    self._blocks[index].project_kv(hidden, rotation, batch.slots, pages.block(index))
+
+    def _rotation_table(self, batch: PagedBatch) -> Tensor | None:
+        return self._rope.table(batch.max_context) if self._rope is not None else None
 
     def _rotation(self, batch: PagedBatch) -> Rotation:
         return self._rope.at(batch.positions, batch.max_context) if self._rope is not None else None

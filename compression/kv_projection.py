@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from exeunt.compression.block import Block
-from exeunt.compression.linear import FullLinear, full_linear
+from exeunt.compression.linear import FullLinear
 from exeunt.compression.norm import rms_norm
+from exeunt.kernels.full_linear import full_linear
 
 
 class KVProjection:

@@ -3,15 +3,10 @@
 from dataclasses import replace
 from typing import Literal, Protocol
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from exeunt.kernels.full_linear import full_linear
 from exeunt.kernels.int4_linear import Int4Weight, PackedWeight, int4_linear, pack
-
-_FEW_ELEMENTS = (
-    4096  # activations that leave the first-level cache room for the weights that stream past them
-)
 
 
 class Linear(Protocol):
@@ -41,23 +36,18 @@ class Linear(Protocol):
 class FullLinear:
     """A linear layer in the model's own dtype."""
 
-    __slots__ = ("_transposed", "bias", "format", "in_features", "out_features", "weight")
+    __slots__ = ("bias", "format", "in_features", "out_features", "weight")
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.format: Literal["full", "int4"] = "full"
         self.weight = weight  # [out, in]
         self.bias = bias
         self.out_features, self.in_features = int(weight.shape[0]), int(weight.shape[1])
-        # addmm with the residual as its addend saves a call, but keeps the sum in float32 until the end: in 16 bits
-        # that is not transformers' rounding order, so only float32 without bias takes it.
-        self._transposed = weight.t() if bias is None and weight.dtype == torch.float32 else None
 
     def __call__(self, x: Tensor) -> Tensor:
         return full_linear(x, self.weight, self.bias)
 
     def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
-        if self._transposed is not None and not _few_rows(x):
-            return residual.addmm_(x, self._transposed)
         return residual.add_(full_linear(x, self.weight, self.bias))
 
     def rows(self, start: int, stop: int) -> "FullLinear":
@@ -68,33 +58,17 @@ class FullLinear:
         return self.weight.nbytes
 
 
-def full_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x Wᵀ + bias [rows, out] of x [rows, in], in whichever order of the factors the library is quick at.
-
-    For two rows and more the BLAS behind PyTorch streams the weights in half to three quarters of the time when they
-    are the left factor, as long as x stays in the first-level cache: W xᵀ, turned back.
-    """
-    if not _few_rows(x):
-        return F.linear(x, weight, bias)
-    out = torch.mm(weight, x.t()).t().contiguous()
-    return out if bias is None else out.add_(bias)
-
-
-def _few_rows(x: Tensor) -> bool:
-    return x.shape[0] > 1 and x.numel() <= _FEW_ELEMENTS and x.dtype == torch.float32 and x.is_cpu
-
-
 class Int4Linear:
     """A linear layer with INT4 weights, held only in the layout that the device's kernel reads."""
 
-    __slots__ = ("_skipped", "bias", "format", "in_features", "out_features", "weight")
+    __slots__ = ("bias", "format", "in_features", "out_features", "skipped", "weight")
 
     def __init__(self, weight: Int4Weight, bias: Tensor | None = None) -> None:
         self._hold(pack(weight), bias, 0)
 
     def __call__(self, x: Tensor) -> Tensor:
         out = int4_linear(x, self.weight, self.bias)
-        return out[..., self._skipped :] if self._skipped else out
+        return out[..., self.skipped :] if self.skipped else out
 
     def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
         return residual.add_(self(x))
@@ -105,10 +79,10 @@ class Int4Linear:
         A packed weight is cut where one of its panels begins; outputs in front of `start` are computed and dropped.
         The native kernel computes an output alike whatever stands beside it: the results are the whole layer's bits.
         """
-        weight, first = _rows_from(self.weight, start + self._skipped, stop + self._skipped)
-        bias = self.bias[first : stop + self._skipped] if self.bias is not None else None
+        weight, first = _rows_from(self.weight, start + self.skipped, stop + self.skipped)
+        bias = self.bias[first : stop + self.skipped] if self.bias is not None else None
         part = Int4Linear.__new__(Int4Linear)
-        part._hold(weight, bias, start + self._skipped - first)
+        part._hold(weight, bias, start + self.skipped - first)
         return part
 
     def _hold(self, weight: PackedWeight, bias: Tensor | None, skipped: int) -> None:
@@ -117,7 +91,7 @@ class Int4Linear:
         self.bias = bias
         self.in_features = weight.in_features
         self.out_features = weight.out_features - skipped
-        self._skipped = skipped  # outputs of `weight` in front of this layer's
+        self.skipped = skipped  # outputs of `weight` in front of this layer's
 
     @property
     def nbytes(self) -> int:

@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from exeunt.kernels.full_linear import full_linear
 
 _PREFIX = "linear_block."
 
@@ -37,7 +38,7 @@ class LinearBlock:
 
     def apply(self, hidden: Tensor) -> Tensor:
         """The block's output for `hidden` [..., H], same shape and dtype."""
-        return hidden + F.linear(F.linear(hidden, self.down), self.up, self.bias)
+        return hidden + full_linear(full_linear(hidden, self.down), self.up, self.bias)
 
     @property
     def rank(self) -> int:

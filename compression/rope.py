@@ -62,6 +62,11 @@ class RopeTables:
         rows = self._table.index_select(0, positions)
         return rows[:, 0:1], rows[:, 1:2]
 
+    def table(self, positions: int) -> Tensor:
+        """Cosines and signed sines of at least `positions` positions, [positions, 2, head_dim]."""
+        self.reserve(positions)
+        return self._table
+
     @property
     def nbytes(self) -> int:
         return self._table.nbytes

@@ -5,10 +5,7 @@
 // fails: Python checks shapes and dtypes before it calls.
 #include <type_traits>
 
-#include "int4_linear.h"
-#include "paged_attention.h"
-#include "rows.h"
-#include "write_kv.h"
+#include "blocks.h"
 
 template <class Function>
 static void with_dtype(int dtype, Function&& function) {
@@ -81,6 +78,38 @@ EXPORTED void exeunt_rotate_heads(void* x, const void* cosines, const void* sine
   with_dtype(dtype, [&](auto* kind) {
     using T = std::remove_pointer_t<decltype(kind)>;
     rotate_heads((T*)x, (const T*)cosines, (const T*)sines, tokens, heads, n, stride, table_stride);
+  });
+}
+
+// x [rows, inputs], weight [outputs, inputs], y [rows, outputs] and bias [outputs] or null, all of one dtype.
+EXPORTED void exeunt_full_linear(void* y, const void* x, const void* weight, const void* bias, int64_t rows,
+                                 int64_t inputs, int64_t outputs, int dtype, int threads) {
+  with_dtype(dtype, [&](auto* kind) {
+    using T = std::remove_pointer_t<decltype(kind)>;
+    full_linear((T*)y, (const T*)x, rows, (const T*)weight, inputs, outputs, (const T*)bias, threads);
+  });
+}
+
+// hidden [tokens, hidden] is replaced by the state behind `count` blocks; scratch holds per token twice the hidden
+// size, `widest` values and as many as the larger of the queries and the inner size.
+EXPORTED void exeunt_run_blocks(void* hidden, int64_t tokens, const BlockShape* shape, const BlockParts* blocks,
+                                const Pages* const* pages, int64_t count, const Batch* batch, const int64_t* slots,
+                                void* scratch, int64_t widest, int dtype, int threads) {
+  with_dtype(dtype, [&](auto* kind) {
+    using T = std::remove_pointer_t<decltype(kind)>;
+    const BlockRun<T> work(*shape, *batch, slots, tokens, threads, (T*)scratch, widest);
+    for (int64_t b = 0; b < count; b++) work.run(blocks[b], pages[b], (T*)hidden);
+  });
+}
+
+// Writes the keys and values that `count` blocks make of hidden [tokens, hidden]; scratch as above.
+EXPORTED void exeunt_project_kv(const void* hidden, int64_t tokens, const BlockShape* shape, const BlockParts* blocks,
+                                const Pages* const* pages, int64_t count, const Batch* batch, const int64_t* slots,
+                                void* scratch, int64_t widest, int dtype, int threads) {
+  with_dtype(dtype, [&](auto* kind) {
+    using T = std::remove_pointer_t<decltype(kind)>;
+    const BlockRun<T> work(*shape, *batch, slots, tokens, threads, (T*)scratch, widest);
+    for (int64_t b = 0; b < count; b++) work.project_kv(blocks[b], pages[b], (const T*)hidden);
   });
 }
 }

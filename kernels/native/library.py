@@ -25,6 +25,9 @@ _loaded: list["NativeLibrary | None"] = []  # one entry once the question is set
 _pointer, _long, _int, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _SIGNATURES = {
     "exeunt_int4_linear": [_pointer] * 4 + [_long] * 4 + [_int] * 2,
+    "exeunt_full_linear": [_pointer] * 4 + [_long] * 3 + [_int] * 2,
+    "exeunt_run_blocks": [_pointer, _long] + [_pointer] * 3 + [_long] + [_pointer] * 3 + [_long] + [_int] * 2,
+    "exeunt_project_kv": [_pointer, _long] + [_pointer] * 3 + [_long] + [_pointer] * 3 + [_long] + [_int] * 2,
     "exeunt_write_kv": [_pointer] * 3 + [_long] * 2 + [_pointer, _long] + [_int] * 2,
     "exeunt_paged_attention": [_pointer] * 4 + [_long] * 4 + [_float] + [_int] * 2,
     "exeunt_rms_norm": [_pointer] * 3 + [_long] * 3 + [_float, _int],
@@ -42,6 +45,9 @@ class NativeLibrary:
         handle = ctypes.CDLL(str(path))
         self.lanes = int(handle.exeunt_lanes())
         self.int4_linear = self._function(handle, "exeunt_int4_linear")
+        self.full_linear = self._function(handle, "exeunt_full_linear")
+        self.run_blocks = self._function(handle, "exeunt_run_blocks")
+        self.project_kv = self._function(handle, "exeunt_project_kv")
         self.write_kv = self._function(handle, "exeunt_write_kv")
         self.paged_attention = self._function(handle, "exeunt_paged_attention")
         self.rms_norm = self._function(handle, "exeunt_rms_norm")

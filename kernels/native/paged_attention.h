@@ -22,7 +22,7 @@ template <class T>
 struct FullPages {
   static constexpr int UNIT = 1;  // vectors that one load yields
   static constexpr bool INT4 = false;
-  static void read(const char* p, int64_t chunk, int n, vf out[UNIT]) {
+  static inline __attribute__((always_inline)) void read(const char* p, int64_t chunk, int n, vf (&out)[UNIT]) {
     out[0] = load((const T*)p + chunk * LANES, n);
   }
 };
@@ -30,14 +30,14 @@ struct FullPages {
 struct Int4Pages {
   static constexpr int UNIT = 2;
   static constexpr bool INT4 = true;
-  static void read(const char* p, int64_t chunk, int n, vf out[UNIT]) {
+  static inline __attribute__((always_inline)) void read(const char* p, int64_t chunk, int n, vf (&out)[UNIT]) {
     vi bytes = widened(load_u8(p + chunk * LANES, n));
     out[0] = __builtin_convertvector(bytes & 15, vf);
     out[1] = __builtin_convertvector(bytes >> 4, vf);
   }
 };
 
-struct KeyBlock {  // LANES keys; those outside first .. last - 1 stand for the first and count for nothing
+struct KeyBlock {  // LANES keys; those outside first .. last - 1 stand for one inside and count for nothing
   const char* keys[LANES];
   const char* values[LANES];
   vf key_scale, key_minimum, value_scale, value_minimum;
@@ -45,9 +45,9 @@ struct KeyBlock {  // LANES keys; those outside first .. last - 1 stand for the 
   int first, last;
 };
 
-struct Shape {
-  int64_t chunks, width;  // loads of one key; elements (full) or bytes (INT4) of one key
-  int count(int64_t chunk) const { return int(width - chunk * LANES < LANES ? width - chunk * LANES : LANES); }
+struct Shape {            // of one key: elements (full) or bytes (INT4), LANES to a load
+  int64_t chunks, whole;  // loads, and those of them that are full
+  int rest;               // values of the last one, where it is not
 };
 
 struct Head {  // the state of one query head
@@ -62,25 +62,42 @@ inline int within_block(int64_t key, int64_t start) {
   return int(key <= start ? 0 : key - start < LANES ? key - start : LANES);
 }
 
+// The products of four keys with GT heads, from `chunk` on in every key; WHOLE: all its LANES values are there.
+template <class KV, int GT, bool WHOLE>
+inline __attribute__((always_inline)) void add_products(vf (&part)[GT][4], const char* const* keys, const Head* heads,
+                                                        int64_t chunk, int count) {
+  constexpr int UNIT = KV::UNIT;
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; j++) {
+    vf key[UNIT];
+    KV::read(keys[j], chunk, WHOLE ? LANES : count, key);
+#pragma GCC unroll 4
+    for (int g = 0; g < GT; g++)
+#pragma GCC unroll 2
+      for (int u = 0; u < UNIT; u++) part[g][j] = fused(heads[g].query[chunk * UNIT + u], key[u], part[g][j]);
+  }
+}
+
 // scores[g] of GT heads against the block's keys, by lane.
 template <class KV, int GT>
-void score(const KeyBlock& block, const Shape& shape, const Head* heads, vf* scores) {
-  constexpr int UNIT = KV::UNIT;
+inline __attribute__((always_inline)) void score(const KeyBlock& block, const Shape& shape, const Head* heads,
+                                                 vf (&scores)[GT]) {
   vf fours[GT][LANES / 4];
+#pragma GCC unroll 4
   for (int k = 0; k < LANES; k += 4) {
-    vf part[GT][4] = {};
-    for (int64_t c = 0; c < shape.chunks; c++) {
-      const int n = shape.count(c);
-      for (int j = 0; j < 4; j++) {
-        vf key[UNIT];
-        KV::read(block.keys[k + j], c, n, key);
-        for (int g = 0; g < GT; g++)
-          for (int u = 0; u < UNIT; u++) part[g][j] = fused(heads[g].query[c * UNIT + u], key[u], part[g][j]);
-      }
-    }
+    vf part[GT][4];
+#pragma GCC unroll 4
+    for (int g = 0; g < GT; g++)
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; j++) part[g][j] = vf{};
+    int64_t c = 0;
+    for (; c < shape.whole; c++) add_products<KV, GT, true>(part, block.keys + k, heads, c, LANES);
+    if (c < shape.chunks) add_products<KV, GT, false>(part, block.keys + k, heads, c, shape.rest);
+#pragma GCC unroll 4
     for (int g = 0; g < GT; g++)
       fours[g][k / 4] = pair_sums(pair_sums(part[g][0], part[g][1]), pair_sums(part[g][2], part[g][3]));
   }
+#pragma GCC unroll 4
   for (int g = 0; g < GT; g++) {
 #if defined(EXEUNT_AVX512)
     scores[g] = pair_sums(pair_sums(fours[g][0], fours[g][1]), pair_sums(fours[g][2], fours[g][3]));
@@ -91,26 +108,40 @@ void score(const KeyBlock& block, const Shape& shape, const Head* heads, vf* sco
   }
 }
 
+// Adds one chunk of the block's values to GT heads with their weights by key.
+template <class KV, int GT, bool WHOLE>
+inline __attribute__((always_inline)) void mix_chunk(const KeyBlock& block, Head* heads, const float (*weight)[LANES],
+                                                     int64_t c, int count) {
+  constexpr int UNIT = KV::UNIT;
+  vf mixed[GT][UNIT];
+#pragma GCC unroll 4
+  for (int g = 0; g < GT; g++)
+#pragma GCC unroll 2
+    for (int u = 0; u < UNIT; u++) mixed[g][u] = heads[g].mixed[c * UNIT + u];
+#pragma GCC unroll 2
+  for (int k = 0; k < LANES; k++) {
+    vf value[UNIT];
+    KV::read(block.values[k], c, WHOLE ? LANES : count, value);
+#pragma GCC unroll 4
+    for (int g = 0; g < GT; g++)
+#pragma GCC unroll 2
+      for (int u = 0; u < UNIT; u++) mixed[g][u] = fused(splat(weight[g][k]), value[u], mixed[g][u]);
+  }
+#pragma GCC unroll 4
+  for (int g = 0; g < GT; g++)
+#pragma GCC unroll 2
+    for (int u = 0; u < UNIT; u++) heads[g].mixed[c * UNIT + u] = mixed[g][u];
+}
+
 // Adds the block's values to GT heads with weights p[g] by lane.
 template <class KV, int GT>
-void mix(const KeyBlock& block, const Shape& shape, Head* heads, const vf* p) {
-  constexpr int UNIT = KV::UNIT;
+inline __attribute__((always_inline)) void mix(const KeyBlock& block, const Shape& shape, Head* heads,
+                                               const vf (&p)[GT]) {
   float weight[GT][LANES];
   memcpy(weight, p, sizeof weight);
-  for (int64_t c = 0; c < shape.chunks; c++) {
-    const int n = shape.count(c);
-    vf mixed[GT][UNIT];
-    for (int g = 0; g < GT; g++)
-      for (int u = 0; u < UNIT; u++) mixed[g][u] = heads[g].mixed[c * UNIT + u];
-    for (int k = 0; k < LANES; k++) {
-      vf value[UNIT];
-      KV::read(block.values[k], c, n, value);
-      for (int g = 0; g < GT; g++)
-        for (int u = 0; u < UNIT; u++) mixed[g][u] = fused(splat(weight[g][k]), value[u], mixed[g][u]);
-    }
-    for (int g = 0; g < GT; g++)
-      for (int u = 0; u < UNIT; u++) heads[g].mixed[c * UNIT + u] = mixed[g][u];
-  }
+  int64_t c = 0;
+  for (; c < shape.whole; c++) mix_chunk<KV, GT, true>(block, heads, weight, c, LANES);
+  if (c < shape.chunks) mix_chunk<KV, GT, false>(block, heads, weight, c, shape.rest);
 }
 
 template <class KV, int GT>
@@ -148,6 +179,17 @@ inline void read_params(const char* const* places, vf* scale, vf* minimum) {
   *minimum = from_half(__builtin_convertvector(pairs >> 16, vu16));
 }
 
+inline int inside(int lane, const KeyBlock& block) {  // the nearest lane whose key is there
+  return lane < block.first ? block.first : lane < block.last ? lane : block.last - 1;
+}
+
+// The addresses of a block's keys, the first of which is at `place` of a page that holds them all.
+inline void spread(const PagedTensor& tensor, int64_t page, int64_t head, int64_t place, const KeyBlock& block,
+                   const char** places) {
+  const char* first = tensor.at(page, head, place) - block.first * tensor.token;
+  for (int k = 0; k < LANES; k++) places[k] = first + inside(k, block) * tensor.token;
+}
+
 template <class KV>
 void find_block(const Pages& pages, const int32_t* table, int64_t head, int64_t start, int64_t first,
                 int64_t last, KeyBlock* block) {
@@ -155,22 +197,27 @@ void find_block(const Pages& pages, const int32_t* table, int64_t head, int64_t 
   block->start = start;
   block->first = within_block(first, start);
   block->last = within_block(last, start);
-  int64_t place = (start + block->first) % pages.page_tokens;
+  const int64_t place = (start + block->first) % pages.page_tokens;
   const int32_t* entry = table + (start + block->first) / pages.page_tokens;
-  for (int k = block->first; k < block->last; k++) {
-    block->keys[k] = pages.keys.at(*entry, head, place);
-    block->values[k] = pages.values.at(*entry, head, place);
+  const int count = block->last - block->first;
+  if (place + count <= pages.page_tokens) {  // all on one page
+    spread(pages.keys, *entry, head, place, *block, block->keys);
+    spread(pages.values, *entry, head, place, *block, block->values);
     if (KV::INT4) {
-      key_params[k] = pages.key_params.at(*entry, head, place);
-      value_params[k] = pages.value_params.at(*entry, head, place);
+      spread(pages.key_params, *entry, head, place, *block, key_params);
+      spread(pages.value_params, *entry, head, place, *block, value_params);
     }
-    if (++place == pages.page_tokens) place = 0, entry++;
-  }
-  for (int k = 0; k < LANES; k++) {
-    if (k >= block->first && k < block->last) continue;
-    block->keys[k] = block->keys[block->first];
-    block->values[k] = block->values[block->first];
-    if (KV::INT4) key_params[k] = key_params[block->first], value_params[k] = value_params[block->first];
+  } else {
+    for (int k = 0; k < LANES; k++) {
+      const int64_t key = place + inside(k, *block) - block->first, there = key % pages.page_tokens;
+      const int32_t page = entry[key / pages.page_tokens];
+      block->keys[k] = pages.keys.at(page, head, there);
+      block->values[k] = pages.values.at(page, head, there);
+      if (KV::INT4) {
+        key_params[k] = pages.key_params.at(page, head, there);
+        value_params[k] = pages.value_params.at(page, head, there);
+      }
+    }
   }
   if (KV::INT4) {
     read_params(key_params, &block->key_scale, &block->key_minimum);
@@ -221,8 +268,9 @@ template <class KV>
 void attend_block(const KeyBlock& block, const Shape& shape, Head* heads, int64_t count) {
   int64_t g = 0;
   for (; g + 4 <= count; g += 4) attend<KV, 4>(block, shape, heads + g);
-  for (; g + 2 <= count; g += 2) attend<KV, 2>(block, shape, heads + g);
-  if (g < count) attend<KV, 1>(block, shape, heads + g);
+  if (count - g == 3) attend<KV, 3>(block, shape, heads + g);
+  if (count - g == 2) attend<KV, 2>(block, shape, heads + g);
+  if (count - g == 1) attend<KV, 1>(block, shape, heads + g);
 }
 
 template <class KV, class Q>
@@ -238,7 +286,8 @@ struct Attention {
   // The query heads of `kv_head`, for tokens `token` to `token` + `count` - 1 of `row`.
   void attend_tokens(int64_t token, int64_t count, int64_t row, int64_t kv_head, AttentionScratch& scratch) const {
     const int64_t n = pages.head_dim, group = heads / pages.kv_heads, all = count * group;
-    const Shape shape{(n / KV::UNIT + LANES - 1) / LANES, n / KV::UNIT};
+    const int64_t width = n / KV::UNIT;
+    const Shape shape{(width + LANES - 1) / LANES, width / LANES, int(width % LANES)};
     const int64_t vectors = shape.chunks * KV::UNIT;
     scratch.queries.assign(size_t(all * vectors), vf{});
     scratch.mixed.assign(size_t(all * vectors), vf{});

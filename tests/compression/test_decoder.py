@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import exeunt.compression.decoder
 from exeunt.compression.checkpoint_names import linear_shapes
 from exeunt.compression.decoder import Decoder
 from exeunt.compression.linear import FullLinear, Int4Linear
@@ -99,13 +100,14 @@ def test_projected_kv_is_what_each_block_makes_of_the_exit_state(
             tensor.zero_()
         decoder.run_blocks(exit_state, batch, own.pages, block, block + 1)
         for projected, expected in zip(_kv(together, block), _kv(own, block), strict=True):
-            _assert_same_kv(projected, expected, batch.slots, exact=weights == "int4" and ROW_INVARIANT)
+            _assert_same_kv(projected, expected, batch.slots, exact=ROW_INVARIANT)
     untouched = Sequences(decoder, format=format, max_tokens=40)  # type: ignore[arg-type]
     for tensor, blank in zip(_kv(together, 0), _kv(untouched, 0), strict=True):
         assert torch.equal(tensor.contiguous().view(torch.uint8), blank.contiguous().view(torch.uint8))
 
 
-def test_stacked_kv_is_the_same_from_any_start(tmp_path: Path) -> None:
+def test_stacked_kv_is_the_same_from_any_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exeunt.compression.decoder, "native_blocks", lambda *_: None)  # which needs no stack
     decoder = _decoder("qwen3", tmp_path)
     ids, blocks = _tokens(9), decoder.spec.blocks
     reference = Sequences(decoder)

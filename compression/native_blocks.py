@@ -1,0 +1,107 @@
+"""A decoder's blocks handed to the native kernel that runs many of them in one call."""
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from exeunt.compression.architecture import Architecture
+from exeunt.compression.block import Block
+from exeunt.compression.linear import FullLinear, Int4Linear, Linear
+from exeunt.compression.linear_block import LinearBlock
+from exeunt.compression.norm import Norm
+from exeunt.kernels.blocks import BlockParts, BlockShape, Matrix, NativeBlocks, NormWeights
+from exeunt.kernels.blocks.native import ACTIVATION_CODES
+from exeunt.kernels.int4_linear.native import PackedInt4
+from exeunt.kernels.native.library import DTYPE_CODES, native_library
+
+_NO_WINDOW = 1 << 62
+
+
+class _NotNative(Exception):
+    """A layer that the native kernel does not know."""
+
+
+def native_blocks(
+    spec: Architecture,
+    blocks: Sequence[Block],
+    linear_block: LinearBlock | None,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> NativeBlocks | None:
+    """The blocks for the native kernel, or None where it cannot run all of them on this device.
+
+    The weights are not copied. A linear of another class than this project's two (one that records what it is given,
+    say) makes the answer None, and the blocks run one operation at a time.
+    """
+    library = native_library() if device.type == "cpu" else None
+    if library is None or dtype not in DTYPE_CODES or spec.activation not in ACTIVATION_CODES:
+        return None
+    parts = (BlockParts * len(blocks))()
+    held: list[Tensor] = []
+    try:
+        for index, block in enumerate(blocks):
+            replaced = linear_block is not None and linear_block.index == index
+            _describe(parts[index], block, linear_block if replaced else None, dtype, held)
+    except _NotNative:
+        return None
+    return NativeBlocks(library, dtype, _shape(spec), parts, tuple(held))
+
+
+def _shape(spec: Architecture) -> BlockShape:
+    return BlockShape(
+        hidden=spec.hidden_size,
+        heads=spec.heads,
+        kv_heads=spec.kv_heads,
+        head_dim=spec.head_dim,
+        inner=spec.intermediate_size,
+        gated=int(spec.gated),
+        activation=ACTIVATION_CODES[spec.activation],
+        layer_norm=int(spec.norm == "layer"),
+        eps=spec.norm_eps,
+        rotation=None,
+    )
+
+
+def _describe(
+    parts: BlockParts, block: Block, replaced_by: LinearBlock | None, dtype: torch.dtype, held: list[Tensor]
+) -> None:
+    """Fill in one block's parts; raises _NotNative."""
+    if replaced_by is not None:
+        parts.is_linear_map = 1
+        parts.qkv = _matrix(FullLinear(replaced_by.down), dtype, held)
+        parts.out = _matrix(FullLinear(replaced_by.up, replaced_by.bias), dtype, held)
+        return
+    parts.attention_norm = _norm(block.attention_norm, dtype, held)
+    parts.mlp_norm = _norm(block.mlp_norm, dtype, held)
+    if block.head_norm is not None:
+        parts.head_norm = _address(block.head_norm, dtype, held)
+    parts.qkv, parts.out, parts.up, parts.down = (
+        _matrix(linear, dtype, held) for linear in (block.qkv, block.out, block.up, block.down)
+    )
+    parts.window = _NO_WINDOW if block.window is None else block.window
+    parts.scale = ctypes.c_double(block.scale)
+
+
+def _norm(norm: Norm, dtype: torch.dtype, held: list[Tensor]) -> NormWeights:
+    bias = None if norm.bias is None else _address(norm.bias, dtype, held)
+    return NormWeights(_address(norm.weight, dtype, held), bias)
+
+
+def _matrix(linear: Linear, dtype: torch.dtype, held: list[Tensor]) -> Matrix:
+    bias = None if linear.bias is None else _address(linear.bias, dtype, held)
+    sizes = linear.in_features, linear.out_features
+    if type(linear) is FullLinear:
+        return Matrix(_address(linear.weight, dtype, held), bias, 0, *sizes)
+    if type(linear) is Int4Linear and isinstance(linear.weight, PackedInt4) and not linear.skipped:
+        held.append(linear.weight.panels)
+        return Matrix(linear.weight.panels.data_ptr(), bias, linear.weight.group_size, *sizes)
+    raise _NotNative
+
+
+def _address(tensor: Tensor, dtype: torch.dtype, held: list[Tensor]) -> int:
+    if tensor.dtype != dtype or not tensor.is_contiguous() or not tensor.is_cpu:
+        raise _NotNative
+    held.append(tensor)
+    return tensor.data_ptr()

@@ -1,0 +1,5 @@
+"""Consecutive transformer blocks in one native call."""
+
+from exeunt.kernels.blocks.native import BlockParts, BlockShape, Matrix, NativeBlocks, NormWeights
+
+__all__ = ["BlockParts", "BlockShape", "Matrix", "NativeBlocks", "NormWeights"]

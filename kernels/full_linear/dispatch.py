@@ -1,0 +1,48 @@
+"""The public full-precision linear: native on the CPU, PyTorch's elsewhere.
+
+On the CPU the library's matrix product is quick but sums in an order that depends on how many rows there are; the
+native one gives a row the same bits whatever it shares the call with, and is quicker for the few rows of a decode step.
+"""
+
+import torch
+from torch import Tensor
+
+from exeunt.kernels.full_linear.reference import full_linear_reference
+from exeunt.kernels.native.library import DTYPE_CODES, native_library
+
+
+def full_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return x [..., in] times weight [out, in] transposed, plus bias [out]: [..., out] in x's dtype.
+
+    All three are of one dtype. Sums are float32, rounded once. Where gradients are wanted PyTorch's own runs. Raises
+    ValueError where the sizes do not fit.
+    """
+    dtype = x.dtype
+    library = native_library() if x.is_cpu else None
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return full_linear_reference(x, weight, bias)
+    if library is None or dtype not in DTYPE_CODES or weight.dtype != dtype or not weight.is_contiguous():
+        return full_linear_reference(x, weight, bias)
+    *leading, features = x.shape
+    outputs, inputs = weight.shape
+    if features != inputs or (bias is not None and bias.shape != (outputs,)):
+        raise ValueError(
+            f"the input has {features} features, the weight is {list(weight.shape)}"
+            + ("" if bias is None else f" and the bias {list(bias.shape)}")
+        )
+    x = x.contiguous()
+    if bias is not None and (bias.dtype != dtype or not bias.is_contiguous()):
+        bias = bias.to(dtype).contiguous()
+    out = torch.empty((*leading, outputs), dtype=dtype)
+    library.full_linear(
+        out.data_ptr(),
+        x.data_ptr(),
+        weight.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        x.numel() // features,
+        features,
+        outputs,
+        DTYPE_CODES[dtype],
+        torch.get_num_threads(),
+    )
+    return out

@@ -1,0 +1,201 @@
+// Whole transformer blocks, one after the other, in one call: what a stage of the model is between two exits.
+//
+// It strings the other kernels together as compression/block.py does, over scratch that the caller gives; in 16 bits
+// every intermediate result is rounded to the model's dtype where that file's tensors would be.
+#pragma once
+
+#include "full_linear.h"
+#include "int4_linear.h"
+#include "paged_attention.h"
+#include "rows.h"
+#include "write_kv.h"
+
+// The structs are those of kernels/blocks/native.py, field by field.
+struct Matrix {  // group_size 0: weight is [outputs, inputs] in the model's dtype; else INT4 panels
+  const void *weight, *bias;
+  int64_t group_size, inputs, outputs;
+};
+
+struct NormWeights {
+  const void *weight, *bias;  // bias null for an RMS norm
+};
+
+struct BlockParts {
+  int64_t is_linear_map;  // then only qkv (V) and out (U, with bias) are there: h + U (V h) + b
+  NormWeights attention_norm, mlp_norm;
+  const void* head_norm;  // [heads + kv_heads, head_dim] or null
+  Matrix qkv, out, up, down;
+  int64_t window;
+  double scale;
+};
+
+enum Activation : int64_t { SILU, GELU_TANH, GELU, RELU };
+
+struct BlockShape {
+  int64_t hidden, heads, kv_heads, head_dim, inner, gated, activation, layer_norm;
+  double eps;
+  const void* rotation;  // [positions, 2, head_dim]: cosines and signed sines; null without rotary embedding
+};
+
+constexpr int64_t SHARED_ROW_VALUES = 1 << 16;  // values of row operations from which threads pay
+
+inline vf activated(vf x, int64_t activation) {
+  if (activation == RELU) return larger(x, vf{});
+  if (activation == GELU) {
+    vf y;
+    for (int i = 0; i < LANES; i++) y[i] = 0.5f * x[i] * (1.0f + std::erf(x[i] * 0.70710678118654752f));
+    return y;
+  }
+  // tanh form of GELU: x times the sigmoid of 2 √(2/π) (x + 0.044715 x³)
+  vf power = activation == SILU ? -x : -1.5957691216057308f * fused(x * x * x, splat(0.044715f), x);
+  power = power > 88.0f ? splat(88.0f) : power;
+  return x / (exponential(power) + 1.0f);
+}
+
+template <class T>
+void layer_norm(T* y, const T* x, const T* weight, const T* bias, int64_t n, float eps) {
+  vf total{}, squares{};
+  for (int64_t i = 0; i < n; i += LANES) total += load(x + i, vector_at(i, n));
+  const float mean = sum(total) / float(n);
+  for (int64_t i = 0; i < n; i += LANES) {
+    const int count = vector_at(i, n);
+    vf off = load(x + i, count) - mean;
+    if (count < LANES)
+      for (int l = count; l < LANES; l++) off[l] = 0;
+    squares = fused(off, off, squares);
+  }
+  const float scale = 1.0f / std::sqrt(sum(squares) / float(n) + eps);
+  for (int64_t i = 0; i < n; i += LANES) {
+    const int count = vector_at(i, n);
+    vf v = (load(x + i, count) - mean) * scale * load(weight + i, count);
+    store(y + i, bias ? v + load(bias + i, count) : v, count);
+  }
+}
+
+template <class T>
+struct BlockRun {
+  const BlockShape& shape;
+  const Batch& batch;
+  const int64_t* slots;
+  int64_t tokens;
+  int threads;
+  T *normed, *delta, *wide, *mixed;  // scratch: [tokens, hidden] twice, then the widest projections
+
+  BlockRun(const BlockShape& shape_, const Batch& batch_, const int64_t* slots_, int64_t tokens_, int threads_,
+           T* scratch, int64_t widest)
+      : shape(shape_), batch(batch_), slots(slots_), tokens(tokens_), threads(threads_), normed(scratch),
+        delta(normed + tokens * shape.hidden), wide(delta + tokens * shape.hidden), mixed(wide + tokens * widest) {}
+
+  template <class Body>
+  void each_row(int64_t width, const Body& body) const {
+    share(tokens, tokens * width >= SHARED_ROW_VALUES ? threads : 1, 16, [&](int64_t first, int64_t last) {
+      for (int64_t t = first; t < last; t++) body(t);
+    });
+  }
+
+  // y [tokens, …] holds the matrix's outputs from `first` on behind as many others as the result says.
+  int64_t linear(const Matrix& m, const T* x, T* y, int64_t first = 0) const {
+    const T* bias = (const T*)m.bias;
+    if (m.group_size == 0) {
+      full_linear(y, x, tokens, (const T*)m.weight + first * m.inputs, m.inputs, m.outputs - first,
+                  bias ? bias + first : nullptr, threads);
+      return 0;
+    }
+    const Groups groups{m.inputs, m.group_size, (m.inputs + m.group_size - 1) / m.group_size};
+    const int64_t panel = first / LANES, from = panel * LANES;
+    int4_linear(y, x, tokens, (const uint8_t*)m.weight + panel * groups.panel_bytes(), groups, m.outputs - from,
+                bias ? bias + from : nullptr, threads);
+    return first - from;
+  }
+
+  void norm(const NormWeights& weights, const T* x, T* y) const {
+    const int64_t n = shape.hidden;
+    each_row(n, [&](int64_t t) {
+      if (shape.layer_norm)
+        layer_norm(y + t * n, x + t * n, (const T*)weights.weight, (const T*)weights.bias, n, float(shape.eps));
+      else
+        rms_norm(y + t * n, x + t * n, (const T*)weights.weight, 1, n, n, float(shape.eps));
+    });
+  }
+
+  void add(T* hidden) const {
+    const int64_t n = shape.hidden;
+    each_row(n, [&](int64_t t) {
+      for (int64_t i = t * n, end = i + n; i < end; i += LANES) {
+        const int count = vector_at(i, end);
+        store(hidden + i, load(hidden + i, count) + load(delta + i, count), count);
+      }
+    });
+  }
+
+  // Norms and turns `heads` heads of each token; `heads_norm` are their weights or null.
+  void turn(T* x, int64_t heads, int64_t stride, const T* heads_norm) const {
+    const int64_t n = shape.head_dim;
+    each_row(heads * n, [&](int64_t t) {
+      T* token = x + t * stride;
+      if (heads_norm)
+        for (int64_t h = 0; h < heads; h++)
+          rms_norm(token + h * n, token + h * n, heads_norm + h * n, 1, n, n, float(shape.eps));
+      if (shape.rotation) {
+        const T* table = (const T*)shape.rotation + batch.positions[t] * 2 * n;
+        rotate_heads(token, table, table + n, 1, heads, n, stride, 0);
+      }
+    });
+  }
+
+  void attend(const BlockParts& block, const Pages& pages, T* qkv) const {
+    const int64_t n = shape.head_dim, queries = shape.heads * n, keys = shape.kv_heads * n;
+    const int64_t stride = queries + 2 * keys;
+    turn(qkv, shape.heads + shape.kv_heads, stride, (const T*)block.head_norm);
+    write_kv(pages, qkv + queries, qkv + queries + keys, stride, stride, slots, tokens, threads);
+    if (pages.int4())
+      paged_attention<Int4Pages>(pages, batch, qkv, stride, mixed, tokens, shape.heads, float(block.scale),
+                                 block.window, threads);
+    else
+      paged_attention<FullPages<T>>(pages, batch, qkv, stride, mixed, tokens, shape.heads, float(block.scale),
+                                    block.window, threads);
+  }
+
+  void activate(const T* up) const {
+    const int64_t n = shape.inner, stride = shape.gated ? 2 * n : n;
+    each_row(n, [&](int64_t t) {
+      const T* x = up + t * stride;
+      T* y = mixed + t * n;
+      for (int64_t i = 0; i < n; i += LANES) {
+        const int count = vector_at(i, n);
+        vf active = activated(load(x + i, count), shape.activation);
+        store(y + i, shape.gated ? as_stored<T>(active) * load(x + n + i, count) : active, count);
+      }
+    });
+  }
+
+  void run(const BlockParts& block, const Pages* pages, T* hidden) const {
+    if (block.is_linear_map) {
+      linear(block.qkv, hidden, wide);
+      linear(block.out, wide, delta);
+      add(hidden);
+      return;
+    }
+    norm(block.attention_norm, hidden, normed);
+    linear(block.qkv, normed, wide);
+    attend(block, *pages, wide);
+    linear(block.out, mixed, delta);
+    add(hidden);
+    norm(block.mlp_norm, hidden, normed);
+    linear(block.up, normed, wide);
+    activate(wide);
+    linear(block.down, mixed, delta);
+    add(hidden);
+  }
+
+  // Only the keys and values that the block makes of `hidden`; a linear map has none.
+  void project_kv(const BlockParts& block, const Pages* pages, const T* hidden) const {
+    if (block.is_linear_map) return;
+    const int64_t n = shape.head_dim, keys = shape.kv_heads * n, queries = shape.heads * n;
+    norm(block.attention_norm, hidden, normed);
+    const int64_t skipped = linear(block.qkv, normed, wide, queries), stride = skipped + 2 * keys;
+    const T* heads_norm = (const T*)block.head_norm;
+    turn(wide + skipped, shape.kv_heads, stride, heads_norm ? heads_norm + queries : nullptr);
+    write_kv(*pages, wide + skipped, wide + skipped + keys, stride, stride, slots, tokens, threads);
+  }
+};

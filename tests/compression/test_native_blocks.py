@@ -1,0 +1,166 @@
+"""Blocks in one native call against the same blocks one operation at a time."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import exeunt.compression.decoder
+from exeunt.compression.decoder import Decoder
+from exeunt.compression.linear import FullLinear, Int4Linear
+from exeunt.compression.linear_block import LinearBlock
+from exeunt.compression.variant import KVFormat
+from exeunt.kernels.int4_linear import quantize
+from exeunt.kernels.native.library import native_library
+
+from .paged_generation import Sequences
+from .reference_models import build_model, save
+
+pytestmark = pytest.mark.skipif(native_library() is None, reason="there is no C++ compiler on this machine")
+
+# Sizes and pieces that take different ways through the native code.
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt2": ("gpt2", {}),  # layer norm, biases, learned positions, GELU's tanh form, no gate
+    "gpt2-exact-gelu": ("gpt2", {"activation_function": "gelu"}),
+    "gpt2-relu": ("gpt2", {"activation_function": "relu"}),
+    "llama": ("llama", {}),
+    "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama-gelu": ("llama", {"hidden_act": "gelu_pytorch_tanh"}),
+    "mistral": ("mistral", {"sliding_window": 6}),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {"head_dim": 14}),  # head norms; query rows that end inside a panel
+}
+
+
+def _decoder(name: str, directory: Path, dtype: torch.dtype, int4: bool, linear_block: bool) -> Decoder:
+    family, changes = MODELS[name]
+    decoder = Decoder.load(save(build_model(family, dtype, **changes), directory), dtype=dtype)
+    if int4:
+        for block in range(decoder.spec.blocks):
+            linears = {}
+            for part, linear in decoder.block_linears(block).items():
+                assert isinstance(linear, FullLinear)
+                linears[part] = Int4Linear(quantize(linear.weight, 16), linear.bias)
+            decoder.replace_linears(block, linears)
+    if linear_block:
+        hidden = decoder.spec.hidden_size
+        down, up = torch.randn(3, hidden) / 7, torch.randn(hidden, 3)
+        decoder = decoder.with_linear_block(
+            LinearBlock(2, *(t.to(dtype) for t in (down, up, torch.ones(hidden))))
+        )
+    return decoder
+
+
+def _piecewise(monkeypatch: pytest.MonkeyPatch, decoder: Decoder) -> Decoder:
+    """The same decoder without the native call."""
+    with monkeypatch.context() as patch:
+        patch.setattr(exeunt.compression.decoder, "native_blocks", lambda *_: None)
+        other = decoder.twin()
+        assert other._native_blocks() is None  # asked once, and remembered
+    return other
+
+
+@pytest.mark.parametrize("linear_block", [False, True])
+@pytest.mark.parametrize("int4", [False, True])
+@pytest.mark.parametrize("format", ["full", "int4"])
+@pytest.mark.parametrize("name", MODELS)
+def test_one_call_does_what_the_operations_do(
+    name: str,
+    format: KVFormat,
+    int4: bool,
+    linear_block: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    decoder = _decoder(name, tmp_path, torch.float32, int4, linear_block)
+    reference = _piecewise(monkeypatch, decoder)
+    tokens, blocks = 21, decoder.spec.blocks
+    fast, slow = (Sequences(each, rows=2, max_tokens=60, format=format) for each in (decoder, reference))
+    for spans in ([range(13), range(8)], [range(13, 14), range(8, 28)]):
+        batch = fast.batch(spans)
+        hidden = decoder.embed(torch.arange(tokens) + 3, batch.positions)
+        got = decoder.run_blocks(hidden, batch, fast.pages, 0, blocks)
+        expected = reference.run_blocks(hidden, batch, slow.pages, 0, blocks)
+        if format == "full" and not int4:
+            torch.testing.assert_close(got, expected, atol=2e-5, rtol=2e-5)
+        # INT4 and INT8 round: what falls on an edge between two codes may fall to either side and move the state a bit
+        assert float((got - expected).norm() / expected.norm()) < 0.03
+        decoder.project_kv(hidden, batch, fast.pages, 1, blocks)
+        reference.project_kv(hidden, batch, slow.pages, 1, blocks)
+    assert decoder._native_blocks() is not None
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen3"])
+def test_bfloat16_rounds_where_the_operations_do(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = _decoder(name, tmp_path, torch.bfloat16, False, False)
+    reference = _piecewise(monkeypatch, decoder)
+    fast, slow = Sequences(decoder), Sequences(reference)
+    batch = fast.batch([range(30)])
+    hidden = decoder.embed(torch.arange(30) + 3, batch.positions)
+    got = decoder.run_blocks(hidden, batch, fast.pages, 0, decoder.spec.blocks)
+    expected = reference.run_blocks(hidden, batch, slow.pages, 0, decoder.spec.blocks)
+    assert got.dtype == torch.bfloat16
+    error = (got.float() - expected.float()).norm() / expected.float().norm()
+    assert float(error) < 0.01
+
+
+@pytest.mark.parametrize("int4", [False, True])
+@pytest.mark.parametrize("format", ["full", "int4"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_token_has_the_same_bits_in_any_company(
+    name: str, format: KVFormat, int4: bool, tmp_path: Path
+) -> None:
+    decoder = _decoder(name, tmp_path, torch.float32, int4, False)
+    blocks = decoder.spec.blocks
+    crowd, alone = (Sequences(decoder, rows=3, max_tokens=40, format=format) for _ in range(2))
+    ids = torch.arange(39) + 5
+    spans = [range(17), range(9), range(13)]
+    batch = crowd.batch(spans)
+    together = decoder.run_blocks(decoder.embed(ids, batch.positions), batch, crowd.pages, 0, blocks)
+    for cut in (
+        [range(4), range(0), range(0)],
+        [range(4, 16), range(0), range(0)],
+        [range(16, 17), range(0), range(0)],
+    ):
+        part = alone.batch(cut)
+        span = slice(cut[0].start, cut[0].stop)
+        got = decoder.run_blocks(decoder.embed(ids[span], part.positions), part, alone.pages, 0, blocks)
+        assert torch.equal(got, together[span])
+
+
+def test_a_replaced_linear_is_seen(tmp_path: Path) -> None:
+    decoder = _decoder("llama", tmp_path, torch.float32, False, False)
+    with_block = decoder.with_linear_block(
+        LinearBlock(0, torch.zeros(1, 48), torch.zeros(48, 1), torch.zeros(48))
+    )
+    sequence = Sequences(decoder)
+    batch = sequence.batch([range(5)])
+    hidden = decoder.embed(torch.arange(5), batch.positions)
+    before = with_block.run_blocks(hidden, batch, sequence.pages, 1, 2)
+    down = decoder.block_linears(1)["down"]
+    assert isinstance(down, FullLinear)
+    decoder.replace_linears(1, {"down": FullLinear(torch.zeros_like(down.weight))})
+    assert not torch.equal(with_block.run_blocks(hidden, batch, sequence.pages, 1, 2), before)
+
+
+class _Recording(FullLinear):
+    """A linear that notes what it is given, as a calibration step does."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen = x
+        return super().__call__(x)
+
+    __slots__ = ("seen",)
+
+
+def test_a_linear_of_another_kind_is_called(tmp_path: Path) -> None:
+    decoder = _decoder("llama", tmp_path, torch.float32, False, False)
+    up = decoder.block_linears(1)["gate_up"]
+    assert isinstance(up, FullLinear)
+    recording = _Recording(up.weight, up.bias)
+    decoder.replace_linears(1, {"gate_up": recording})
+    Sequences(decoder).run(torch.arange(6), 0)
+    assert recording.seen.shape == (6, 48)
