@@ -3,11 +3,16 @@
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
+from typing import Final
 
 from exeunt.compression.variant import Variant
 from exeunt.server.pages import OutOfPagesError, PagePool
 from exeunt.server.sequence import Sequence, Status
 from exeunt.server.stages import StagePlan
+
+MAX_OVERTAKEN: Final = 8  # a sequence that waits for pages is passed by so many smaller ones, and no more
+_LOOKAHEAD: Final = 16  # how far down the queue a smaller one is looked for
 
 
 @dataclass(slots=True, eq=False)
@@ -70,9 +75,12 @@ class _Lane:
 class Scheduler:
     """Decides what the next tick runs. One call costs O(rows of the tick), however many requests are known.
 
-    Sequences wait first come, first served; a running one holds pages for all it has computed. When pages run out the
-    youngest gives its own back and is recomputed later. Within a variant the deepest waiting rows run first, so a pass
-    that has begun is finished before the next begins; between variants the one served the least time goes next.
+    Sequences wait first come, first served, except that while the first lacks pages a later one that fits may start:
+    past each at most `MAX_OVERTAKEN`, then the free pages are saved up for it; past a preempted one, which has been
+    served already and would lose its turn again, none. A running sequence holds pages for all it has computed. When
+    pages run out the youngest gives its own back and is recomputed later. Within a variant the deepest waiting rows
+    run first, so a pass that has begun is finished before the next begins; between variants the one served the least
+    time goes next.
 
     With `run_through` a tick runs all stages, rows dropping out where they leave; without, it ends at the first
     boundary at which one of its rows may leave, and those that stay wait there.
@@ -147,17 +155,34 @@ class Scheduler:
     def admit(self) -> None:
         """Let waiting sequences start while there is room for their prompts."""
         while self._waiting and len(self._running) < self._max_num_seqs:
-            sequence = self._waiting[0]
-            needed = sequence.table.missing(sequence.prefill_target + 1)
-            spare = len(self._running)  # each running sequence may want one more page soon
-            if needed + spare > self._pool.free and self._running:
+            index = self._first_that_fits()
+            if index is None:
                 break
-            self._waiting.popleft()
-            sequence.status = Status.RUNNING
-            sequence.order = self._admissions = self._admissions + 1
-            self._running[sequence] = None
-            self._newly_admitted.append(sequence)
-            self._start_pass(sequence)
+            for passed in islice(self._waiting, index):
+                passed.overtaken += 1
+            self._start(self._waiting[index], index)
+
+    def _first_that_fits(self) -> int | None:
+        """Where in the queue the sequence stands that starts next; None when nobody may."""
+        if not self._running:
+            return 0
+        promised = sum(_missing(s) for s in self._running if s.prefilling)
+        spare = len(self._running)  # each running sequence may want one more page soon
+        free = self._pool.free - promised - spare
+        for index, sequence in enumerate(islice(self._waiting, _LOOKAHEAD)):
+            if _missing(sequence) <= free:
+                return index
+            if sequence.preemptions or sequence.overtaken >= MAX_OVERTAKEN:
+                return None
+        return None
+
+    def _start(self, sequence: Sequence, index: int) -> None:
+        del self._waiting[index]
+        sequence.status = Status.RUNNING
+        sequence.order = self._admissions = self._admissions + 1
+        self._running[sequence] = None
+        self._newly_admitted.append(sequence)
+        self._start_pass(sequence)
 
     def next_tick(self) -> Tick | None:
         """The rows to run now, their pages allocated; None when nothing is ready."""
@@ -248,6 +273,8 @@ class Scheduler:
                 sequence.table.ensure(tokens)
             except OutOfPagesError:
                 victim = next((s for s in reversed(self._running) if s not in taken and s.table.pages), None)
+                if victim is sequence and any(s.order > sequence.order for s in taken):
+                    return False  # its juniors are in this tick already; in the next it comes before them
                 if victim is None or victim.order < sequence.order:
                     if not taken and len(self._running) > 1:
                         self._preempt(sequence)  # all pages are with its elders: it steps back
@@ -271,3 +298,8 @@ class Scheduler:
         if not self._run_through and any(row.may_leave for row in rows):
             return stage
         return self._plan.last
+
+
+def _missing(sequence: Sequence) -> int:
+    """Pages that a sequence still needs to compute its prompt and its first token."""
+    return sequence.table.missing(sequence.prefill_target + 1)

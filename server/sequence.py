@@ -35,6 +35,7 @@ class Sequence:
     left_at: list[int] = field(default_factory=list)
     order: int = 0  # admission order: the youngest is preempted first
     preemptions: int = 0
+    overtaken: int = 0  # later ones that started while it waited for pages
     totals: DepthTotals = field(default_factory=DepthTotals)
 
     @property

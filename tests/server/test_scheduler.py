@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from exeunt.compression.variant import Variant
 from exeunt.server.pages import PagePool, PageTable
 from exeunt.server.request import ExitPolicy
-from exeunt.server.scheduler import Row, Scheduler, Tick
+from exeunt.server.scheduler import MAX_OVERTAKEN, Row, Scheduler, Tick
 from exeunt.server.sequence import Sequence, Status
 from exeunt.server.stages import StagePlan
 
@@ -42,6 +42,7 @@ class Stage:
         self.wanted: dict[Sequence, int] = {}
         self.blocks_run: dict[Sequence, list[tuple[int, int]]] = {}
         self.finished: list[Sequence] = []
+        self.started: list[Sequence] = []  # in the order in which they started for the first time
 
     def add(self, prompt: int, new: int, variant: Variant = FULL, exits: ExitPolicy = OFF) -> Sequence:
         table = PageTable(self.pool, PAGE_TOKENS[variant])
@@ -52,7 +53,7 @@ class Stage:
 
     def step(self) -> Tick | None:
         tick = self.scheduler.next_tick()
-        self.scheduler.take_admitted()
+        self.started += [s for s in self.scheduler.take_admitted() if s not in self.started]
         self.scheduler.take_preempted()
         if tick is None:
             return None
@@ -128,6 +129,93 @@ def test_everything_finishes_and_nothing_leaks(
     assert stage.scheduler.waiting == stage.scheduler.running == 0
     assert stage.pool.used == 0
     assert stage.scheduler.rows_waiting() == [0, 0, 0]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 100), st.integers(1, 40), st.sampled_from([FULL, SMALL])), max_size=60),
+    st.integers(35, 60),
+    st.integers(1, 8),
+    st.integers(0, 2**16),
+)
+def test_overtaking_is_bounded(
+    requests: list[tuple[int, int, Variant]], pages: int, max_num_seqs: int, seed: int
+) -> None:
+    """However requests come, each is passed by at most so many later ones before it starts; and it starts."""
+    stage = Stage(pages=pages, max_num_seqs=max_num_seqs, budget=16, seed=seed, run_through=True)
+    added: list[Sequence] = []
+    left = list(requests)
+    for _ in range(20_000):
+        while left and stage.dice.random() < 0.5:
+            added.append(stage.add(*left.pop(0)))
+        if stage.step() is None and not left:
+            break
+    assert [s for s in added if s.status is not Status.FINISHED] == []
+    turn = {sequence: at for at, sequence in enumerate(stage.started)}
+    for at, sequence in enumerate(added):
+        passed_by = sum(turn[later] < turn[sequence] for later in added[at + 1 :])
+        assert passed_by == sequence.overtaken <= MAX_OVERTAKEN
+
+
+def test_who_lacks_pages_does_not_hold_up_who_does_not() -> None:
+    stage = Stage(pages=20, max_num_seqs=6, budget=16)
+    stage.add(40, 20)
+    stage.step()
+    large = stage.add(48, 20, FULL)
+    small = [stage.add(10, 4, SMALL), stage.add(4, 4, FULL)]
+    stage.step()
+    assert [s.status for s in (large, *small)] == [Status.WAITING, Status.RUNNING, Status.RUNNING]
+
+
+def test_who_has_waited_enough_is_passed_no_more() -> None:
+    stage = Stage(pages=20, max_num_seqs=6, budget=16)
+    stage.add(40, 8)
+    stage.step()
+    large = stage.add(60, 2)
+    for _ in range(60):  # an endless supply of small ones
+        stage.add(4, 2)
+    while large.status is Status.WAITING:
+        assert stage.step() is not None
+    assert large.overtaken == MAX_OVERTAKEN
+    assert stage.started.index(large) == 1 + MAX_OVERTAKEN
+
+
+def test_nobody_passes_a_preempted_sequence() -> None:
+    stage = Stage(pages=12, max_num_seqs=4, budget=16)
+    stage.add(20, 24)
+    young = stage.add(16, 24)
+    while young.preemptions == 0:
+        assert stage.step() is not None
+    late = stage.add(2, 2)
+    while young.status is Status.WAITING:
+        assert late.status is Status.WAITING
+        assert stage.step() is not None
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 30), st.integers(1, 40)), min_size=1, max_size=8), st.integers(18, 40)
+)
+def test_the_oldest_that_runs_is_never_preempted(requests: list[tuple[int, int]], pages: int) -> None:
+    stage = Stage(pages=pages, max_num_seqs=8, budget=16, run_through=True)
+    for prompt, new in requests:
+        stage.add(prompt, new)
+    while True:
+        oldest = min(stage.scheduler.running_sequences(), key=lambda s: s.order, default=None)
+        before = oldest.preemptions if oldest else 0
+        if stage.step() is None:
+            break
+        assert oldest is None or oldest.preemptions == before
+
+
+def test_several_that_start_together_find_pages_for_all_of_them() -> None:
+    """A page promised to one prompt is not promised to the next."""
+    stage = Stage(pages=24, max_num_seqs=6, budget=64)
+    for _ in range(6):
+        stage.add(40, 1)
+    while stage.step() is not None:
+        pass
+    assert [s.preemptions for s in stage.started] == [0] * 6
 
 
 def test_shortage_preempts_the_youngest_and_replays_recorded_exits() -> None:
