@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Final
 
-from exeunt.calibration.progress import ProgressReport, SilentProgress
+from exeunt.calibration.progress import ProgressReport, TerminalProgress
 from exeunt.compression.bundle import BundleError, open_bundle
 from exeunt.compression.manifest import FORMAT_VERSION
 from exeunt.deploy import packaged_model
@@ -51,7 +51,7 @@ def packaged_bundle(
             logger.warning("The cached bundle is unusable and is made anew: %s.", error)
             shutil.rmtree(target)
     on_calibration()
-    _calibrate(folder, target, device, progress or SilentProgress())
+    _calibrate(folder, target, device, progress or TerminalProgress())
     return target
 
 
