@@ -1,11 +1,14 @@
 """Fixtures that several test folders share: real checkpoints and texts where they are at hand."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+# For ``scripts``, which is no part of the installed package. Last, so that it hides nothing.
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 torch.set_num_threads(min(2, os.cpu_count() or 1))
 
 

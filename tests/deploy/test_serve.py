@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +13,20 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.deploy.server_process import BLOCKS, CONTEXT, ServerProcess, byte_bundle, eventually, serving
+from scripts.check_readme.check import check
+from scripts.check_readme.pages import ROOT
+from scripts.check_readme.requests import requests
+from tests.deploy.conftest import free_port
+from tests.deploy.dockerfile import health_check
+from tests.deploy.server_process import (
+    BLOCKS,
+    CONTEXT,
+    ServerProcess,
+    byte_bundle,
+    environment,
+    eventually,
+    serving,
+)
 
 APPROXIMATE = {"early_exit": {"mode": "approximate", "threshold": 0.3}}
 
@@ -223,3 +238,26 @@ def test_info_says_what_the_bundle_holds(server: ServerProcess) -> None:
         (0.1, True, 0.81),
     ]
     assert server.metrics()["exit_threshold{target=0.1}"] == 0.81
+
+
+def test_the_requests_that_the_pages_show_are_answered_as_shown(server: ServerProcess) -> None:
+    """By any bundle that has what they ask for; scripts/check sends them to the packaged model."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    assert sum(len(requests(page.read_text())) for page in pages) > 0
+    problems = check(pages, with_server=True, url=str(server.client.base_url))
+    assert [str(problem) for problem in problems] == []
+
+
+def test_the_images_health_check_tells_a_server_from_none(server: ServerProcess) -> None:
+    """The Dockerfile's own command, run as the container would, but for the interpreter's name."""
+    port = server.client.base_url.port
+
+    def status(port: object) -> int:
+        command = [sys.executable, *health_check()[1:]]
+        result = subprocess.run(
+            command, env=environment(EXEUNT_PORT=str(port)), capture_output=True, check=False, timeout=30
+        )
+        return result.returncode
+
+    assert status(port) == 0
+    assert status(free_port()) != 0

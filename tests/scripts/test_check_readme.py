@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 
-from scripts import check_readme
-from scripts.check_readme import ShownWrongError, check, check_command, compare_answer, differences, read_curl
+from scripts.check_readme.answers import compare_answer, differences
+from scripts.check_readme.check import check
+from scripts.check_readme.commands import check_command
+from scripts.check_readme.pages import ROOT, ShownWrongError
+from scripts.check_readme.requests import read_curl
 
 ANSWER = {
     "text": " and",
@@ -183,6 +186,6 @@ class TestShapes:
 
 
 def test_the_pages_of_this_repository_are_true() -> None:
-    """What needs no server; scripts/check sends the requests too."""
-    pages = [check_readme.ROOT / "README.md", *sorted((check_readme.ROOT / "docs").glob("*.md"))]
+    """What needs no server; tests/deploy/test_serve.py sends the requests."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     assert [str(problem) for problem in check(pages, with_server=False)] == []
