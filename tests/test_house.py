@@ -155,7 +155,7 @@ class TestDependencies:
         return [Requirement(text) for text in [*project["dependencies"], *extras]]
 
     def test_every_direct_dependency_is_pinned_within_its_range(self) -> None:
-        pins = {}
+        pins: dict[str, str] = {}
         for line in (ROOT / "constraints.txt").read_text().splitlines():
             if line.strip() and not line.startswith("#"):
                 name, _, version = line.partition("==")

@@ -64,7 +64,8 @@ def save(model: Any, directory: Path, **options: Any) -> Path:
 def reference_logits(model: Any, token_ids: Tensor) -> Tensor:
     """[tokens, vocab] float32 of one text."""
     with torch.inference_mode():
-        return model(token_ids[None]).logits[0].float()
+        logits: Tensor = model(token_ids[None]).logits[0].float()
+    return logits
 
 
 def reference_greedy(model: Any, prompt: Tensor, new_tokens: int) -> tuple[list[int], list[float]]:

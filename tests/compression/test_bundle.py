@@ -78,7 +78,7 @@ def contents(tmp_path: Path) -> BundleContents:
 
 def _changed(contents: BundleContents, **changes: object) -> BundleContents:
     fields = {name: getattr(contents, name) for name in BundleContents.__dataclass_fields__}
-    return BundleContents(**(fields | changes))  # type: ignore[arg-type]
+    return BundleContents(**(fields | changes))
 
 
 class _Failing(Mapping[str, Tensor]):

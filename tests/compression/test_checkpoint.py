@@ -10,6 +10,7 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]  # public, and not in its __all__
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -187,9 +188,7 @@ class _Hub:
         for path in self.source.rglob("*"):
             name = str(path.relative_to(self.source))
             if path.is_file() and list(
-                huggingface_hub.utils.filter_repo_objects(
-                    [name], allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
-                )
+                filter_repo_objects([name], allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
             ):
                 shutil.copy(path, self.cache / name)
                 self.downloaded.append(name)
@@ -250,12 +249,12 @@ def test_a_hub_that_does_not_answer_gives_one_clear_error(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3"])
 def test_canonical_files_rebuild_full_and_int4_decoders(family: str, tmp_path: Path) -> None:
-    changes = {"attention_bias": True} if family != "gpt2" else {}
+    changes: dict[str, Any] = {"attention_bias": True} if family != "gpt2" else {}
     checkpoint = open_checkpoint(save(build_model(family, **changes), tmp_path / "model"))
     spec, weights = checkpoint.spec, checkpoint.weights()
     shared = {name: tensor.contiguous() for name, tensor in weights.shared().items()}
     assert {name: tuple(tensor.shape) for name, tensor in shared.items()} == shared_shapes(spec)
-    full, int4 = dict(shared), {}
+    full, int4 = dict(shared), dict[str, Tensor]()
     decoder = Decoder.load(tmp_path / "model")
     expected = decoder.twin()
     for block in range(spec.blocks):

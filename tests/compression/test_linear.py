@@ -1,9 +1,12 @@
 """Full-precision linears give the product however many rows there are."""
 
+from typing import Any
+
 import pytest
 import torch
 
-from exeunt.compression.linear import FullLinear, full_linear
+from exeunt.compression.linear import FullLinear
+from exeunt.kernels.full_linear import full_linear
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -15,7 +18,9 @@ def test_the_product_is_right_for_any_number_of_rows(rows: int, biased: bool, dt
     bias = torch.randn(33, generator=seed).to(dtype) if biased else None
     x = torch.randn(rows, 50, generator=seed).to(dtype)
     exact = x.double() @ weight.double().t() + (bias.double() if bias is not None else 0.0)
-    tolerance = {"atol": 1e-4, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 0.1, "rtol": 1e-2}
+    tolerance: dict[str, Any] = (
+        {"atol": 1e-4, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 0.1, "rtol": 1e-2}
+    )
     layer = FullLinear(weight, bias)
     got = layer(x)
     assert got.is_contiguous()

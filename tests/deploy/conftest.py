@@ -25,7 +25,8 @@ class Prometheus:
 
     def query(self, expression: str) -> list[dict[str, Any]]:
         """The result of an instant query. Raises AssertionError with Prometheus' own words when it refuses."""
-        return self._get("query", query=expression)["result"]
+        found: list[dict[str, Any]] = self._get("query", query=expression)["result"]
+        return found
 
     def rules(self) -> list[dict[str, Any]]:
         """All rules that are loaded, with their health and last error."""
@@ -34,7 +35,8 @@ class Prometheus:
     def _get(self, path: str, **params: str) -> dict[str, Any]:
         answer = httpx.get(f"{self.url}/api/v1/{path}", params=params, timeout=10).json()
         assert answer["status"] == "success", f"{params}: {answer.get('error')}"
-        return answer["data"]
+        found: dict[str, Any] = answer["data"]
+        return found
 
 
 @contextmanager

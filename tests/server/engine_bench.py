@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from prometheus_client import CollectorRegistry
 
@@ -83,7 +84,7 @@ class Bench:
         exits: ExitPolicy = OFF,
         n: int = 1,
         timeout_s: float | None = None,
-        **sampling: object,
+        **sampling: Any,
     ) -> Heard:
         self.count += 1
         heard = Heard(choices=n)
@@ -94,7 +95,7 @@ class Bench:
         self.engine.submit(request, heard)
         return heard
 
-    def answer(self, **kwargs: object) -> Heard:
+    def answer(self, **kwargs: Any) -> Heard:
         return self.ask(**kwargs).wait()
 
     def value(self, name: str, **labels: str) -> float:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from exeunt.compression.decoder import Decoder
 from exeunt.compression.model import LoadedModel
 from exeunt.compression.variant import Variant
 from exeunt.server.request import (
@@ -174,7 +175,7 @@ def test_one_rows_nan_is_no_other_rows_trouble(
     decoder = tiny_model.decoder(FULL)
     original = type(decoder).head
 
-    def poisoned(self: object, hidden: torch.Tensor) -> torch.Tensor:
+    def poisoned(self: Decoder, hidden: torch.Tensor) -> torch.Tensor:
         logits = original(self, hidden)
         if hidden.shape[0] == 3:
             logits[1] = math.nan

@@ -101,7 +101,8 @@ def test_what_was_counted_adds_up_to_what_was_sent(
     asker.failed_by_the_engine(FailureEvent("It broke.", "internal", "err-1"))
     asker.failed_by_the_engine(FailureEvent("Too late.", "timeout"))
     asker.failed_by_the_engine(FailureEvent("Bye.", "shutdown"))
-    asker.leave(), asker.leave(stream=True)
+    asker.leave()
+    asker.leave(stream=True)
     engine.score = lambda request, on_done: on_done(object())  # a bug past admission
     assert asker.post("/score").status_code == 500
     engine.submit = lambda request, on_event: 1 / 0  # and one before
@@ -138,7 +139,9 @@ class TestOutcome:
     def test_only_the_first_word_counts(self, metrics: Metrics) -> None:
         outcome = Outcome(metrics)
         outcome.succeeded(FinishReason.STOP)
-        outcome.failed("internal"), outcome.client_left(), outcome.rejected("invalid")
+        outcome.failed("internal")
+        outcome.client_left()
+        outcome.rejected("invalid")
         assert counts(metrics) == {"answered stop": 1}
 
     def test_a_request_that_is_not_counted_has_one_all_the_same(self) -> None:
