@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from exeunt.calibration.risk import percent
 from exeunt.calibration.sequence_batch import SequenceBatch, batches
 from exeunt.calibration.teacher_forcing import LOGITS_AT_ONCE, ForcedModel
 from exeunt.calibration.thresholds import text_blocks
@@ -43,11 +44,7 @@ class Mode:
         if self.variant.linear_block:
             parts.append("linear")
         if self.target is not None:
-            parts.append(
-                f"exits {self.target:.0%} certified"
-                if self.target >= 0.01
-                else f"exits {self.target:.2%} certified"
-            )
+            parts.append(f"exits {percent(self.target)} certified")
         elif self.threshold is not None:
             parts.append(f"exits at {self.threshold:.2f}, uncertified")
         return " ".join(parts)

@@ -11,6 +11,7 @@ from exeunt.calibration.errors import CalibrationError
 from exeunt.calibration.exit_training import HeadTraining
 from exeunt.calibration.gate_training import ProbeTraining
 from exeunt.compression.architecture import Architecture
+from exeunt.compression.device import DeviceError, find_device
 from exeunt.compression.variant import KVFormat, WeightFormat
 
 TARGETS: Final = (0.01, 0.02, 0.05, 0.1)
@@ -55,14 +56,12 @@ class CalibrationOptions:
             )
         for target in self.risk:
             if not 0.0 < target < 1.0:
-                raise CalibrationError(
-                    f"The risk target {target:g} must be above 0 and below 1 (0.05 is 5 %)."
-                )
+                raise CalibrationError(f"The risk target {target} must be above 0 and below 1 (0.05 is 5 %).")
         if not self.risk:
             raise CalibrationError("Give at least one risk target, 0.05 for 5 %.")
         if not 0.5 <= self.confidence < 1.0:
             raise CalibrationError(
-                f"The confidence is {self.confidence:g}; it must be at least 0.5 and below 1."
+                f"The confidence is {self.confidence}; it must be at least 0.5 and below 1."
             )
         if self.row_tokens < 16 or self.batch_tokens < self.row_tokens:
             raise CalibrationError(
@@ -106,16 +105,7 @@ def wanted_linear_block(spec: Architecture, asked: Literal["auto", "none"] | int
 
 def resolve_device(name: str) -> torch.device:
     """The device to calibrate on; "auto" is a CUDA device where there is one. Raises CalibrationError."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise CalibrationError(
-            f"The device {name!r} is not one that PyTorch knows; use auto, cpu or cuda."
-        ) from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise CalibrationError(
-            f"The device {name!r} was asked for, and PyTorch finds no CUDA device; use cpu."
-        )
-    return device
+        return find_device(name)
+    except DeviceError as error:
+        raise CalibrationError(f"The device is {name!r}; {error}.") from error

@@ -34,6 +34,11 @@ LEAST_BLOCKS: Final = 20
 """Fewer blocks with an exit than this give no idea of the variance between blocks."""
 
 
+def percent(share: float) -> str:
+    """A target as people read it, none of its digits lost: 0.02 is 2%, 0.015 is 1.5%."""
+    return f"{100 * share:.12g}%"
+
+
 @dataclass(frozen=True, slots=True)
 class ExitCounts:
     """What was seen at one threshold, block by block: tokens that left, and those of them that differ."""

@@ -119,7 +119,7 @@ class LoadedModel:
                     return line.threshold
                 why = line.reason or "calibration found no safe threshold"
         raise NotCertifiedError(
-            f"max_disagreement {target:g} is not certified for {variant} skipped_kv={skipped_kv} ({why}); "
+            f"max_disagreement {target} is not certified for {variant} skipped_kv={skipped_kv} ({why}); "
             f"certified for it: {_targets(entry)}"
         )
 
@@ -145,7 +145,7 @@ class LoadedModel:
 
 def _targets(entry: RiskEntry) -> str:
     certified = sorted(line.target for line in entry.targets if line.certified)
-    return ", ".join(f"{target:g}" for target in certified) or "nothing"
+    return ", ".join(f"{target}" for target in certified) or "nothing"
 
 
 def _combinations(entries: tuple[RiskEntry, ...]) -> str:

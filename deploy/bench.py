@@ -15,6 +15,7 @@ from typing import Any, Final, Protocol
 
 import numpy as np
 
+from exeunt.calibration.risk import percent
 from exeunt.server.api.offer import Offer
 
 TEMPERATURE: Final = 0.8
@@ -103,7 +104,7 @@ def modes_of(offer: Offer) -> list[BenchMode]:
         modes.append(BenchMode(name, {**fields, "early_exit": False}))
         for target in offer.certified(variant, "propagate"):
             exits = {"mode": "approximate", "max_disagreement": target}
-            modes.append(BenchMode(f"{name} exits {target:.0%}", {**fields, "early_exit": exits}))
+            modes.append(BenchMode(f"{name} exits {percent(target)}", {**fields, "early_exit": exits}))
     return modes
 
 

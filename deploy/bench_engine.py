@@ -10,7 +10,8 @@ from exeunt.compression.kv_format import page_bytes_for
 from exeunt.compression.model import LoadedModel
 from exeunt.deploy.bench import TEMPERATURE, BenchError, Load, Trace
 from exeunt.deploy.bench_text import cut_prompts
-from exeunt.deploy.loading import engine_config
+from exeunt.deploy.loading import SettingsError, engine_config
+from exeunt.deploy.memory import free_bytes, named
 from exeunt.server.api.compression import AppliedCompression, resolve
 from exeunt.server.api.offer import Offer, offer_of
 from exeunt.server.api.schemas import CompressionOptions
@@ -25,13 +26,18 @@ from exeunt.server.request import (
     SamplingParams,
     StepEvent,
 )
-from exeunt.server.settings import load_settings
+from exeunt.server.settings import given_settings
 
 
 def engine_driver(model: LoadedModel, load: Load) -> "EngineDriver":
     """An engine with room for the load. Raises SettingsError where the model has not."""
     longest = load.prompt_tokens + load.max_new_tokens
-    settings = load_settings(
+    if longest > model.spec.max_position_embeddings:
+        raise SettingsError(
+            f"--prompt-tokens is {load.prompt_tokens} and --max-new-tokens {load.max_new_tokens}, together {longest}; "
+            f"this model's limit is {model.spec.max_position_embeddings}, ask for fewer."
+        )
+    settings = given_settings(
         {
             "max_model_len": longest,
             "max_num_seqs": load.concurrency,
@@ -43,7 +49,13 @@ def engine_driver(model: LoadedModel, load: Load) -> "EngineDriver":
     page_bytes = page_bytes_for(model.spec, model.dtype)
     pages = max(-(-longest // model.kv_layout(each, page_bytes).page_tokens) + 1 for each in model.variants)
     # Room for every client in the largest format: modes are compared by speed, not by who is preempted.
-    held = max(config.kv_cache_bytes, load.concurrency * pages * page_bytes)
+    needed, free = load.concurrency * pages * page_bytes, free_bytes(model.device)
+    if needed > free:
+        raise SettingsError(
+            f"--concurrency is {load.concurrency}; so many sequences of {longest} tokens need {needed} bytes of KV "
+            f"cache and {named(model.device)} has {free} bytes free, ask for fewer."
+        )
+    held = max(config.kv_cache_bytes, needed)
     return EngineDriver(model, replace(config, kv_cache_bytes=held))
 
 

@@ -17,12 +17,14 @@ from typing import Annotated, Any, Final
 
 import typer
 
+from exeunt.deploy.arguments import UsageError, numbers, one_of, setting, whole
+from exeunt.deploy.arguments import linear_block as parsed_linear_block
 from exeunt.deploy.signals import Interrupted, Interruption, handling
+from exeunt.server.settings import setting_help
 
 app = typer.Typer(
     name="exeunt",
     help="An inference server that spends on each token only the computation that token needs.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -31,11 +33,12 @@ app = typer.Typer(
 
 USAGE_ERROR: Final = 2
 _PIPE_COLUMNS: Final = 180
-_BUNDLE = typer.Argument(help="A bundle's directory, as `exeunt calibrate --out` wrote it.")
+_BUNDLE = typer.Argument(metavar="BUNDLE", help="A bundle's directory, as `exeunt calibrate --out` wrote it.")
 
 
-class UsageError(ValueError):
-    """Arguments that cannot be meant; the process ends with status 2."""
+def _count(flag: str, least: int, text: str) -> Any:
+    """The option `flag`, a whole number from `least` on."""
+    return typer.Option(metavar="N", help=text, parser=whole(flag, least))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -47,9 +50,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def run(arguments: list[str]) -> int:
-    """Run one command; its exit status. Whatever goes wrong is told in one line on standard error."""
+    """Run one command; its exit status. Whatever goes wrong is told in one line on standard error.
+
+    No command at all is a wish for help: on standard output, with status 0, as `--help`.
+    """
     try:
-        status = app(arguments, prog_name="exeunt", standalone_mode=False)
+        status = app(arguments or ["--help"], prog_name="exeunt", standalone_mode=False)
     except Interrupted as interruption:  # everything is cleaned up: a half-made bundle, temporary files
         return _complain(interruption.word, 128 + interruption.number)
     except KeyboardInterrupt:
@@ -109,63 +115,26 @@ def serve(
             show_default=False,
         ),
     ] = None,
-    host: Annotated[
-        str | None, typer.Option(metavar="ADDRESS", help="The address to listen on. [127.0.0.1]")
-    ] = None,
-    port: Annotated[
-        str | None, typer.Option(metavar="N", help="The port; 0 takes a free one. [8000]")
-    ] = None,
-    api_key: Annotated[
-        str | None, typer.Option(metavar="KEY", help="Ask for `Authorization: Bearer KEY`.")
-    ] = None,
-    served_model_name: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The name in responses and metrics.")
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option(metavar="DEVICE", help="auto, cpu, cuda or cuda:N. [auto]")
-    ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(metavar="DTYPE", help="auto, float32, bfloat16 or float16. [auto]")
-    ] = None,
-    weights: Annotated[
-        str | None, typer.Option(metavar="WHICH", help="Which weights to load: int4, full or both. [both]")
-    ] = None,
-    max_model_len: Annotated[
-        str | None, typer.Option(metavar="N", help="Tokens, prompt and answer together. [the model's]")
-    ] = None,
-    max_num_seqs: Annotated[
-        str | None, typer.Option(metavar="N", help="Sequences that run at once. [64]")
-    ] = None,
-    max_num_queued_reqs: Annotated[
-        str | None, typer.Option(metavar="N", help="Requests that may wait. [256]")
-    ] = None,
-    max_num_batched_tokens: Annotated[
-        str | None, typer.Option(metavar="N", help="Tokens of one step. [512]")
-    ] = None,
-    kv_cache_memory: Annotated[
-        str | None, typer.Option(metavar="BYTES", help="Bytes of the KV cache, e.g. 512MiB.")
-    ] = None,
-    default_compression: Annotated[
-        str | None, typer.Option(metavar="JSON", help="What a request's compression block leaves out.")
-    ] = None,
-    request_timeout: Annotated[
-        str | None, typer.Option(metavar="SECONDS", help="Seconds a request may take. [600]")
-    ] = None,
-    shutdown_timeout: Annotated[
-        str | None, typer.Option(metavar="SECONDS", help="Seconds to finish what runs. [30]")
-    ] = None,
-    max_body_bytes: Annotated[
-        str | None, typer.Option(metavar="BYTES", help="The largest request body. [4MiB]")
-    ] = None,
-    allowed_origins: Annotated[
-        str | None,
-        typer.Option(metavar="LIST", help="Browser origins that may ask (CORS), comma-separated; * is any."),
-    ] = None,
-    log_level: Annotated[
-        str | None, typer.Option(metavar="LEVEL", help="debug, info, warning or error. [info]")
-    ] = None,
+    host: Annotated[str | None, setting("host", "ADDRESS")] = None,
+    port: Annotated[str | None, setting("port", "N")] = None,
+    api_key: Annotated[str | None, setting("api_key", "KEY")] = None,
+    served_model_name: Annotated[str | None, setting("served_model_name", "NAME")] = None,
+    device: Annotated[str | None, setting("device", "DEVICE")] = None,
+    dtype: Annotated[str | None, setting("dtype", "DTYPE")] = None,
+    weights: Annotated[str | None, setting("weights", "WHICH")] = None,
+    max_model_len: Annotated[str | None, setting("max_model_len", "N")] = None,
+    max_num_seqs: Annotated[str | None, setting("max_num_seqs", "N")] = None,
+    max_num_queued_reqs: Annotated[str | None, setting("max_num_queued_reqs", "N")] = None,
+    max_num_batched_tokens: Annotated[str | None, setting("max_num_batched_tokens", "N")] = None,
+    kv_cache_memory: Annotated[str | None, setting("kv_cache_memory", "BYTES")] = None,
+    default_compression: Annotated[str | None, setting("default_compression", "JSON")] = None,
+    request_timeout: Annotated[str | None, setting("request_timeout", "SECONDS")] = None,
+    shutdown_timeout: Annotated[str | None, setting("shutdown_timeout", "SECONDS")] = None,
+    max_body_bytes: Annotated[str | None, setting("max_body_bytes", "BYTES")] = None,
+    allowed_origins: Annotated[str | None, setting("allowed_origins", "LIST")] = None,
+    log_level: Annotated[str | None, setting("log_level", "LEVEL")] = None,
     log_json: Annotated[
-        bool | None, typer.Option("--log-json", help="Log JSON lines.", show_default=False)
+        bool | None, typer.Option("--log-json", help=setting_help("log_json"), show_default=False)
     ] = None,
 ) -> int:
     """Serve a bundle or a model over HTTP.
@@ -213,7 +182,7 @@ def calibrate(
             help="Text to calibrate on: a file (txt or JSONL), a folder, or hf:NAME. [the packaged model's own]"
         ),
     ] = None,
-    tokens: Annotated[int, typer.Option(help="Use so many tokens of it.")] = 48_000,
+    tokens: Annotated[int, _count("--tokens", 1, "Use so many tokens of it.")] = 48_000,
     exits: Annotated[str, typer.Option(help="`auto`, or the blocks that exits follow, e.g. 3,8.")] = "auto",
     linear_block: Annotated[str, typer.Option(help="`auto`, `none`, or the block to replace.")] = "auto",
     weights: Annotated[
@@ -223,25 +192,27 @@ def calibrate(
     risk: Annotated[
         str, typer.Option(help="Disagreement targets of approximate exits.")
     ] = "0.01,0.02,0.05,0.1",
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    seed: Annotated[int, typer.Option(min=0, help="Same seed, same bundle.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    seed: Annotated[int, _count("--seed", 0, "Same seed, same bundle.")] = 0,
 ) -> None:
     """Make a bundle from a model: INT4 weights, a linear block, exits with certified thresholds."""
     from exeunt.calibration.errors import CalibrationError
     from exeunt.calibration.options import CalibrationOptions
     from exeunt.calibration.pipeline import calibrate as make_bundle
     from exeunt.calibration.progress import TerminalProgress
+    from exeunt.deploy.loading import resolve_device
 
+    resolve_device(device)
     try:
         options = CalibrationOptions(
             model=model,
             out=out,
             tokens=tokens,
-            exits="auto" if exits == "auto" else _numbers("--exits", exits, int),
-            linear_block=_linear_block(linear_block),
-            weights=_one_of("--weights", weights, "int4", "full"),
-            kv_cache=_one_of("--kv", kv, "int4", "full"),
-            risk=_numbers("--risk", risk, float),
+            exits="auto" if exits == "auto" else numbers("--exits", exits, int),
+            linear_block=parsed_linear_block(linear_block),
+            weights=one_of("--weights", weights, "int4", "full"),
+            kv_cache=one_of("--kv", kv, "int4", "full"),
+            risk=numbers("--risk", risk, float),
             device=device,
             seed=seed,
             data=_calibration_data(model, data),
@@ -265,28 +236,6 @@ def _calibration_data(model: str, data: str | None) -> str:
             f"Give --data: a text of the kind that {model} will serve (a file, a folder, hf:NAME)."
         )
     return str(folder / CALIBRATION_TEXT)
-
-
-def _linear_block(text: str) -> Any:
-    if text in ("auto", "none"):
-        return text
-    if not text.isdigit():
-        raise UsageError(f"--linear-block is {text!r}; it must be auto, none, or the number of a block.")
-    return int(text)
-
-
-def _one_of(flag: str, value: str, *allowed: str) -> Any:
-    if value not in allowed:
-        raise UsageError(f"{flag} is {value!r}; it must be {' or '.join(allowed)}.")
-    return value
-
-
-def _numbers(flag: str, text: str, kind: type[int] | type[float]) -> tuple[Any, ...]:
-    try:
-        return tuple(kind(part) for part in text.split(","))
-    except ValueError:
-        what = "whole numbers" if kind is int else "numbers"
-        raise UsageError(f"{flag} is {text!r}; it must be {what} with commas between them.") from None
 
 
 @app.command()
@@ -326,7 +275,7 @@ def evaluate(
     data: Annotated[
         str, typer.Option(help="Text: a file (txt or JSONL), a folder, or hf:NAME.", show_default=False)
     ],
-    tokens: Annotated[int, typer.Option(min=16, help="Use so many tokens of it.")] = 16_000,
+    tokens: Annotated[int, _count("--tokens", 16, "Use so many tokens of it.")] = 16_000,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     speed: Annotated[bool, typer.Option(help="Also measure every mode's tokens/s.")] = True,
     json_file: Annotated[
@@ -350,10 +299,10 @@ def bench(
             metavar="BUNDLE|URL", help="A bundle (measured in process) or a server's http:// address."
         ),
     ],
-    concurrency: Annotated[int, typer.Option(min=1, help="Requests under way at once.")] = 8,
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of every prompt.")] = 64,
-    max_new_tokens: Annotated[int, typer.Option(min=2, help="Length of every answer.")] = 64,
-    requests: Annotated[int | None, typer.Option(min=1, help="Requests per mode. [4 × concurrency]")] = None,
+    concurrency: Annotated[int, _count("--concurrency", 1, "Requests under way at once.")] = 8,
+    prompt_tokens: Annotated[int, _count("--prompt-tokens", 1, "Length of every prompt.")] = 64,
+    max_new_tokens: Annotated[int, _count("--max-new-tokens", 2, "Length of every answer.")] = 64,
+    requests: Annotated[int | None, _count("--requests", 1, "Requests per mode. [4 × concurrency]")] = None,
     device: Annotated[str, typer.Option(help="For a bundle: auto, cpu, cuda or cuda:N.")] = "auto",
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Also write it as JSON to this file.")
@@ -387,7 +336,9 @@ def _driver(target: str, load: Any, device: str) -> Iterator[Any]:
 
 
 def _load(name: str, device: str) -> Any:
-    """A bundle or plain model, loaded for measuring."""
-    from exeunt.deploy.loading import find_source, load_model
+    """A bundle or plain model, loaded for measuring: a server's environment variables have no part in it."""
+    from exeunt.deploy.loading import find_source, load_model, resolve_device
+    from exeunt.server.settings import given_settings
 
-    return load_model(find_source(name), _settings({"device": device, "weights": "both"}))
+    resolve_device(device)
+    return load_model(find_source(name), given_settings({"device": device}))

@@ -1,7 +1,7 @@
 """`exeunt eval`: every mode's quality on a text, and beside it what the mode is for: its speed."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rich import box
@@ -42,12 +42,19 @@ def evaluate_and_time(model: LoadedModel, data: str, *, tokens: int, speed: bool
 
 
 def _speeds(model: LoadedModel, modes: Sequence[Mode]) -> dict[str, float]:
-    driver = engine_driver(model, LOAD)
+    load = _fitting(LOAD, model.spec.max_position_embeddings)
+    driver = engine_driver(model, load)
     try:
-        measured = measure(driver, [BenchMode(mode.name, _compression(mode)) for mode in modes], LOAD)
+        measured = measure(driver, [BenchMode(mode.name, _compression(mode)) for mode in modes], load)
     finally:
         driver.close()
     return {speed.name: speed.tokens_per_second for speed in measured}
+
+
+def _fitting(load: Load, longest: int) -> Load:
+    """`load` with prompts and answers that together are no longer than a model's limit."""
+    prompt = max(1, min(load.prompt_tokens, longest // 3))
+    return replace(load, prompt_tokens=prompt, max_new_tokens=min(load.max_new_tokens, longest - prompt))
 
 
 def _compression(mode: Mode) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Finds the model that the settings name, loads it, and sizes the engine for it."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -8,9 +7,11 @@ from typing import Final
 import torch
 
 from exeunt.compression.bundle import is_bundle
+from exeunt.compression.device import DeviceError, find_device
 from exeunt.compression.kv_format import page_bytes_for
 from exeunt.compression.model import LoadedModel, load_bundle, load_plain_model
 from exeunt.compression.variant import Variant
+from exeunt.deploy.memory import free_bytes, named
 from exeunt.server.engine_config import EngineConfig
 from exeunt.server.settings import Settings
 
@@ -55,15 +56,10 @@ def find_source(model: str) -> Source:
 
 def resolve_device(device: str) -> torch.device:
     """The device that the settings mean; raises SettingsError where this machine has it not."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    chosen = torch.device(device)
-    if chosen.type == "cuda" and (
-        not torch.cuda.is_available() or (chosen.index or 0) >= torch.cuda.device_count()
-    ):
-        found = f"{torch.cuda.device_count()} CUDA devices" if torch.cuda.is_available() else "no CUDA device"
-        raise SettingsError(f"--device is {device}; this machine has {found}, use --device cpu or auto.")
-    return chosen
+    try:
+        return find_device(device)
+    except DeviceError as error:
+        raise SettingsError(f"--device is {device}; {error}.") from error
 
 
 def resolve_dtype(dtype: str) -> torch.dtype | None:
@@ -112,27 +108,33 @@ def engine_config(model: LoadedModel, settings: Settings) -> EngineConfig:
             f"--kv-cache-memory is {cache} bytes, which hold {held} tokens; a sequence of {wanted} needs "
             f"{page_bytes * -(-wanted // page_tokens)} bytes, raise it or lower --max-model-len."
         )
-    try:
-        return EngineConfig(
-            max_model_len=min(wanted, held),
-            max_num_seqs=settings.max_num_seqs,
-            max_num_queued_reqs=settings.max_num_queued_reqs,
-            max_num_batched_tokens=settings.max_num_batched_tokens,
-            kv_cache_bytes=cache,
+    if settings.max_num_batched_tokens < settings.max_num_seqs:
+        raise SettingsError(
+            f"--max-num-batched-tokens is {settings.max_num_batched_tokens}; it must be at least --max-num-seqs, "
+            f"{settings.max_num_seqs}, so that every running sequence advances in a step: raise it or lower the other."
         )
-    except ValueError as error:
-        raise SettingsError(str(error)) from error
+    return EngineConfig(
+        max_model_len=min(wanted, held),
+        max_num_seqs=settings.max_num_seqs,
+        max_num_queued_reqs=settings.max_num_queued_reqs,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+        kv_cache_bytes=cache,
+    )
 
 
 def _cache_bytes(model: LoadedModel, settings: Settings, sequence_bytes: int) -> int:
     """Bytes of the KV cache: as asked, else for every sequence at full length, within a share of free memory."""
+    free = free_bytes(model.device)
     if settings.kv_cache_memory is not None:
+        if settings.kv_cache_memory > free:
+            raise SettingsError(
+                f"--kv-cache-memory is {int(settings.kv_cache_memory)} bytes; {named(model.device)} has {free} bytes "
+                "free, ask for less."
+            )
         return int(settings.kv_cache_memory)
     wanted = sequence_bytes * settings.max_num_seqs
     if model.device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(model.device)
         return min(wanted, int(free * _SHARE_OF_GPU))
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     share = min(int(free * _SHARE_OF_MEMORY), _MOST_DEFAULT_CACHE)
     if settings.max_model_len is not None:
         share = max(share, sequence_bytes)  # an explicit length is a wish for at least one such sequence

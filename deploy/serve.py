@@ -41,6 +41,7 @@ from exeunt.server.settings import Settings
 logger = logging.getLogger("exeunt.serve")
 
 _LAST_BYTES_S: Final = 5  # seconds for answers that are complete to reach their clients
+_SIGNAL_CHECK_S: Final = 0.25
 _KEEP_ALIVE_S: Final = 75  # longer than the idle time-outs of common proxies, which must not race with ours
 
 
@@ -156,7 +157,7 @@ class _Serving:
                 self._tell(self._stop_serving)
                 self._http.join()
                 raise
-            self._http.join()
+            self._wait()
         if self._http_failure is not None:
             raise self._http_failure
         service.engine.stop()
@@ -193,6 +194,11 @@ class _Serving:
         """Bars for a person who looks on; log lines where the log goes to a file or a machine."""
         watched = sys.stderr.isatty() and not self._settings.log_json
         return TerminalProgress() if watched else LoggedProgress()
+
+    def _wait(self) -> None:
+        """Wait for the other thread. A signal that comes just before a wait begins does not end it, so waits are short."""
+        while self._http.is_alive():
+            self._http.join(_SIGNAL_CHECK_S)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._preparing:

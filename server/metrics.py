@@ -102,7 +102,7 @@ class Metrics:
             "Certified exit threshold of a risk target under the default variant; NaN: none.",
             "target",
         )
-        self._thresholds = {target: thresholds.labels(self._model_name, f"{target:g}") for target in targets}
+        self._thresholds = {target: thresholds.labels(self._model_name, f"{target}") for target in targets}
         for threshold in self._thresholds.values():
             threshold.set(float("nan"))
         self._ready = self._gauge("ready", "1 while a request would be served, 0 while loading or draining.")

@@ -4,8 +4,13 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import BeforeValidator, ByteSize, Field, SecretStr, ValidationError
-from pydantic_core import from_json
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_core import PydanticUndefined, from_json
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
 
 from exeunt.server.api.schemas import CompressionOptions
 from exeunt.server.api.validation import requirement, shown
@@ -23,7 +28,22 @@ def _comma_separated(value: Any) -> Any:
 
 
 def _json_object(value: Any) -> Any:
-    return from_json(value) if isinstance(value, str) else value
+    try:
+        return from_json(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise ValueError('it must be a JSON object such as {"kv_cache": "full"}') from error
+
+
+_REQUIREMENTS: Final = {
+    "byte_size": "it must be a number of bytes such as 512MiB",
+    "byte_size_unit": "it must be a number of bytes such as 512MiB",
+    "int_parsing": "it must be a whole number",
+    "int_from_float": "it must be a whole number",
+    "float_parsing": "it must be a number",
+    "bool_parsing": "it must be true or false",
+    "string_pattern_mismatch": "it must be auto, cpu, cuda or cuda:N",  # there is one pattern, the device's
+}
+"""What a value must be, where pydantic's own words are not for users."""
 
 
 class Settings(BaseSettings):
@@ -37,29 +57,37 @@ class Settings(BaseSettings):
     )
 
     model: str | None = Field(
-        default=None, description="A bundle, a checkpoint directory or a Hugging Face id."
+        default=None, description="A bundle, a checkpoint's directory or a Hugging Face id."
     )
     host: str = Field(default="127.0.0.1", min_length=1, description="The address to listen on.")
     port: int = Field(default=8000, ge=0, le=65535, description="The port to listen on; 0 takes a free one.")
-    api_key: SecretStr | None = Field(default=None, min_length=1, description="Ask for this key.")
+    api_key: SecretStr | None = Field(
+        default=None,
+        min_length=1,
+        description="Ask every request but the probes for `Authorization: Bearer KEY`.",
+    )
     served_model_name: str | None = Field(
-        default=None, min_length=1, description="The model's name in responses and metrics."
+        default=None,
+        min_length=1,
+        description="The model's name in responses and metrics; its own unless given.",
     )
     device: str = Field(
         default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N."
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        default="auto", description="The computation's dtype."
+        default="auto", description="auto, float32, bfloat16 or float16."
     )
     weights: Literal["int4", "full", "both"] = Field(
-        default="both", description="Which of a bundle's weights to load."
+        default="both", description="Which of a bundle's weights to load: int4, full or both."
     )
-    max_model_len: int | None = Field(default=None, ge=2, description="Tokens, prompt and answer together.")
+    max_model_len: int | None = Field(
+        default=None, ge=2, description="Tokens, prompt and answer together; the model's limit unless given."
+    )
     max_num_seqs: int = Field(default=64, ge=1, description="Sequences that run at once.")
     max_num_queued_reqs: int = Field(default=256, ge=1, description="Requests that may wait.")
     max_num_batched_tokens: int = Field(default=512, ge=1, description="Tokens of one step.")
     kv_cache_memory: ByteSize | None = Field(
-        default=None, gt=0, description="Bytes of the KV cache, e.g. 512MiB."
+        default=None, gt=0, description="Bytes of the KV cache, e.g. 512MiB; by free memory unless given."
     )
     default_compression: Annotated[CompressionOptions, NoDecode, BeforeValidator(_json_object)] = Field(
         default_factory=CompressionOptions, description="What a request's compression block leaves out."
@@ -77,14 +105,51 @@ class Settings(BaseSettings):
         default=(), description="Browser origins that may ask (CORS), comma-separated; * is any."
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
-        default="info", description="What to log."
+        default="info", description="What to log: debug, info, warning or error."
     )
     log_json: bool = Field(default=False, description="Log JSON lines.")
+
+
+class _GivenSettings(Settings):
+    """Settings that the environment has no part in."""
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """What was given, and nothing else."""
+        return (init_settings,)
 
 
 def load_settings(given: Mapping[str, object]) -> Settings:
     """The settings of what was given, the environment, and the defaults, in this order; raises ValidationError."""
     return Settings(**given)  # type: ignore[arg-type] # values are checked by pydantic
+
+
+def given_settings(given: Mapping[str, object]) -> Settings:
+    """The settings of what was given and the defaults, for what is no server; raises ValidationError."""
+    return _GivenSettings(**given)  # type: ignore[arg-type] # values are checked by pydantic
+
+
+def setting_help(name: str) -> str:
+    """What the setting `name` is for, with its default in brackets where it has one."""
+    default = setting_default(name)
+    return f"{Settings.model_fields[name].description}{f' [{default}]' if default else ''}"
+
+
+def setting_default(name: str) -> str:
+    """The default of the setting `name` as one would type it; empty where nothing is the default."""
+    default = Settings.model_fields[name].default
+    if default is None or default is PydanticUndefined or default is False or default == ():
+        return ""
+    if isinstance(default, ByteSize):
+        return default.human_readable().replace(".0", "")
+    return f"{default:g}" if isinstance(default, float) else str(default)
 
 
 def unknown_variables(environment: Mapping[str, str]) -> list[str]:
@@ -102,4 +167,4 @@ def invalid_setting(error: ValidationError) -> str:
     flag = f"--{name.replace('_', '-')}"
     within = f" ({'.'.join(inside)})" if inside else ""
     value = "" if name == "api_key" else f" is {shown(first['input'])}"
-    return f"{flag}{within}{value}; {requirement(first)}."
+    return f"{flag}{within}{value}; {_REQUIREMENTS.get(first['type']) or requirement(first)}."

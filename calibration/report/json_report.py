@@ -24,7 +24,7 @@ def report_json(content: ReportContent) -> str:
         "exits_left_out": [_exit(each) for each in content.candidates if each not in content.exits],
         "thresholds": {
             "tested": list(content.plan.thresholds),
-            "begins": {f"{target:g}": begin for target, begin in content.plan.begins.items()},
+            "begins": {f"{target}": begin for target, begin in content.plan.begins.items()},
             "error_correlation": content.plan.correlation,
             "block_tokens": BLOCK_TOKENS,
         },

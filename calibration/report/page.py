@@ -151,7 +151,7 @@ def _line(certificate: Certificate) -> dict[str, object]:
 
     rate = certificate.exits / certificate.tokens if certificate.tokens else None
     return {
-        "target": f"{certificate.target:g}",
+        "target": f"{certificate.target}",
         "threshold": "" if certificate.threshold is None else f"{certificate.threshold:.4f}",
         "rate": percent(rate),
         "risk": percent(certificate.disagreement),

@@ -85,9 +85,13 @@ def failure(event: FailureEvent) -> ApiError:
     if event.kind == "internal":
         message = f"{event.message} The log has the details under error id {event.error_id}."
         return ApiError(500, message, code="internal_error", admitted=True)
-    problem = draining()
-    problem.admitted = True
-    return problem
+    return ApiError(
+        503,
+        "The server was stopped before this answer was complete; send the request again.",
+        code="shutdown",
+        headers={"Retry-After": "5"},
+        admitted=True,
+    )
 
 
 def timed_out() -> ApiError:

@@ -156,14 +156,14 @@ def _default_target(certified: Iterable[float]) -> float | None:
 def _uncertified(
     target: float | None, certified: Iterable[float], variant: Variant, skipped_kv: SkippedKV
 ) -> NotOfferedError:
-    targets = ", ".join(f"{t:g}" for t in certified)
+    targets = ", ".join(f"{t}" for t in certified)
     there = (
         f"certified are {targets}" if targets else "no target is certified for it, give a threshold instead"
     )
     what = (
         "compression.early_exit asks for approximate exits"
         if target is None
-        else (f"compression.early_exit.max_disagreement {target:g} is not certified")
+        else (f"compression.early_exit.max_disagreement {target} is not certified")
     )
     return NotOfferedError(
         f"{what} for {variant} skipped_kv={skipped_kv}; {there}.", "compression.early_exit.max_disagreement"

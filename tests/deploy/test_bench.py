@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from exeunt.calibration.risk import percent
 from exeunt.compression.model import load_bundle
 from exeunt.deploy.bench import BenchError, Load, bench, modes_of
 from exeunt.deploy.bench_engine import engine_driver
@@ -76,7 +77,36 @@ def test_a_server_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[st
 
 def test_lengths_beyond_the_model_are_refused(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["bench", str(bundle), "--prompt-tokens", "5000"]) == 2
-    assert "4096" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "--prompt-tokens is 5000 and --max-new-tokens 64, together 5064" in told
+    assert "limit is 4096" in told
+    assert run(["bench", str(bundle), "--concurrency", "999999999999"]) == 2
+    assert "--concurrency is 999999999999" in (told := capsys.readouterr().err)
+    assert "bytes free" in told
+
+
+def test_a_servers_variables_have_no_part_in_measuring(
+    bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (
+        ("PORT", "eighty"),
+        ("KV_CACHE_MEMORY", "1"),
+        ("DTYPE", "bfloat16"),
+        ("WEIGHTS", "full"),
+    ):
+        monkeypatch.setenv(f"EXEUNT_{name}", value)
+    assert run(["bench", str(bundle), *SMALL]) == 0
+    assert "int4/int4" in capsys.readouterr().out
+
+
+def test_modes_are_named_by_every_digit_of_their_targets() -> None:
+    assert [percent(target) for target in (0.01, 0.015, 0.1, 0.07, 0.1000000001)] == [
+        "1%",
+        "1.5%",
+        "10%",
+        "7%",
+        "10.00000001%",
+    ]
 
 
 def test_no_token_is_an_error_not_a_division() -> None:

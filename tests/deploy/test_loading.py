@@ -54,8 +54,13 @@ def test_only_the_weights_asked_for_are_loaded(bundle: Path) -> None:
 def test_devices_and_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert resolve_device("auto") == torch.device("cpu")
-    with pytest.raises(SettingsError, match="no CUDA device"):
+    with pytest.raises(SettingsError, match=r"--device is cuda:1; .* no CUDA device .* use cpu or auto\."):
         resolve_device("cuda:1")
+    for unknown in ("abc", "mps", "cuda:x", "CPU"):
+        with pytest.raises(
+            SettingsError, match=f"--device is {unknown}; it must be auto, cpu, cuda or cuda:N."
+        ):
+            resolve_device(unknown)
     assert resolve_dtype("bfloat16") is torch.bfloat16
     assert resolve_dtype("auto") is None
 
@@ -79,8 +84,12 @@ def test_a_small_cache_shortens_what_was_not_asked_for(model: LoadedModel) -> No
     [
         ({"max_model_len": CONTEXT + 1}, ["--max-model-len", str(CONTEXT)]),
         ({"max_model_len": 3000, "kv_cache_memory": "100kB"}, ["--kv-cache-memory", "100000", "3000"]),
+        (
+            {"kv_cache_memory": "999TiB"},
+            ["--kv-cache-memory", str(999 * 2**40), "bytes free", "ask for less"],
+        ),
         ({"kv_cache_memory": "1kB"}, ["--kv-cache-memory", "0 tokens"]),
-        ({"max_num_seqs": 600}, ["max_num_batched_tokens", "600"]),
+        ({"max_num_seqs": 600}, ["--max-num-batched-tokens", "512", "--max-num-seqs", "600"]),
     ],
 )
 def test_limits_that_cannot_be(model: LoadedModel, given: dict[str, object], words: list[str]) -> None:

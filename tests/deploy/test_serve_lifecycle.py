@@ -52,7 +52,9 @@ def test_what_does_not_finish_in_time_is_told_so(bundle: Path, tmp_path: Path) -
             server.process.send_signal(signal.SIGTERM)
             events = [line.removeprefix("data: ") for line in lines if line]
         assert events[-1] == "[DONE]"
-        assert json.loads(events[-2])["error"]["type"] == "unavailable_error"
+        error = json.loads(events[-2])["error"]
+        assert (error["type"], error["code"]) == ("unavailable_error", "shutdown")
+        assert "stopped before this answer was complete" in error["message"]
         assert server.process.wait(timeout=30) == 0
 
 
@@ -117,14 +119,30 @@ def test_settings_come_from_the_environment_too(bundle: Path, tmp_path: Path) ->
     ("arguments", "status", "words"),
     [
         (["serve", "/nowhere/at/all"], 2, ["/nowhere/at/all", "does not exist"]),
-        (["serve", "--port", "eighty"], 2, ["--port", '"eighty"', "integer"]),
+        (["serve", "--port", "eighty"], 2, ["--port", '"eighty"', "whole number"]),
         (["serve", "--port", "70000"], 2, ["--port", "70000", "65535"]),
         (["serve", "--colour", "red"], 2, ["--colour"]),
         (["serve", "--default-compression", '{"wieghts": "int4"}'], 2, ["--default-compression", "wieghts"]),
         (["serve", "--default-compression", "{"], 2, ["--default-compression"]),
         (["serve", "--kv-cache-memory", "much"], 2, ["--kv-cache-memory", "much"]),
         (["serve", "--device", "abacus"], 2, ["--device", "abacus"]),
+        (["serve", "--device", "mps"], 2, ["--device", "mps", "auto, cpu, cuda or cuda:N."]),
         (["calibrate"], 2, ["MODEL"]),
+        (
+            ["calibrate", "x", "--out", "y", "--data", "z", "--device", "mps"],
+            2,
+            ["--device is mps", "cuda:N."],
+        ),
+        (["calibrate", "x", "--out", "y", "--data", "z", "--seed", "-1"], 2, ["--seed is -1", "at least 0"]),
+        (
+            ["calibrate", "x", "--out", "y", "--data", "z", "--risk", "1.0000000001"],
+            2,
+            ["1.0000000001 must be above 0 and below 1"],
+        ),
+        (["eval", "x", "--data", "z", "--tokens", "many"], 2, ["--tokens is 'many'", "at least 16"]),
+        (["bench", "x", "--device", "abc"], 2, ["--device is abc", "cuda:N."]),
+        (["bench", "x", "--concurrency", "0"], 2, ["--concurrency is 0", "at least 1"]),
+        (["inspect"], 2, ["BUNDLE"]),
         (["calibrate", "x", "--out", "y", "--exits", "one"], 2, ["--exits", "one"]),
         (["calibrate", "x", "--out", "y", "--weights", "int2"], 2, ["--weights", "int2"]),
         (["inspect", "/nowhere"], 1, ["/nowhere", "does not exist"]),
@@ -139,6 +157,15 @@ def test_wrong_usage_is_one_line(
     assert len(told.strip().splitlines()) == 1, told
     for word in words:
         assert word in told, told
+
+
+def test_no_command_is_a_wish_for_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([]) == 0
+    bare = capsys.readouterr()
+    assert run(["--help"]) == 0
+    assert bare == capsys.readouterr()
+    assert "calibrate" in bare.out
+    assert bare.err == ""
 
 
 @pytest.fixture

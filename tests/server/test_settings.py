@@ -49,7 +49,18 @@ def test_the_key_is_not_printed() -> None:
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [
-        ({"port": "x"}, '--port is "x"; it must be a valid integer'),
+        ({"port": "x"}, '--port is "x"; it must be a whole number'),
+        ({"device": "mps"}, '--device is "mps"; it must be auto, cpu, cuda or cuda:N.'),
+        (
+            {"kv_cache_memory": "much"},
+            '--kv-cache-memory is "much"; it must be a number of bytes such as 512MiB.',
+        ),
+        (
+            {"kv_cache_memory": "1e3"},
+            '--kv-cache-memory is "1e3"; it must be a number of bytes such as 512MiB.',
+        ),
+        ({"default_compression": "{"}, '--default-compression is "{"; it must be a JSON object such as'),
+        ({"log_json": "perhaps"}, '--log-json is "perhaps"; it must be true or false.'),
         ({"port": "65536"}, '--port is "65536"; it must be at most 65535'),
         ({"request_timeout": "nan"}, '--request-timeout is "nan"; it must be a finite number'),
         ({"request_timeout": "0"}, '--request-timeout is "0"; it must be above 0'),

@@ -1,0 +1,57 @@
+"""What stands on the command line, turned into values; what cannot be meant is said in one sentence."""
+
+from collections.abc import Callable
+from typing import Any
+
+import typer
+
+from exeunt.server.settings import setting_help
+
+
+class UsageError(Exception):
+    """Arguments that cannot be meant; the process ends with status 2."""
+
+
+def setting(name: str, metavar: str) -> Any:
+    """The option of the server's setting `name`; its words and its default are the setting's own."""
+    return typer.Option(metavar=metavar, help=setting_help(name), show_default=False)
+
+
+def whole(flag: str, least: int) -> Callable[[Any], int]:
+    """A parser of whole numbers from `least` on, for the option `flag`. It raises UsageError."""
+
+    def parse(value: Any) -> int:
+        text = str(value)
+        if not text.removeprefix("-").isdecimal() or not text.isascii():
+            raise UsageError(f"{flag} is {text!r}; it must be a whole number of at least {least}.")
+        if int(text) < least:
+            raise UsageError(f"{flag} is {text}; it must be at least {least}.")
+        return int(text)
+
+    return parse
+
+
+def one_of(flag: str, value: str, *allowed: str) -> Any:
+    """`value`, which must be one of `allowed`. Raises UsageError."""
+    if value not in allowed:
+        shown = f"{', '.join(allowed[:-1])} or {allowed[-1]}"
+        raise UsageError(f"{flag} is {value!r}; it must be {shown}.")
+    return value
+
+
+def numbers(flag: str, text: str, kind: type[int] | type[float]) -> tuple[Any, ...]:
+    """The numbers in `text`, which commas part. Raises UsageError."""
+    try:
+        return tuple(kind(part) for part in text.split(","))
+    except ValueError:
+        what = "whole numbers" if kind is int else "numbers"
+        raise UsageError(f"{flag} is {text!r}; it must be {what} with commas between them.") from None
+
+
+def linear_block(text: str) -> Any:
+    """`auto`, `none`, or the number of a block. Raises UsageError."""
+    if text in ("auto", "none"):
+        return text
+    if not text.isdecimal():
+        raise UsageError(f"--linear-block is {text!r}; it must be auto, none, or the number of a block.")
+    return int(text)
