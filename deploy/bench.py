@@ -14,6 +14,7 @@ from importlib.metadata import version
 from typing import Any, Final, Protocol
 
 import numpy as np
+import torch
 
 from exeunt.calibration.risk import percent
 from exeunt.server.api.offer import Offer
@@ -34,6 +35,7 @@ class Load:
     prompt_tokens: int = 64
     max_new_tokens: int = 64
     requests: int = 32
+    temperature: float = TEMPERATURE
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,10 +152,21 @@ def bench_record(target: str, load: Load, speeds: Sequence[ModeSpeed]) -> dict[s
     """The result as JSON: what was measured, on which machine, with which versions."""
     return {
         "target": target,
-        "load": {**asdict(load), "temperature": TEMPERATURE},
-        "machine": {"cpu": _cpu_name(), "cores": os.cpu_count(), "platform": platform.platform()},
-        "versions": {name: version(name) for name in ("exeunt", "torch", "transformers")},
+        "load": asdict(load),
+        "machine": machine(),
         "modes": [asdict(speed) for speed in speeds],
+    }
+
+
+def machine() -> dict[str, Any]:
+    """What a speed depends on: the processor, how much of it is used, the system, the versions."""
+    return {
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        **{package: version(package) for package in ("exeunt", "torch", "transformers")},
     }
 
 

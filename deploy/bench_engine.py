@@ -8,7 +8,7 @@ from typing import Any
 
 from exeunt.compression.kv_format import page_bytes_for
 from exeunt.compression.model import LoadedModel
-from exeunt.deploy.bench import TEMPERATURE, BenchError, Load, Trace
+from exeunt.deploy.bench import BenchError, Load, Trace
 from exeunt.deploy.bench_text import cut_prompts
 from exeunt.deploy.loading import SettingsError, engine_config
 from exeunt.deploy.memory import free_bytes, named
@@ -115,7 +115,7 @@ class EngineDriver:
     ) -> Trace:
         self._sent += 1
         sampling = SamplingParams(
-            max_new_tokens=load.max_new_tokens, temperature=TEMPERATURE, seed=seed, ignore_eos=True
+            max_new_tokens=load.max_new_tokens, temperature=load.temperature, seed=seed, ignore_eos=True
         )
         request = GenerationRequest(
             f"bench-{self._sent}",

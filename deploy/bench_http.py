@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 
 from exeunt.compression.variant import Variant
-from exeunt.deploy.bench import TEMPERATURE, BenchError, Load, Trace
+from exeunt.deploy.bench import BenchError, Load, Trace
 from exeunt.deploy.bench_text import cut_prompts
 from exeunt.server.api.offer import Certificate, Offer
 
@@ -59,7 +59,7 @@ class HTTPDriver:
                 {
                     "prompt_token_ids": list(prompt),
                     "max_new_tokens": load.max_new_tokens,
-                    "temperature": TEMPERATURE,
+                    "temperature": load.temperature,
                     "seed": seed,
                     "ignore_eos": True,
                     "stream": True,

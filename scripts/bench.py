@@ -5,43 +5,32 @@ drifting machine moves both sides. Tokens are greedy, end-of-text is ignored, pr
 """
 
 import json
-import os
-import platform
 import statistics
-import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from prometheus_client import CollectorRegistry
 from rich.console import Console
 from rich.table import Table
 
-from exeunt.compression.model import LoadedModel, load_bundle
+from exeunt.compression.model import load_bundle
 from exeunt.compression.variant import Variant
-from exeunt.deploy import packaged_model
+from exeunt.deploy.bench import Load, machine
+from exeunt.deploy.bench_engine import EngineDriver, engine_driver
 from exeunt.deploy.packaged import packaged_bundle
-from exeunt.server.engine import Engine
-from exeunt.server.engine_config import EngineConfig
-from exeunt.server.metrics import Metrics
-from exeunt.server.request import (
-    Event,
-    ExitPolicy,
-    FailureEvent,
-    FinishEvent,
-    GenerationRequest,
-    SamplingParams,
-)
+from exeunt.deploy.packaged_model import path as checkpoint
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 INFORMATIVE = 0.10  # a share of tokens that left below this says nothing about the speed of exits
 FULL, SMALL = Variant(), Variant("int4", "int4")
+OFF = {"mode": "off"}
+
+Prompts = Sequence[Sequence[int]]
 
 console = Console()
 
@@ -52,23 +41,13 @@ class Run:
 
     tokens: int
     seconds: float
-    left_early: int = 0  # tokens that left before the last block
-    blocks_executed: int = 0
-    blocks: int = 0
+    exit_rate: float = 0.0
+    skipped: float = 0.0  # the share of block × token pairs that were never computed
 
     @property
     def speed(self) -> float:
         """Tokens per second."""
         return self.tokens / self.seconds
-
-    @property
-    def exit_rate(self) -> float:
-        return self.left_early / self.tokens
-
-    @property
-    def skipped(self) -> float:
-        """The share of block × token pairs that were never computed."""
-        return 1 - self.blocks_executed / (self.tokens * self.blocks) if self.blocks else 0.0
 
 
 def main(
@@ -79,15 +58,17 @@ def main(
     streams: Annotated[int, typer.Option(min=1)] = 8,
 ) -> None:
     """Measure, print a table, write JSON."""
-    bundle = packaged_bundle()
-    model = load_bundle(bundle, device="cpu", dtype=torch.float32, weights="both")
-    prompts = _prompts(model, streams, prompt_tokens)
-    reference = _Transformers(packaged_model.path())
-    with _Running(model, prompt_tokens + new_tokens) as ours:
-        rows = _measure(ours, reference, prompts, new_tokens, repeats)
-        rows |= _measure_exits(ours, model, prompts, new_tokens, repeats)
+    model = load_bundle(packaged_bundle(), device="cpu", dtype=torch.float32, weights="both")
+    load = Load(streams, prompt_tokens, new_tokens, streams, temperature=0.0)
+    driver = engine_driver(model, load)
+    try:
+        prompts = driver.prompts(streams, prompt_tokens)
+        ours, reference = _Ours(driver, load), _Transformers(checkpoint(), new_tokens)
+        rows = _measure(ours, reference, prompts, repeats) | _measure_exits(ours, prompts, repeats)
+    finally:
+        driver.close()
     result = {
-        "machine": _machine(),
+        "machine": machine(),
         "settings": {
             "prompt_tokens": prompt_tokens,
             "new_tokens": new_tokens,
@@ -106,12 +87,13 @@ def main(
 class _Transformers:
     """`transformers` generate on the same checkpoint, float32, greedy."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, new_tokens: int) -> None:
         from transformers import AutoModelForCausalLM
 
         self._model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        self._new_tokens = new_tokens
 
-    def one_after_another(self, prompts: list[list[int]], new_tokens: int) -> Run:
+    def one_after_another(self, prompts: Prompts) -> Run:
         began, tokens = time.perf_counter(), 0
         for prompt in prompts:
             ids = torch.tensor([prompt])
@@ -119,8 +101,8 @@ class _Transformers:
                 answer = self._model.generate(
                     ids,
                     attention_mask=torch.ones_like(ids),
-                    max_new_tokens=new_tokens,
-                    min_new_tokens=new_tokens,
+                    max_new_tokens=self._new_tokens,
+                    min_new_tokens=self._new_tokens,
                     do_sample=False,
                     pad_token_id=0,
                 )
@@ -128,139 +110,81 @@ class _Transformers:
         return Run(tokens, time.perf_counter() - began)
 
 
-class _Running:
-    """Our engine on the loaded bundle."""
+class _Ours:
+    """Our engine on the loaded bundle, the load of `exeunt bench`."""
 
-    def __init__(self, model: LoadedModel, most_tokens: int) -> None:
-        config = EngineConfig(max_model_len=min(model.spec.max_position_embeddings, most_tokens))
-        stages = [f"stage_{i}" for i in range(len(model.exits) + 1)]
-        metrics = Metrics(CollectorRegistry(), model.name, stages, [f"block_{e.block}" for e in model.exits])
-        self._engine = Engine(model, config, metrics)
-        self._count = 0
+    def __init__(self, driver: EngineDriver, load: Load) -> None:
+        self._driver, self._load = driver, load
 
-    def __enter__(self) -> "_Running":
-        self._engine.start()
-        return self
+    def certified(self, variant: Variant) -> dict[float, float]:
+        """The certified targets of a variant and their thresholds."""
+        return self._driver.offer().certified(variant, "propagate")
 
-    def __exit__(self, *_: object) -> None:
-        self._engine.stop()
-
-    def at_once(self, prompts: list[list[int]], new_tokens: int, variant: Variant, exits: ExitPolicy) -> Run:
+    def at_once(self, prompts: Prompts, variant: Variant, early_exit: Mapping[str, Any] = OFF) -> Run:
         """Submit all prompts together and wait for the last token."""
-        finished: list[FinishEvent] = []
-        failed: list[FailureEvent] = []
-        left = threading.Semaphore(0)
-
-        def on_event(event: Event) -> None:
-            if isinstance(event, FinishEvent):
-                finished.append(event)
-                left.release()
-            elif isinstance(event, FailureEvent):
-                failed.append(event)
-                left.release()
-
+        compression = {
+            "weights": variant.weights,
+            "kv_cache": variant.kv_cache,
+            "linear_block": variant.linear_block,
+            "early_exit": early_exit,
+        }
         began = time.perf_counter()
-        for prompt in prompts:
-            self._count += 1
-            sampling = SamplingParams(max_new_tokens=new_tokens, ignore_eos=True)
-            request = GenerationRequest(
-                f"bench-{self._count}", tuple(prompt), sampling, variant, exits, arrival=time.monotonic()
-            )
-            self._engine.submit(request, on_event)
-        for _ in prompts:
-            left.acquire()
+        traces = self._driver.run(prompts, compression, self._load)
         seconds = time.perf_counter() - began
-        if failed:
-            raise RuntimeError(f"a request failed: {failed[0].message}")
-        tokens = sum(event.summary.completion_tokens for event in finished)
-        depth = [event.summary.depth for event in finished]
-        return Run(
-            tokens,
-            seconds,
-            left_early=tokens - sum(d.by_exit.get("final", 0) for d in depth),
-            blocks_executed=sum(d.blocks_executed for d in depth),
-            blocks=depth[0].blocks,
-        )
+        tokens = sum(sum(trace.by_exit.values()) for trace in traces)
+        final = sum(trace.by_exit.get("final", 0) for trace in traces)
+        passed = sum(trace.depths for trace in traces)
+        return Run(tokens, seconds, 1 - final / tokens, 1 - passed / (tokens * traces[0].blocks))
 
 
-def _measure(
-    ours: _Running, reference: _Transformers, prompts: list[list[int]], new_tokens: int, repeats: int
-) -> dict[str, Any]:
-    one, off = prompts[:1], ExitPolicy()
+def _measure(ours: _Ours, reference: _Transformers, prompts: Prompts, repeats: int) -> dict[str, Any]:
+    streams = f"{len(prompts)} streams"
     return {
-        "one stream, full weights, against generate": _pair(
-            lambda: ours.at_once(one, new_tokens, FULL, off),
-            lambda: reference.one_after_another(one, new_tokens),
-            repeats,
-        ),
-        "one stream, INT4 weights and KV, against generate": _pair(
-            lambda: ours.at_once(one, new_tokens, SMALL, off),
-            lambda: reference.one_after_another(one, new_tokens),
-            repeats,
-        ),
-        f"{len(prompts)} streams, full weights, against as many generate calls in turn": _pair(
-            lambda: ours.at_once(prompts, new_tokens, FULL, off),
-            lambda: reference.one_after_another(prompts, new_tokens),
-            repeats,
-        ),
-        f"{len(prompts)} streams, INT4 weights and KV, against as many generate calls in turn": _pair(
-            lambda: ours.at_once(prompts, new_tokens, SMALL, off),
-            lambda: reference.one_after_another(prompts, new_tokens),
-            repeats,
-        ),
+        f"{name}, {label}, against {what}": _pair(
+            partial(ours.at_once, asked, variant), partial(reference.one_after_another, asked), repeats
+        )
+        for name, asked, what in (
+            ("one stream", prompts[:1], "generate"),
+            (streams, prompts, "as many generate calls in turn"),
+        )
+        for label, variant in (("full weights", FULL), ("INT4 weights and KV", SMALL))
     }
 
 
-def _measure_exits(
-    ours: _Running, model: LoadedModel, prompts: list[list[int]], new_tokens: int, repeats: int
-) -> dict[str, Any]:
+def _measure_exits(ours: _Ours, prompts: Prompts, repeats: int) -> dict[str, Any]:
     """Exits on against off, at the loosest certified target and at a threshold where enough tokens leave."""
     rows: dict[str, Any] = {}
     for name, asked in (("one stream", prompts[:1]), (f"{len(prompts)} streams", prompts)):
         for label, variant in (("full weights", FULL), ("INT4 weights and KV", SMALL)):
-            for what, policy in _policies(ours, model, variant, asked, new_tokens):
+            for what, early_exit in _exits(ours, variant, asked):
                 rows[f"{name}, {label}, exits {what}, against exits off"] = _pair(
-                    partial(ours.at_once, asked, new_tokens, variant, policy),
-                    partial(ours.at_once, asked, new_tokens, variant, ExitPolicy()),
+                    partial(ours.at_once, asked, variant, early_exit),
+                    partial(ours.at_once, asked, variant),
                     repeats,
                 )
     return rows
 
 
-def _policies(
-    ours: _Running, model: LoadedModel, variant: Variant, prompts: list[list[int]], new_tokens: int
-) -> list[tuple[str, ExitPolicy]]:
-    found: list[tuple[str, ExitPolicy]] = []
-    certified = _certified(model, variant)
-    if certified:
+def _exits(ours: _Ours, variant: Variant, prompts: Prompts) -> list[tuple[str, dict[str, Any]]]:
+    found: list[tuple[str, dict[str, Any]]] = []
+    if certified := ours.certified(variant):
         target = max(certified)
-        policy = ExitPolicy("approximate", certified[target], target, "propagate")
-        found.append((f"at the certified target {target:g}", policy))
-        if ours.at_once(prompts, new_tokens, variant, policy).exit_rate >= INFORMATIVE:
+        early_exit = {"mode": "approximate", "max_disagreement": target}
+        found.append((f"at the certified target {target:g}", early_exit))
+        if ours.at_once(prompts, variant, early_exit).exit_rate >= INFORMATIVE:
             return found
     for threshold in (0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5, 0.4, 0.3):
-        policy = ExitPolicy("approximate", threshold, None, "propagate")
-        if ours.at_once(prompts, new_tokens, variant, policy).exit_rate >= INFORMATIVE:
-            found.append((f"at threshold {threshold:g} (not certified)", policy))
+        early_exit = {"mode": "approximate", "threshold": threshold}
+        if ours.at_once(prompts, variant, early_exit).exit_rate >= INFORMATIVE:
+            found.append((f"at threshold {threshold:g} (not certified)", early_exit))
             break
     return found
 
 
-def _certified(model: LoadedModel, variant: Variant) -> dict[float, float]:
-    """The certified targets of a variant and their thresholds."""
-    entries = model.manifest.risk_table if model.manifest is not None else ()
-    return {
-        line.target: line.threshold
-        for entry in entries
-        if entry.variant == variant and entry.skipped_kv == "propagate"
-        for line in entry.targets
-        if line.certified and line.threshold is not None
-    }
-
-
 def _pair(ours: Callable[[], Run], theirs: Callable[[], Run], repeats: int) -> dict[str, Any]:
     """Both in turn, `repeats` times after a warm-up of each; medians, and the median of the pairwise ratios."""
-    ours(), theirs()
+    ours()
+    theirs()
     pairs = [(ours(), theirs()) for _ in range(repeats)]
     ratios = [a.speed / b.speed for a, b in pairs]
     mine = [a for a, _ in pairs]
@@ -271,40 +195,12 @@ def _pair(ours: Callable[[], Run], theirs: Callable[[], Run], repeats: int) -> d
         "ratio_min": min(ratios),
         "ratio_max": max(ratios),
     }
-    if mine[0].left_early:
+    if mine[0].exit_rate:
         skipped = statistics.median(a.skipped for a in mine)
         row |= {"exit_rate": statistics.median(a.exit_rate for a in mine), "blocks_skipped_share": skipped}
         row["informative"] = row["exit_rate"] >= INFORMATIVE
         row["gain_over_skipped_share"] = (row["ratio"] - 1) / skipped
     return row
-
-
-def _prompts(model: LoadedModel, count: int, tokens: int) -> list[list[int]]:
-    text = (packaged_model.path() / "calibration.txt").read_text(encoding="utf-8")[: 200 * tokens * count]
-    ids = list(model.tokenizer(text)["input_ids"])
-    step = max(len(ids) // count, tokens)
-    prompts = [ids[i * step : i * step + tokens] for i in range(count)]
-    if any(len(prompt) < tokens for prompt in prompts):
-        raise typer.BadParameter(f"the calibration text is too short for {count} prompts of {tokens} tokens")
-    return prompts
-
-
-def _machine() -> dict[str, Any]:
-    cpu = platform.processor()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [
-            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line
-        ]
-        cpu = names[0] if names else cpu
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        **{package: version(package) for package in ("exeunt", "torch", "transformers")},
-    }
 
 
 def _print(rows: dict[str, Any]) -> None:

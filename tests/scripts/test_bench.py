@@ -1,0 +1,29 @@
+"""`make bench` on a random model: what it measures and writes. No speed is asserted."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from scripts import bench
+from tests.deploy.server_process import byte_bundle
+
+
+def test_it_measures_pairs_and_says_what_left_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = byte_bundle(tmp_path)
+    monkeypatch.setattr(bench, "packaged_bundle", lambda: bundle)
+    monkeypatch.setattr(bench, "checkpoint", lambda: tmp_path / "checkpoint")
+    bench.main(tmp_path / "out.json", prompt_tokens=8, new_tokens=6, repeats=1, streams=2)
+    record = json.loads((tmp_path / "out.json").read_text())
+    assert record["machine"]["torch"]
+    assert record["settings"]["streams"] == 2
+    against_generate = [name for name in record["results"] if "generate" in name]
+    assert len(against_generate) == 4
+    for name in against_generate:
+        assert record["results"][name]["ratio"] > 0
+        assert "exit_rate" not in record["results"][name]
+    exits = {name: row for name, row in record["results"].items() if "exits" in name}
+    assert any("at the certified target 0.1" in name for name in exits)
+    for row in exits.values():
+        if row.get("exit_rate"):
+            assert 0 < row["blocks_skipped_share"] < row["exit_rate"]
