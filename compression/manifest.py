@@ -129,7 +129,6 @@ class EvaluationRow(Record):
     mean_depth: Annotated[float, Field(ge=0.0)]
     exit_rate: Share
     tokens: Count
-    tokens_per_second: float | None = None
 
     @property
     def variant(self) -> Variant:

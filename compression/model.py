@@ -1,6 +1,5 @@
-"""A model ready to serve: its decoders by variant, exits, tokenizer, and what is certified about it."""
+"""A model ready to serve: its decoders by variant, exits, tokenizer, and the manifest of its bundle."""
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +18,7 @@ from exeunt.compression.checkpoint import open_checkpoint
 from exeunt.compression.decoder import Decoder
 from exeunt.compression.exits import ExitHead
 from exeunt.compression.kv_format import KVLayout, kv_layout
-from exeunt.compression.manifest import Manifest, RiskEntry
+from exeunt.compression.manifest import Manifest
 from exeunt.compression.variant import KVFormat, Variant, WeightFormat
 from exeunt.compression.weights import WeightError
 
@@ -32,10 +31,6 @@ class ModelLoadError(ValueError):
 
 class NotHeldError(ValueError):
     """A variant that the loaded model does not hold; the message lists those that it does."""
-
-
-class NotCertifiedError(ValueError):
-    """A target that is not certified for a combination; the message lists what is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,17 +70,6 @@ class LoadedModel:
         kv: KVFormat = "int4" if "int4" in self.kv_formats else "full"
         return Variant(weights, kv, False)
 
-    @property
-    def compression_defaults(self) -> dict[str, object]:
-        """The same in the words of a request's `compression` field; exits are off unless asked for."""
-        default = self.default_variant
-        return {
-            "weights": default.weights,
-            "kv_cache": default.kv_cache,
-            "linear_block": default.linear_block,
-            "early_exit": {"mode": "off"},
-        }
-
     def decoder(self, variant: Variant) -> Decoder:
         """The decoder that runs `variant`; raises NotHeldError."""
         self._check_held(variant)
@@ -96,31 +80,6 @@ class LoadedModel:
         block = self.decoder(variant).linear_block
         return kv_layout(
             self.spec, variant.kv_cache, self.dtype, page_bytes, None if block is None else block.index
-        )
-
-    def threshold_for(
-        self, variant: Variant, skipped_kv: Literal["backfill", "propagate"], target: float
-    ) -> float:
-        """The threshold at which `variant` exits with disagreement below `target`, as certified.
-
-        Raises NotCertifiedError for any other target; it lists what is certified for the combination, or which
-        combinations have something certified.
-        """
-        entries = self.manifest.risk_table if self.manifest is not None else ()
-        entry = next((e for e in entries if e.variant == variant and e.skipped_kv == skipped_kv), None)
-        if entry is None:
-            raise NotCertifiedError(
-                f"nothing is certified for {variant} skipped_kv={skipped_kv}; {_combinations(entries)}"
-            )
-        why = "no such target was calibrated"
-        for line in entry.targets:
-            if math.isclose(line.target, target, rel_tol=1e-9):
-                if line.certified and line.threshold is not None:
-                    return line.threshold
-                why = line.reason or "calibration found no safe threshold"
-        raise NotCertifiedError(
-            f"max_disagreement {target} is not certified for {variant} skipped_kv={skipped_kv} ({why}); "
-            f"certified for it: {_targets(entry)}"
         )
 
     def resident_bytes(self) -> dict[str, int]:
@@ -141,20 +100,6 @@ class LoadedModel:
             return
         held = "; ".join(str(each) for each in self.variants)
         raise NotHeldError(f"the loaded model does not hold {variant}; it holds {held}")
-
-
-def _targets(entry: RiskEntry) -> str:
-    certified = sorted(line.target for line in entry.targets if line.certified)
-    return ", ".join(f"{target}" for target in certified) or "nothing"
-
-
-def _combinations(entries: tuple[RiskEntry, ...]) -> str:
-    found = [
-        f"{entry.variant} skipped_kv={entry.skipped_kv}: {_targets(entry)}"
-        for entry in entries
-        if any(line.certified for line in entry.targets)
-    ]
-    return "certified are " + "; ".join(found) if found else "the loaded model has no certified exits"
 
 
 def load_bundle(

@@ -256,7 +256,7 @@ def _evaluation_table(rows: Iterable[EvaluationRow]) -> Table:
     table = _table(
         "Evaluation on held-out text, teacher-forced",
         "mode",
-        right=("perplexity", "KL", "agree", "depth", "leave", "tokens", "tokens/s"),
+        right=("perplexity", "KL", "agree", "depth", "leave", "tokens"),
     )
     for row in rows:
         table.add_row(
@@ -267,7 +267,6 @@ def _evaluation_table(rows: Iterable[EvaluationRow]) -> Table:
             f"{row.mean_depth:.2f}",
             _percent(row.exit_rate),
             f"{row.tokens:,}",
-            _number(row.tokens_per_second, 0),
         )
     return table
 

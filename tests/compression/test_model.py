@@ -14,7 +14,6 @@ from exeunt.compression.kv_format import page_bytes_for
 from exeunt.compression.model import (
     LoadedModel,
     ModelLoadError,
-    NotCertifiedError,
     NotHeldError,
     load_bundle,
     load_plain_model,
@@ -66,12 +65,6 @@ def test_it_holds_what_the_bundle_holds(model: LoadedModel) -> None:
     assert model.tokenizer.decode([5]) == "w5"
     assert model.dtype == torch.float32
     assert model.default_variant == Variant("int4", "int4", False)
-    assert model.compression_defaults == {
-        "weights": "int4",
-        "kv_cache": "int4",
-        "linear_block": False,
-        "early_exit": {"mode": "off"},
-    }
 
 
 def test_full_weights_are_the_checkpoints(model: LoadedModel, checkpoint: Path) -> None:
@@ -193,40 +186,6 @@ def test_variants_that_are_not_held_are_refused_with_those_that_are(model: Loade
     assert model.decoder(Variant("full", "full")) is model.decoders["full", False]
 
 
-def test_certified_thresholds_are_found(model: LoadedModel) -> None:
-    variant = Variant("int4", "int4")
-    assert model.threshold_for(variant, "propagate", 0.05) == 0.93
-    assert model.threshold_for(variant, "propagate", 0.1 + 1e-17) == 0.81
-
-
-@pytest.mark.parametrize(
-    ("variant", "skipped_kv", "target", "reason"),
-    [
-        (
-            Variant("int4", "int4"),
-            "propagate",
-            0.01,
-            r"0\.01 is not certified for weights=int4 .*only 12 tokens left.* certified for it: 0\.05, 0\.1$",
-        ),
-        (Variant("int4", "int4"), "propagate", 0.03, r"no such target was calibrated.*0\.05, 0\.1$"),
-        (Variant("int4", "int4", True), "propagate", 0.05, "certified for it: nothing"),
-        (
-            Variant("int4", "int4"),
-            "backfill",
-            0.05,
-            r"nothing is certified for weights=int4 kv_cache=int4 linear_block=false skipped_kv=backfill; "
-            r"certified are weights=int4 kv_cache=int4 linear_block=false skipped_kv=propagate: 0\.05, 0\.1$",
-        ),
-        (Variant("full", "int4"), "propagate", 0.05, "nothing is certified for weights=full"),
-    ],
-)
-def test_what_is_not_certified_is_answered_with_what_is(
-    variant: Variant, skipped_kv: str, target: float, reason: str, model: LoadedModel
-) -> None:
-    with pytest.raises(NotCertifiedError, match=reason):
-        model.threshold_for(variant, skipped_kv, target)  # type: ignore[arg-type]
-
-
 def test_a_plain_model_runs_at_full_depth(checkpoint: Path) -> None:
     model = load_plain_model(checkpoint)
     assert model.name == checkpoint.name
@@ -235,8 +194,6 @@ def test_a_plain_model_runs_at_full_depth(checkpoint: Path) -> None:
     assert set(model.variants) == {Variant("full", "full"), Variant("full", "int4")}
     assert model.default_variant == Variant("full", "full")
     assert torch.equal(_logits(model.decoder(Variant("full", "int4"))), _logits(Decoder.load(checkpoint)))
-    with pytest.raises(NotCertifiedError, match="the loaded model has no certified exits"):
-        model.threshold_for(Variant("full", "full"), "propagate", 0.05)
 
 
 def test_a_model_without_a_tokenizer_is_refused(checkpoint: Path, tmp_path: Path) -> None:
