@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Final
 
 import torch
 
@@ -13,13 +14,20 @@ from exeunt.compression.exits import ExitHead, ExitNorm
 from exeunt.compression.linear_block import LinearBlock
 from exeunt.compression.variant import KVFormat, Variant, WeightFormat
 
+FULL_ALONE: Final[tuple[WeightFormat, ...]] = ("full",)
+
 
 @dataclass(frozen=True, slots=True)
 class ModelStack:
-    """A full-precision decoder, its INT4 twin where asked for, and the linear block once there is one."""
+    """A full-precision decoder, its INT4 twin where asked for, and the linear block once there is one.
+
+    `weight_formats` and `kv_formats` are those that the bundle is to hold; the full decoder is there in any case, as
+    what the others are compared with.
+    """
 
     full: Decoder
     int4: Decoder | None
+    weight_formats: tuple[WeightFormat, ...]
     kv_formats: tuple[KVFormat, ...]
     linear_block: LinearBlock | None = None
 
@@ -32,22 +40,24 @@ class ModelStack:
         device: torch.device,
         dtype: torch.dtype,
         advance: Callable[[int], None] = lambda _decoders: None,
+        *,
+        int4_alone: bool = False,
     ) -> "ModelStack":
-        """Load `checkpoint` on `device`; `int4` are its quantised linears, `kv_cache` the smallest format held."""
+        """Load `checkpoint` on `device`; `int4` are its quantised linears, `kv_cache` the smallest format held.
+
+        `int4_alone` says that full weights are not to be held beside `int4`.
+        """
         spec = checkpoint.spec
         full = Decoder.from_weights(spec, checkpoint.weights(), device=device, dtype=dtype)
         advance(1)
-        small = None
+        small, formats = None, FULL_ALONE
         if int4 is not None:
             small = Decoder.from_weights(
                 spec, int4, device=device, dtype=dtype, int4_group_size=int4.group_size, share_with=full
             )
             advance(1)
-        return cls(full, small, ("int4", "full") if kv_cache == "int4" else ("full",))
-
-    @property
-    def weight_formats(self) -> tuple[WeightFormat, ...]:
-        return ("full",) if self.int4 is None else ("int4", "full")
+            formats = ("int4",) if int4_alone else ("int4", "full")
+        return cls(full, small, formats, ("int4", "full") if kv_cache == "int4" else ("full",))
 
     @property
     def deployed(self) -> Variant:
@@ -56,7 +66,7 @@ class ModelStack:
 
     @property
     def reference(self) -> Variant:
-        """Nothing saved."""
+        """Nothing saved: what the variants are compared with, held or not."""
         return Variant("full", "full", False)
 
     @property

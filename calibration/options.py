@@ -12,7 +12,8 @@ from exeunt.calibration.exit_training import HeadTraining
 from exeunt.calibration.gate_training import ProbeTraining
 from exeunt.compression.architecture import Architecture
 from exeunt.compression.device import DeviceError, find_device
-from exeunt.compression.variant import KVFormat, WeightFormat
+from exeunt.compression.model import WeightChoice
+from exeunt.compression.variant import KVFormat
 
 TARGETS: Final = (0.01, 0.02, 0.05, 0.1)
 EXIT_DEPTHS: Final = (1 / 4, 1 / 2, 2 / 3, 5 / 6)
@@ -23,8 +24,9 @@ EXIT_DEPTHS: Final = (1 / 4, 1 / 2, 2 / 3, 5 / 6)
 class CalibrationOptions:
     """A calibration to make. Lengths are tokens; `exits` are numbers of the blocks they follow.
 
-    `weights` and `kv_cache` "int4" add INT4 to what the bundle holds, "full" leaves it out; the exits are trained
-    on the most compressed stack of the two.
+    `weights` "both" puts INT4 weights beside the full ones, "int4" in their place (no full-precision copy of what is
+    INT4), "full" leaves them out; `kv_cache` "int4" adds the INT4 cache, "full" does not. Exits are trained on the
+    most compressed stack of those.
     """
 
     model: str  # a local directory or a Hugging Face id
@@ -33,7 +35,7 @@ class CalibrationOptions:
     tokens: int = 48_000
     exits: Literal["auto"] | tuple[int, ...] = "auto"
     linear_block: Literal["auto", "none"] | int = "auto"
-    weights: WeightFormat = "int4"
+    weights: WeightChoice = "both"
     kv_cache: KVFormat = "int4"
     risk: tuple[float, ...] = TARGETS
     confidence: float = 0.95

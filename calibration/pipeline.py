@@ -5,6 +5,7 @@ when calibration ends, however it ends.
 """
 
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from exeunt.calibration.progress import ProgressReport
 from exeunt.calibration.report.content import ReportContent
 from exeunt.calibration.report.json_report import report_json
 from exeunt.calibration.report.page import report_html
+from exeunt.calibration.risk import percent
 from exeunt.calibration.text_encoding import separator, text_encoding
 from exeunt.calibration.thresholds import ThresholdPlan, plan_thresholds, view_gates
 from exeunt.calibration.weights_int4 import Int4Weights, check_group_size, quantize_weights
@@ -36,7 +38,7 @@ from exeunt.compression.bundle import (
     tensor_bytes,
     write_bundle,
 )
-from exeunt.compression.bundle_weights import checkpoint_tensors, int4_tensors
+from exeunt.compression.bundle_weights import checkpoint_tensors, int4_tensors, tensors_beside_int4
 from exeunt.compression.checkpoint import Checkpoint, open_checkpoint
 from exeunt.compression.linear_block import LinearBlock
 from exeunt.compression.model import default_dtype, load_tokenizer
@@ -81,7 +83,15 @@ def calibrate(options: CalibrationOptions, progress: ProgressReport) -> Path:
     int4 = _quantized(task)
     dtype = options.dtype or default_dtype(task.checkpoint.spec, task.device)
     with progress.phase("Loading the model", 1 if int4 is None else 2) as advance:
-        stack = ModelStack.build(task.checkpoint, int4, options.kv_cache, task.device, dtype, advance)
+        stack = ModelStack.build(
+            task.checkpoint,
+            int4,
+            options.kv_cache,
+            task.device,
+            dtype,
+            advance,
+            int4_alone=options.weights == "int4",
+        )
     with tempfile.TemporaryDirectory(prefix="exeunt-calibrate-") as folder:
         learned = _learn(task, stack, Scratch(Path(folder)))
     certified = _certify(task, learned)
@@ -98,7 +108,7 @@ def _prepare(options: CalibrationOptions, progress: ProgressReport) -> _Task:
     spec = checkpoint.spec
     exits = exit_blocks(spec, options.exits)
     wanted_linear_block(spec, options.linear_block)
-    if options.weights == "int4":
+    if options.weights != "full":
         check_group_size(spec, options.group_size)
     progress.note(f"Reading {options.model} and {options.data}.")
     tokenizer = load_tokenizer(checkpoint.directory)
@@ -222,7 +232,7 @@ def _certify(task: _Task, learned: _Learned) -> tuple[CertifiedVariant, ...]:
     for each in certified:
         found = [c for c in each.certification.certificates if c.certified]
         shown = ", ".join(
-            f"{c.target:.0%} at {c.threshold:.3f} ({c.exits / c.tokens:.1%} leave)" for c in found
+            f"{percent(c.target)} at {c.threshold:.3f} ({c.exits / c.tokens:.1%} leave)" for c in found
         )
         task.progress.note(f"{each.variant}: {shown or 'no exits certified'}")
     return certified
@@ -231,7 +241,7 @@ def _certify(task: _Task, learned: _Learned) -> tuple[CertifiedVariant, ...]:
 def _evaluate(task: _Task, learned: _Learned, certified: tuple[CertifiedVariant, ...]) -> EvaluationTable:
     options, stack = task.options, learned.stack
     heads = [each.head for each in learned.exits]
-    models = {variant: stack.forced(variant, heads) for variant in stack.variants}
+    models = {variant: stack.forced(variant, heads) for variant in (*stack.variants, stack.reference)}
     rows = _head_rows(task.splits.certify, options.evaluation_tokens)
     loose = {}
     if heads:
@@ -282,13 +292,21 @@ def _contents(
     return BundleContents(
         checkpoint=task.checkpoint.directory,
         manifest=manifest,
-        full=checkpoint_tensors(task.checkpoint.files),
-        int4=None if int4 is None else int4_tensors(int4.weights),
+        full=checkpoint_tensors(files) if "full" in manifest.weights else None,
+        int4=None if int4 is None else _int4_tensors(task, int4),
         linear_block=chosen,
         exits=[each.head for each in learned.exits],
         report_html=report_html(content),
         report_json=report_json(content),
     )
+
+
+def _int4_tensors(task: _Task, int4: Int4Weights) -> Mapping[str, Tensor]:
+    """What the INT4 file holds: where no full weights lie beside it, also all that has no INT4 form."""
+    if task.options.weights == "both":
+        return int4_tensors(int4.weights)
+    beside = tensors_beside_int4(task.checkpoint.spec, task.checkpoint.weights())
+    return {**int4_tensors(int4.weights), **beside}
 
 
 def _head_rows(rows: tuple[Tensor, ...], tokens: int) -> tuple[Tensor, ...]:

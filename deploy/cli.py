@@ -186,8 +186,8 @@ def calibrate(
     exits: Annotated[str, typer.Option(help="`auto`, or the blocks that exits follow, e.g. 3,8.")] = "auto",
     linear_block: Annotated[str, typer.Option(help="`auto`, `none`, or the block to replace.")] = "auto",
     weights: Annotated[
-        str, typer.Option(help="int4 adds INT4 weights to the bundle, full does not.")
-    ] = "int4",
+        str, typer.Option(help="both, or int4 or full alone: what the bundle holds, and can be asked for.")
+    ] = "both",
     kv: Annotated[str, typer.Option(help="int4 adds the INT4 KV cache, full does not.")] = "int4",
     risk: Annotated[
         str, typer.Option(help="Disagreement targets of approximate exits.")
@@ -210,7 +210,7 @@ def calibrate(
             tokens=tokens,
             exits="auto" if exits == "auto" else numbers("--exits", exits, int),
             linear_block=parsed_linear_block(linear_block),
-            weights=one_of("--weights", weights, "int4", "full"),
+            weights=one_of("--weights", weights, "both", "int4", "full"),
             kv_cache=one_of("--kv", kv, "int4", "full"),
             risk=numbers("--risk", risk, float),
             device=device,

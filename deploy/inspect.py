@@ -173,8 +173,9 @@ def _overview(bundle: Bundle) -> Table:
 
 def _held(manifest: Manifest) -> str:
     int4 = f" (groups of {manifest.int4_group_size})" if manifest.int4_group_size else ""
+    alone = "" if "full" in manifest.weights else ", no full-precision copy of them"
     parts = [
-        f"{' and '.join(manifest.weights)} weights{int4}",
+        f"{' and '.join(manifest.weights)} weights{int4}{alone}",
         f"{' and '.join(manifest.kv_cache)} KV",
     ]
     if (block := manifest.linear_block) is not None:

@@ -226,6 +226,10 @@ class BundleInfo(BaseModel):
     created: str
     exeunt_version: str
     base_model: dict[str, Any]
+    weights: list[str] = Field(
+        description="Weight formats that the bundle holds, loaded or not; where only `int4` is here it has no "
+        "full-precision copy of what is INT4."
+    )
     linear_block: dict[str, Any] | None
     exits: list[dict[str, Any]]
     evaluation: list[dict[str, Any]]

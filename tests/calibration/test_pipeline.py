@@ -17,8 +17,9 @@ from exeunt.calibration.gate_training import ProbeTraining
 from exeunt.calibration.options import CalibrationOptions, exit_blocks, resolve_device
 from exeunt.calibration.pipeline import calibrate
 from exeunt.calibration.progress import Advance, SilentProgress
-from exeunt.compression.bundle import BundleError, open_bundle
+from exeunt.compression.bundle import FULL_WEIGHTS, INT4_WEIGHTS, BundleError, open_bundle
 from exeunt.compression.checkpoint import CheckpointError
+from exeunt.compression.checkpoint_names import linear_names
 from exeunt.compression.decoder import Decoder
 from exeunt.compression.model import LoadedModel, load_bundle
 from exeunt.compression.variant import Variant
@@ -195,6 +196,32 @@ def test_full_weights_and_no_linear_block(checkpoint: Path, text_file: Path, tmp
     assert bundle.manifest.linear_block is None
     assert not (bundle.path / "weights.int4.safetensors").exists()
     assert [entry.variant for entry in bundle.manifest.risk_table] == [Variant("full", "full", False)]
+
+
+def test_int4_weights_alone(model: LoadedModel, checkpoint: Path, text_file: Path, tmp_path: Path) -> None:
+    asked = replace(options(checkpoint, text_file, tmp_path / "b"), weights="int4")
+    bundle = open_bundle(calibrate(asked, SilentProgress()))
+    assert bundle.manifest.weights == ("int4",)
+    assert not (bundle.path / FULL_WEIGHTS).exists()
+    spec = model.spec
+    held = bundle.tensors(INT4_WEIGHTS)
+    for block in range(spec.blocks):
+        for name in linear_names(spec):
+            assert f"blocks.{block}.{name}.codes" in held
+            assert f"blocks.{block}.{name}.weight" not in held
+    full = {name for name, tensor in held.items() if not name.endswith((".codes", ".scales", ".offsets"))}
+    assert "embedding.tokens" in full
+    assert all(held[name].ndim == 1 for name in full if name.startswith("blocks.")), "norms and biases"
+    assert {entry.weights for entry in bundle.manifest.risk_table} == {"int4"}
+    rows = bundle.manifest.evaluation
+    assert [row.name for row in rows if row.weights == "full"] == ["full/full"], (
+        "what the others are compared with"
+    )
+    alone = load_bundle(bundle.path, device="cpu")
+    assert {variant.weights for variant in alone.variants} == {"int4"}
+    hidden = torch.randn(3, spec.hidden_size)
+    variant = Variant("int4", "full", False)
+    assert torch.equal(alone.decoder(variant).head(hidden), model.decoder(variant).head(hidden))
 
 
 def test_a_named_linear_block_is_taken(checkpoint: Path, text_file: Path, tmp_path: Path) -> None:

@@ -64,16 +64,15 @@ def held(model: Path, phase: str, folder: Path, *arguments: str) -> Iterator[Hel
     """`exeunt ARGUMENTS` with its cache and temporary files under `folder`."""
     for part in ("cache", "tmp", "out"):
         (folder / part).mkdir()
-    env = environment(
-        XDG_CACHE_HOME=str(folder / "cache"),
-        TMPDIR=str(folder / "tmp"),
-        EXEUNT_NATIVE="0",
-        PYTHONPATH=str(ROOT),
-    )
+    env = environment(XDG_CACHE_HOME=str(folder / "cache"), TMPDIR=str(folder / "tmp"), EXEUNT_NATIVE="0")
     words = [str(model), phase, str(folder / "go"), *arguments]
     with (folder / "log").open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "tests.deploy.held_exeunt", *words], stdout=output, stderr=output, env=env
+            [sys.executable, "-m", "tests.deploy.held_exeunt", *words],
+            stdout=output,
+            stderr=output,
+            env=env,
+            cwd=ROOT,
         )
     try:
         yield Held(process, folder)
@@ -106,7 +105,13 @@ def test_probes_are_answered_while_the_first_start_calibrates(model: Path, tmp_p
             assert (error["type"], error["code"]) == ("unavailable_error", "calibrating")
             assert int(response.headers["retry-after"]) > 0
         server.go.touch()
-        eventually(lambda: client.get("/ready").status_code == 200, "ready", 120)
+        wait_for(
+            lambda: server.process.poll() is not None or client.get("/ready").is_success,
+            "/ready",
+            tmp_path / "log",
+            120,
+        )
+        assert server.process.poll() is None, server.told
         answer = client.post("/generate", json={"prompt": "a", "max_new_tokens": 3, "ignore_eos": True})
         assert answer.json()["usage"]["completion_tokens"] == 3
         assert "Collecting activations: done" in server.told

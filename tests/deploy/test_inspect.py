@@ -157,6 +157,13 @@ def test_savings_do_not_depend_on_whether_full_weights_are_beside(bundle: Bundle
     assert savings(_bundle(tmp_path, ("int4",))) == savings(bundle)
 
 
+def test_int4_alone_is_said_to_be_alone(tmp_path: Path) -> None:
+    alone = _bundle(tmp_path, ("int4",))
+    assert "int4 weights (groups of 16), no full-precision copy of them;" in _printed(alone)
+    assert describe(alone)["manifest"]["weights"] == ["int4"]  # type: ignore[index]
+    assert "weights, full" not in kind_sizes(alone)
+
+
 def test_everything_is_shown(bundle: Bundle) -> None:
     text = _printed(bundle)
     for expected in (

@@ -226,6 +226,7 @@ def test_info_says_what_the_bundle_holds(server: ServerProcess) -> None:
     assert info["model"]["name"] == "bytes"
     assert info["bundle"]["base_model"]["name"] == "small"
     assert info["bundle"]["linear_block"]["index"] == 2
+    assert info["bundle"]["weights"] == ["int4", "full"]
     assert info["modes"]["weights"] == ["full", "int4"]
     assert info["modes"]["linear_block"] == [False, True]
     assert info["modes"]["early_exit"] == ["off", "approximate"]
