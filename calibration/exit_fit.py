@@ -12,6 +12,7 @@ from exeunt.calibration.exit_training import HeadTraining, Labelled, TrainedHead
 from exeunt.calibration.gate_training import GateQuality, ProbeTraining, planned_gate_tokens, train_gate
 from exeunt.calibration.progress import ProgressReport
 from exeunt.calibration.teacher_forcing import ForcedModel
+from exeunt.compression.decoder import Decoder
 from exeunt.compression.exits import ExitHead, ExitNorm
 
 HEAD_SHARE: Final = 0.6
@@ -57,14 +58,19 @@ def fit_exits(
     probe_training: ProbeTraining,
     seed: int,
     progress: ProgressReport,
+    teacher: Decoder,
 ) -> tuple[FittedExit, ...]:
-    """Train an exit behind every block of `data.states`, shallowest first. `norm` is the model's final one."""
+    """Train an exit behind every block of `data.states`, shallowest first. `norm` is the model's final one.
+
+    Gradients need a full-precision output matrix, `teacher`'s; what is judged goes through the deployed one, `model`'s.
+    """
     decoder = model.decoder
     blocks = sorted(data.states)
     cut = int(data.fit_tokens * HEAD_SHARE)
 
     def project(state: Tensor) -> Tensor:
-        return decoder.project(state.to(decoder.dtype))
+        projecting = teacher if torch.is_grad_enabled() else decoder
+        return projecting.project(state.to(decoder.dtype))
 
     generators = {block: torch.Generator().manual_seed(seed * 1000 + block) for block in blocks}
     with progress.phase("Fitting where exit heads start", len(blocks) * cut) as advance:

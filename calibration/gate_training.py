@@ -17,7 +17,8 @@ from scipy import stats
 from torch import Tensor
 
 from exeunt.calibration.exit_training import Labelled, Project, TrainedHead, head_state
-from exeunt.compression.exits import ExitHead, ExitProbe, gate_features
+from exeunt.compression.exits import ExitHead, ExitProbe
+from exeunt.kernels.exit_gate.reference import gate_features
 
 SCREENS: Final = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0)
 SCREEN_RECALL: Final = 0.98

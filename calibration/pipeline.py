@@ -38,7 +38,7 @@ from exeunt.compression.bundle import (
     tensor_bytes,
     write_bundle,
 )
-from exeunt.compression.bundle_weights import checkpoint_tensors, int4_tensors, tensors_beside_int4
+from exeunt.compression.bundle_weights import checkpoint_tensors, tensors_beside_int4
 from exeunt.compression.checkpoint import Checkpoint, open_checkpoint
 from exeunt.compression.linear_block import LinearBlock
 from exeunt.compression.model import default_dtype, load_tokenizer
@@ -130,7 +130,7 @@ def _quantized(task: _Task) -> Int4Weights | None:
     if task.options.weights == "full":
         return None
     spec = task.checkpoint.spec
-    with task.progress.phase("Quantising weights", spec.blocks) as advance:
+    with task.progress.phase("Quantising weights", spec.blocks + 1) as advance:
         return quantize_weights(
             task.checkpoint.weights(), spec, task.options.group_size, task.device, advance
         )
@@ -154,7 +154,7 @@ def _learn(task: _Task, stack: ModelStack, scratch: Scratch) -> _Learned:
         top = top_tokens(model, final, advance)
     data = ExitData(keeper.states, final, top, fit_tokens)
     norm = final_exit_norm(task.checkpoint, task.device)
-    exits = fit_exits(model, norm, data, options.head, options.probe, options.seed, task.progress)
+    exits = fit_exits(model, norm, data, options.head, options.probe, options.seed, task.progress, stack.full)
     for each in exits:
         task.progress.note(
             f"{each.head.name}: agreement {each.training.untrained_agreement:.1%} untrained, "
@@ -304,9 +304,9 @@ def _contents(
 def _int4_tensors(task: _Task, int4: Int4Weights) -> Mapping[str, Tensor]:
     """What the INT4 file holds: where no full weights lie beside it, also all that has no INT4 form."""
     if task.options.weights == "both":
-        return int4_tensors(int4.weights)
+        return int4.tensors()
     beside = tensors_beside_int4(task.checkpoint.spec, task.checkpoint.weights())
-    return {**int4_tensors(int4.weights), **beside}
+    return {**int4.tensors(), **beside}
 
 
 def _head_rows(rows: tuple[Tensor, ...], tokens: int) -> tuple[Tensor, ...]:

@@ -130,8 +130,7 @@ def _reach(
     head: ExitHead, data: Labelled, project: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The largest threshold at which each token leaves, at which it is projected, and whether leaving is right."""
-    state = head.state(data.hidden)
-    logit = head.probe(state)
+    state, logit = head.read(data.hidden)
     logits = project(state).float()
     sure = head.confidence(logit, logits)
     screened = logit.sigmoid() / head.screen_ratio if head.screen_ratio > 0 else torch.ones_like(logit)

@@ -17,7 +17,7 @@ Advance = Callable[[int], None]
 
 
 class Int4Weights:
-    """Every block's INT4 linears on the CPU: a source of weights, and what a bundle writes.
+    """Every block's INT4 linears and the output matrix on the CPU: a source of weights, and what a bundle writes.
 
     Only codes, scales and offsets are here; norms, biases and the embedding stay the full model's.
     """
@@ -25,22 +25,28 @@ class Int4Weights:
     def __init__(
         self,
         weights: Mapping[tuple[int, str], Int4Weight],
+        output: Int4Weight,
         group_size: int,
         relative_error: Mapping[tuple[int, str], float],
     ) -> None:
         self.weights = weights  # by (block, canonical name of the linear)
+        self.output = output  # [vocab, hidden]
         self.group_size = group_size
         self.relative_error = relative_error  # |W - quantised W|² / |W|²
 
     def shared(self) -> Mapping[str, Tensor]:
-        """Nothing outside the blocks is INT4."""
-        return {}
+        """The output matrix's tensors."""
+        return int4_tensors({}, self.output)
 
     def block(self, index: int) -> Mapping[str, Tensor]:
         """One block's tensors, named without `blocks.<index>.`."""
         prefix = f"blocks.{index}."
         own = {key: weight for key, weight in self.weights.items() if key[0] == index}
         return {name.removeprefix(prefix): tensor for name, tensor in int4_tensors(own).items()}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of them under their bundle names."""
+        return int4_tensors(self.weights, self.output)
 
 
 def check_group_size(spec: Architecture, group_size: int) -> None:
@@ -61,8 +67,9 @@ def quantize_weights(
     device: torch.device | str = "cpu",
     advance: Advance = lambda _blocks: None,
 ) -> Int4Weights:
-    """The linears of `source` in INT4, each rounded to nearest in groups of `group_size` inputs, clipped for the
-    least squared error. `device` does the work; `advance` is told each block. Raises CalibrationError."""
+    """The linears of `source` and its output matrix in INT4, each rounded to nearest in groups of `group_size` inputs,
+    clipped for the least squared error. A tied embedding keeps its full precision for the look-up. `device` does the
+    work; `advance` is told each block, and the output matrix as one more. Raises CalibrationError."""
     check_group_size(spec, group_size)
     weights: dict[tuple[int, str], Int4Weight] = {}
     errors: dict[tuple[int, str], float] = {}
@@ -70,16 +77,22 @@ def quantize_weights(
         block = source.block(index)
         for name in linear_names(spec):
             weight = block[f"{name}.weight"].to(device)
-            try:
-                packed = quantize(weight, group_size)
-            except ValueError as error:
-                raise CalibrationError(
-                    f"Layer {name} of block {index} cannot be held in INT4: {error}."
-                ) from error
+            packed = _quantized(weight, group_size, f"Layer {name} of block {index}")
             errors[index, name] = _relative_error(weight, packed)
             weights[index, name] = _on_cpu(packed)
         advance(1)
-    return Int4Weights(weights, group_size, errors)
+    shared = source.shared()
+    matrix = shared["embedding.tokens" if spec.tied else "output.weight"].to(device)
+    output = _on_cpu(_quantized(matrix, group_size, "The output matrix"))
+    advance(1)
+    return Int4Weights(weights, output, group_size, errors)
+
+
+def _quantized(weight: Tensor, group_size: int, name: str) -> Int4Weight:
+    try:
+        return quantize(weight, group_size)
+    except ValueError as error:
+        raise CalibrationError(f"{name} cannot be held in INT4: {error}.") from error
 
 
 def _on_cpu(packed: Int4Weight) -> Int4Weight:

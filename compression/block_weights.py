@@ -59,11 +59,37 @@ class _Reader:
 def read_embedding(
     spec: Architecture, tensors: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype
 ) -> Embedding:
-    """The parts outside the blocks; raises WeightError for a missing or misshapen tensor."""
+    """The embeddings and the final norm; raises WeightError for a missing or misshapen tensor."""
     read = _Reader(tensors, shared_shapes(spec), device, dtype, "")
-    tokens = read("embedding.tokens")
-    output = tokens if spec.tied else read("output.weight")
-    return Embedding(tokens, read.optional("embedding.positions"), read.norm("final_norm", spec), output)
+    return Embedding(
+        read("embedding.tokens"), read.optional("embedding.positions"), read.norm("final_norm", spec)
+    )
+
+
+def read_output(
+    spec: Architecture,
+    tensors: Mapping[str, Tensor],
+    embedding: Embedding,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    int4_group_size: int | None = None,
+    twin: Linear | None = None,
+) -> Linear:
+    """The output matrix: INT4 where a group size is given and the tensors hold it so.
+
+    Else it is that of `twin` where there is one, or the embedding's own tensor where the model ties them. A tied
+    embedding stays in full precision beside an INT4 output matrix: a look-up reads one row of it per token. Raises
+    WeightError.
+    """
+    if int4_group_size is not None and "output.codes" in tensors:
+        read = _Reader(tensors, {}, device, dtype, "")
+        return Int4Linear(_int4(read, "output", (spec.vocab_size, spec.hidden_size), int4_group_size))
+    if twin is not None:
+        return twin
+    if spec.tied:
+        return FullLinear(embedding.tokens)
+    return FullLinear(_Reader(tensors, shared_shapes(spec), device, dtype, "")("output.weight"))
 
 
 def read_block(

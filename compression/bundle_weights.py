@@ -20,11 +20,18 @@ from exeunt.compression.weights import CanonicalWeights, CheckpointWeights, Lazy
 from exeunt.kernels.int4_linear import Int4Weight
 
 
-def int4_tensors(weights: Mapping[tuple[int, str], Int4Weight]) -> dict[str, Tensor]:
-    """The tensors of INT4 linears, keyed by (block, canonical name of the linear), under their bundle names."""
+def int4_tensors(
+    weights: Mapping[tuple[int, str], Int4Weight], output: Int4Weight | None = None
+) -> dict[str, Tensor]:
+    """The tensors of INT4 linears, keyed by (block, canonical name of the linear), under their bundle names.
+
+    `output` is the output matrix, where that is INT4 too.
+    """
+    named = {f"blocks.{block}.{name}.": weight for (block, name), weight in weights.items()}
+    if output is not None:
+        named["output."] = output
     tensors: dict[str, Tensor] = {}
-    for (block, name), weight in weights.items():
-        prefix = f"blocks.{block}.{name}."
+    for prefix, weight in named.items():
         tensors[prefix + "codes"] = weight.codes
         tensors[prefix + "scales"] = weight.scales
         tensors[prefix + "offsets"] = weight.offsets
@@ -32,12 +39,14 @@ def int4_tensors(weights: Mapping[tuple[int, str], Int4Weight]) -> dict[str, Ten
 
 
 def tensors_beside_int4(spec: Architecture, weights: WeightSource) -> Mapping[str, Tensor]:
-    """Everything of a model but its blocks' linear weights, lazily: embeddings, norms, biases, output matrix.
+    """Everything of a model that INT4 does not replace, lazily: embeddings, norms, biases.
 
     What an INT4 file needs to stand alone; `weights` is the checkpoint's.
     """
     shared = weights.shared()
-    loaders: dict[str, Callable[[], Tensor]] = {name: partial(shared.__getitem__, name) for name in shared}
+    loaders: dict[str, Callable[[], Tensor]] = {
+        name: partial(shared.__getitem__, name) for name in shared if name != "output.weight"
+    }
     quantised = {f"{name}.weight" for name in linear_names(spec)}
     for index in range(spec.blocks):
         block = weights.block(index)

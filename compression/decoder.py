@@ -13,12 +13,12 @@ from torch import Tensor
 
 from exeunt.compression.architecture import Architecture
 from exeunt.compression.block import Block, Rotation
-from exeunt.compression.block_weights import read_block, read_embedding
+from exeunt.compression.block_weights import read_block, read_embedding, read_output
 from exeunt.compression.checkpoint import open_checkpoint
 from exeunt.compression.embedding import Embedding
 from exeunt.compression.kv_format import KVPages
 from exeunt.compression.kv_projection import KVProjection
-from exeunt.compression.linear import Linear, full_linear
+from exeunt.compression.linear import FullLinear, Linear
 from exeunt.compression.linear_block import LinearBlock
 from exeunt.compression.native_blocks import native_blocks
 from exeunt.compression.rope import RopeTables, rotate
@@ -48,6 +48,7 @@ class Decoder:
         self,
         spec: Architecture,
         embedding: Embedding,
+        output: Linear,
         blocks: list[Block],
         rope: RopeTables | None,
         *,
@@ -62,6 +63,7 @@ class Decoder:
         self.linear_block = linear_block
         self.block_calls = BlockCalls(spec.blocks)
         self._embedding = embedding
+        self._output = output
         self._blocks = blocks
         self._rope = rope
         self._kv_projection = kv_projection or KVProjection(blocks)
@@ -97,15 +99,25 @@ class Decoder:
         """From tensors under canonical names (`exeunt.compression.checkpoint_names`), a block at a time.
 
         With `int4_group_size` the linears are built from `.codes`, `.scales` and `.offsets`, and no `.weight` of a
-        block is read. With `share_with`, a decoder of the same model on the same device, embedding, output matrix,
-        norms and biases are that decoder's own tensors rather than read again. Raises WeightError.
+        block is read; the output matrix too, where it is held so. With `share_with`, a decoder of the same model on
+        the same device, embedding, norms, biases and an output matrix in full precision are that decoder's own tensors
+        rather than read again. Raises WeightError.
         """
-        place = torch.device(device)
+        place, shared = torch.device(device), weights.shared()
         if share_with is not None:
             embedding, rope = share_with._embedding, share_with._rope
         else:
-            embedding = read_embedding(spec, weights.shared(), place, dtype)
+            embedding = read_embedding(spec, shared, place, dtype)
             rope = RopeTables(spec.rope, place, dtype) if spec.rope is not None else None
+        output = read_output(
+            spec,
+            shared,
+            embedding,
+            place,
+            dtype,
+            int4_group_size=int4_group_size,
+            twin=share_with._output if share_with is not None else None,
+        )
         blocks = [
             read_block(
                 spec,
@@ -118,7 +130,7 @@ class Decoder:
             )
             for index in range(spec.blocks)
         ]
-        return cls(spec, embedding, blocks, rope)
+        return cls(spec, embedding, output, blocks, rope)
 
     def with_linear_block(self, linear_block: LinearBlock) -> "Decoder":
         """This decoder with block `linear_block.index` replaced by the linear map; all weights are shared."""
@@ -129,6 +141,7 @@ class Decoder:
         return Decoder(
             self.spec,
             self._embedding,
+            self._output,
             self._blocks,
             self._rope,
             linear_block=linear_block,
@@ -139,7 +152,12 @@ class Decoder:
     def twin(self) -> "Decoder":
         """A decoder of the same tensors whose linears can be replaced without touching this one's."""
         return Decoder(
-            self.spec, self._embedding, list(self._blocks), self._rope, linear_block=self.linear_block
+            self.spec,
+            self._embedding,
+            self._output,
+            list(self._blocks),
+            self._rope,
+            linear_block=self.linear_block,
         )
 
     def block_linears(self, block: int) -> dict[str, Linear]:
@@ -196,7 +214,7 @@ class Decoder:
 
     def project(self, state: Tensor) -> Tensor:
         """Logits [tokens, vocab] float32 of a state that has been through `final_norm` (or an exit's head)."""
-        return full_linear(state, self._embedding.output).float()
+        return self._output(state).float()
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits [tokens, vocab] float32 of the state behind the last block."""
@@ -208,14 +226,17 @@ class Decoder:
             self._rope.reserve(positions)
 
     def resident_bytes(self) -> dict[str, int]:
-        """Bytes held, by kind: embedding (output matrix included), full, int4, norms (with biases), kv_projection,
-        rope, linear_block. Tensors that another decoder shares count in both."""
+        """Bytes held, by kind: embedding, full, int4 (linears; the output matrix, unless it is the embedding itself,
+        among them), norms (with biases), kv_projection, rope, linear_block. Tensors that another decoder shares count
+        in both."""
         sizes = {
             "embedding": self._embedding.nbytes,
             "full": 0,
             "int4": 0,
             "norms": self._embedding.final_norm.nbytes,
         }
+        if not (isinstance(self._output, FullLinear) and self._output.weight is self._embedding.tokens):
+            sizes[self._output.format] += self._output.nbytes
         for block in self._blocks:
             for kind, size in block.nbytes().items():
                 sizes[kind] += size

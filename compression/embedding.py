@@ -1,4 +1,4 @@
-"""What stands before the first block and behind the last: embeddings, final norm, output matrix."""
+"""What stands before the first block and behind the last: embeddings and final norm."""
 
 from dataclasses import dataclass
 
@@ -10,12 +10,11 @@ from exeunt.compression.norm import Norm
 
 @dataclass(frozen=True, slots=True)
 class Embedding:
-    """The tensors outside the blocks; `output` is `tokens` itself where the model ties them."""
+    """The tensors outside the blocks but for the output matrix, which is a linear like any other."""
 
     tokens: Tensor  # [vocab, hidden]
     positions: Tensor | None  # [max positions, hidden], learned positions (GPT-2)
     final_norm: Norm
-    output: Tensor  # [vocab, hidden]
 
     def embed(self, token_ids: Tensor, positions: Tensor) -> Tensor:
         """[tokens, hidden] of int64 token ids and positions [tokens]."""
@@ -24,6 +23,5 @@ class Embedding:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the matrices; a tied output matrix counts once."""
-        matrices = [self.tokens] if self.output is self.tokens else [self.tokens, self.output]
-        return sum(m.nbytes for m in matrices) + (self.positions.nbytes if self.positions is not None else 0)
+        """Bytes of the matrices."""
+        return self.tokens.nbytes + (self.positions.nbytes if self.positions is not None else 0)

@@ -5,15 +5,14 @@ probability that the exit's most likely token is the full model's. The gate has 
 the head's state screens every row; the vocabulary projection runs only for rows that pass, and how sure that
 projection is joins the probe's opinion in a logistic regression.
 
-A row's decision depends on that row alone: nothing here reduces over rows, sorts rows or budgets them. The
-one caveat is the library matmul underneath, whose rounding may differ with the number of rows: a confidence
-may move by a few float32 ulps (more where the model runs in half precision), so a decision can differ only
-for a row that stands within that distance of its threshold.
+A row's decision depends on that row alone: nothing here reduces over rows, sorts rows or budgets them. With the
+native kernels that holds to the bit; where a library's matrix product runs instead, its rounding may differ with the
+number of rows, and a decision with it for a row that stands within that distance of its threshold.
 """
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 import torch
@@ -21,11 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from exeunt.compression.norm import Norm
+from exeunt.kernels.exit_gate import ExitWeights, exit_state, gate_confidence
 
 FEATURES: Final = ("probe", "top_log_odds", "margin")
 """What the logistic regression weighs, in the order of `ExitHead.combine`; a constant 1 follows."""
 
-_LEAST_DOUBT: Final = -1e-6  # log-probabilities above this are rounding in float32: caps the log-odds at 13.8
 METADATA_KEY: Final = "exits"
 
 ExitNorm = Norm  # the norm in front of an exit's adapter is one like any other
@@ -74,6 +73,7 @@ class ExitHead:
     probe: ExitProbe
     combine: Tensor  # [4] float32
     screen_ratio: float
+    weights: ExitWeights = field(init=False, repr=False, compare=False)  # the same as the kernels take it
 
     def __post_init__(self) -> None:
         hidden = int(self.norm.weight.shape[0])
@@ -91,6 +91,15 @@ class ExitHead:
         )
         if not 0.0 <= self.screen_ratio <= 1.0:
             raise ExitHeadError(f"{self.name}: screen_ratio is {self.screen_ratio}, it must be in [0, 1]")
+        probe = self.probe
+        weights = ExitWeights(
+            self.norm.weight,
+            self.norm.bias,
+            self.norm.eps,
+            self.adapter,
+            (probe.hidden_weight, probe.hidden_bias, probe.output_weight, probe.output_bias),
+        )
+        object.__setattr__(self, "weights", weights)
 
     @property
     def name(self) -> str:
@@ -107,22 +116,19 @@ class ExitHead:
         """Resident size in bytes."""
         return sum(tensor.nbytes for tensor in exit_tensors([self]).values())
 
-    def state(self, hidden: Tensor) -> Tensor:
-        """What the output matrix is applied to: n + A n with n = norm(hidden). [T, H], same dtype."""
-        normed = self.norm(hidden)
-        return torch.addmm(normed, normed, self.adapter.t())
+    def read(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """What the output matrix is applied to, n + A n with n = norm(hidden), and the probe's logit of it.
 
-    def probability(self, state: Tensor) -> Tensor:
-        """The probe's probability, from `state` [T, H] alone, that exit and full model agree: [T] float32."""
-        return self.probe(state).sigmoid()
+        `hidden` is [T, H]; the state comes in its shape and dtype, the logit as [T] float32.
+        """
+        return exit_state(hidden, self.weights)
 
     def confidence(self, probe_logit: Tensor, logits: Tensor) -> Tensor:
         """The calibrated probability that exit and full model agree: [K] float32.
 
-        `probe_logit` [K] is the probe's, `logits` [K, V] are the exit's raw ones.
+        `probe_logit` [K] is the probe's, `logits` [K, V] float32 are the exit's raw ones.
         """
-        features = gate_features(probe_logit, logits)
-        return torch.addmv(self.combine[-1], features, self.combine[:-1]).sigmoid()
+        return gate_confidence(probe_logit, logits, self.combine)
 
     def gate(self, hidden: Tensor, thresholds: Tensor, project: Callable[[Tensor], Tensor]) -> GateResult:
         """Decide for each row of `hidden` [T, H] whether its token leaves here.
@@ -131,21 +137,21 @@ class ExitHead:
         `project` maps states [K, H] to logits [K, V]; it is called once, with the rows that pass the screen,
         or not at all. NaN anywhere in a row keeps that row, and only that row, from leaving.
         """
-        rows = hidden.shape[0]
-        confidence = torch.zeros(rows, dtype=torch.float32, device=hidden.device)
-        state = self.state(hidden)
-        probe_logit = self.probe(state)
-        projected = (probe_logit.sigmoid() >= thresholds * self.screen_ratio).nonzero().squeeze(1)
-        count = projected.shape[0]
-        if count == 0:
+        state, probe_logit = self.read(hidden)
+        passing = probe_logit.sigmoid() >= thresholds * self.screen_ratio
+        projected = passing.nonzero().squeeze(1)
+        if len(projected) == len(passing):
+            logits = project(state).float()
+            confidence = self.confidence(probe_logit, logits)
+            return GateResult(confidence, confidence >= thresholds, projected, logits)
+        confidence = torch.zeros_like(probe_logit)
+        if len(projected) == 0:
             return _nobody_leaves(confidence)
-        if count < rows:
-            state, probe_logit = state[projected], probe_logit[projected]
-        logits = project(state).float()
-        sure = self.confidence(probe_logit, logits)
-        leaves = torch.zeros(rows, dtype=torch.bool, device=hidden.device)
-        leaves[projected] = sure >= thresholds[projected]
+        logits = project(state[projected]).float()
+        sure = self.confidence(probe_logit[projected], logits)
         confidence[projected] = sure
+        leaves = torch.zeros_like(passing)
+        leaves[projected] = sure >= thresholds[projected]
         return GateResult(confidence, leaves, projected, logits)
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> "ExitHead":
@@ -165,19 +171,6 @@ class ExitHead:
         )
         combine = self.combine.to(device, torch.float32)
         return ExitHead(self.block, norm, self.adapter.to(device, dtype), probe, combine, self.screen_ratio)
-
-
-def gate_features(probe_logit: Tensor, logits: Tensor) -> Tensor:
-    """The features of `FEATURES` for K rows: [K, 3] float32.
-
-    `probe_logit` [K] as it is; the log-odds log(p / (1 - p)) of the exit's own top probability p; the
-    distance between its two largest raw logits. `logits` is [K, V] float32 with V at least 2.
-    """
-    # log_softmax is one fused pass, a third of logsumexp's time, and exact where the top probability is near 1
-    first, second = torch.log_softmax(logits, -1).topk(2, dim=-1).values.unbind(1)
-    log_p = first.clamp(max=_LEAST_DOUBT)
-    log_odds = log_p - torch.log(-torch.expm1(log_p))
-    return torch.stack((probe_logit, log_odds, first - second), dim=1)
 
 
 def _nobody_leaves(confidence: Tensor) -> GateResult:

@@ -19,7 +19,7 @@ from exeunt.kernels.native.library import DTYPE_CODES, native_library
 _NO_WINDOW = 1 << 62
 
 
-class _NotNative(Exception):
+class _NotNativeError(Exception):
     """A layer that the native kernel does not know."""
 
 
@@ -44,7 +44,7 @@ def native_blocks(
         for index, block in enumerate(blocks):
             replaced = linear_block is not None and linear_block.index == index
             _describe(parts[index], block, linear_block if replaced else None, dtype, held)
-    except _NotNative:
+    except _NotNativeError:
         return None
     return NativeBlocks(library, dtype, _shape(spec), parts, tuple(held))
 
@@ -67,7 +67,7 @@ def _shape(spec: Architecture) -> BlockShape:
 def _describe(
     parts: BlockParts, block: Block, replaced_by: LinearBlock | None, dtype: torch.dtype, held: list[Tensor]
 ) -> None:
-    """Fill in one block's parts; raises _NotNative."""
+    """Fill in one block's parts; raises _NotNativeError."""
     if replaced_by is not None:
         parts.is_linear_map = 1
         parts.qkv = _matrix(FullLinear(replaced_by.down), dtype, held)
@@ -97,11 +97,11 @@ def _matrix(linear: Linear, dtype: torch.dtype, held: list[Tensor]) -> Matrix:
     if type(linear) is Int4Linear and isinstance(linear.weight, PackedInt4) and not linear.skipped:
         held.append(linear.weight.panels)
         return Matrix(linear.weight.panels.data_ptr(), bias, linear.weight.group_size, *sizes)
-    raise _NotNative
+    raise _NotNativeError
 
 
 def _address(tensor: Tensor, dtype: torch.dtype, held: list[Tensor]) -> int:
     if tensor.dtype != dtype or not tensor.is_contiguous() or not tensor.is_cpu:
-        raise _NotNative
+        raise _NotNativeError
     held.append(tensor)
     return tensor.data_ptr()

@@ -53,9 +53,10 @@ class FileSize:
 class Savings:
     """What a bundle's compressed forms take beside the full ones, in bytes.
 
-    `linear_*` are the blocks' linear weights, `model_*` the whole model as served (embedding, norms and output
-    matrix stay full), both in the checkpoint's own dtype; None where the bundle has no INT4 weights. `kv_*` are one
-    token's keys and values in all blocks; None for a format that the bundle does not offer.
+    `linear_*` are the blocks' linear weights, `model_*` the whole model as served (embedding and norms stay full; a
+    tied embedding stays beside its INT4 form as output matrix), both in the checkpoint's own dtype; None where the
+    bundle has no INT4 weights. `kv_*` are one token's keys and values in all blocks; None for a format that the bundle
+    does not offer.
     """
 
     linear_full: int | None
@@ -95,15 +96,20 @@ def savings(bundle: Bundle) -> Savings:
         return Savings(None, None, None, None, kv_full, kv.get("int4"))
     int4 = bundle.tensors(INT4_WEIGHTS)
     packed = {name: t for name, t in int4.items() if name.endswith((".codes", ".scales", ".offsets"))}
-    codes = sum(tensor.nbytes for name, tensor in packed.items() if name.endswith(".codes"))
+    linears = {name: t for name, t in packed.items() if name.startswith("blocks.")}
+    codes = sum(tensor.nbytes for name, tensor in linears.items() if name.endswith(".codes"))
     linear_full = 2 * codes * dtype.itemsize  # two weights to a byte of codes
-    linear_int4 = _bytes(packed)
-    outside = _bytes(weights) - (linear_full if "full" in bundle.manifest.weights else linear_int4)
+    linear_int4, output_int4 = _bytes(linears), _bytes(packed) - _bytes(linears)
+    output_full = 0 if spec.tied else spec.vocab_size * spec.hidden_size * dtype.itemsize
+    if "full" in bundle.manifest.weights:
+        rest = _bytes(weights) - linear_full - output_full
+    else:
+        rest = _bytes(weights) - _bytes(packed)
     return Savings(
         linear_full,
         linear_int4,
-        linear_full + outside,
-        linear_int4 + outside,
+        linear_full + output_full + rest,
+        linear_int4 + output_int4 + rest,
         kv_full,
         kv.get("int4"),
     )

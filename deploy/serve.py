@@ -196,7 +196,7 @@ class _Serving:
         return TerminalProgress() if watched else LoggedProgress()
 
     def _wait(self) -> None:
-        """Wait for the other thread. A signal that comes just before a wait begins does not end it, so waits are short."""
+        """Wait for the other thread, in short waits: a signal that comes just before one begins does not end it."""
         while self._http.is_alive():
             self._http.join(_SIGNAL_CHECK_S)
 

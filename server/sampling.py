@@ -3,7 +3,7 @@
 A token is argmax(log p + Gumbel noise), the Gumbel-max form of a draw from p. The noise is a pure function of
 (seed, choice, position, token id): no generator state, so a row draws the same token alone and in a crowd, in
 one go and after preemption, and a draft at an early exit meets the very noise that the full model will meet.
-The code compares p / E with E = exp(-noise), an exponential variable: the same order, one logarithm less.
+The kernel compares p / E with E = exp(-noise), an exponential variable: the same order, one logarithm less.
 
 p is softmax of the logits after, in this order (that of `transformers` and vLLM):
 
@@ -20,6 +20,7 @@ p is softmax of the logits after, in this order (that of `transformers` and vLLM
 Equal scores in an argmax go to the lower id.
 """
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -28,6 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from exeunt.kernels.token_draw import draw_tokens
 from exeunt.server.request import SamplingParams
 
 GREEDY_BELOW = 1e-5  # temperatures under this are greedy: dividing by them only overflows
@@ -83,52 +85,52 @@ def sample(logits: Tensor, rows: Sequence[RowSampling], eos_token_ids: Collectio
         raise ValueError(f"logits of shape {tuple(logits.shape)} were given for {len(rows)} rows")
     if not rows:
         return SampledTokens((), (), ())
-    logits = logits.float()
-    scores = _processed(logits, rows, eos_token_ids)
-    ids = scores.argmax(dim=-1)
-    possible = scores.gather(1, ids[:, None]).squeeze(1).isfinite()
-    drawn = [index for index, row in enumerate(rows) if not row.greedy]
-    if drawn:
-        chosen = _draw(scores, rows, drawn)
-        ids = chosen if len(drawn) == len(rows) else ids.index_copy(0, _index(drawn, ids), chosen)
-    logprobs = torch.log_softmax(logits, dim=-1).gather(1, ids[:, None]).squeeze(1)
-    # One copy to the host: float64 holds every id exactly.
-    host = torch.stack((ids.double(), logprobs.double(), possible.double())).tolist()
-    return _on_host(*host)
+    logits = logits.float().contiguous()
+    scores = processed_scores(logits, rows, eos_token_ids)
+    temperatures = torch.tensor([0.0 if row.greedy else row.params.temperature for row in rows])
+    device = logits.device
+    ids, logprobs = draw_tokens(
+        logits,
+        scores,
+        temperatures.to(device),
+        row_keys(rows).to(device),
+        token_keys(logits.shape[1], device),
+    )
+    if device.type == "cpu":
+        return _on_host(ids.tolist(), logprobs.tolist())
+    host = torch.stack((ids.double(), logprobs.double())).tolist()  # one copy: float64 holds every id exactly
+    return _on_host([int(token) for token in host[0]], host[1])
 
 
-def probabilities(logits: Tensor, rows: Sequence[RowSampling], eos_token_ids: Collection[int] = ()) -> Tensor:
-    """The distribution [rows, vocabulary] float32 that each row draws from; one-hot for greedy rows."""
-    scores = _processed(logits.float(), rows, eos_token_ids)
-    probs = torch.zeros_like(scores).scatter_(1, scores.argmax(dim=-1, keepdim=True), 1.0)
-    drawn = [index for index, row in enumerate(rows) if not row.greedy]
-    if drawn:
-        index = _index(drawn, probs)
-        kept = _truncated_softmax(scores[index], [rows[i].params for i in drawn])
-        probs[index] = kept / kept.sum(dim=-1, keepdim=True)
-    return probs
+def processed_scores(
+    logits: Tensor, rows: Sequence[RowSampling], eos_token_ids: Collection[int] = ()
+) -> Tensor:
+    """Steps 1, 2, 4 and 5: the scores [rows, vocabulary] of which softmax(score / temperature) is drawn from.
 
-
-def exponential_noise(rows: Sequence[RowSampling], vocab_size: int, device: torch.device | str) -> Tensor:
-    """Standard exponential noise [rows, vocab_size] float32, keyed by (seed, choice, position, token id).
-
-    Minus its logarithm is the Gumbel noise. Values lie in 1.2e-10 .. 23, never 0 or infinite. The hash is
-    integer arithmetic, exact everywhere; the logarithm is taken in float64 and rounded to float32, so that
-    the last bits in which devices' logarithms differ are rounded away.
+    What top-k and top-p rule out is -infinity; rows that ask for nothing stay as they are, and `logits` itself comes
+    back where none does. `logits` are float32.
     """
-    keys = torch.tensor([_row_key(row) for row in rows], dtype=torch.int32).to(device)
-    bits = _token_keys(vocab_size, torch.device(device)) ^ keys[:, :1]  # [rows, vocab] int32
-    bits ^= (bits >> 16) & 0xFFFF  # int32 shifts drag the sign along: the masks make them logical
-    bits *= 0x21F0AAAD
-    bits += keys[:, 1:]
-    bits ^= (bits >> 15) & 0x1FFFF
-    bits *= 0x735A2D97
-    bits ^= (bits >> 15) & 0x1FFFF
-    uniform = bits.double().add_(2.0**31 + 0.5).mul_(2.0**-32)  # exact, strictly between 0 and 1
-    return uniform.log_().neg_().float()
+    scores = _penalised(logits, rows, eos_token_ids)
+    cut = [i for i, row in enumerate(rows) if not row.greedy and _truncates(row.params, logits.shape[1])]
+    if not cut:
+        return scores
+    if scores is logits:
+        scores = logits.clone()
+    together = len(cut) if scores.device.type != "cpu" else max(_CPU_CHUNK // scores.shape[1], 1)
+    for start in range(0, len(cut), together):
+        some = cut[start : start + together]
+        index = _index(some, scores)
+        part = scores[index]
+        kept = _truncated_softmax(part, [rows[i].params for i in some]) > 0
+        scores[index] = part.masked_fill_(~kept, -torch.inf)
+    return scores
 
 
-def _processed(logits: Tensor, rows: Sequence[RowSampling], eos_token_ids: Collection[int]) -> Tensor:
+def _truncates(params: SamplingParams, vocab_size: int) -> bool:
+    return 0 < params.top_k < vocab_size or params.top_p < 1.0
+
+
+def _penalised(logits: Tensor, rows: Sequence[RowSampling], eos_token_ids: Collection[int]) -> Tensor:
     """Steps 1 and 2; `logits` itself when no row asks for them."""
     masked = [index for index, row in enumerate(rows) if row.masks_eos()] if eos_token_ids else []
     penalised = [
@@ -157,21 +159,6 @@ def _seen(rows: Sequence[RowSampling], penalised: list[int], device: torch.devic
     lengths = [len(history) for history in histories]
     ids = np.concatenate([np.fromiter(history, np.int64, len(history)) for history in histories])
     return torch.from_numpy(np.repeat(penalised, lengths)).to(device), torch.from_numpy(ids).to(device)
-
-
-def _draw(scores: Tensor, rows: Sequence[RowSampling], drawn: list[int]) -> Tensor:
-    """The ids [drawn] of the rows that are not greedy."""
-    step = len(drawn) if scores.device.type != "cpu" else max(_CPU_CHUNK // scores.shape[1], 1)
-    parts = [_draw_some(scores, rows, drawn[start : start + step]) for start in range(0, len(drawn), step)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _draw_some(scores: Tensor, rows: Sequence[RowSampling], drawn: list[int]) -> Tensor:
-    if len(drawn) < len(rows):
-        scores = scores[_index(drawn, scores)]
-    chosen = [rows[index] for index in drawn]
-    probs = _truncated_softmax(scores, [row.params for row in chosen])
-    return probs.div_(exponential_noise(chosen, scores.shape[1], scores.device)).argmax(dim=-1)
 
 
 def _truncated_softmax(scores: Tensor, params: Sequence[SamplingParams]) -> Tensor:
@@ -231,22 +218,27 @@ def _nucleus(probs: Tensor, mass: Tensor) -> Tensor:
     return probs * inside
 
 
-def _on_host(ids: list[float], logprobs: list[float], possible: list[float]) -> SampledTokens:
+def _on_host(ids: Sequence[int], logprobs: Sequence[float]) -> SampledTokens:
     errors = tuple(
-        None
-        if fine and logprob > -torch.inf  # also false for nan
-        else "the model's logits for this token hold NaN or infinite values, so no token can be chosen"
-        for fine, logprob in zip(possible, logprobs, strict=True)
+        "the model's logits for this token hold NaN or infinite values, so no token can be chosen"
+        if math.isnan(logprob)
+        else None
+        for logprob in logprobs
     )
     return SampledTokens(
-        tuple(-1 if error else int(token) for token, error in zip(ids, errors, strict=True)),
-        tuple(torch.nan if error else value for value, error in zip(logprobs, errors, strict=True)),
+        tuple(-1 if error else token for token, error in zip(ids, errors, strict=True)),
+        tuple(logprobs),
         errors,
     )
 
 
 def _index(values: list[int], like: Tensor) -> Tensor:
     return torch.tensor(values, dtype=torch.int64, device=like.device)
+
+
+def row_keys(rows: Sequence[RowSampling]) -> Tensor:
+    """What the rows' noise is keyed by, [rows, 2] int32: a hash of (seed, choice, position)."""
+    return torch.tensor([_row_key(row) for row in rows], dtype=torch.int32)
 
 
 def _row_key(row: RowSampling) -> tuple[int, int]:
@@ -270,10 +262,10 @@ def _signed32(value: int) -> int:
 
 
 @lru_cache(maxsize=8)
-def _token_keys(vocab_size: int, device: torch.device) -> Tensor:
-    """A scattered int32 key per token id [1, vocab_size], `_mix64`'s upper half: close ids share no bits."""
+def token_keys(vocab_size: int, device: torch.device) -> Tensor:
+    """A scattered int32 key per token id [vocab_size], `_mix64`'s upper half: close ids share no bits."""
     keys = np.arange(vocab_size, dtype=np.uint64) + np.uint64(0x9E3779B97F4A7C15)
     keys = (keys ^ (keys >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     keys = (keys ^ (keys >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     keys ^= keys >> np.uint64(31)
-    return torch.from_numpy((keys >> np.uint64(32)).astype(np.uint32).view(np.int32)).to(device)[None]
+    return torch.from_numpy((keys >> np.uint64(32)).astype(np.uint32).view(np.int32)).to(device)

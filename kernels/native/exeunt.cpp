@@ -6,6 +6,8 @@
 #include <type_traits>
 
 #include "blocks.h"
+#include "draw.h"
+#include "exit_state.h"
 
 template <class Function>
 static void with_dtype(int dtype, Function&& function) {
@@ -79,6 +81,27 @@ EXPORTED void exeunt_rotate_heads(void* x, const void* cosines, const void* sine
     using T = std::remove_pointer_t<decltype(kind)>;
     rotate_heads((T*)x, (const T*)cosines, (const T*)sines, tokens, heads, n, stride, table_stride);
   });
+}
+
+// x [rows, size] to state [rows, size] and logits [rows]; scratch: rows * size values of the dtype, and
+// rows * (size + units) floats.
+EXPORTED void exeunt_exit_state(void* state, float* logits, const void* x, const ExitWeights* weights, int64_t rows,
+                                void* scratch, float* wide, int dtype, int threads) {
+  with_dtype(dtype, [&](auto* kind) {
+    using T = std::remove_pointer_t<decltype(kind)>;
+    exit_state((T*)state, logits, (const T*)x, *weights, rows, (T*)scratch, wide, threads);
+  });
+}
+
+EXPORTED void exeunt_gate_confidence(float* out, const float* logits, const float* probe, const float* weights,
+                                     int64_t rows, int64_t n, float least_doubt, int threads) {
+  gate_confidence(out, logits, probe, weights, rows, n, least_doubt, threads);
+}
+
+EXPORTED void exeunt_draw(int64_t* ids, float* logprobs, const float* logits, const float* scores, int64_t rows,
+                          int64_t n, const float* temperatures, const int32_t* keys, const int32_t* token_keys,
+                          int threads) {
+  draw_rows(ids, logprobs, logits, scores, rows, n, temperatures, keys, token_keys, threads);
 }
 
 // x [rows, inputs], weight [outputs, inputs], y [rows, outputs] and bias [outputs] or null, all of one dtype.

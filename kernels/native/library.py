@@ -28,6 +28,9 @@ _SIGNATURES = {
     "exeunt_full_linear": [_pointer] * 4 + [_long] * 3 + [_int] * 2,
     "exeunt_run_blocks": [_pointer, _long] + [_pointer] * 3 + [_long] + [_pointer] * 3 + [_long] + [_int] * 2,
     "exeunt_project_kv": [_pointer, _long] + [_pointer] * 3 + [_long] + [_pointer] * 3 + [_long] + [_int] * 2,
+    "exeunt_exit_state": [_pointer] * 4 + [_long] + [_pointer] * 2 + [_int] * 2,
+    "exeunt_gate_confidence": [_pointer] * 4 + [_long] * 2 + [_float, _int],
+    "exeunt_draw": [_pointer] * 4 + [_long] * 2 + [_pointer] * 3 + [_int],
     "exeunt_write_kv": [_pointer] * 3 + [_long] * 2 + [_pointer, _long] + [_int] * 2,
     "exeunt_paged_attention": [_pointer] * 4 + [_long] * 4 + [_float] + [_int] * 2,
     "exeunt_rms_norm": [_pointer] * 3 + [_long] * 3 + [_float, _int],
@@ -48,6 +51,9 @@ class NativeLibrary:
         self.full_linear = self._function(handle, "exeunt_full_linear")
         self.run_blocks = self._function(handle, "exeunt_run_blocks")
         self.project_kv = self._function(handle, "exeunt_project_kv")
+        self.exit_state = self._function(handle, "exeunt_exit_state")
+        self.gate_confidence = self._function(handle, "exeunt_gate_confidence")
+        self.draw = self._function(handle, "exeunt_draw")
         self.write_kv = self._function(handle, "exeunt_write_kv")
         self.paged_attention = self._function(handle, "exeunt_paged_attention")
         self.rms_norm = self._function(handle, "exeunt_rms_norm")

@@ -116,6 +116,18 @@ def head_loss(
     return functional.cross_entropy(logits.float().flatten(0, 1), target.flatten())
 
 
+def distillation_loss(
+    state: torch.Tensor, teacher: torch.Tensor, norm_weight: torch.Tensor, output: torch.Tensor
+) -> torch.Tensor:
+    """Return the mean cross-entropy of one state's distribution to another's, both through the shared head.
+
+    No gradient reaches the teacher, [rows, length, hidden] like the state.
+    """
+    wanted = functional.linear(norm(teacher.detach(), norm_weight.detach()), output.detach()).float()
+    logits = functional.linear(norm(state, norm_weight), output).float()
+    return -(wanted.softmax(-1) * logits.log_softmax(-1)).sum(-1).mean()
+
+
 class Decoder:
     """Runs a ``LlamaForCausalLM``'s parameters forward."""
 
@@ -129,6 +141,9 @@ class Decoder:
         )
         self._loss: Callable[..., torch.Tensor] = (
             torch.compile(head_loss, dynamic=False) if compiled else head_loss
+        )
+        self._distillation: Callable[..., torch.Tensor] = (
+            torch.compile(distillation_loss, dynamic=False) if compiled else distillation_loss
         )
         device = model.model.embed_tokens.weight.device
         power = torch.arange(0, self._size, 2, dtype=torch.float32, device=device) / self._size
@@ -159,6 +174,12 @@ class Decoder:
     def loss(self, state: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """Return the mean cross-entropy of one depth's state through the shared final norm and head."""
         return self._loss(state, self.model.model.norm.weight, self.model.model.embed_tokens.weight, target)
+
+    def distillation_loss(self, state: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        """Return the mean cross-entropy of one depth's distribution to another's, which is left as it is."""
+        return self._distillation(
+            state, teacher, self.model.model.norm.weight, self.model.model.embed_tokens.weight
+        )
 
     def logits(self, state: torch.Tensor) -> torch.Tensor:
         """Return the logits [rows, length, vocabulary] of one depth's state through the shared norm and head."""

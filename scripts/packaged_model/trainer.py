@@ -171,7 +171,7 @@ class Trainer:
         with torch.autocast(self.device.type, torch.bfloat16):
             states = self.decoder.states(tokens, keeps)
             loss = self.decoder.loss(states[-1], targets)
-            exit_loss = None if depth is None else self.decoder.loss(states[depth], targets)
+            exit_loss = None if depth is None else self.decoder.distillation_loss(states[depth], states[-1])
         weight = recipe.exit_weight if done < self.steps else recipe.long_exit_weight
         total = loss if exit_loss is None else loss + weight * exit_loss
         total.backward()  # type: ignore[no-untyped-call]

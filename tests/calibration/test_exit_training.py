@@ -86,7 +86,7 @@ def test_a_planted_gate_is_recovered() -> None:
     assert 0.4 < quality.auc_top < 0.6
     assert quality.calibration_error < 0.03
     gate = exit_head.gate(select.hidden, torch.full((2000,), 0.9), project)
-    agrees = project(exit_head.state(select.hidden)).argmax(-1) == select.top
+    agrees = project(exit_head.read(select.hidden)[0]).argmax(-1) == select.top
     assert float(agrees[gate.leaves].float().mean()) > 0.95
     assert int(gate.leaves.sum()) > 400
     assert exit_head.screen_ratio > 0

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models
@@ -31,7 +32,7 @@ from .reference_models import build_model, save
 GROUP = 16
 
 
-def small_checkpoint(directory: Path, family: str = "llama", shard: str = "1GB", **changes: object) -> Path:
+def small_checkpoint(directory: Path, family: str = "llama", shard: str = "1GB", **changes: Any) -> Path:
     """A random model of `family` with a tokenizer of as many words."""
     model = build_model(family, **changes)
     save(model, directory, max_shard_size=shard)
@@ -52,7 +53,8 @@ def small_bundle(
             (index, name): quantize(source.block(index)[f"{name}.weight"], GROUP)
             for index in range(spec.blocks)
             for name in linear_names(spec)
-        }
+        },
+        quantize(source.shared()["embedding.tokens" if spec.tied else "output.weight"], GROUP),
     )
     full = checkpoint_tensors(checkpoint.files)
     hidden = spec.hidden_size

@@ -131,7 +131,7 @@ def test_a_bundle_survives_a_round_trip(contents: BundleContents, tmp_path: Path
     assert contents.linear_block is not None
     assert torch.equal(linear_block.apply(hidden), contents.linear_block.apply(hidden))
     (head,) = bundle.exits()
-    assert torch.equal(head.state(hidden), contents.exits[0].state(hidden))
+    assert torch.equal(head.read(hidden)[0], contents.exits[0].read(hidden)[0])
     assert head.screen_ratio == 0.25
 
 

@@ -14,9 +14,9 @@ from exeunt.compression.exits import (
     exit_metadata,
     exit_tensors,
     exits_from_tensors,
-    gate_features,
 )
 from exeunt.compression.norm import Norm
+from exeunt.kernels.exit_gate.reference import gate_features
 
 NormKind = Literal["rms", "layer"]
 HIDDEN, UNITS, VOCAB = 24, 16, 37

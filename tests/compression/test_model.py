@@ -78,6 +78,8 @@ def test_int4_weights_are_the_checkpoints_rounded(model: LoadedModel, checkpoint
         for linear in rounded.block_linears(block).values():
             weight = linear.weight  # type: ignore[attr-defined]
             weight.copy_(dequantize(quantize(weight, GROUP), torch.float32))
+    output = rounded._output.weight  # type: ignore[attr-defined]
+    output.copy_(dequantize(quantize(output, GROUP), torch.float32))
     actual = _logits(model.decoder(Variant("int4", "full")))
     error = (actual - _logits(rounded)).norm() / actual.norm()
     assert error < 0.05  # a fast kernel may round activations; a wrong weight would give about 1

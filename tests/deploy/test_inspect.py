@@ -104,7 +104,8 @@ def _bundle(folder: Path, weights: tuple[WeightFormat, ...]) -> Bundle:
             (index, name): quantize(source.block(index)[f"{name}.weight"], GROUP)
             for index in range(BLOCKS)
             for name in linear_names(spec)
-        }
+        },
+        quantize(source.shared()["embedding.tokens"], GROUP),
     )
     manifest = _manifest(weights).model_copy(update={"exits": ()})
     contents = BundleContents(
@@ -148,7 +149,8 @@ def test_savings_are_those_of_the_tensors(bundle: Bundle) -> None:
     assert saved.linear_full == 2 * LINEAR_WEIGHTS
     assert saved.linear_int4 == LINEAR_WEIGHTS // 2 + 2 * 2 * groups
     assert saved.model_full == saved.linear_full + 2 * OUTSIDE
-    assert saved.model_int4 == saved.linear_int4 + 2 * OUTSIDE
+    output = VOCAB * HIDDEN
+    assert saved.model_int4 == saved.linear_int4 + output // 2 + 2 * 2 * (output // GROUP) + 2 * OUTSIDE
     assert saved.kv_full == 2 * 2 * BLOCKS * HIDDEN
     assert saved.kv_int4 == 2 * BLOCKS * (HIDDEN // 2 + 4 * 4)
 

@@ -1,6 +1,7 @@
 """The sampler: it draws from p, p is what transformers computes, and a row's draw is its own affair."""
 
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -16,8 +17,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from exeunt.kernels.token_draw.reference import exponential_noise
 from exeunt.server.request import SamplingParams
-from exeunt.server.sampling import RowSampling, exponential_noise, probabilities, sample
+from exeunt.server.sampling import RowSampling, processed_scores, row_keys, sample, token_keys
 
 
 def _row(
@@ -73,7 +75,7 @@ class TestDistribution:
         logits = _logits(1, 40, seed=4)
         rows = [_row(i, seed=5, temperature=0.8, top_k=12, top_p=0.9) for i in range(10_000)]
         counts = torch.bincount(torch.tensor(sample(logits.expand(len(rows), -1), rows).ids), minlength=40)
-        p = probabilities(logits, rows[:1])[0]
+        p = _probabilities(logits, rows[:1])[0]
         assert 1 < int((p > 0).sum()) <= 12
         assert int(counts[p == 0].sum()) == 0
         assert _fit(counts[p > 0], p[p > 0].double() * len(rows)) > 1e-3
@@ -98,7 +100,7 @@ class TestDistribution:
         assert max(ids) > 100_000
 
     def test_noise_is_standard_exponential(self) -> None:
-        noise = exponential_noise([_row(i, seed=2) for i in range(20)], 5_000, "cpu").flatten()
+        noise = _noise([_row(i, seed=2) for i in range(20)], 5_000).flatten()
         assert stats.kstest(noise.numpy(), "expon").pvalue > 1e-3
         assert float(noise.min()) > 0
         assert math.isfinite(float(noise.max()))
@@ -107,12 +109,22 @@ class TestDistribution:
 def test_noise_is_the_same_in_every_release() -> None:
     """A seed is a promise: a request repeated next year draws the same tokens."""
     rows = [_row(0, seed=1), _row(1000, choice=3, seed=2**64 - 1)]
-    noise = exponential_noise(rows, 150_000, "cpu")[:, [0, 1, 2, 149_999]]
+    noise = _noise(rows, 150_000)[:, [0, 1, 2, 149_999]]
     promised = [
         [1.36267042, 1.11123276, 0.348338038, 0.220016092],
         [0.868917704, 0.0944077298, 0.29131192, 0.47198382],
     ]
     assert torch.equal(noise, torch.tensor(promised))
+
+
+def _noise(rows: Sequence[RowSampling], vocab_size: int, device: str = "cpu") -> Tensor:
+    return exponential_noise(row_keys(rows).to(device), token_keys(vocab_size, torch.device(device)))
+
+
+def _probabilities(logits: Tensor, rows: Sequence[RowSampling]) -> Tensor:
+    """The distribution that each row draws from."""
+    temperatures = torch.tensor([row.params.temperature for row in rows])[:, None]
+    return (processed_scores(logits, rows) / temperatures).softmax(-1)
 
 
 def _fit(counts: Tensor, expected: Tensor) -> float:
@@ -174,9 +186,7 @@ class TestRowsAreIndependent:
         rows = [
             _row(i, seed=2**63 + i, choice=i % 3, temperature=0.9, top_p=0.8, top_k=500) for i in range(16)
         ]
-        assert torch.equal(
-            exponential_noise(rows, 150_000, "cpu"), exponential_noise(rows, 150_000, "cuda").cpu()
-        )
+        assert torch.equal(_noise(rows, 150_000), _noise(rows, 150_000, "cuda").cpu())
         logits = _logits(16, 150_000)
         assert sample(logits, rows).ids == sample(logits.cuda(), rows).ids
 
@@ -209,7 +219,7 @@ class TestProbabilities:
             top_p=top_p,
             repetition_penalty=penalty,
         )
-        ours = probabilities(logits, [row])
+        ours = _probabilities(logits, [row])
         differ = ((ours > 0) != (theirs > 1e-30)) & (theirs.maximum(ours) > 1e-30)
         if differ.any():  # only where the mass before a token equals top_p to rounding
             descending = theirs.maximum(ours)[0].sort(descending=True).values.double()
@@ -222,7 +232,7 @@ class TestProbabilities:
     )
     def test_ties_with_the_kth_stay(self, top_k: int, kept: list[int]) -> None:
         logits = torch.tensor([[2.0, 1.0, 3.0, 1.0, 2.0, 0.0]])
-        p = probabilities(logits, [_row(temperature=1.0, top_k=top_k)])
+        p = _probabilities(logits, [_row(temperature=1.0, top_k=top_k)])
         assert p[0].nonzero().flatten().tolist() == kept
 
     @pytest.mark.parametrize(
@@ -234,12 +244,12 @@ class TestProbabilities:
     ) -> None:
         logits = torch.full((1, vocab), -torch.inf)
         logits[0, -4:] = 0.0
-        p = probabilities(logits, [_row(temperature=1.0, top_p=top_p)])
+        p = _probabilities(logits, [_row(temperature=1.0, top_p=top_p)])
         assert p[0].nonzero().flatten().tolist() == [vocab - 4 + i for i in range(kept)]
         assert float(p.sum()) == pytest.approx(1.0)
 
     def test_a_large_nucleus_takes_ties_by_lower_id(self) -> None:
-        p = probabilities(torch.zeros(1, 8192), [_row(temperature=1.0, top_p=0.5)])
+        p = _probabilities(torch.zeros(1, 8192), [_row(temperature=1.0, top_p=0.5)])
         assert p[0].nonzero().flatten().tolist() == list(range(4096))
 
     @settings(max_examples=100, deadline=None)
@@ -257,7 +267,7 @@ class TestProbabilities:
         generator = torch.Generator().manual_seed(seed)
         values = torch.randn(distinct, generator=generator) * spread
         logits = values[torch.randint(distinct, (len(top_p), vocab), generator=generator)]
-        ours = probabilities(logits, [_row(temperature=1.0, top_p=mass) for mass in top_p])
+        ours = _probabilities(logits, [_row(temperature=1.0, top_p=mass) for mass in top_p])
         for row, mass in enumerate(top_p):
             p = logits[row].softmax(-1).double()
             order = p.sort(descending=True, stable=True).indices

@@ -1,0 +1,123 @@
+"""The public exit kernels: native on the CPU, plain PyTorch elsewhere and where gradients are wanted.
+
+A row's result does not depend, to the bit, on the rows beside it, so that a token leaves or stays alike in any batch.
+"""
+
+import ctypes
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from exeunt.kernels.exit_gate.reference import (
+    LEAST_DOUBT,
+    exit_state_reference,
+    gate_confidence_reference,
+)
+from exeunt.kernels.native.library import DTYPE_CODES, NativeLibrary, native_library
+
+_pointer = ctypes.c_void_p
+
+
+class _Struct(ctypes.Structure):
+    """`struct ExitWeights` of kernels/native/exit_state.h."""
+
+    _fields_ = (
+        *((name, _pointer) for name in ("norm", "norm_bias", "adapter")),
+        *((name, _pointer) for name in ("hidden", "hidden_bias", "output", "output_bias")),
+        *((name, ctypes.c_int64) for name in ("size", "units", "layer_norm")),
+        ("eps", ctypes.c_double),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class ExitWeights:
+    """An exit's weights: norm and adapter in the model's dtype, the probe in float32, all dense on one device."""
+
+    norm: Tensor  # [size]
+    norm_bias: Tensor | None  # [size]; None is an RMS norm
+    eps: float
+    adapter: Tensor  # [size, size]
+    probe: tuple[Tensor, Tensor, Tensor, Tensor]  # [units, size], [units], [units], []
+    native: _Struct | None = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "native", self._described())
+
+    def _described(self) -> _Struct | None:
+        """The weights as the native library reads them, None where it does not take them."""
+        own = [self.norm, self.adapter, *([] if self.norm_bias is None else [self.norm_bias])]
+        dtype = self.norm.dtype
+        if not all(tensor.is_cpu and tensor.is_contiguous() for tensor in (*own, *self.probe)):
+            return None
+        if dtype not in DTYPE_CODES or any(tensor.dtype != dtype for tensor in own):
+            return None
+        if any(tensor.dtype != torch.float32 for tensor in self.probe):
+            return None
+        return _Struct(
+            norm=self.norm.data_ptr(),
+            norm_bias=None if self.norm_bias is None else self.norm_bias.data_ptr(),
+            adapter=self.adapter.data_ptr(),
+            hidden=self.probe[0].data_ptr(),
+            hidden_bias=self.probe[1].data_ptr(),
+            output=self.probe[2].data_ptr(),
+            output_bias=self.probe[3].data_ptr(),
+            size=self.norm.shape[0],
+            units=self.probe[1].shape[0],
+            layer_norm=int(self.norm_bias is not None),
+            eps=self.eps,
+        )
+
+
+def exit_state(hidden: Tensor, weights: ExitWeights) -> tuple[Tensor, Tensor]:
+    """Return n + A n [tokens, size] of hidden [tokens, size], n its norm, and the probe's logit [tokens] float32."""
+    library = _library(hidden)
+    struct, dtype = weights.native, hidden.dtype
+    if library is None or struct is None or dtype != weights.norm.dtype:
+        return exit_state_reference(
+            hidden, (weights.norm, weights.norm_bias, weights.eps), weights.adapter, weights.probe
+        )
+    hidden = hidden.contiguous()
+    rows, size = hidden.shape
+    state, logits = torch.empty_like(hidden), torch.empty(rows)
+    scratch, wide = torch.empty_like(hidden), torch.empty(rows * (size + struct.units))
+    library.exit_state(
+        state.data_ptr(),
+        logits.data_ptr(),
+        hidden.data_ptr(),
+        ctypes.addressof(struct),
+        rows,
+        scratch.data_ptr(),
+        wide.data_ptr(),
+        DTYPE_CODES[dtype],
+        torch.get_num_threads(),
+    )
+    return state, logits
+
+
+def gate_confidence(probe_logit: Tensor, logits: Tensor, combine: Tensor) -> Tensor:
+    """Return the probability [K] float32 that each row's top token is the full model's.
+
+    `probe_logit` [K] and `logits` [K, V], V at least 2, are float32; `combine` [4] weighs the features and a constant.
+    """
+    library = _library(logits)
+    dense = all(tensor.is_contiguous() for tensor in (probe_logit, logits, combine))
+    if library is None or logits.dtype != torch.float32 or not dense:
+        return gate_confidence_reference(probe_logit, logits, combine)
+    out = torch.empty(logits.shape[0])
+    library.gate_confidence(
+        out.data_ptr(),
+        logits.data_ptr(),
+        probe_logit.data_ptr(),
+        combine.data_ptr(),
+        *logits.shape,
+        LEAST_DOUBT,
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def _library(tensor: Tensor) -> NativeLibrary | None:
+    if not tensor.is_cpu or (torch.is_grad_enabled() and tensor.requires_grad):
+        return None
+    return native_library()

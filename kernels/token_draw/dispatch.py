@@ -1,0 +1,43 @@
+"""The public token draw: native on the CPU, plain PyTorch elsewhere."""
+
+import torch
+from torch import Tensor
+
+from exeunt.kernels.native.library import native_library
+from exeunt.kernels.token_draw.reference import draw_tokens_reference
+
+
+def draw_tokens(
+    logits: Tensor, scores: Tensor, temperatures: Tensor, keys: Tensor, token_keys: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return a token for each row, [rows] int64, and its log-probability under `logits`, [rows] float32.
+
+    `logits` and `scores` are [rows, vocab] float32, `scores` (perhaps the same tensor) being what is drawn from; the
+    token maximises scores / temperature + Gumbel noise of the row's `keys` [rows, 2] and the tokens' [vocab], int32.
+    `temperatures` [rows] float32: at 0 the highest score is taken, the lowest id among equals. A log-probability is NaN
+    where the row is not usable: NaN or an infinite value in it, or nothing left to choose from.
+    """
+    library = native_library() if logits.is_cpu else None
+    tensors = (logits, scores, temperatures, keys, token_keys)
+    if library is None or not all(tensor.is_contiguous() for tensor in tensors):
+        return draw_tokens_reference(*tensors)
+    rows, vocab = logits.shape
+    if scores.shape != logits.shape or keys.shape != (rows, 2) or token_keys.shape != (vocab,):
+        raise ValueError(
+            f"logits {list(logits.shape)}, scores {list(scores.shape)}, keys {list(keys.shape)} and token keys "
+            f"{list(token_keys.shape)} do not fit each other"
+        )
+    ids, logprobs = torch.empty(rows, dtype=torch.int64), torch.empty(rows)
+    library.draw(
+        ids.data_ptr(),
+        logprobs.data_ptr(),
+        logits.data_ptr(),
+        scores.data_ptr(),
+        rows,
+        vocab,
+        temperatures.data_ptr(),
+        keys.data_ptr(),
+        token_keys.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return ids, logprobs
