@@ -69,8 +69,8 @@ def fit_exits(
     cut = int(data.fit_tokens * HEAD_SHARE)
 
     def project(state: Tensor) -> Tensor:
-        projecting = teacher if torch.is_grad_enabled() else decoder
-        return projecting.project(state.to(decoder.dtype))
+        wanted = state.to(decoder.dtype)
+        return teacher.project(wanted) if torch.is_grad_enabled() else decoder.project_exit(wanted)
 
     generators = {block: torch.Generator().manual_seed(seed * 1000 + block) for block in blocks}
     with progress.phase("Fitting where exit heads start", len(blocks) * cut) as advance:

@@ -55,6 +55,7 @@ class ModelStack:
             small = Decoder.from_weights(
                 spec, int4, device=device, dtype=dtype, int4_group_size=int4.group_size, share_with=full
             )
+            full.let_exits_read(small.output)
             advance(1)
             formats = ("int4",) if int4_alone else ("int4", "full")
         return cls(full, small, formats, ("int4", "full") if kv_cache == "int4" else ("full",))

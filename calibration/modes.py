@@ -75,5 +75,5 @@ def _loose_threshold(
         start = head.depth
         advance(batch.tokens)
     own = rows[: batch.row_count]
-    best = view_gates(model.exits, states, own, model.decoder.project, advance).reach.max(0)
+    best = view_gates(model.exits, states, own, model.decoder.project_exit, advance).reach.max(0)
     return float(np.clip(np.round(np.quantile(best, 1.0 - LOOSE_SHARE), 2), 0.01, 0.99))

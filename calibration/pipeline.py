@@ -198,7 +198,7 @@ def _plan(
     model = stack.forced(stack.deployed, [each.head for each in exits])
     states = [data.select(head.block) for head in model.exits]
     with task.progress.phase("Asking the gates", sum(each.tokens for each in states)) as advance:
-        view = view_gates(model.exits, states, task.splits.select, model.decoder.project, advance)
+        view = view_gates(model.exits, states, task.splits.select, model.decoder.project_exit, advance)
     if options.exits == "auto":
         depths = [head.depth for head in model.exits]
         costs = exit_costs(spec, options.probe.units)

@@ -92,7 +92,7 @@ class ForcedModel:
         for number, head in enumerate(self.exits):
             thresholds = torch.full((len(kept),), threshold, dtype=torch.float32, device=entry.device)
             thresholds[batch.positions[kept] == 0] = torch.inf
-            gate = head.gate(hidden, thresholds, self.decoder.project)
+            gate = head.gate(hidden, thresholds, self.decoder.project_exit)
             leaving = gate.leaves.nonzero().squeeze(1)
             if len(leaving):
                 sink(number, kept[leaving], gate.logits[gate.leaves[gate.projected]])

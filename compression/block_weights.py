@@ -83,13 +83,20 @@ def read_output(
     WeightError.
     """
     if int4_group_size is not None and "output.codes" in tensors:
-        read = _Reader(tensors, {}, device, dtype, "")
-        return Int4Linear(_int4(read, "output", (spec.vocab_size, spec.hidden_size), int4_group_size))
+        return read_int4_output(spec, tensors, device, int4_group_size)
     if twin is not None:
         return twin
     if spec.tied:
         return FullLinear(embedding.tokens)
     return FullLinear(_Reader(tensors, shared_shapes(spec), device, dtype, "")("output.weight"))
+
+
+def read_int4_output(
+    spec: Architecture, tensors: Mapping[str, Tensor], device: torch.device, group_size: int
+) -> Linear:
+    """The output matrix in INT4; raises WeightError where the tensors do not hold it so."""
+    read = _Reader(tensors, {}, device, torch.float16, "")
+    return Int4Linear(_int4(read, "output", (spec.vocab_size, spec.hidden_size), group_size))
 
 
 def read_block(

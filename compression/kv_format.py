@@ -14,7 +14,8 @@ from torch import Tensor
 
 from exeunt.compression.architecture import Architecture
 from exeunt.compression.variant import KVFormat
-from exeunt.kernels.native.descriptors import NativePages, native_pages
+from exeunt.kernels.blocks import PageRange
+from exeunt.kernels.native.descriptors import native_pages
 from exeunt.kernels.paged_batch import KVBlock
 
 ALIGNMENT = 64  # bytes; a cache line, so that no two blocks or pages share one
@@ -105,8 +106,7 @@ class KVPages:
         self.arena = arena
         self.num_pages = arena.numel() // layout.page_bytes
         self._blocks = {block: self._views(block) for block in layout.blocks}
-        self._native: list[NativePages | None] | None = None  # by block, described when first asked for
-        self._takes_native = False
+        self._ranges: dict[tuple[int, int], PageRange | None] = {}  # described when first asked for
 
     def block(self, block: int) -> KVBlock:
         """The keys and values of the model's block `block`; KVLayoutError where it holds none."""
@@ -115,17 +115,14 @@ class KVPages:
         except KeyError:
             raise KVLayoutError(f"Block {block} holds no keys and values in this layout.") from None
 
-    def native(self, start: int, stop: int) -> list[NativePages | None] | None:
-        """Blocks `start` to `stop` - 1 as the native kernels read them, None for one without keys and values.
-
-        None instead of the list where the native kernels do not take these pages.
-        """
-        if self._native is None:
+    def native(self, start: int, stop: int) -> PageRange | None:
+        """Blocks `start` to `stop` - 1 as the native kernels read them, or None where they do not take these pages."""
+        if (start, stop) not in self._ranges:
             described = {block: native_pages(views) for block, views in self._blocks.items()}
-            self._takes_native = None not in described.values()
-            self._native = [described.get(block) for block in range(max(described, default=-1) + 1)]
-        found = self._native[start:stop]
-        return found + [None] * (stop - start - len(found)) if self._takes_native else None
+            taken = None not in described.values()
+            found = [described.get(block) for block in range(start, stop)]
+            self._ranges[start, stop] = PageRange.of(found) if taken else None
+        return self._ranges[start, stop]
 
     def _views(self, block: int) -> KVBlock:
         layout, offset = self.layout, self.layout.region_offset(block)

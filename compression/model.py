@@ -12,12 +12,14 @@ from exeunt.compression.architecture import (
     UnsupportedModelError,
     load_architecture,
 )
+from exeunt.compression.block_weights import read_int4_output
 from exeunt.compression.bundle import Bundle, BundleError, open_bundle
 from exeunt.compression.bundle_weights import full_source, int4_source
 from exeunt.compression.checkpoint import open_checkpoint
 from exeunt.compression.decoder import Decoder
 from exeunt.compression.exits import ExitHead
 from exeunt.compression.kv_format import KVLayout, kv_layout
+from exeunt.compression.linear import Linear
 from exeunt.compression.manifest import Manifest
 from exeunt.compression.variant import KVFormat, Variant, WeightFormat
 from exeunt.compression.weights import WeightError
@@ -88,10 +90,12 @@ class LoadedModel:
         for (_, linear), decoder in self.decoders.items():
             for kind, size in decoder.resident_bytes().items():
                 own = not linear
-                if kind in ("embedding", "norms", "rope", "linear_block"):
+                if kind in ("embedding", "norms", "rope", "linear_block", "exit_output"):
                     total[kind] = max(total.get(kind, 0), size)
                 else:
                     total[kind] = total.get(kind, 0) + (size if own else 0)
+        if ("int4", False) in self.decoders:
+            total["exit_output"] = 0  # it is that decoder's own output matrix
         total["exits"] = sum(head.nbytes for head in self.exits)
         return total
 
@@ -166,6 +170,8 @@ def _bundle_decoders(
             int4_group_size=bundle.manifest.int4_group_size,
             share_with=full,
         )
+    if full is not None and bundle.manifest.int4_group_size is not None:
+        full.let_exits_read(_int4_output(bundle, spec, decoders.get(("int4", False)), device))
     linear_block = bundle.linear_block()
     if linear_block is not None:
         if not (linear_block.index < spec.blocks and linear_block.hidden_size == spec.hidden_size):
@@ -178,6 +184,14 @@ def _bundle_decoders(
             (weights, True): decoder.with_linear_block(placed) for (weights, _), decoder in decoders.items()
         }
     return decoders
+
+
+def _int4_output(bundle: Bundle, spec: Architecture, int4: Decoder | None, device: torch.device) -> Linear:
+    """The output matrix that exits read in every variant: certificates are about the gates that read it."""
+    if int4 is not None:
+        return int4.output
+    group_size = bundle.manifest.int4_group_size or 0  # validated with the manifest
+    return read_int4_output(spec, int4_source(bundle, spec).shared(), device, group_size)
 
 
 def _fitting(head: ExitHead, spec: Architecture) -> ExitHead:

@@ -46,7 +46,9 @@ def native_blocks(
             _describe(parts[index], block, linear_block if replaced else None, dtype, held)
     except _NotNativeError:
         return None
-    return NativeBlocks(library, dtype, _shape(spec), parts, tuple(held))
+    widest = max(max(part.qkv.outputs, part.up.outputs) for part in parts)
+    # one vector more: the key rows of a packed matrix may begin inside a panel
+    return NativeBlocks(library, dtype, _shape(spec), parts, tuple(held), widest + library.lanes)
 
 
 def _shape(spec: Architecture) -> BlockShape:
@@ -60,7 +62,6 @@ def _shape(spec: Architecture) -> BlockShape:
         activation=ACTIVATION_CODES[spec.activation],
         layer_norm=int(spec.norm == "layer"),
         eps=spec.norm_eps,
-        rotation=None,
     )
 
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -183,22 +184,22 @@ class Runner:
     def _geometry(self, parts: Items[_Part]) -> PagedBatch:
         positions = [p for part in parts for p in part.positions]
         slots = [part.row.sequence.table.slot(p) for part in parts for p in part.positions]
-        starts = np.zeros(len(parts) + 1, dtype=np.int32)
-        np.cumsum([len(part.positions) for part in parts], out=starts[1:])
+        starts = np.fromiter(accumulate((len(part.positions) for part in parts), initial=0), dtype=np.int32)
         used = [part.positions[-1] // part.row.sequence.table.page_tokens + 1 for part in parts]
         tables = np.zeros((len(parts), max(used)), dtype=np.int32)
         for index, (part, count) in enumerate(zip(parts, used, strict=True)):
             tables[index, :count] = part.row.sequence.table.pages[:count]
+        places = self._ints([positions, slots])
         return PagedBatch(
-            positions=self._ints(positions),
-            slots=self._ints(slots),
+            positions=places[0],
+            slots=places[1],
             query_starts=torch.from_numpy(starts).to(self._device),
             page_tables=torch.from_numpy(tables).to(self._device),
             max_context=max(part.positions[-1] for part in parts) + 1,
         )
 
-    def _ints(self, values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self._device)
+    def _ints(self, values: list[int] | list[list[int]]) -> Tensor:
+        return torch.from_numpy(np.array(values, dtype=np.int64)).to(self._device)
 
     def _finish(self, decoder: Decoder, batch: _Batch, outputs: "_Outputs") -> None:
         """The last stage: the model's own head for every token that is wanted."""
@@ -237,8 +238,8 @@ class Runner:
         """Ask the exit's gate about the tokens `gated`; emit those that leave and say which they are."""
         states = hidden if len(gated) == hidden.shape[0] else hidden[self._ints(gated)]
         thresholds = [tokens[i][0].sequence.exits.threshold for i in gated]
-        asked = torch.tensor(thresholds, dtype=torch.float32, device=self._device)
-        gate = self._model.exits[stage].gate(states, asked, decoder.project)
+        asked = torch.from_numpy(np.array(thresholds, dtype=np.float32)).to(self._device)
+        gate = self._model.exits[stage].gate(states, asked, decoder.project_exit)
         if gate.projected.numel() == 0:
             return []
         leaves = gate.leaves[gate.projected]

@@ -87,12 +87,12 @@ def sample(logits: Tensor, rows: Sequence[RowSampling], eos_token_ids: Collectio
         return SampledTokens((), (), ())
     logits = logits.float().contiguous()
     scores = processed_scores(logits, rows, eos_token_ids)
-    temperatures = torch.tensor([0.0 if row.greedy else row.params.temperature for row in rows])
+    temperatures = np.array([0.0 if row.greedy else row.params.temperature for row in rows], np.float32)
     device = logits.device
     ids, logprobs = draw_tokens(
         logits,
         scores,
-        temperatures.to(device),
+        torch.from_numpy(temperatures).to(device),
         row_keys(rows).to(device),
         token_keys(logits.shape[1], device),
     )
@@ -238,7 +238,7 @@ def _index(values: list[int], like: Tensor) -> Tensor:
 
 def row_keys(rows: Sequence[RowSampling]) -> Tensor:
     """What the rows' noise is keyed by, [rows, 2] int32: a hash of (seed, choice, position)."""
-    return torch.tensor([_row_key(row) for row in rows], dtype=torch.int32)
+    return torch.from_numpy(np.array([_row_key(row) for row in rows], dtype=np.int32))
 
 
 def _row_key(row: RowSampling) -> tuple[int, int]:

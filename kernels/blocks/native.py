@@ -6,7 +6,7 @@ or a layer is of another kind, that file runs.
 """
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,7 +57,7 @@ class BlockParts(ctypes.Structure):
 
 
 class BlockShape(ctypes.Structure):
-    """`struct BlockShape`: what all blocks have in common; `rotation` is filled in by each call."""
+    """`struct BlockShape`: what all blocks have in common."""
 
     _fields_ = (
         ("hidden", _long),
@@ -69,8 +69,23 @@ class BlockShape(ctypes.Structure):
         ("activation", _long),
         ("layer_norm", _long),
         ("eps", ctypes.c_double),
-        ("rotation", _pointer),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class PageRange:
+    """The pages of consecutive blocks as the native library reads them."""
+
+    addresses: "ctypes.Array[ctypes.c_void_p]"  # null for a block without keys and values
+    dtypes: frozenset[torch.dtype]  # of those that are not INT4
+    described: tuple[NativePages | None, ...]  # what the addresses point to
+
+    @classmethod
+    def of(cls, pages: Sequence[NativePages | None]) -> "PageRange":
+        """The range of these blocks' pages."""
+        addresses = (_pointer * len(pages))(*(None if each is None else each.address for each in pages))
+        dtypes = frozenset(each.dtype for each in pages if each is not None and each.dtype is not None)
+        return cls(addresses, dtypes, tuple(pages))
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,76 +97,58 @@ class NativeBlocks:
     shape: BlockShape
     parts: "ctypes.Array[BlockParts]"
     tensors: tuple[Tensor, ...]
+    widest: int  # values per token of the widest projection
 
     def run(
-        self,
-        hidden: Tensor,
-        batch: PagedBatch,
-        pages: Sequence[NativePages | None],
-        rotation: Tensor | None,
-        start: int,
+        self, hidden: Tensor, batch: PagedBatch, pages: PageRange, rotation: Tensor | None, start: int
     ) -> None:
-        """Replace `hidden` [tokens, hidden], dense, by the state behind as many blocks as there are `pages`.
+        """Replace `hidden` [tokens, hidden], dense, by the state behind the blocks of `pages`, `start` the first.
 
-        `pages` are those of block `start` and the following, None for a block without keys and values; `rotation`
-        [positions, 2, head_dim] holds cosines and signed sines. Writes the keys and values of every block.
+        `rotation` [positions, 2, head_dim] holds cosines and signed sines, None for learned positions. Writes the keys
+        and values of every block.
         """
         self._call(self.library.run_blocks, hidden, batch, pages, rotation, start)
 
     def project_kv(
-        self,
-        hidden: Tensor,
-        batch: PagedBatch,
-        pages: Sequence[NativePages | None],
-        rotation: Tensor | None,
-        start: int,
+        self, hidden: Tensor, batch: PagedBatch, pages: PageRange, rotation: Tensor | None, start: int
     ) -> None:
         """Write the keys and values that the blocks make of `hidden` [tokens, hidden], which stays as it is."""
         self._call(self.library.project_kv, hidden, batch, pages, rotation, start)
 
-    def takes(self, pages: Sequence[NativePages | None]) -> bool:
+    def takes(self, pages: PageRange) -> bool:
         """Whether the pages hold what the blocks would write: INT4, or the blocks' own dtype."""
-        return all(place is None or place.dtype in (None, self.dtype) for place in pages)
+        return not pages.dtypes or pages.dtypes == {self.dtype}
 
     def _call(
         self,
-        function: object,
+        function: Callable[..., None],
         hidden: Tensor,
         batch: PagedBatch,
-        pages: Sequence[NativePages | None],
+        pages: PageRange,
         rotation: Tensor | None,
         start: int,
     ) -> None:
-        tokens = hidden.shape[0]
-        shape = self.shape
+        tokens, shape = hidden.shape[0], self.shape
         if hidden.dtype != self.dtype or not hidden.is_contiguous() or hidden.shape[1] != shape.hidden:
             raise ValueError(
                 f"hidden is {list(hidden.shape)} {hidden.dtype}, expected dense [tokens, {shape.hidden}] {self.dtype}"
             )
         if batch.slots.dtype != torch.int64 or not batch.slots.is_contiguous() or batch.tokens != tokens:
             raise ValueError(f"the batch has {batch.tokens} tokens, hidden has {tokens}")
-        widest = self._widest(start, start + len(pages))
         mixed = max(shape.heads * shape.head_dim, shape.inner)
-        scratch = torch.empty(tokens * (2 * shape.hidden + widest + mixed), dtype=self.dtype)
-        places = (_pointer * len(pages))(*(None if place is None else place.address for place in pages))
-        own = BlockShape.from_buffer_copy(shape)
-        own.rotation = None if rotation is None else rotation.data_ptr()
-        function(  # type: ignore[operator]
+        scratch = torch.empty(tokens * (2 * shape.hidden + self.widest + mixed), dtype=self.dtype)
+        function(
             hidden.data_ptr(),
             tokens,
-            ctypes.addressof(own),
+            ctypes.addressof(shape),
             ctypes.addressof(self.parts) + start * ctypes.sizeof(BlockParts),
-            places,
-            len(pages),
+            pages.addresses,
+            len(pages.described),
             native_batch(batch).address,
             batch.slots.data_ptr(),
+            None if rotation is None else rotation.data_ptr(),
             scratch.data_ptr(),
-            widest,
+            self.widest,
             DTYPE_CODES[self.dtype],
             torch.get_num_threads(),
         )
-
-    def _widest(self, start: int, stop: int) -> int:
-        """Outputs of the widest projection of these blocks, and a vector more for key rows that begin inside one."""
-        widest = max(max(part.qkv.outputs, part.up.outputs) for part in self.parts[start:stop])
-        return int(widest) + self.library.lanes

@@ -34,7 +34,6 @@ enum Activation : int64_t { SILU, GELU_TANH, GELU, RELU };
 struct BlockShape {
   int64_t hidden, heads, kv_heads, head_dim, inner, gated, activation, layer_norm;
   double eps;
-  const void* rotation;  // [positions, 2, head_dim]: cosines and signed sines; null without rotary embedding
 };
 
 constexpr int64_t SHARED_ROW_VALUES = 1 << 16;  // values of row operations from which threads pay
@@ -77,14 +76,15 @@ struct BlockRun {
   const BlockShape& shape;
   const Batch& batch;
   const int64_t* slots;
+  const T* rotation;  // [positions, 2, head_dim]: cosines and signed sines; null without rotary embedding
   int64_t tokens;
   int threads;
   T *normed, *delta, *wide, *mixed;  // scratch: [tokens, hidden] twice, then the widest projections
 
-  BlockRun(const BlockShape& shape_, const Batch& batch_, const int64_t* slots_, int64_t tokens_, int threads_,
-           T* scratch, int64_t widest)
-      : shape(shape_), batch(batch_), slots(slots_), tokens(tokens_), threads(threads_), normed(scratch),
-        delta(normed + tokens * shape.hidden), wide(delta + tokens * shape.hidden), mixed(wide + tokens * widest) {}
+  BlockRun(const BlockShape& shape_, const Batch& batch_, const int64_t* slots_, const void* rotation_,
+           int64_t tokens_, int threads_, void* scratch, int64_t widest)
+      : shape(shape_), batch(batch_), slots(slots_), rotation((const T*)rotation_), tokens(tokens_),
+        threads(threads_), normed((T*)scratch), delta(normed + tokens * shape.hidden), wide(delta + tokens * shape.hidden), mixed(wide + tokens * widest) {}
 
   template <class Body>
   void each_row(int64_t width, const Body& body) const {
@@ -136,8 +136,8 @@ struct BlockRun {
       if (heads_norm)
         for (int64_t h = 0; h < heads; h++)
           rms_norm(token + h * n, token + h * n, heads_norm + h * n, 1, n, n, float(shape.eps));
-      if (shape.rotation) {
-        const T* table = (const T*)shape.rotation + batch.positions[t] * 2 * n;
+      if (rotation) {
+        const T* table = rotation + batch.positions[t] * 2 * n;
         rotate_heads(token, table, table + n, 1, heads, n, stride, 0);
       }
     });

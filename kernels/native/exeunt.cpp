@@ -113,14 +113,15 @@ EXPORTED void exeunt_full_linear(void* y, const void* x, const void* weight, con
   });
 }
 
-// hidden [tokens, hidden] is replaced by the state behind `count` blocks; scratch holds per token twice the hidden
+// hidden [tokens, hidden] is replaced by the state behind `count` blocks; rotation is null without rotary embedding,
+// else [positions, 2, head_dim] cosines and signed sines; scratch holds per token twice the hidden
 // size, `widest` values and as many as the larger of the queries and the inner size.
 EXPORTED void exeunt_run_blocks(void* hidden, int64_t tokens, const BlockShape* shape, const BlockParts* blocks,
                                 const Pages* const* pages, int64_t count, const Batch* batch, const int64_t* slots,
-                                void* scratch, int64_t widest, int dtype, int threads) {
+                                const void* rotation, void* scratch, int64_t widest, int dtype, int threads) {
   with_dtype(dtype, [&](auto* kind) {
     using T = std::remove_pointer_t<decltype(kind)>;
-    const BlockRun<T> work(*shape, *batch, slots, tokens, threads, (T*)scratch, widest);
+    const BlockRun<T> work(*shape, *batch, slots, rotation, tokens, threads, scratch, widest);
     for (int64_t b = 0; b < count; b++) work.run(blocks[b], pages[b], (T*)hidden);
   });
 }
@@ -128,10 +129,10 @@ EXPORTED void exeunt_run_blocks(void* hidden, int64_t tokens, const BlockShape* 
 // Writes the keys and values that `count` blocks make of hidden [tokens, hidden]; scratch as above.
 EXPORTED void exeunt_project_kv(const void* hidden, int64_t tokens, const BlockShape* shape, const BlockParts* blocks,
                                 const Pages* const* pages, int64_t count, const Batch* batch, const int64_t* slots,
-                                void* scratch, int64_t widest, int dtype, int threads) {
+                                const void* rotation, void* scratch, int64_t widest, int dtype, int threads) {
   with_dtype(dtype, [&](auto* kind) {
     using T = std::remove_pointer_t<decltype(kind)>;
-    const BlockRun<T> work(*shape, *batch, slots, tokens, threads, (T*)scratch, widest);
+    const BlockRun<T> work(*shape, *batch, slots, rotation, tokens, threads, scratch, widest);
     for (int64_t b = 0; b < count; b++) work.project_kv(blocks[b], pages[b], (const T*)hidden);
   });
 }

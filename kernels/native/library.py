@@ -26,8 +26,8 @@ _pointer, _long, _int, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, c
 _SIGNATURES = {
     "exeunt_int4_linear": [_pointer] * 4 + [_long] * 4 + [_int] * 2,
     "exeunt_full_linear": [_pointer] * 4 + [_long] * 3 + [_int] * 2,
-    "exeunt_run_blocks": [_pointer, _long] + [_pointer] * 3 + [_long] + [_pointer] * 3 + [_long] + [_int] * 2,
-    "exeunt_project_kv": [_pointer, _long] + [_pointer] * 3 + [_long] + [_pointer] * 3 + [_long] + [_int] * 2,
+    "exeunt_run_blocks": [_pointer, _long] + [_pointer] * 3 + [_long] + [_pointer] * 4 + [_long] + [_int] * 2,
+    "exeunt_project_kv": [_pointer, _long] + [_pointer] * 3 + [_long] + [_pointer] * 4 + [_long] + [_int] * 2,
     "exeunt_exit_state": [_pointer] * 4 + [_long] + [_pointer] * 2 + [_int] * 2,
     "exeunt_gate_confidence": [_pointer] * 4 + [_long] * 2 + [_float, _int],
     "exeunt_draw": [_pointer] * 4 + [_long] * 2 + [_pointer] * 3 + [_int],
