@@ -29,8 +29,9 @@ check: $(STAMP) ## format, lint, types, tests, README commands
 check-fast: $(STAMP) ## format, lint and types only
 	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/check fast
 
-bench: $(STAMP) ## measure the packaged model beside transformers; JSON in benchmarks/results/
+bench: $(STAMP) ## measure the packaged model beside transformers, then the parts of a step; JSON in benchmarks/results/
 	$(BIN)/python scripts/bench.py
+	$(BIN)/python scripts/bench_parts.py
 
 clean: ## remove the virtual environment, caches and build leftovers
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -52,8 +52,8 @@ class Run:
 
 def main(
     out: Annotated[Path | None, typer.Option(help="where the JSON goes")] = None,
-    prompt_tokens: Annotated[int, typer.Option(min=1)] = 32,
-    new_tokens: Annotated[int, typer.Option(min=1)] = 96,
+    prompt_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    new_tokens: Annotated[int, typer.Option(min=1)] = 256,
     repeats: Annotated[int, typer.Option(min=1)] = 5,
     streams: Annotated[int, typer.Option(min=1)] = 8,
 ) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts import bench
+from scripts import bench, bench_parts
 from tests.deploy.server_process import byte_bundle
 
 
@@ -27,3 +27,21 @@ def test_it_measures_pairs_and_says_what_left_early(tmp_path: Path, monkeypatch:
     for row in exits.values():
         if row.get("exit_rate"):
             assert 0 < row["blocks_skipped_share"] < row["exit_rate"]
+
+
+def test_the_parts_of_a_step_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = byte_bundle(tmp_path)
+    monkeypatch.setattr(bench_parts, "packaged_bundle", lambda: bundle)
+    monkeypatch.setattr(bench_parts, "ROUNDS", 1)
+    bench_parts.main(tmp_path / "parts.json", prompt_tokens=8, new_tokens=6, repeats=1, streams=2)
+    record = json.loads((tmp_path / "parts.json").read_text())
+    assert set(record["results"]) == {
+        f"{count}, {label}"
+        for count in ("1 stream", "2 streams")
+        for label in ("full weights", "INT4 weights and KV")
+    }
+    for row in record["results"].values():
+        assert all(value > 0 for value in row["parts"].values())
+        for mode in {"exits_off", "exits_on"} & row.keys():
+            assert row[mode]["parts"] + row[mode]["rest"] == pytest.approx(row[mode]["step"])
+    assert any("exits_on" in row for row in record["results"].values())

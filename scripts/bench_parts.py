@@ -1,0 +1,247 @@
+"""Measures the parts of a decode step of the packaged model, with exits and without: what `make bench` calls second.
+
+What exits can save is the time of the blocks they skip; what they cost is their gate, its projection, and one more turn
+through Python. The parts are timed by themselves on a batch of the load's size, in turn, and set beside whole steps of
+the engine from the same run; what the parts do not explain is named as the rest.
+"""
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from exeunt.compression.decoder import Decoder
+from exeunt.compression.exits import ExitHead
+from exeunt.compression.kv_format import KVPages, page_bytes_for
+from exeunt.compression.model import LoadedModel, load_bundle
+from exeunt.compression.variant import Variant
+from exeunt.deploy.bench import Load, machine
+from exeunt.deploy.bench_engine import EngineDriver, engine_driver
+from exeunt.deploy.packaged import packaged_bundle
+from exeunt.kernels.paged_batch import PagedBatch
+from exeunt.server.request import SamplingParams
+from exeunt.server.sampling import RowSampling, sample
+
+RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
+VARIANTS = {"full weights": Variant(), "INT4 weights and KV": Variant("int4", "int4")}
+ROUNDS, CALLS = 15, 20  # every part is called so often in a row, so many times in turn with the others
+
+console = Console()
+
+
+def main(
+    out: Annotated[Path | None, typer.Option(help="where the JSON goes")] = None,
+    prompt_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    new_tokens: Annotated[int, typer.Option(min=2)] = 256,
+    repeats: Annotated[int, typer.Option(min=1)] = 5,
+    streams: Annotated[int, typer.Option(min=1)] = 8,
+) -> None:
+    """Measure, print tables, write JSON."""
+    model = load_bundle(packaged_bundle(), device="cpu", dtype=torch.float32, weights="both")
+    load = Load(streams, prompt_tokens, new_tokens, streams, temperature=0.0)
+    driver = engine_driver(model, load)
+    results: dict[str, Any] = {}
+    try:
+        for count in (1, streams):
+            for label, variant in VARIANTS.items():
+                steps = _Steps(driver, load, variant, count).measure(repeats)
+                work = _Batch(model, variant, count, prompt_tokens + new_tokens // 2, steps.left)
+                name = f"{count} stream{'s' if count > 1 else ''}, {label}"
+                results[name] = _account(steps, work.measure())
+                _print(name, results[name])
+    finally:
+        driver.close()
+    settings = {
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": new_tokens,
+        "repeats": repeats,
+        "rounds": ROUNDS,
+        "calls": CALLS,
+    }
+    path = out or RESULTS / "packaged-parts.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    record = {"machine": machine(), "settings": settings, "unit": "microseconds per step", "results": results}
+    path.write_text(json.dumps(record, indent=2) + "\n")
+    console.print(f"written to {path}")
+
+
+@dataclass(frozen=True, slots=True)
+class StepTimes:
+    """Whole decode steps of the engine (seconds), and what exits did in them."""
+
+    off: float
+    on: float
+    target: float
+    exit_rate: float
+    left: int  # of the rows of a batch, those that leave in a typical step
+
+
+class _Steps:
+    """Times the engine's steps, its prefill included, with exits on and off in turn."""
+
+    def __init__(self, driver: EngineDriver, load: Load, variant: Variant, count: int) -> None:
+        self._driver, self._load, self._variant = driver, load, variant
+        self._prompts = driver.prompts(count, load.prompt_tokens)
+        self._target = max(driver.offer().certified(variant, "propagate"), default=0.0)
+
+    def measure(self, repeats: int) -> StepTimes:
+        """Medians over the repeats."""
+        exits = {"mode": "approximate", "max_disagreement": self._target} if self._target else {"mode": "off"}
+        self._run({"mode": "off"})
+        pairs = [(self._run({"mode": "off"}), self._run(exits)) for _ in range(repeats)]
+        rate = statistics.median(on[1] for _, on in pairs)
+        return StepTimes(
+            off=statistics.median(off[0] for off, _ in pairs),
+            on=statistics.median(on[0] for _, on in pairs),
+            target=self._target,
+            exit_rate=rate,
+            left=round(rate * len(self._prompts)),
+        )
+
+    def _run(self, early_exit: Mapping[str, Any]) -> tuple[float, float]:
+        """Seconds per step, and the share of tokens that left early."""
+        variant = self._variant
+        compression = {
+            "weights": variant.weights,
+            "kv_cache": variant.kv_cache,
+            "linear_block": variant.linear_block,
+            "early_exit": early_exit,
+        }
+        began = time.perf_counter()
+        traces = self._driver.run(self._prompts, compression, self._load)
+        seconds = time.perf_counter() - began
+        tokens = sum(sum(trace.by_exit.values()) for trace in traces)
+        final = sum(trace.by_exit.get("final", 0) for trace in traces)
+        return seconds / self._load.max_new_tokens, 1 - final / tokens
+
+
+class _Batch:
+    """One decode batch at a given context, outside of the engine, and the parts that a step is made of."""
+
+    def __init__(self, model: LoadedModel, variant: Variant, rows: int, context: int, left: int) -> None:
+        self._model, self._decoder, self._rows = model, model.decoder(variant), rows
+        page_bytes = page_bytes_for(model.spec, model.dtype)
+        layout = model.kv_layout(variant, page_bytes)
+        each = -(-context // layout.page_tokens)
+        self._pages = KVPages(layout, torch.zeros(rows * each * page_bytes, dtype=torch.uint8))
+        self._geometry = self._geometry_of(rows, context, each, layout.page_tokens)
+        self._staying = max(1, rows - left)
+        self._few = self._geometry_of(self._staying, context, each, layout.page_tokens)
+        self._gone = self._geometry_of(max(1, left), context, each, layout.page_tokens)
+        self._ids = torch.arange(rows) + 7
+
+    @staticmethod
+    def _geometry_of(rows: int, context: int, each: int, page_tokens: int) -> PagedBatch:
+        tables = torch.arange(rows * each, dtype=torch.int32).reshape(rows, each)
+        place = context - 1
+        return PagedBatch(
+            positions=torch.full((rows,), place),
+            slots=tables[:, place // page_tokens].long() * page_tokens + place % page_tokens,
+            query_starts=torch.arange(rows + 1, dtype=torch.int32),
+            page_tables=tables,
+            max_context=context,
+        )
+
+    @torch.inference_mode()
+    def measure(self) -> dict[str, float]:
+        """Microseconds of each part."""
+        decoder, blocks = self._decoder, self._model.spec.blocks
+        hidden = decoder.embed(self._ids, self._geometry.positions)
+        run = decoder.run_blocks
+        parts: dict[str, Callable[[], object]] = {
+            "all blocks": lambda: run(hidden, self._geometry, self._pages, 0, blocks),
+            "own head": lambda: decoder.head(hidden),
+            "draw": self._draw(decoder.head(hidden)),
+        }
+        for head in self._model.exits[-1:]:
+            parts |= self._exit_parts(decoder, head, hidden, blocks)
+        return _in_turn(parts)
+
+    def _exit_parts(
+        self, decoder: Decoder, head: ExitHead, hidden: Tensor, blocks: int
+    ) -> dict[str, Callable[[], object]]:
+        run, depth, few = decoder.run_blocks, head.depth, hidden[: self._staying]
+        gone = hidden[: self._gone.tokens].contiguous()
+        state = head.read(hidden)[0]
+        return {
+            "blocks up to the exit": lambda: run(hidden, self._geometry, self._pages, 0, depth),
+            "blocks behind the exit, all rows": lambda: run(
+                hidden, self._geometry, self._pages, depth, blocks
+            ),
+            "blocks behind the exit, rows that stay": lambda: run(few, self._few, self._pages, depth, blocks),
+            "gate with its projection": lambda: head.gate(
+                hidden, torch.full((self._rows,), 0.5), decoder.project_exit
+            ),
+            "of it: the projection": lambda: decoder.project_exit(state),
+            "keys and values of rows that leave": lambda: decoder.project_kv(
+                gone, self._gone, self._pages, depth, blocks
+            ),
+            "own head, rows that stay": lambda: decoder.head(few),
+        }
+
+    def _draw(self, logits: Tensor) -> Callable[[], object]:
+        rows = [RowSampling(SamplingParams(), 0, 0)] * len(logits)
+        return lambda: sample(logits, rows)
+
+
+def _in_turn(parts: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+    """Microseconds of each part: the median over rounds of the mean of a run of calls."""
+    times: dict[str, list[float]] = {name: [] for name in parts}
+    for _ in range(ROUNDS):
+        for name, part in parts.items():
+            part()
+            began = time.perf_counter()
+            for _ in range(CALLS):
+                part()
+            times[name].append((time.perf_counter() - began) / CALLS * 1e6)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _account(steps: StepTimes, parts: Mapping[str, float]) -> dict[str, Any]:
+    """The engine's steps beside the sums of their parts."""
+    off = parts["all blocks"] + parts["own head"] + parts["draw"]
+    record: dict[str, Any] = {
+        "exits_off": {"step": steps.off * 1e6, "parts": off, "rest": steps.off * 1e6 - off},
+        "parts": dict(parts),
+    }
+    if steps.target:
+        saved = parts["blocks behind the exit, all rows"] - parts["blocks behind the exit, rows that stay"]
+        head = parts["own head"] - parts["own head, rows that stay"]
+        paid = parts["gate with its projection"] + parts["keys and values of rows that leave"] + parts["draw"]
+        on = off - saved - head + paid
+        record["exits_on"] = {"step": steps.on * 1e6, "parts": on, "rest": steps.on * 1e6 - on}
+        record["exits"] = {
+            "target": steps.target,
+            "exit_rate": steps.exit_rate,
+            "saved_in_blocks": saved,
+            "saved_in_own_head": head,
+            "paid_in_gate_keys_and_second_draw": paid,
+            "paid_around": record["exits_on"]["rest"] - record["exits_off"]["rest"],
+            "ratio_of_steps": steps.off / steps.on,
+        }
+    return record
+
+
+def _print(name: str, record: Mapping[str, Any]) -> None:
+    table = Table(f"{name}: part of a step", "µs")
+    for part, value in record["parts"].items():
+        table.add_row(part, f"{value:.0f}")
+    for mode in ("exits_off", "exits_on"):
+        for what, value in record.get(mode, {}).items():
+            table.add_row(f"{mode.replace('_', ' ')}: {what}", f"{value:.0f}")
+    for what, value in record.get("exits", {}).items():
+        table.add_row(what.replace("_", " "), f"{value:.2f}" if abs(value) < 10 else f"{value:.0f}")
+    console.print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)
