@@ -1,4 +1,8 @@
-"""One transformer block over paged keys and values."""
+"""One transformer block over paged keys and values, one operation at a time.
+
+On a CPU the native kernel of `exeunt.kernels.blocks` does the same for many blocks in one call (see
+`exeunt.compression.native_blocks`); this is its reference, and what runs everywhere else.
+"""
 
 from collections.abc import Callable, Mapping
 
@@ -12,7 +16,6 @@ from exeunt.compression.norm import Norm, rms_norm
 from exeunt.compression.rope import rotate
 from exeunt.kernels.paged_attention import paged_attention
 from exeunt.kernels.paged_batch import KVBlock, PagedBatch
-from exeunt.kernels.rows import rotate_heads, silu_mul
 from exeunt.kernels.write_kv import write_kv
 
 Rotation = (
@@ -97,7 +100,7 @@ class Block:
         if self.head_norm is not None:
             turning = rms_norm(turning, self.head_norm, spec.norm_eps)
         if rotation is not None:
-            rotate_heads(turning, *rotation)
+            turning = rotate(turning, *rotation)
         write_kv(turning[:, spec.heads :], qkv[:, spec.heads + spec.kv_heads :], batch.slots, kv)
         attended = paged_attention(turning[:, : spec.heads], kv, batch, self.scale, self.window)
         self.out.add_to(hidden, attended.reshape(tokens, spec.query_size))
@@ -122,8 +125,6 @@ class Block:
         up = self.up(normed)
         if not self.spec.gated:
             return self._activation(up)
-        if self._activation is F.silu:
-            return silu_mul(up)
         width = self.spec.intermediate_size
         return self._activation(up[:, :width]).mul_(up[:, width:])
 

@@ -1,8 +1,8 @@
 """A bundle's weight files: what calibration puts into them, and what a decoder reads from them.
 
 `weights.safetensors` holds the checkpoint's own tensors, names and dtype. `weights.int4.safetensors` holds canonical
-names (`exeunt.compression.checkpoint_names`): every block's linears as codes, scales and offsets and, in a
-bundle with no full weights, all other tensors in the checkpoint's dtype beside them.
+names (`exeunt.compression.checkpoint_names`): every block's linears and the output matrix as codes, scales and offsets
+and, in a bundle with no full weights, all other tensors in the checkpoint's dtype beside them.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

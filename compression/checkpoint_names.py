@@ -16,7 +16,7 @@ Canonical names (what the decoder, calibration and bundles use; `i` counts block
     blocks.i.down.weight, .bias      [hidden, intermediate]
 
 An INT4 linear stands as .codes, .scales and .offsets (see `exeunt.kernels.int4_linear.Int4Weight`) in place of
-.weight; its bias keeps its name. Every weight is [out, in].
+.weight; its bias keeps its name. The output matrix may stand so in a tied model too. Every weight is [out, in].
 """
 
 import re

@@ -239,11 +239,6 @@ class Decoder:
         """Logits [tokens, vocab] float32 of the state behind the last block."""
         return self.project(self.final_norm(hidden))
 
-    def reserve_positions(self, positions: int) -> None:
-        """Build the tables for `positions` positions now rather than as contexts grow."""
-        if self._rope is not None:
-            self._rope.reserve(positions)
-
     def resident_bytes(self) -> dict[str, int]:
         """Bytes held, by kind: embedding, full, int4 (linears; the output matrix, unless it is the embedding itself,
         among them), norms (with biases), kv_projection, exit_output (where exits read another form), rope,

@@ -1,4 +1,7 @@
-"""Keys and values of many blocks from one state, as one matrix: what an early token owes the deeper blocks."""
+"""Keys and values of many blocks from one state, as one matrix: what an early token owes the deeper blocks.
+
+For where the native kernels do not run: those read each block's own weights in one call, and need no copy.
+"""
 
 from collections.abc import Sequence
 

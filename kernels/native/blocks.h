@@ -138,7 +138,7 @@ struct BlockRun {
           rms_norm(token + h * n, token + h * n, heads_norm + h * n, 1, n, n, float(shape.eps));
       if (rotation) {
         const T* table = rotation + batch.positions[t] * 2 * n;
-        rotate_heads(token, table, table + n, 1, heads, n, stride, 0);
+        rotate_heads(token, table, table + n, heads, n);
       }
     });
   }

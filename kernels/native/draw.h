@@ -57,8 +57,8 @@ inline TopOfRow top_of_row(const float* x, int64_t n) {
 }
 
 // Which token of a row maximises exp((x - top) / temperature) / E, with E = -log u of the uniform u that the row's two
-// keys and the token's own make: the hash is that of server/sampling.py. As -log u >= 1 - u, most tokens are out of
-// the question before any logarithm is taken.
+// keys and the token's own make: the hash is that of kernels/token_draw/reference.py. As -log u >= 1 - u, most tokens
+// are out of the question before any logarithm is taken.
 inline int64_t drawn_token(const float* x, int64_t n, float top, float temperature, int32_t first_key,
                            int32_t second_key, const int32_t* token_keys) {
   const float inverse = 1.0f / temperature;
@@ -112,7 +112,8 @@ inline void draw_rows(int64_t* ids, float* logprobs, const float* logits, const 
 }
 
 // The probability that an exit's top token is the full model's, by rows [rows, n] of its logits: logistic regression
-// over the probe's logit, the log-odds of the top probability and the margin (compression/exits.py, gate_features).
+// over the probe's logit, the log-odds of the top probability and the margin (gate_features of
+// kernels/exit_gate/reference.py).
 inline void gate_confidence(float* out, const float* logits, const float* probe, const float* weights, int64_t rows,
                             int64_t n, float least_doubt, int threads) {
   share(rows, rows * n >= SHARED_LOGITS ? threads : 1, 1, [&](int64_t first, int64_t last) {

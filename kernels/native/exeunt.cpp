@@ -66,23 +66,6 @@ EXPORTED void exeunt_rms_norm(void* y, const void* x, const void* weight, int64_
   });
 }
 
-// x [rows, 2 n], y [rows, n].
-EXPORTED void exeunt_silu_mul(void* y, const void* x, int64_t rows, int64_t n, int dtype) {
-  with_dtype(dtype, [&](auto* kind) {
-    using T = std::remove_pointer_t<decltype(kind)>;
-    silu_mul((T*)y, (const T*)x, rows, n);
-  });
-}
-
-// x [tokens, heads, n] with `stride` elements between tokens, cosines and sines [tokens, n] with `table_stride`.
-EXPORTED void exeunt_rotate_heads(void* x, const void* cosines, const void* sines, int64_t tokens, int64_t heads,
-                                  int64_t n, int64_t stride, int64_t table_stride, int dtype) {
-  with_dtype(dtype, [&](auto* kind) {
-    using T = std::remove_pointer_t<decltype(kind)>;
-    rotate_heads((T*)x, (const T*)cosines, (const T*)sines, tokens, heads, n, stride, table_stride);
-  });
-}
-
 // x [rows, size] to state [rows, size] and logits [rows]; scratch: rows * size values of the dtype, and
 // rows * (size + units) floats.
 EXPORTED void exeunt_exit_state(void* state, float* logits, const void* x, const ExitWeights* weights, int64_t rows,

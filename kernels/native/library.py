@@ -34,8 +34,6 @@ _SIGNATURES = {
     "exeunt_write_kv": [_pointer] * 3 + [_long] * 2 + [_pointer, _long] + [_int] * 2,
     "exeunt_paged_attention": [_pointer] * 4 + [_long] * 4 + [_float] + [_int] * 2,
     "exeunt_rms_norm": [_pointer] * 3 + [_long] * 3 + [_float, _int],
-    "exeunt_silu_mul": [_pointer] * 2 + [_long] * 2 + [_int],
-    "exeunt_rotate_heads": [_pointer] * 3 + [_long] * 5 + [_int],
 }
 
 
@@ -57,8 +55,6 @@ class NativeLibrary:
         self.write_kv = self._function(handle, "exeunt_write_kv")
         self.paged_attention = self._function(handle, "exeunt_paged_attention")
         self.rms_norm = self._function(handle, "exeunt_rms_norm")
-        self.silu_mul = self._function(handle, "exeunt_silu_mul")
-        self.rotate_heads = self._function(handle, "exeunt_rotate_heads")
 
     @staticmethod
     def _function(handle: ctypes.CDLL, name: str) -> Callable[..., None]:

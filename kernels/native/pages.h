@@ -1,4 +1,4 @@
-// Where keys and values lie, as Python hands it over: arrays of int64 (see kernels/native/library.py).
+// Where keys and values lie, as Python hands it over: arrays of int64 (see kernels/native/descriptors.py).
 #pragma once
 
 #include "simd.h"

@@ -1,4 +1,4 @@
-// The small pieces between the linears, row by row: RMS norm, rotary embedding, gated SiLU.
+// The small pieces between the linears, row by row: RMS norm and rotary embedding.
 //
 // In 16 bits every product is rounded where PyTorch's own operations would round it.
 #pragma once
@@ -32,37 +32,19 @@ void rms_norm(T* y, const T* x, const T* weight, int64_t rows, int64_t n, int64_
   }
 }
 
-// y = silu(gate) × up for rows [gate | up] of 2 n values.
+// In place over heads [heads, n]: x cos + x' sin, x' being x with its halves exchanged; cos and sin are [n], signed.
 template <class T>
-void silu_mul(T* y, const T* x, int64_t rows, int64_t n) {
-  for (int64_t r = 0; r < rows; r++, x += 2 * n, y += n)
-    for (int64_t i = 0; i < n; i += LANES) {
-      const int count = vector_at(i, n);
-      vf gate = load(x + i, count), power = -gate;
-      power = power > 88.0f ? splat(88.0f) : power;
-      vf active = as_stored<T>(gate / (exponential(power) + 1.0f));
-      store(y + i, active * load(x + n + i, count), count);
-    }
-}
-
-// In place over heads of n values: x cos + x' sin, x' being x with its halves exchanged; cos and sin are [tokens, n]
-// with `table_stride` between tokens, the sines signed.
-template <class T>
-void rotate_heads(T* x, const T* cosines, const T* sines, int64_t tokens, int64_t heads, int64_t n,
-                  int64_t stride, int64_t table_stride) {
+void rotate_heads(T* x, const T* cosines, const T* sines, int64_t heads, int64_t n) {
   const int64_t half_size = n / 2;
-  for (int64_t t = 0; t < tokens; t++)
-    for (int64_t h = 0; h < heads; h++) {
-      T *low = x + t * stride + h * n, *high = low + half_size;
-      const T *c = cosines + t * table_stride, *s = sines + t * table_stride;
-      for (int64_t i = 0; i < half_size; i += LANES) {
-        const int count = vector_at(i, half_size);
-        vf a = load(low + i, count), b = load(high + i, count);
-        vf new_low = as_stored<T>(a * load(c + i, count)) + as_stored<T>(b * load(s + i, count));
-        vf new_high = as_stored<T>(b * load(c + half_size + i, count)) +
-                      as_stored<T>(a * load(s + half_size + i, count));
-        store(low + i, new_low, count);
-        store(high + i, new_high, count);
-      }
+  for (int64_t h = 0; h < heads; h++, x += n)
+    for (int64_t i = 0; i < half_size; i += LANES) {
+      const int count = vector_at(i, half_size);
+      T *low = x + i, *high = x + half_size + i;
+      vf a = load(low, count), b = load(high, count);
+      vf new_low = as_stored<T>(a * load(cosines + i, count)) + as_stored<T>(b * load(sines + i, count));
+      vf new_high = as_stored<T>(b * load(cosines + half_size + i, count)) +
+                    as_stored<T>(a * load(sines + half_size + i, count));
+      store(low, new_low, count);
+      store(high, new_high, count);
     }
 }

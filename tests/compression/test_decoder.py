@@ -236,11 +236,10 @@ def _assert_same_kv(got: Tensor, expected: Tensor, slots: Tensor, exact: bool) -
 
 @pytest.mark.skipif(not ROW_INVARIANT, reason="needs the native kernels")
 @pytest.mark.parametrize("format", ["full", "int4"])
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_int4_states_are_the_same_bits_however_the_text_is_cut(
     family: str, format: str, tmp_path: Path
 ) -> None:
-    """Gated families: PyTorch's dense GELU treats the last few numbers of a call apart, so GPT-2's may differ."""
     decoder = _quantised(_decoder(family, tmp_path))
     ids = _tokens(33)
     whole = Sequences(decoder, format=format).run(ids, 0)  # type: ignore[arg-type]

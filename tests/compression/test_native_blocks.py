@@ -147,7 +147,7 @@ def test_a_replaced_linear_is_seen(tmp_path: Path) -> None:
 
 
 class _Recording(FullLinear):
-    """A linear that notes what it is given, as a calibration step does."""
+    """A linear that notes what it is given."""
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         self.seen = x
