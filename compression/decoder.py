@@ -170,7 +170,7 @@ class Decoder:
     def replace_linears(self, block: int, linears: Mapping[str, Linear]) -> None:
         """Put other linears in a block's place, in this decoder and all that `with_linear_block` made from it.
 
-        Calibration quantises so, block by block. A wrapper that records what a linear is given is a linear too.
+        A wrapper that records what a linear is given is a linear too; with one the blocks run without the native call.
         """
         self._blocks[block] = self._blocks[block].with_linears(linears)
         self._kv_projection.reset()

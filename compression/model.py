@@ -39,9 +39,9 @@ class NotHeldError(ValueError):
 class LoadedModel:
     """A model on one device in one dtype. `decoders` is keyed by (weights, whether the linear block is in).
 
-    All decoders share embedding, norms and biases, and those of one weight format everything but the linear block. Exits
-    read one form of the output matrix in all of them, INT4 where the bundle holds that.
-    `exits` are shallowest first; a plain model has none, no manifest, and nothing certified.
+    All decoders share embedding, norms and biases, and those of one weight format everything but the linear block.
+    Exits read one form of the output matrix in all of them, INT4 where the bundle holds that. `exits` are
+    shallowest first; a plain model has none, no manifest, and nothing certified.
     """
 
     name: str

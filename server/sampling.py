@@ -38,7 +38,7 @@ _MASS_UNITS = (
 )  # top-p adds probabilities up as integers of this unit: sums that no order of adding changes
 _LEVEL_SHIFT = 18  # a float32's exponent and its first five mantissa bits: 32 levels per power of two
 _LEVELS = 1 << (30 - _LEVEL_SHIFT)  # enough for every float up to 1
-# Vocabulary entries drawn from at a time on a CPU: they stay in its cache, and each step on one thread.
+# Vocabulary entries cut by top-k and top-p at a time on a CPU: they stay in its cache, and each step on one thread.
 _CPU_CHUNK = 1 << 15
 _MASK64 = (1 << 64) - 1
 
