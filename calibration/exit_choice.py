@@ -13,7 +13,6 @@ from typing import Final
 import numpy as np
 
 from exeunt.calibration.thresholds import GateView, forecast_of
-from exeunt.compression.architecture import Architecture
 
 MOST_EXITS: Final = 2
 """More than two would pay only where the blocks between two exits cost much more than a gate."""
@@ -21,7 +20,7 @@ MOST_EXITS: Final = 2
 
 @dataclass(frozen=True, slots=True)
 class ExitCosts:
-    """What exits cost in multiply-adds per token, in units of one block."""
+    """What exits cost per token, in units of one block (see `exeunt.calibration.exit_costs`)."""
 
     gate: float  # norm's adapter and probe
     projection: float  # the output matrix
@@ -35,16 +34,6 @@ class ExitChoice:
     kept: tuple[int, ...]
     saving: float  # expected share of the blocks saved, net, averaged over the targets
     alone: tuple[float, ...]  # the same for each candidate as the only exit
-
-
-def exit_costs(spec: Architecture, probe_units: int) -> ExitCosts:
-    """Costs of a model's exits from the sizes of its matrices."""
-    hidden, block = spec.hidden_size, spec.block_parameters
-    return ExitCosts(
-        gate=hidden * (hidden + probe_units) / block,
-        projection=spec.vocab_size * hidden / block,
-        skipped_kv=2 * spec.kv_size * hidden / block,
-    )
 
 
 def net_saving(

@@ -18,7 +18,8 @@ from exeunt.calibration.bundle_manifest import CorpusRecord, build_manifest, dat
 from exeunt.calibration.certificates import CertifiedVariant, certify_variants, rows_for
 from exeunt.calibration.corpus import Corpus, Splits, read_corpus, split_corpus
 from exeunt.calibration.evaluation import EvaluationTable, evaluate_modes
-from exeunt.calibration.exit_choice import choose_exits, exit_costs, exit_sets
+from exeunt.calibration.exit_choice import choose_exits, exit_sets
+from exeunt.calibration.exit_costs import measure_exit_costs
 from exeunt.calibration.exit_fit import ExitData, FittedExit, fit_exits, top_tokens
 from exeunt.calibration.model_stack import ModelStack, final_exit_norm
 from exeunt.calibration.modes import loose_threshold, modes_of
@@ -201,11 +202,15 @@ def _plan(
         view = view_gates(model.exits, states, task.splits.select, model.decoder.project_exit, advance)
     if options.exits == "auto":
         depths = [head.depth for head in model.exits]
-        costs = exit_costs(spec, options.probe.units)
+        costs = measure_exit_costs(model)
         with task.progress.phase("Choosing exits", len(exit_sets(len(depths)))) as advance:
             choice = choose_exits(
                 view, depths, spec.blocks, costs, options.targets, certify_tokens, options.confidence, advance
             )
+        task.progress.note(
+            f"in units of a block a gate costs {costs.gate:.2f}, a projection {costs.projection:.2f}, the keys and "
+            f"values of a skipped block {costs.skipped_kv:.2f}"
+        )
         task.progress.note(
             f"exits kept: {', '.join(exits[place].head.name for place in choice.kept)}, expected to save "
             f"{choice.saving:.1%} of the blocks, net"
