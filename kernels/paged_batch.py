@@ -29,6 +29,16 @@ class PagedBatch:
     def rows(self) -> int:
         return int(self.page_tables.shape[0])
 
+    def take(self, rows: Tensor) -> "PagedBatch":
+        """Some rows [n] int64 of a batch in which every row has one token, as in a decode step."""
+        return PagedBatch(
+            self.positions[rows],
+            self.slots[rows],
+            self.query_starts[: len(rows) + 1],
+            self.page_tables[rows],
+            self.max_context,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class KVBlock:

@@ -150,6 +150,7 @@ class Runner:
             ended = time.perf_counter()
             self._on_stages(range(stage, boundary + 1), ended - began, rows)
             began, stage = ended, boundary + 1
+        self._draw(outputs)
         return [outputs.result(row) for row in tick.rows]
 
     def _run_stages(
@@ -257,11 +258,20 @@ class Runner:
         if len(left) < hidden.shape[0]:
             index = self._ints(left)
             hidden = hidden[index]
-            geometry = replace(geometry, positions=geometry.positions[index], slots=geometry.slots[index])
+            if geometry.tokens == geometry.rows:
+                geometry = geometry.take(index)
+            else:
+                geometry = replace(geometry, positions=geometry.positions[index], slots=geometry.slots[index])
         decoder.project_kv(hidden, geometry, pages, self._plan.stop(stage), self._plan.blocks)
 
     def _without(self, batch: _Batch, left: set[int]) -> _Batch:
         """The batch without the tokens `left`."""
+        if batch.geometry.tokens == batch.geometry.rows:  # one token a row: a decode step
+            staying = [i for i in range(len(batch.parts)) if i not in left]
+            if not staying:
+                return _nothing_left(batch)
+            index = self._ints(staying)
+            return _Batch([batch.parts[i] for i in staying], batch.geometry.take(index), batch.hidden[index])
         parts: list[_Part] = []
         stay: list[int] = []
         token = 0
@@ -284,7 +294,7 @@ class Runner:
             token += len(part.positions)
 
     def _emit(self, wanted: list[tuple[Row, int]], logits: Tensor, stage: int, outputs: "_Outputs") -> None:
-        """Sample the next token of rows that decode, and look up the given one of rows that score."""
+        """Note what the next token of rows that decode is drawn from, and look up the given one of rows that score."""
         scored = [i for i, (row, _) in enumerate(wanted) if row.sequence.scoring]
         drawn = [i for i, (row, _) in enumerate(wanted) if not row.sequence.scoring]
         if scored:
@@ -296,7 +306,7 @@ class Runner:
             )
         if drawn:
             rows = logits if not scored else logits[self._ints(drawn)]
-            self._draw([wanted[i][0] for i in drawn], rows, stage, outputs)
+            outputs.undrawn.append(([wanted[i][0] for i in drawn], rows, stage))
 
     def _score(self, wanted: list[tuple[Row, int]], logits: Tensor, stage: int, outputs: "_Outputs") -> None:
         targets = self._ints([row.sequence.tokens[position + 1] for row, position in wanted])
@@ -304,13 +314,22 @@ class Runner:
         for (row, position), logprob in zip(wanted, logprobs, strict=True):
             outputs.scores.setdefault(row, []).append(Score(position, logprob, stage))
 
-    def _draw(self, rows: list[Row], logits: Tensor, stage: int, outputs: "_Outputs") -> None:
+    def _draw(self, outputs: "_Outputs") -> None:
+        """Sample the next tokens of all rows that left in this tick, wherever they did, in one go."""
+        if not outputs.undrawn:
+            return
+        rows = [row for some, _, _ in outputs.undrawn for row in some]
+        stages = [stage for some, _, stage in outputs.undrawn for _ in some]
+        parts = [logits for _, logits, _ in outputs.undrawn]
+        logits = parts[0] if len(parts) == 1 else torch.cat(parts)
         asks = []
         for row in rows:
             sequence, sampler = row.sequence, self._samplers[row.sequence]
             asks.append(RowSampling(sampler.params, sampler.choice, sequence.generated, sequence.tokens))
         drawn = sample(logits, asks, self._model.spec.eos_token_ids)
-        for row, token, logprob, error in zip(rows, drawn.ids, drawn.logprobs, drawn.errors, strict=True):
+        for row, stage, token, logprob, error in zip(
+            rows, stages, drawn.ids, drawn.logprobs, drawn.errors, strict=True
+        ):
             if error is not None:
                 outputs.errors[row] = error
             else:
@@ -321,6 +340,9 @@ class _Outputs:
     """What the rows of a tick yielded."""
 
     def __init__(self) -> None:
+        self.undrawn: list[
+            tuple[list[Row], Tensor, int]
+        ] = []  # rows, their logits [rows, vocab], where they left
         self.draws: dict[Row, Draw] = {}
         self.scores: dict[Row, list[Score]] = {}
         self.errors: dict[Row, str] = {}
