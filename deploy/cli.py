@@ -8,10 +8,12 @@ command alone, so that `--help` answers at once.
 import json
 import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -19,7 +21,7 @@ import typer
 
 from exeunt.deploy.arguments import UsageError, numbers, one_of, setting, whole
 from exeunt.deploy.arguments import linear_block as parsed_linear_block
-from exeunt.deploy.signals import Interrupted, Interruption, handling
+from exeunt.deploy.signals import Interrupted, InterruptibleProgress, end_at_once, interruptible, leave_to
 from exeunt.server.settings import setting_help
 
 app = typer.Typer(
@@ -42,10 +44,14 @@ def _count(flag: str, least: int, text: str) -> Any:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line and end the process with its exit status."""
+    """Run the command line and end the process with its exit status.
+
+    A signal ends it at once until a command, its imports done, has begun what is to be unwound.
+    """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    with handling(Interruption()):
-        status = run(words)
+    leave_to(end_at_once)
+    status = run(words)
+    leave_to(signal.SIG_IGN)  # the interpreter is taken apart: a handler would only break into that
     sys.exit(status)
 
 
@@ -219,8 +225,9 @@ def calibrate(
         )
     except CalibrationError as error:
         raise UsageError(str(error)) from error
-    path = make_bundle(options, TerminalProgress())
-    print(f"{path} is ready: exeunt inspect {path}; exeunt serve {path}")
+    with interruptible() as interruption:
+        path = make_bundle(options, InterruptibleProgress(TerminalProgress(), interruption))
+        print(f"{path} is ready: exeunt inspect {path}; exeunt serve {path}")
 
 
 def _calibration_data(model: str, data: str | None) -> str:
@@ -285,10 +292,11 @@ def evaluate(
     """Measure perplexity, KL, agreement, depth and speed of every mode on a text."""
     from exeunt.deploy.evaluation import evaluate_and_time, evaluation_table
 
-    model = _load(bundle, device)
-    evaluated = evaluate_and_time(model, data, tokens=tokens, speed=speed)
-    _show(evaluation_table(evaluated))
-    _write_json(json_file, evaluated.record(model.name))
+    with interruptible():
+        model = _load(bundle, device)
+        evaluated = evaluate_and_time(model, data, tokens=tokens, speed=speed)
+        _show(evaluation_table(evaluated))
+        _write_json(json_file, evaluated.record(model.name))
 
 
 @app.command()
@@ -313,15 +321,21 @@ def bench(
     from exeunt.deploy.bench_table import measure, speed_table
 
     load = Load(concurrency, prompt_tokens, max_new_tokens, requests or 4 * concurrency)
-    with _driver(target, load, device) as driver:
-        speeds = measure(driver, modes_of(driver.offer()), load)
-    _show(speed_table(speeds))
-    _write_json(json_file, bench_record(target, load, speeds))
+    import_module("exeunt.deploy.bench_http" if _is_address(target) else "exeunt.deploy.bench_engine")
+    with interruptible():
+        with _driver(target, load, device) as driver:
+            speeds = measure(driver, modes_of(driver.offer()), load)
+        _show(speed_table(speeds))
+        _write_json(json_file, bench_record(target, load, speeds))
+
+
+def _is_address(target: str) -> bool:
+    return target.startswith(("http://", "https://"))
 
 
 @contextmanager
 def _driver(target: str, load: Any, device: str) -> Iterator[Any]:
-    if target.startswith(("http://", "https://")):
+    if _is_address(target):
         from exeunt.deploy.bench_http import HTTPDriver
 
         driver: Any = HTTPDriver(target, concurrency=load.concurrency)

@@ -28,7 +28,7 @@ from exeunt.deploy.loading import (
 )
 from exeunt.deploy.logs import LoggedProgress
 from exeunt.deploy.packaged import packaged_bundle
-from exeunt.deploy.signals import CLEANING_UP_S, Interrupted, Interruption, handling
+from exeunt.deploy.signals import CLEANING_UP_S, Interrupted, InterruptibleProgress, Interruption, handling
 from exeunt.server.api.app import create_app
 from exeunt.server.api.compression import NotOfferedError, resolve
 from exeunt.server.api.offer import Offer, offer_of
@@ -148,15 +148,16 @@ class _Serving:
                 began = time.monotonic()
                 service = start_service(self._prepared(), self._settings)
                 self._tell(self._open, service, time.monotonic() - began)
-            except Interrupted:
+            except BaseException as error:
+                if not (isinstance(error, Interrupted) or self._told_to_stop):
+                    self._tell(self._stop_serving)
+                    self._http.join()
+                    raise
+                logger.debug("A signal ended the start.", exc_info=error)
                 self._tell(self._begin_drain)
                 self._http.join(CLEANING_UP_S)
                 logger.info("Stopped before the model was ready.")
                 return 0
-            except BaseException:
-                self._tell(self._stop_serving)
-                self._http.join()
-                raise
             self._wait()
         if self._http_failure is not None:
             raise self._http_failure
@@ -168,26 +169,31 @@ class _Serving:
 
     def _prepared(self) -> LoadedModel:
         """The model, calibrated before where that is to be done. Raises Interrupted by a signal."""
-        self._preparing = True
         try:
+            self._preparing = True
             source = self._source or Source(str(self._packaged()), is_bundle=True)
             self._tell(self._availability.loads)
-            return load_model(source, self._settings)
+            model = load_model(source, self._settings)
         finally:
             self._preparing = False
+        self._interruption.check()  # from here on a signal raises nothing
+        return model
 
     def _packaged(self) -> Path:
         try:
-            return packaged_bundle(
+            bundle = packaged_bundle(
                 device=self._settings.device,
-                progress=self._progress(),
+                progress=InterruptibleProgress(self._progress(), self._interruption),
                 on_calibration=self._on_calibration,
             )
         finally:
             self._calibrating = False
+        self._interruption.check()
+        return bundle
 
     def _on_calibration(self) -> None:
         self._calibrating = True
+        self._interruption.check()
         self._tell(self._availability.calibrates)
 
     def _progress(self) -> ProgressReport:
@@ -199,6 +205,10 @@ class _Serving:
         """Wait for the other thread, in short waits: a signal that comes just before one begins does not end it."""
         while self._http.is_alive():
             self._http.join(_SIGNAL_CHECK_S)
+
+    @property
+    def _told_to_stop(self) -> bool:
+        return self._signalled or self._interruption.seen
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._preparing:
@@ -236,7 +246,7 @@ class _Serving:
             await self._drain
 
     def _open(self, service: Service, seconds: float) -> None:
-        if self._drain is not None:  # told to stop while the engine started
+        if self._told_to_stop or self._drain is not None:  # while the engine started
             return
         self._availability.opens(service)
         host, port = self._sock.getsockname()[:2]

@@ -9,9 +9,11 @@ from typing import Any, Final
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from pydantic_core import from_json
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from exeunt.server.api.errors import ApiError
+from exeunt.server.api.errors import CLIENT_CLOSED_REQUEST, ApiError
+from exeunt.server.api.outcome import outcome_of
 
 DISCARD_S: Final = 2.0  # how long a body that is refused is read on
 DISCARD_TIMES: Final = 4  # and how much of it, in limits
@@ -63,6 +65,16 @@ class BodyLimit:
 
 class StrictJSONRequest(Request):
     """A request whose JSON is parsed with limits: depth, length of numbers, valid Unicode."""
+
+    async def body(self) -> bytes:
+        """The whole body; raises ApiError where the client left before it had sent it, which is counted as that."""
+        try:
+            return await super().body()
+        except ClientDisconnect as error:
+            outcome_of(self.scope).client_left()
+            raise ApiError(
+                CLIENT_CLOSED_REQUEST, "The client left before its body was complete.", code="client_left"
+            ) from error
 
     async def json(self) -> Any:
         """The parsed body; raises JSONDecodeError."""

@@ -1,6 +1,8 @@
 """Every request to generate or score is counted once: answered, failed or not let in."""
 
 import asyncio
+import socket
+import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -110,6 +112,22 @@ def test_what_was_counted_adds_up_to_what_was_sent(
     failed = {"failed internal": 7, "failed timeout": 5, "failed shutdown": 5, "answered cancelled": 2}
     assert counts(metrics) == {"answered length": 5, "answered scored": 2, **refused, **failed}
     assert sum(counts(metrics).values()) == asker.sent
+
+
+@pytest.mark.parametrize("path", ["/generate", "/score"])
+@pytest.mark.parametrize("sent", [b"", b'{"prompt": "x"'])
+def test_a_client_that_leaves_while_it_sends_its_body_is_counted_as_that(
+    client: httpx.Client, reopen: Callable[..., Any], metrics: Metrics, path: str, sent: bytes
+) -> None:
+    reopen(metrics=metrics)
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n"
+    with socket.create_connection((client.base_url.host, client.base_url.port or 80)) as leaving:
+        leaving.sendall(head.encode() + sent)
+    deadline = time.monotonic() + 5
+    while not counts(metrics) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert counts(metrics) == {"answered cancelled": 1}
+    assert metrics.registry.get_sample_value("exeunt_client_disconnects_total", {"model_name": "tiny"}) == 1
 
 
 def test_other_routes_and_methods_are_not_counted(
