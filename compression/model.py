@@ -172,7 +172,7 @@ def _bundle_decoders(
             share_with=full,
         )
     if full is not None and bundle.manifest.int4_group_size is not None:
-        full.let_exits_read(_int4_output(bundle, spec, decoders.get(("int4", False)), device))
+        full.let_exits_read(_exit_output(bundle, spec, full, decoders.get(("int4", False)), device))
     linear_block = bundle.linear_block()
     if linear_block is not None:
         if not (linear_block.index < spec.blocks and linear_block.hidden_size == spec.hidden_size):
@@ -187,12 +187,20 @@ def _bundle_decoders(
     return decoders
 
 
-def _int4_output(bundle: Bundle, spec: Architecture, int4: Decoder | None, device: torch.device) -> Linear:
-    """The output matrix that exits read in every variant: certificates are about the gates that read it."""
+def _exit_output(
+    bundle: Bundle, spec: Architecture, full: Decoder, int4: Decoder | None, device: torch.device
+) -> Linear:
+    """The output matrix that exits read in every variant: certificates are about the gates that read it.
+
+    INT4, unless the bundle was made before that matrix was quantised too.
+    """
     if int4 is not None:
         return int4.output
+    shared = int4_source(bundle, spec).shared()
+    if "output.codes" not in shared:
+        return full.output
     group_size = bundle.manifest.int4_group_size or 0  # validated with the manifest
-    return read_int4_output(spec, int4_source(bundle, spec).shared(), device, group_size)
+    return read_int4_output(spec, shared, device, group_size)
 
 
 def _fitting(head: ExitHead, spec: Architecture) -> ExitHead:

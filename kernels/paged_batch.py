@@ -21,6 +21,11 @@ class PagedBatch:
     max_context: int  # 1 + the largest position in the batch
     native: object = field(default=None, init=False, repr=False, compare=False)  # kernels.native keeps it
 
+    def __reduce__(self) -> tuple[type["PagedBatch"], tuple[object, ...]]:
+        # `native` holds addresses of this batch's tensors: a copy is described anew
+        fields = (self.positions, self.slots, self.query_starts, self.page_tables, self.max_context)
+        return PagedBatch, fields
+
     @property
     def tokens(self) -> int:
         return int(self.positions.shape[0])
@@ -57,6 +62,10 @@ class KVBlock:
     key_params: Tensor | None = None
     value_params: Tensor | None = None
     native: object = field(default=None, init=False, repr=False, compare=False)  # kernels.native keeps it
+
+    def __reduce__(self) -> tuple[type["KVBlock"], tuple[object, ...]]:
+        # `native` holds addresses of this block's tensors: a copy is described anew
+        return KVBlock, (self.keys, self.values, self.key_params, self.value_params)
 
     @property
     def is_int4(self) -> bool:

@@ -7,7 +7,7 @@ or a layer is of another kind, that file runs.
 
 import ctypes
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -79,18 +79,29 @@ class PageRange:
     addresses: "ctypes.Array[ctypes.c_void_p]"  # null for a block without keys and values
     dtypes: frozenset[torch.dtype]  # of those that are not INT4
     described: tuple[NativePages | None, ...]  # what the addresses point to
+    without: tuple[int, ...]  # which of them are None
+    kv_heads: int | None  # of all that are not, None where there are none
+    head_dim: int | None
 
     @classmethod
     def of(cls, pages: Sequence[NativePages | None]) -> "PageRange":
-        """The range of these blocks' pages."""
+        """The range of these blocks' pages; raises ValueError where their heads differ."""
+        heads = {(each.kv_heads, each.head_dim) for each in pages if each is not None}
+        if len(heads) > 1:
+            raise ValueError(f"the pages of one range have different (KV heads, head_dim): {sorted(heads)}")
+        kv_heads, head_dim = heads.pop() if heads else (None, None)
         addresses = (_pointer * len(pages))(*(None if each is None else each.address for each in pages))
         dtypes = frozenset(each.dtype for each in pages if each is not None and each.dtype is not None)
-        return cls(addresses, dtypes, tuple(pages))
+        without = tuple(index for index, each in enumerate(pages) if each is None)
+        return cls(addresses, dtypes, tuple(pages), without, kv_heads, head_dim)
 
 
 @dataclass(frozen=True, slots=True)
 class NativeBlocks:
-    """All blocks of a decoder as the native library reads them. `tensors` are what the addresses point into."""
+    """All blocks of a decoder as the native library reads them. `tensors` are what the addresses point into.
+
+    Raises ValueError where the sizes of a block's matrices contradict `shape`.
+    """
 
     library: NativeLibrary
     dtype: torch.dtype
@@ -98,6 +109,13 @@ class NativeBlocks:
     parts: "ctypes.Array[BlockParts]"
     tensors: tuple[Tensor, ...]
     widest: int  # values per token of the widest projection
+    linear_maps: frozenset[int] = field(init=False)  # blocks without keys and values
+
+    def __post_init__(self) -> None:
+        maps = frozenset(index for index, part in enumerate(self.parts) if part.is_linear_map)
+        object.__setattr__(self, "linear_maps", maps)
+        for index, part in enumerate(self.parts):
+            _check_matrices(index, part, self.shape, self.widest)
 
     def run(
         self, hidden: Tensor, batch: PagedBatch, pages: PageRange, rotation: Tensor | None, start: int
@@ -105,14 +123,19 @@ class NativeBlocks:
         """Replace `hidden` [tokens, hidden], dense, by the state behind the blocks of `pages`, `start` the first.
 
         `rotation` [positions, 2, head_dim] holds cosines and signed sines, None for learned positions. Writes the keys
-        and values of every block.
+        and values of every block. Raises ValueError where the arguments do not fit the blocks or each other. The values
+        inside `batch` are not looked at: positions below its max_context, slots and pages inside the arena are what the
+        page tables that made it answer for.
         """
         self._call(self.library.run_blocks, hidden, batch, pages, rotation, start)
 
     def project_kv(
         self, hidden: Tensor, batch: PagedBatch, pages: PageRange, rotation: Tensor | None, start: int
     ) -> None:
-        """Write the keys and values that the blocks make of `hidden` [tokens, hidden], which stays as it is."""
+        """Write the keys and values that the blocks make of `hidden` [tokens, hidden], which stays as it is.
+
+        Raises as `run` does.
+        """
         self._call(self.library.project_kv, hidden, batch, pages, rotation, start)
 
     def takes(self, pages: PageRange) -> bool:
@@ -128,15 +151,29 @@ class NativeBlocks:
         rotation: Tensor | None,
         start: int,
     ) -> None:
-        tokens, shape = hidden.shape[0], self.shape
-        if hidden.dtype != self.dtype or not hidden.is_contiguous() or hidden.shape[1] != shape.hidden:
+        shape, dtype, slots = self.shape, self.dtype, batch.slots
+        tokens = hidden.shape[0]
+        if hidden.shape != (tokens, shape.hidden) or not _dense(hidden, dtype):
             raise ValueError(
-                f"hidden is {list(hidden.shape)} {hidden.dtype}, expected dense [tokens, {shape.hidden}] {self.dtype}"
+                f"hidden is {list(hidden.shape)} {hidden.dtype}, expected dense [tokens, {shape.hidden}] {dtype}"
             )
-        if batch.slots.dtype != torch.int64 or not batch.slots.is_contiguous() or batch.tokens != tokens:
-            raise ValueError(f"the batch has {batch.tokens} tokens, hidden has {tokens}")
+        if batch.tokens != tokens or slots.shape != (tokens,) or not _dense(slots, torch.int64):
+            raise ValueError(
+                f"the batch has {batch.tokens} tokens and {list(slots.shape)} {slots.dtype} slots, expected {tokens} "
+                "tokens as in hidden, with a dense int64 slot each"
+            )
+        self._check_pages(pages, start)
+        if rotation is not None and not (
+            _dense(rotation, dtype)
+            and rotation.shape == (rotation.shape[0], 2, shape.head_dim)
+            and rotation.shape[0] >= batch.max_context
+        ):
+            raise ValueError(
+                f"the rotation is {list(rotation.shape)} {rotation.dtype}, expected dense [positions, 2, "
+                f"{shape.head_dim}] {dtype} with at least {batch.max_context} positions"
+            )
         mixed = max(shape.heads * shape.head_dim, shape.inner)
-        scratch = torch.empty(tokens * (2 * shape.hidden + self.widest + mixed), dtype=self.dtype)
+        scratch = torch.empty(tokens * (2 * shape.hidden + self.widest + mixed), dtype=dtype)
         function(
             hidden.data_ptr(),
             tokens,
@@ -145,10 +182,56 @@ class NativeBlocks:
             pages.addresses,
             len(pages.described),
             native_batch(batch).address,
-            batch.slots.data_ptr(),
+            slots.data_ptr(),
             None if rotation is None else rotation.data_ptr(),
             scratch.data_ptr(),
             self.widest,
-            DTYPE_CODES[self.dtype],
+            DTYPE_CODES[dtype],
             torch.get_num_threads(),
+        )
+
+    def _check_pages(self, pages: PageRange, start: int) -> None:
+        """Raise ValueError unless the pages are those of blocks of this decoder, `start` the first."""
+        shape, stop = self.shape, start + len(pages.described)
+        if start < 0 or stop > len(self.parts):
+            raise ValueError(
+                f"blocks {start} to {stop - 1} were asked for, the decoder has 0 to {len(self.parts) - 1}"
+            )
+        for index in pages.without:
+            if start + index not in self.linear_maps:
+                raise ValueError(f"block {start + index} needs keys and values, the pages hold none for it")
+        heads = (pages.kv_heads, pages.head_dim)
+        if pages.kv_heads is not None and heads != (shape.kv_heads, shape.head_dim):
+            raise ValueError(
+                f"the pages have (KV heads, head_dim) {heads}, the blocks {(shape.kv_heads, shape.head_dim)}"
+            )
+        if not self.takes(pages):
+            raise ValueError(f"the pages hold {pages.dtypes}, the blocks write {self.dtype}")
+
+
+def _dense(tensor: Tensor, dtype: torch.dtype) -> bool:
+    return tensor.dtype == dtype and tensor.is_contiguous() and tensor.is_cpu
+
+
+def _check_matrices(index: int, part: BlockParts, shape: BlockShape, widest: int) -> None:
+    """Raise ValueError where a matrix of block `index` would read or write past what `shape` makes room for."""
+    hidden, mixed = shape.hidden, shape.heads * shape.head_dim
+    if part.is_linear_map:
+        expected = {"qkv": (hidden, part.qkv.outputs), "out": (part.qkv.outputs, hidden)}
+    else:
+        expected = {
+            "qkv": (hidden, mixed + 2 * shape.kv_heads * shape.head_dim),
+            "out": (mixed, hidden),
+            "up": (hidden, shape.inner * (2 if shape.gated else 1)),
+            "down": (shape.inner, hidden),
+        }
+    for name, sizes in expected.items():
+        matrix: Matrix = getattr(part, name)
+        if (matrix.inputs, matrix.outputs) != sizes:
+            raise ValueError(
+                f"block {index}: {name} has {matrix.inputs} inputs and {matrix.outputs} outputs, expected {sizes}"
+            )
+    if max(part.qkv.outputs, part.up.outputs) > widest:
+        raise ValueError(
+            f"block {index} is {max(part.qkv.outputs, part.up.outputs)} wide, room is for {widest}"
         )

@@ -32,7 +32,10 @@ class _Struct(ctypes.Structure):
 
 @dataclass(frozen=True, slots=True)
 class ExitWeights:
-    """An exit's weights: norm and adapter in the model's dtype, the probe in float32, all dense on one device."""
+    """An exit's weights: norm and adapter in the model's dtype, the probe in float32, all dense on one device.
+
+    Raises ValueError where the shapes do not fit each other.
+    """
 
     norm: Tensor  # [size]
     norm_bias: Tensor | None  # [size]; None is an RMS norm
@@ -42,7 +45,27 @@ class ExitWeights:
     native: _Struct | None = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        self._check_shapes()
         object.__setattr__(self, "native", self._described())
+
+    def __reduce__(self) -> tuple[type["ExitWeights"], tuple[object, ...]]:
+        # `native` holds addresses of these tensors: a copy is described anew
+        return ExitWeights, (self.norm, self.norm_bias, self.eps, self.adapter, self.probe)
+
+    def _check_shapes(self) -> None:
+        size, units = self.norm.numel(), self.probe[1].numel()
+        expected: tuple[tuple[str, Tensor | None, tuple[int, ...]], ...] = (
+            ("norm", self.norm, (size,)),
+            ("norm_bias", self.norm_bias, (size,)),
+            ("adapter", self.adapter, (size, size)),
+            ("the probe's hidden weight", self.probe[0], (units, size)),
+            ("the probe's hidden bias", self.probe[1], (units,)),
+            ("the probe's output weight", self.probe[2], (units,)),
+            ("the probe's output bias", self.probe[3], ()),
+        )
+        for name, tensor, shape in expected:
+            if tensor is not None and tensor.shape != shape:
+                raise ValueError(f"{name} is {list(tensor.shape)}, expected {list(shape)}")
 
     def _described(self) -> _Struct | None:
         """The weights as the native library reads them, None where it does not take them."""
@@ -70,7 +93,12 @@ class ExitWeights:
 
 
 def exit_state(hidden: Tensor, weights: ExitWeights) -> tuple[Tensor, Tensor]:
-    """Return n + A n [tokens, size] of hidden [tokens, size], n its norm, and the probe's logit [tokens] float32."""
+    """Return n + A n [tokens, size] of hidden [tokens, size], n its norm, and the probe's logit [tokens] float32.
+
+    Raises ValueError where hidden has another width than the weights.
+    """
+    if hidden.dim() != 2 or hidden.shape[1] != weights.norm.shape[0]:
+        raise ValueError(f"hidden is {list(hidden.shape)}, expected [tokens, {weights.norm.shape[0]}]")
     library = _library(hidden)
     struct, dtype = weights.native, hidden.dtype
     if library is None or struct is None or dtype != weights.norm.dtype:
@@ -99,10 +127,19 @@ def gate_confidence(probe_logit: Tensor, logits: Tensor, combine: Tensor) -> Ten
     """Return the probability [K] float32 that each row's top token is the full model's.
 
     `probe_logit` [K] and `logits` [K, V], V at least 2, are float32; `combine` [4] weighs the features and a constant.
+    Raises ValueError for other shapes, TypeError for other dtypes.
     """
+    tensors = (probe_logit, logits, combine)
+    rows = probe_logit.shape[0] if probe_logit.dim() == 1 else -1
+    if logits.dim() != 2 or logits.shape[0] != rows or logits.shape[1] < 2 or combine.shape != (4,):
+        raise ValueError(
+            f"probe logits {list(probe_logit.shape)}, logits {list(logits.shape)} and combine {list(combine.shape)} "
+            "are not [K], [K, V] with V at least 2, and [4]"
+        )
+    if any(tensor.dtype != torch.float32 for tensor in tensors):
+        raise TypeError(f"probe logits, logits and combine are {_dtypes(tensors)}, expected float32")
     library = _library(logits)
-    dense = all(tensor.is_contiguous() for tensor in (probe_logit, logits, combine))
-    if library is None or logits.dtype != torch.float32 or not dense:
+    if library is None or not all(tensor.is_contiguous() and tensor.is_cpu for tensor in tensors):
         return gate_confidence_reference(probe_logit, logits, combine)
     out = torch.empty(logits.shape[0])
     library.gate_confidence(
@@ -115,6 +152,10 @@ def gate_confidence(probe_logit: Tensor, logits: Tensor, combine: Tensor) -> Ten
         torch.get_num_threads(),
     )
     return out
+
+
+def _dtypes(tensors: tuple[Tensor, ...]) -> str:
+    return ", ".join(str(tensor.dtype) for tensor in tensors)
 
 
 def _library(tensor: Tensor) -> NativeLibrary | None:

@@ -92,6 +92,10 @@ def int4_linear_native(x: Tensor, weight: PackedInt4, bias: Tensor | None) -> Te
         raise TypeError(
             f"weights packed for the CPU take float32, bfloat16 or float16 there, not {x.dtype} {x.device}"
         )
+    if bias is not None and bias.shape != (weight.out_features,):
+        raise ValueError(
+            f"the bias is {list(bias.shape)}, the INT4 weight gives {weight.out_features} features"
+        )
     x = x.contiguous()
     if bias is not None and (bias.dtype != dtype or not bias.is_contiguous()):
         bias = bias.to(dtype).contiguous()

@@ -37,7 +37,7 @@ def native_pages(block: KVBlock) -> NativePages | None:
 
 
 def native_batch(batch: PagedBatch) -> NativeBatch:
-    """Return the batch's description; raises TypeError where a tensor is not what `PagedBatch` says."""
+    """Return the batch's description; raises TypeError or ValueError where a tensor is not what `PagedBatch` says."""
     if not isinstance(batch.native, NativeBatch):
         object.__setattr__(batch, "native", _describe_batch(batch))
     return batch.native  # type: ignore[return-value]
@@ -69,10 +69,15 @@ def _describe_batch(batch: PagedBatch) -> NativeBatch:
         ("query_starts", batch.query_starts, torch.int32),
         ("page_tables", batch.page_tables, torch.int32),
     ):
-        if tensor.dtype != dtype or (tensor.numel() > 1 and tensor.stride(-1) != 1):
+        if tensor.dtype != dtype or (tensor.numel() > 1 and tensor.stride(-1) != 1) or not tensor.is_cpu:
             raise TypeError(
-                f"{name} are {tensor.dtype} with strides {tensor.stride()}, expected dense {dtype}"
+                f"{name} are {tensor.dtype} with strides {tensor.stride()} on {tensor.device}, expected dense {dtype} "
+                "on the CPU"
             )
+    if batch.query_starts.shape != (batch.rows + 1,):
+        raise ValueError(
+            f"query_starts are {list(batch.query_starts.shape)}, expected one more than the {batch.rows} rows"
+        )
     struct = (ctypes.c_int64 * 6)(
         batch.positions.data_ptr(),
         batch.query_starts.data_ptr(),

@@ -11,10 +11,12 @@ constexpr int64_t SHARED_LOGITS = 1 << 17;  // logits from which threads pay
 struct TopOfRow {
   float first, second;  // the two largest
   int64_t id;           // of the largest, the lowest among equals
-  float log_sum;        // log Σ exp(x); NaN where a value is NaN or infinite upwards, or all are -infinity
+  float log_total;      // log Σ exp(x - first); NaN where a value is NaN or infinite upwards, or all are -infinity
 };
 
-inline float log_sum_of(const float* x, int64_t n, float top) {
+// log Σ exp(x - top). Callers subtract it and `top` one after the other: their sum would round to an ulp of `top`, and
+// what comes out would depend on a constant added to the whole row.
+inline float log_total_of(const float* x, int64_t n, float top) {
   vf total{};
   for (int64_t i = 0; i < n; i += LANES) {
     const int count = int(n - i < LANES ? n - i : LANES);
@@ -23,7 +25,7 @@ inline float log_sum_of(const float* x, int64_t n, float top) {
       for (int l = count; l < LANES; l++) term[l] = 0;
     total += term;
   }
-  return top + std::log(sum(total));
+  return std::log(sum(total));
 }
 
 inline TopOfRow top_of_row(const float* x, int64_t n) {
@@ -52,7 +54,7 @@ inline TopOfRow top_of_row(const float* x, int64_t n) {
     }
     if (second[l] > top.second) top.second = second[l];
   }
-  top.log_sum = log_sum_of(x, n, top.first);
+  top.log_total = log_total_of(x, n, top.first);
   return top;
 }
 
@@ -98,15 +100,14 @@ inline void draw_rows(int64_t* ids, float* logprobs, const float* logits, const 
   share(rows, rows * n >= SHARED_LOGITS ? threads : 1, 1, [&](int64_t first, int64_t last) {
     for (int64_t r = first; r < last; r++) {
       const float *raw = logits + r * n, *score = scores + r * n;
-      TopOfRow top = top_of_row(raw, n);
-      const float log_sum = top.log_sum;
-      if (score != raw) top = top_of_row(score, n);
+      const TopOfRow raw_top = top_of_row(raw, n), top = score != raw ? top_of_row(score, n) : raw_top;
       ids[r] = temperatures[r] > 0 ? drawn_token(score, n, top.first, temperatures[r], keys[2 * r], keys[2 * r + 1],
                                                  token_keys)
                                    : top.id;
       const float chosen = score[ids[r]];
       // What cannot be chosen: NaN or infinite values anywhere show in the sums, an excluded token in its score.
-      logprobs[r] = std::isfinite(chosen) && std::isfinite(top.log_sum) ? raw[ids[r]] - log_sum : NAN;
+      const bool usable = std::isfinite(chosen) && std::isfinite(top.log_total);
+      logprobs[r] = usable ? (raw[ids[r]] - raw_top.first) - raw_top.log_total : NAN;
     }
   });
 }
@@ -119,7 +120,7 @@ inline void gate_confidence(float* out, const float* logits, const float* probe,
   share(rows, rows * n >= SHARED_LOGITS ? threads : 1, 1, [&](int64_t first, int64_t last) {
     for (int64_t r = first; r < last; r++) {
       const TopOfRow top = top_of_row(logits + r * n, n);
-      float log_p = top.first - top.log_sum;
+      float log_p = -top.log_total;
       if (log_p > least_doubt) log_p = least_doubt;
       const float odds = log_p - std::log(-std::expm1(log_p));
       const float logit =

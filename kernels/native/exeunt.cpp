@@ -2,7 +2,8 @@
 //
 // Compiled on first use (kernels/native/build.py). Tensors are dense in their last dimension; dtype codes are
 // 0 float32, 1 bfloat16, 2 float16. No function allocates what outlives it beyond scratch kept per thread, and none
-// fails: Python checks shapes and dtypes before it calls.
+// fails: Python checks shapes and dtypes before it calls. Nobody checks the values of slots, positions and page tables:
+// whoever makes a batch answers for their lying inside the pages and the rotation's table.
 #include <type_traits>
 
 #include "blocks.h"

@@ -21,7 +21,7 @@ def paged_attention(
     Scores are multiplied by `scale`; sums are float32. Queries over INT4 pages are rotated here, callers pass
     them plain. Raises ValueError where shapes do not fit.
     """
-    _check(queries, block, window)
+    _check(queries, block, batch, window)
     library = native_library() if queries.is_cpu else None
     pages = None if library is None else native_pages(block)
     dtype = queries.dtype
@@ -48,8 +48,10 @@ def paged_attention(
     return out
 
 
-def _check(queries: Tensor, block: KVBlock, window: int | None) -> None:
-    _, heads, head_dim = queries.shape
+def _check(queries: Tensor, block: KVBlock, batch: PagedBatch, window: int | None) -> None:
+    tokens, heads, head_dim = queries.shape
+    if tokens != batch.tokens:
+        raise ValueError(f"there are {tokens} queries, the batch has {batch.tokens} tokens")
     _, kv_heads, _, width = block.keys.shape
     if heads % kv_heads:
         raise ValueError(f"{heads} query heads do not share {kv_heads} KV heads evenly")

@@ -14,8 +14,10 @@ def write_kv(keys: Tensor, values: Tensor, slots: Tensor, block: KVBlock) -> Non
 
     Slot = page × page_tokens + offset; each slot at most once. Full pages take the values in their dtype; INT4
     pages take them quantised per token and head, keys rotated by `rotate` first. The native version and the
-    PyTorch one write the same bits.
+    PyTorch one write the same bits. Raises ValueError where shapes do not fit; that the slots lie inside the pages is
+    not looked at, the page tables that made them answer for it.
     """
+    _check(keys, values, slots, block)
     library = native_library() if keys.is_cpu else None
     pages = None if library is None else native_pages(block)
     dtype = keys.dtype
@@ -24,6 +26,7 @@ def write_kv(keys: Tensor, values: Tensor, slots: Tensor, block: KVBlock) -> Non
         or pages is None
         or dtype not in DTYPE_CODES
         or values.dtype != dtype
+        or not (values.is_cpu and slots.is_cpu)
         or pages.dtype not in (None, dtype)
     ):
         write_kv_reference(keys, values, slots, block)
@@ -42,6 +45,17 @@ def write_kv(keys: Tensor, values: Tensor, slots: Tensor, block: KVBlock) -> Non
         DTYPE_CODES[dtype],
         torch.get_num_threads(),
     )
+
+
+def _check(keys: Tensor, values: Tensor, slots: Tensor, block: KVBlock) -> None:
+    tokens, (_, kv_heads, _, width) = keys.shape[0], block.keys.shape
+    expected = (tokens, kv_heads, width * 2 if block.is_int4 else width)
+    if keys.shape != expected or values.shape != expected:
+        raise ValueError(
+            f"keys are {list(keys.shape)} and values {list(values.shape)}, the pages take {list(expected)}"
+        )
+    if slots.shape != (tokens,):
+        raise ValueError(f"slots are {list(slots.shape)}, expected one for each of {tokens} tokens")
 
 
 def dense_heads(x: Tensor) -> Tensor:

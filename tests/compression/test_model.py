@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from exeunt.compression.bundle import BundleError, open_bundle
@@ -154,6 +155,22 @@ def test_weights_that_the_bundle_lacks_are_refused(checkpoint: Path, tmp_path: P
     path = small_bundle(tmp_path / "bundle", checkpoint, ("int4",)).path
     with pytest.raises(BundleError, match="holds no full weights, only int4"):
         load_bundle(path, weights="full")
+
+
+def test_a_bundle_from_before_the_int4_output_matrix_loads_in_every_choice(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    path = small_bundle(tmp_path / "bundle", checkpoint).path
+    file = path / "weights.int4.safetensors"
+    tensors = {name: tensor for name, tensor in load_file(file).items() if not name.startswith("output.")}
+    save_file(tensors, file)
+    _reseal(path)
+    state = torch.randn(3, open_bundle(path).exits()[0].adapter.shape[0])
+    for choice in ("both", "int4", "full"):
+        model = load_bundle(path, weights=choice)
+        for decoder in model.decoders.values():
+            assert torch.equal(decoder.project_exit(state), decoder.project(state))
+            assert decoder.output.format == "full"
 
 
 def test_a_bundle_that_contradicts_its_config_is_refused(bundle: Path, tmp_path: Path) -> None:

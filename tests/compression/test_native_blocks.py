@@ -1,5 +1,6 @@
 """Blocks in one native call against the same blocks one operation at a time."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -164,3 +165,74 @@ def test_a_linear_of_another_kind_is_called(tmp_path: Path) -> None:
     decoder.replace_linears(1, {"gate_up": recording})
     Sequences(decoder).run(torch.arange(6), 0)
     assert recording.seen.shape == (6, 48)
+
+
+def test_pages_of_another_layout_are_refused(tmp_path: Path) -> None:
+    decoder = _decoder("llama", tmp_path, torch.float32, False, False)
+    replaced = decoder.with_linear_block(
+        LinearBlock(1, torch.zeros(1, 48), torch.zeros(48, 1), torch.zeros(48))
+    )
+    blocks, sparse = decoder.spec.blocks, Sequences(replaced)
+    batch = sparse.batch([range(3)])
+    hidden = decoder.embed(torch.arange(3), batch.positions)
+    for call in (decoder.run_blocks, decoder.project_kv):
+        with pytest.raises(ValueError, match="block 1 needs keys and values, the pages hold none"):
+            call(hidden, batch, sparse.pages, 0, blocks)
+    replaced.run_blocks(hidden, batch, sparse.pages, 0, blocks)
+    other = load_other(tmp_path / "other", head_dim=20)
+    wide = Sequences(other)
+    with pytest.raises(ValueError, match=r"the pages have .* the blocks"):
+        decoder.run_blocks(hidden, wide.batch([range(3)]), wide.pages, 0, blocks)
+
+
+def load_other(directory: Path, **changes: Any) -> Decoder:
+    return Decoder.load(save(build_model("llama", torch.float32, **changes), directory), dtype=torch.float32)
+
+
+def test_what_does_not_fit_the_blocks_is_refused(tmp_path: Path) -> None:
+    decoder = _decoder("llama", tmp_path, torch.float32, False, False)
+    blocks, sequence = decoder.spec.blocks, Sequences(decoder)
+    batch, pages = sequence.batch([range(3)]), sequence.pages
+    hidden = decoder.embed(torch.arange(3), batch.positions)
+    for call in (decoder.run_blocks, decoder.project_kv):
+        with pytest.raises(ValueError, match=f"the decoder has 0 to {blocks - 1}"):
+            call(hidden, batch, pages, 0, blocks + 1)
+        with pytest.raises(ValueError, match=f"the decoder has 0 to {blocks - 1}"):
+            call(hidden, batch, pages, -1, 1)
+        with pytest.raises(ValueError, match="expected dense"):
+            call(hidden[:, :40], batch, pages, 0, blocks)
+        with pytest.raises(ValueError, match=r"3 tokens and .* slots, expected 2 tokens"):
+            call(hidden[:2], batch, pages, 0, blocks)
+        with pytest.raises(ValueError, match=r"3 tokens and \[2\] .* slots"):
+            call(hidden, replace(batch, slots=batch.slots[:2]), pages, 0, blocks)
+    native, places, table = decoder._native_blocks(), pages.native(0, blocks), decoder._rotation_table(batch)
+    assert native is not None
+    assert places is not None
+    assert table is not None
+    for bad in (
+        table[:2],
+        table.double(),
+        table[:, :1].contiguous(),
+        table[..., :4].contiguous(),
+        table[::2],
+    ):
+        with pytest.raises(ValueError, match="the rotation is"):
+            native.run(hidden, batch, places, bad, 0)
+    half = Sequences(_decoder("llama", tmp_path / "half", torch.bfloat16, False, False)).pages.native(
+        0, blocks
+    )
+    assert half is not None
+    with pytest.raises(ValueError, match="the pages hold"):
+        native.run(hidden, batch, half, table, 0)
+    with pytest.raises(ValueError, match="query_starts are"):
+        decoder.run_blocks(hidden, replace(batch, query_starts=batch.query_starts[:1]), pages, 0, blocks)
+
+
+def test_matrices_of_other_sizes_are_refused(tmp_path: Path) -> None:
+    decoder = _decoder("llama", tmp_path, torch.float32, False, False)
+    sequence = Sequences(decoder)
+    batch = sequence.batch([range(2)])
+    hidden = decoder.embed(torch.arange(2), batch.positions)
+    decoder.replace_linears(1, {"down": FullLinear(torch.zeros(96, decoder.spec.intermediate_size))})
+    with pytest.raises(ValueError, match=r"block 1: down has .* 96 outputs, expected"):
+        decoder.run_blocks(hidden, batch, sequence.pages, 0, 2)

@@ -1,5 +1,8 @@
 """An exit's state, probe and confidence: native against PyTorch, and rows that do not see each other."""
 
+import copy
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -57,3 +60,60 @@ def test_nan_stays_in_its_row(seed: int) -> None:
     sure = gate_confidence(probe, logits, combine)
     assert bool(sure[1].isnan())
     assert torch.equal(sure[[0, 2, 3]], clean[[0, 2, 3]])
+
+
+@pytest.mark.parametrize("shift", [-100.0, 100.0])
+def test_confidence_does_not_depend_on_a_constant_added_to_the_logits(seed: int, shift: float) -> None:
+    # multiples of 2^-10, so that the shifted logits are exact too; tops from unsure to as sure as float32 can be
+    logits, probe = (torch.randn(64, 300) * 1024).round() / 1024, torch.randn(64)
+    logits[:, 5] += torch.arange(64) / 4
+    combine = torch.tensor([0.1, 1.0, 0.05, -3.0])
+    sure = gate_confidence(probe, logits, combine)
+    shifted = gate_confidence(probe, logits + shift, combine)
+    assert torch.equal(shifted, sure)
+    expected = gate_confidence_reference(probe, logits + shift, combine)
+    torch.testing.assert_close(shifted.logit(), expected.logit(), atol=0.05, rtol=0.01)
+    torch.testing.assert_close(shifted, expected, atol=2e-5, rtol=1e-5)
+
+
+def test_shapes_and_dtypes_that_do_not_fit_are_refused(seed: int) -> None:
+    weights = _weights(8, 4, torch.float32, True)
+    for hidden in (torch.zeros(3, 4), torch.zeros(3, 16), torch.zeros(8)):
+        with pytest.raises(ValueError, match=r"hidden is .* expected \[tokens, 8\]"):
+            exit_state(hidden, weights)
+    with pytest.raises(ValueError, match=r"adapter is \[7, 8\], expected \[8, 8\]"):
+        replace(weights, adapter=torch.zeros(7, 8))
+    with pytest.raises(ValueError, match=r"norm_bias is \[1\]"):
+        replace(weights, norm_bias=torch.zeros(1))
+    for index in range(4):
+        a, b, c, d = (
+            torch.zeros(2, 3) if place == index else part for place, part in enumerate(weights.probe)
+        )
+        with pytest.raises(ValueError, match=r"the probe's .*, expected"):
+            replace(weights, probe=(a, b, c, d))
+    logits, combine = torch.randn(30, 5), torch.ones(4)
+    for bad in (
+        (torch.zeros(1), logits, combine),
+        (torch.zeros(30), logits[:, :1], combine),
+        (torch.zeros(30), logits, torch.ones(3)),
+        (torch.zeros(30, 1), logits, combine),
+    ):
+        with pytest.raises(ValueError, match=r"are not \[K\], \[K, V\] with V at least 2, and \[4\]"):
+            gate_confidence(*bad)
+    for odd in (
+        (torch.zeros(30).double(), logits, combine),
+        (torch.zeros(30), logits.half(), combine),
+        (torch.zeros(30), logits, combine.double()),
+    ):
+        with pytest.raises(TypeError, match="expected float32"):
+            gate_confidence(*odd)
+
+
+def test_a_deep_copy_reads_its_own_tensors(seed: int) -> None:
+    weights = _weights(8, 4, torch.float32, True)
+    hidden = torch.randn(3, 8)
+    expected, _ = exit_state(hidden, weights)
+    copied = copy.deepcopy(weights)
+    weights.adapter.zero_()
+    weights.norm.zero_()
+    assert torch.equal(exit_state(hidden, copied)[0], expected)

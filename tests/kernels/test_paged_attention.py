@@ -1,5 +1,6 @@
 """Paged attention against attention written out token by token."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -172,3 +173,18 @@ def test_what_does_not_fit_is_refused_with_the_reason(paged_problem: Make) -> No
         paged_attention(torch.randn(1, 4, 8), problem.block, problem.batch, 0.2)
     with pytest.raises(ValueError, match="window is 0"):
         paged_attention(problem.queries, problem.block, problem.batch, 0.2, 0)
+
+
+def test_a_batch_of_another_size_is_refused(paged_problem: Make) -> None:
+    problem = paged_problem([[3, 4]])
+    queries = torch.cat([problem.queries, problem.queries])
+    with pytest.raises(ValueError, match="there are 4 queries, the batch has 2 tokens"):
+        paged_attention(queries, problem.block, problem.batch, 1.0)
+
+
+def test_a_deep_copy_of_a_batch_is_described_anew(paged_problem: Make) -> None:
+    problem = paged_problem([[3, 4]])
+    expected = paged_attention(problem.queries, problem.block, problem.batch, 0.3)
+    copied = copy.deepcopy(problem.batch)
+    problem.batch.positions.zero_()
+    assert torch.equal(paged_attention(problem.queries, problem.block, copied, 0.3), expected)

@@ -56,7 +56,48 @@ def test_a_row_that_is_not_usable_says_so_alone(seed: int, bad: float, temperatu
     assert torch.equal(logprobs[keep], clean[1][keep])
 
 
-def test_shapes_that_do_not_fit_are_refused() -> None:
+Arguments = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def _with(arguments: Arguments, index: int, other: torch.Tensor) -> Arguments:
+    a, b, c, d, e = (other if place == index else each for place, each in enumerate(arguments))
+    return a, b, c, d, e
+
+
+def test_shapes_and_dtypes_that_do_not_fit_are_refused() -> None:
     logits = torch.zeros(2, 8)
+    good = (logits, logits, torch.zeros(2), _keys(2), torch.zeros(8, dtype=torch.int32))
+    for index, bad in ((1, logits[:, :4]), (2, torch.zeros(1)), (3, _keys(3)), (4, good[4][:7])):
+        with pytest.raises(ValueError, match="do not fit each other"):
+            draw_tokens(*_with(good, index, bad))
     with pytest.raises(ValueError, match="do not fit each other"):
-        draw_tokens(logits, logits, torch.zeros(2), _keys(3), torch.zeros(8, dtype=torch.int32))
+        draw_tokens(logits[:, :0], logits[:, :0], good[2], good[3], good[4][:0])
+    for index in range(5):
+        wrong = good[index].half() if index < 3 else good[index].long()
+        with pytest.raises(TypeError, match="expected float32" if index < 3 else "expected int32"):
+            draw_tokens(*_with(good, index, wrong))
+
+
+@pytest.mark.parametrize("shift", [-100.0, 100.0])
+@pytest.mark.parametrize("altered", [False, True])
+def test_log_probabilities_do_not_depend_on_a_constant_added_to_the_logits(
+    seed: int, shift: float, altered: bool
+) -> None:
+    rows, vocab = 40, 300
+    logits = (
+        torch.randn(rows, vocab) * 1024
+    ).round() / 1024  # multiples of 2^-10: the shifted ones are exact too
+    logits[:, 7] += torch.arange(rows) / 4
+    keys, token_keys = _keys(rows), torch.arange(vocab, dtype=torch.int32) * 77_777
+    temperatures = torch.tensor([0.0, 1.0]).repeat(rows // 2)
+    scores = logits.clone()
+    scores[
+        :, 7
+    ] = -torch.inf  # where the scores differ, their top is not the raw logits' and must not be used for it
+    ids, logprobs = draw_tokens(logits, scores if altered else logits, temperatures, keys, token_keys)
+    raw = logits + shift
+    moved, moved_logprobs = draw_tokens(raw, scores if altered else raw, temperatures, keys, token_keys)
+    assert torch.equal(moved, ids)
+    assert torch.equal(moved_logprobs, logprobs)
+    expected = raw.log_softmax(dim=-1).gather(1, ids[:, None]).squeeze(1)
+    torch.testing.assert_close(moved_logprobs, expected, atol=2e-6, rtol=1e-6)

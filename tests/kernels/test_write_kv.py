@@ -1,5 +1,6 @@
 """Writing keys and values: the rotation, the quantiser's bound, the packed layout, native against reference."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -113,3 +114,28 @@ def test_a_value_that_is_not_finite_spoils_its_own_head_only(seed: int, new_bloc
     assert block.value_params is not None
     spoiled = block.value_params[0, :, :3].isnan().any(-1)
     assert spoiled.tolist() == [[False, True, False], [False, False, False]]
+
+
+@pytest.mark.parametrize("int4", [False, True])
+def test_shapes_that_do_not_fit_are_refused(new_block: Make, int4: bool) -> None:
+    block, slots = new_block(1, 2, 4, 8, torch.float32, int4), torch.arange(2)
+    good = torch.ones(2, 2, 8)
+    for keys, values in (
+        (good, good[:1]),
+        (good, torch.ones(2, 2, 4)),
+        (good[:, :1], good[:, :1]),
+        (torch.ones(2, 2, 4), torch.ones(2, 2, 4)),
+    ):
+        with pytest.raises(ValueError, match=r"the pages take \[2, 2, 8\]"):
+            write_kv(keys, values, slots, block)
+    with pytest.raises(ValueError, match=r"slots are \[3\], expected one for each of 2 tokens"):
+        write_kv(good, good, torch.arange(3), block)
+
+
+def test_a_deep_copy_is_written_to_itself(new_block: Make) -> None:
+    block, ones = new_block(1, 1, 4, 8, torch.float32, False), torch.ones(1, 1, 8)
+    write_kv(ones, ones, torch.tensor([0]), block)
+    copied = copy.deepcopy(block)
+    write_kv(2 * ones, 2 * ones, torch.tensor([0]), copied)
+    assert float(copied.keys[0, 0, 0, 0]) == 2
+    assert float(block.keys[0, 0, 0, 0]) == 1
