@@ -26,6 +26,7 @@ from exeunt.deploy.packaged import packaged_bundle
 from exeunt.deploy.packaged_model import path as checkpoint
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
+MANY = 4  # exits are measured at so many times the streams as well
 INFORMATIVE = 0.10  # a share of tokens that left below this says nothing about the speed of exits
 FULL, SMALL = Variant(), Variant("int4", "int4")
 OFF = {"mode": "off"}
@@ -59,12 +60,15 @@ def main(
 ) -> None:
     """Measure, print a table, write JSON."""
     model = load_bundle(packaged_bundle(), device="cpu", dtype=torch.float32, weights="both")
-    load = Load(streams, prompt_tokens, new_tokens, streams, temperature=0.0)
+    many = MANY * streams
+    load = Load(many, prompt_tokens, new_tokens, many, temperature=0.0)
     driver = engine_driver(model, load)
     try:
-        prompts = driver.prompts(streams, prompt_tokens)
+        prompts = driver.prompts(many, prompt_tokens)
         ours, reference = _Ours(driver, load), _Transformers(checkpoint(), new_tokens)
-        rows = _measure(ours, reference, prompts, repeats) | _measure_exits(ours, prompts, repeats)
+        rows = _measure(ours, reference, prompts[:streams], repeats)
+        for count in (1, streams, many):
+            rows |= _measure_exits(ours, prompts[:count], repeats)
     finally:
         driver.close()
     result = {
@@ -154,14 +158,14 @@ def _measure(ours: _Ours, reference: _Transformers, prompts: Prompts, repeats: i
 def _measure_exits(ours: _Ours, prompts: Prompts, repeats: int) -> dict[str, Any]:
     """Exits on against off, at the loosest certified target and at a threshold where enough tokens leave."""
     rows: dict[str, Any] = {}
-    for name, asked in (("one stream", prompts[:1]), (f"{len(prompts)} streams", prompts)):
-        for label, variant in (("full weights", FULL), ("INT4 weights and KV", SMALL)):
-            for what, early_exit in _exits(ours, variant, asked):
-                rows[f"{name}, {label}, exits {what}, against exits off"] = _pair(
-                    partial(ours.at_once, asked, variant, early_exit),
-                    partial(ours.at_once, asked, variant),
-                    repeats,
-                )
+    name = "one stream" if len(prompts) == 1 else f"{len(prompts)} streams"
+    for label, variant in (("full weights", FULL), ("INT4 weights and KV", SMALL)):
+        for what, early_exit in _exits(ours, variant, prompts):
+            rows[f"{name}, {label}, exits {what}, against exits off"] = _pair(
+                partial(ours.at_once, prompts, variant, early_exit),
+                partial(ours.at_once, prompts, variant),
+                repeats,
+            )
     return rows
 
 
