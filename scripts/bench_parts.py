@@ -1,8 +1,8 @@
 """Measures the parts of a decode step of the packaged model, with exits and without: what `make bench` calls second.
 
-What exits can save is the time of the blocks they skip; what they cost is their gate, its projection, and one more turn
-through Python. The parts are timed by themselves on a batch of the load's size, in turn, and set beside whole steps of
-the engine from the same run; what the parts do not explain is named as the rest.
+What exits can save is the time of the blocks they skip and of the model's own head; what they cost is their gate with
+its projection, the keys and values of skipped blocks, and one more turn through Python. The parts are timed by themselves on a batch of the load's size, in turn, and set beside whole steps of
+the engine from the same run; what the parts do not explain (prompts, the scheduler, Python) is named as the rest.
 """
 
 import json
@@ -82,6 +82,7 @@ class StepTimes:
     on: float
     target: float
     exit_rate: float
+    rows: int
     left: int  # of the rows of a batch, those that leave in a typical step
 
 
@@ -104,6 +105,7 @@ class _Steps:
             on=statistics.median(on[0] for _, on in pairs),
             target=self._target,
             exit_rate=rate,
+            rows=len(self._prompts),
             left=round(rate * len(self._prompts)),
         )
 
@@ -214,9 +216,13 @@ def _account(steps: StepTimes, parts: Mapping[str, float]) -> dict[str, Any]:
         "parts": dict(parts),
     }
     if steps.target:
-        saved = parts["blocks behind the exit, all rows"] - parts["blocks behind the exit, rows that stay"]
-        head = parts["own head"] - parts["own head, rows that stay"]
-        paid = parts["gate with its projection"] + parts["keys and values of rows that leave"] + parts["draw"]
+        # A single row stays or leaves as a whole: then what the parts of either case take is weighed by how often.
+        stay, leave = (1 - steps.exit_rate, steps.exit_rate) if steps.rows == 1 else (1.0, 1.0)
+        saved = (
+            parts["blocks behind the exit, all rows"] - stay * parts["blocks behind the exit, rows that stay"]
+        )
+        head = parts["own head"] - stay * parts["own head, rows that stay"]
+        paid = parts["gate with its projection"] + leave * parts["keys and values of rows that leave"]
         on = off - saved - head + paid
         record["exits_on"] = {"step": steps.on * 1e6, "parts": on, "rest": steps.on * 1e6 - on}
         record["exits"] = {
@@ -224,7 +230,7 @@ def _account(steps: StepTimes, parts: Mapping[str, float]) -> dict[str, Any]:
             "exit_rate": steps.exit_rate,
             "saved_in_blocks": saved,
             "saved_in_own_head": head,
-            "paid_in_gate_keys_and_second_draw": paid,
+            "paid_in_gate_and_keys": paid,
             "paid_around": record["exits_on"]["rest"] - record["exits_off"]["rest"],
             "ratio_of_steps": steps.off / steps.on,
         }
