@@ -29,7 +29,7 @@ from exeunt.kernels.write_kv import write_kv
 
 
 class BlockCalls:
-    """How often each block has really run, and over how many tokens: what the server's accounts are checked against.
+    """How often each block was run, and over how many tokens: what the server's accounts are checked against.
 
     A block replaced by the linear block counts under its own number; `project_kv` runs no block.
     """

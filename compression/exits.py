@@ -6,7 +6,8 @@ the head's state screens every row; the vocabulary projection runs only for rows
 projection is joins the probe's opinion in a logistic regression.
 
 A row's decision depends on that row alone: nothing here reduces over rows, sorts rows or budgets them. With the
-native kernels that holds to the bit; where a library's matrix product runs instead, its rounding may differ with the
+native kernels confidences hold to the bit; the probe's sigmoid, which only screens, may differ in its last bit with a
+row's place in a batch. Where a library's matrix product runs instead, its rounding may differ with the
 number of rows, and a decision with it for a row that stands within that distance of its threshold.
 """
 

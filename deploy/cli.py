@@ -199,7 +199,12 @@ def calibrate(
         str, typer.Option(help="Disagreement targets of approximate exits.")
     ] = "0.01,0.02,0.05,0.1",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    seed: Annotated[int, _count("--seed", 0, "Same seed, same bundle.")] = 0,
+    seed: Annotated[
+        int,
+        _count(
+            "--seed", 0, "Same seed, same bundle, if `--exits` names the exits: which ones pay is measured."
+        ),
+    ] = 0,
 ) -> None:
     """Make a bundle from a model: INT4 weights, a linear block, exits with certified thresholds."""
     from exeunt.calibration.errors import CalibrationError

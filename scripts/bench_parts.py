@@ -1,8 +1,9 @@
 """Measures the parts of a decode step of the packaged model, with exits and without: what `make bench` calls second.
 
 What exits can save is the time of the blocks they skip and of the model's own head; what they cost is their gate with
-its projection, the keys and values of skipped blocks, and one more turn through Python. The parts are timed by themselves on a batch of the load's size, in turn, and set beside whole steps of
-the engine from the same run; what the parts do not explain (prompts, the scheduler, Python) is named as the rest.
+its projection, the keys and values of skipped blocks, and one more turn through Python. The parts are timed by
+themselves on a batch of the load's size, in turn, and set beside whole steps of the engine from the same run; what the
+parts do not explain (prompts, the scheduler, Python) is named as the rest.
 """
 
 import json
@@ -216,20 +217,21 @@ def _account(steps: StepTimes, parts: Mapping[str, float]) -> dict[str, Any]:
         "parts": dict(parts),
     }
     if steps.target:
-        # A single row stays or leaves as a whole: then what the parts of either case take is weighed by how often.
-        stay, leave = (1 - steps.exit_rate, steps.exit_rate) if steps.rows == 1 else (1.0, 1.0)
-        saved = (
-            parts["blocks behind the exit, all rows"] - stay * parts["blocks behind the exit, rows that stay"]
-        )
-        head = parts["own head"] - stay * parts["own head, rows that stay"]
+        # A single row stays or leaves as a whole: then the parts count as often as it leaves.
+        blocks, head = parts["blocks behind the exit, all rows"], parts["own head"]
+        if steps.rows == 1:
+            saved, head_saved, leave = steps.exit_rate * blocks, steps.exit_rate * head, steps.exit_rate
+        else:
+            saved = blocks - parts["blocks behind the exit, rows that stay"]
+            head_saved, leave = head - parts["own head, rows that stay"], 1.0
         paid = parts["gate with its projection"] + leave * parts["keys and values of rows that leave"]
-        on = off - saved - head + paid
+        on = off - saved - head_saved + paid
         record["exits_on"] = {"step": steps.on * 1e6, "parts": on, "rest": steps.on * 1e6 - on}
         record["exits"] = {
             "target": steps.target,
             "exit_rate": steps.exit_rate,
             "saved_in_blocks": saved,
-            "saved_in_own_head": head,
+            "saved_in_own_head": head_saved,
             "paid_in_gate_and_keys": paid,
             "paid_around": record["exits_on"]["rest"] - record["exits_off"]["rest"],
             "ratio_of_steps": steps.off / steps.on,

@@ -91,7 +91,7 @@ class Runner:
     """Runs ticks on one device. Holds the page arena and the hidden states of rows that wait between stages.
 
     `on_stages` is told of every run of stages, from where rows entered to the next gate (or the tick's end): which
-    stages, the seconds they took (the tick's set-up with the first), and the rows that entered.
+    stages, the seconds they took (the tick's set-up with the first, its draws with the last), the rows that entered.
     """
 
     def __init__(
@@ -147,10 +147,11 @@ class Runner:
         while batch.parts:
             boundary, rows = self._next_boundary(tick, batch, stage), len(batch.parts)
             batch = self._run_stages(tick, batch, stage, boundary, outputs)
+            if not batch.parts:
+                self._draw(outputs)
             ended = time.perf_counter()
             self._on_stages(range(stage, boundary + 1), ended - began, rows)
             began, stage = ended, boundary + 1
-        self._draw(outputs)
         return [outputs.result(row) for row in tick.rows]
 
     def _run_stages(

@@ -5,9 +5,6 @@ from typing import Any
 
 from scripts.packaged_model.corpus import HELD_OUT_NOVELS, HELD_OUT_STORIES
 
-_WHY_NOT = (
-    " (probably because the branches are short: what the second loss costs has no time to be earned back)"
-)
 _UNFINISHED = " A branch was measured before its end."
 _TEMPLATE = Path(__file__).with_name("card_template.md")
 
@@ -16,7 +13,7 @@ def verdict(ratios: dict[str, float], limit: float = 1.03) -> str:
     """Return one sentence on whether training for exits cost quality at full depth, from exits / plain ratios."""
     told = ", ".join(f"{100 * (ratio - 1):+.1f} % on {source}" for source, ratio in ratios.items())
     kept = all(ratio <= limit for ratio in ratios.values())
-    outcome = "kept" if kept else f"NOT kept{_WHY_NOT}"
+    outcome = "kept" if kept else "NOT kept everywhere"
     return (
         f"perplexity against the plain twin is {told}: the limit of +{100 * (limit - 1):.0f} % is {outcome}."
     )
