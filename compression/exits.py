@@ -6,8 +6,7 @@ the head's state screens every row; the vocabulary projection runs only for rows
 projection is joins the probe's opinion in a logistic regression.
 
 A row's decision depends on that row alone: nothing here reduces over rows, sorts rows or budgets them. With the
-native kernels confidences hold to the bit; the probe's sigmoid, which only screens, may differ in its last bit with a
-row's place in a batch. Where a library's matrix product runs instead, its rounding may differ with the
+native kernels that holds to the bit; where a library's matrix product runs instead, its rounding may differ with the
 number of rows, and a decision with it for a row that stands within that distance of its threshold.
 """
 
@@ -26,6 +25,7 @@ from exeunt.kernels.exit_gate import ExitWeights, exit_state, gate_confidence
 FEATURES: Final = ("probe", "top_log_odds", "margin")
 """What the logistic regression weighs, in the order of `ExitHead.combine`; a constant 1 follows."""
 
+_WHOLE_VECTORS: Final = 64  # a multiple of what PyTorch computes at once on any processor
 METADATA_KEY: Final = "exits"
 
 ExitNorm = Norm  # the norm in front of an exit's adapter is one like any other
@@ -139,7 +139,7 @@ class ExitHead:
         or not at all. NaN anywhere in a row keeps that row, and only that row, from leaving.
         """
         state, probe_logit = self.read(hidden)
-        passing = probe_logit.sigmoid() >= thresholds * self.screen_ratio
+        passing = _sigmoid(probe_logit) >= thresholds * self.screen_ratio
         projected = passing.nonzero().squeeze(1)
         if len(projected) == len(passing):
             logits = project(state).float()
@@ -172,6 +172,11 @@ class ExitHead:
         )
         combine = self.combine.to(device, torch.float32)
         return ExitHead(self.block, norm, self.adapter.to(device, dtype), probe, combine, self.screen_ratio)
+
+
+def _sigmoid(x: Tensor) -> Tensor:
+    """The sigmoid of x [T], whole vectors at a time: PyTorch rounds what is left over from them differently."""
+    return F.pad(x, (0, -len(x) % _WHOLE_VECTORS)).sigmoid()[: len(x)]
 
 
 def _nobody_leaves(confidence: Tensor) -> GateResult:

@@ -99,7 +99,8 @@ def exit_state(hidden: Tensor, weights: ExitWeights) -> tuple[Tensor, Tensor]:
     """
     if hidden.dim() != 2 or hidden.shape[1] != weights.norm.shape[0]:
         raise ValueError(f"hidden is {list(hidden.shape)}, expected [tokens, {weights.norm.shape[0]}]")
-    library = _library(hidden)
+    own = (weights.norm, weights.adapter, *weights.probe)
+    library = _library(hidden, *own, *(() if weights.norm_bias is None else (weights.norm_bias,)))
     struct, dtype = weights.native, hidden.dtype
     if library is None or struct is None or dtype != weights.norm.dtype:
         return exit_state_reference(
@@ -138,7 +139,7 @@ def gate_confidence(probe_logit: Tensor, logits: Tensor, combine: Tensor) -> Ten
         )
     if any(tensor.dtype != torch.float32 for tensor in tensors):
         raise TypeError(f"probe logits, logits and combine are {_dtypes(tensors)}, expected float32")
-    library = _library(logits)
+    library = _library(*tensors)
     if library is None or not all(tensor.is_contiguous() and tensor.is_cpu for tensor in tensors):
         return gate_confidence_reference(probe_logit, logits, combine)
     out = torch.empty(logits.shape[0])
@@ -158,7 +159,8 @@ def _dtypes(tensors: tuple[Tensor, ...]) -> str:
     return ", ".join(str(tensor.dtype) for tensor in tensors)
 
 
-def _library(tensor: Tensor) -> NativeLibrary | None:
-    if not tensor.is_cpu or (torch.is_grad_enabled() and tensor.requires_grad):
+def _library(*tensors: Tensor) -> NativeLibrary | None:
+    """The native library where it takes the first tensor's device and no tensor wants a gradient."""
+    if not tensors[0].is_cpu or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
         return None
     return native_library()

@@ -19,7 +19,8 @@ def full_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     """
     dtype = x.dtype
     library = native_library() if x.is_cpu else None
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+    tensors = (x, weight) if bias is None else (x, weight, bias)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return full_linear_reference(x, weight, bias)
     if library is None or dtype not in DTYPE_CODES or weight.dtype != dtype or not weight.is_contiguous():
         return full_linear_reference(x, weight, bias)

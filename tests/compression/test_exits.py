@@ -11,6 +11,7 @@ from exeunt.compression.exits import (
     ExitHead,
     ExitHeadError,
     ExitProbe,
+    _sigmoid,
     exit_metadata,
     exit_tensors,
     exits_from_tensors,
@@ -200,3 +201,12 @@ def test_shapes_and_settings_that_do_not_fit_are_refused() -> None:
         ExitHead(3, good.norm, torch.zeros(2, 2), good.probe, good.combine, 0.5)
     with pytest.raises(ExitHeadError, match=r"screen_ratio is 1\.5"):
         ExitHead(3, good.norm, good.adapter, good.probe, good.combine, 1.5)
+
+
+def test_the_screen_rounds_alike_in_any_company() -> None:
+    logits = torch.linspace(-6, 6, 4099)
+    together = _sigmoid(logits)
+    torch.testing.assert_close(together, logits.sigmoid())
+    for size in (1, 7, 33, 64):
+        parts = [_sigmoid(part) for part in logits.split(size)]
+        assert torch.equal(torch.cat(parts), together)

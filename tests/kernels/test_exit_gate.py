@@ -117,3 +117,13 @@ def test_a_deep_copy_reads_its_own_tensors(seed: int) -> None:
     weights.adapter.zero_()
     weights.norm.zero_()
     assert torch.equal(exit_state(hidden, copied)[0], expected)
+
+
+def test_gradients_reach_the_weights() -> None:
+    weights = _weights(8, 3, torch.float32, False)
+    weights.adapter.requires_grad_()
+    combine = torch.ones(4, requires_grad=True)
+    state, logit = exit_state(torch.randn(5, 8), weights)
+    gate_confidence(logit, state, combine).sum().backward()
+    assert weights.adapter.grad is not None
+    assert combine.grad is not None

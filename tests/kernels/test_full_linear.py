@@ -61,6 +61,10 @@ def test_gradients_flow_where_they_are_wanted() -> None:
     full_linear(torch.ones(2, 8), weight).sum().backward()
     assert weight.grad is not None
     assert torch.equal(weight.grad, torch.full((5, 8), 2.0))
+    bias = torch.zeros(5, requires_grad=True)
+    full_linear(torch.ones(2, 8), weight.detach(), bias).sum().backward()
+    assert bias.grad is not None
+    assert torch.equal(bias.grad, torch.full((5,), 2.0))
 
 
 def test_sizes_that_do_not_fit_are_refused() -> None:
