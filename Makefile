@@ -30,8 +30,8 @@ check-fast: $(STAMP) ## format, lint and types only
 	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/check fast
 
 bench: $(STAMP) ## measure the packaged model beside transformers, then the parts of a step; JSON in benchmarks/results/
-	$(BIN)/python scripts/bench.py
-	$(BIN)/python scripts/bench_parts.py
+	$(BIN)/python -m scripts.bench
+	$(BIN)/python -m scripts.bench_parts
 
 clean: ## remove the virtual environment, caches and build leftovers
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

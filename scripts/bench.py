@@ -7,8 +7,7 @@ drifting machine moves both sides. Tokens are greedy, end-of-text is ignored, pr
 import json
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,34 +20,17 @@ from rich.table import Table
 from exeunt.compression.model import load_bundle
 from exeunt.compression.variant import Variant
 from exeunt.deploy.bench import Load, machine
-from exeunt.deploy.bench_engine import EngineDriver, engine_driver
+from exeunt.deploy.bench_engine import engine_driver
 from exeunt.deploy.packaged import packaged_bundle
 from exeunt.deploy.packaged_model import path as checkpoint
+from scripts.bench_runs import EngineRuns, Prompts, Run
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 MANY = 4  # exits are measured at so many times the streams as well
 INFORMATIVE = 0.10  # a share of tokens that left below this says nothing about the speed of exits
 FULL, SMALL = Variant(), Variant("int4", "int4")
-OFF = {"mode": "off"}
-
-Prompts = Sequence[Sequence[int]]
 
 console = Console()
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """One timed generation: all requests submitted at once, until the last token."""
-
-    tokens: int
-    seconds: float
-    exit_rate: float = 0.0
-    skipped: float = 0.0  # the share of block × token pairs that were never computed
-
-    @property
-    def speed(self) -> float:
-        """Tokens per second."""
-        return self.tokens / self.seconds
 
 
 def main(
@@ -65,7 +47,7 @@ def main(
     driver = engine_driver(model, load)
     try:
         prompts = driver.prompts(many, prompt_tokens)
-        ours, reference = _Ours(driver, load), _Transformers(checkpoint(), new_tokens)
+        ours, reference = EngineRuns(driver, load), _Transformers(checkpoint(), new_tokens)
         rows = _measure(ours, reference, prompts[:streams], repeats)
         for count in (1, streams, many):
             rows |= _measure_exits(ours, prompts[:count], repeats)
@@ -114,34 +96,7 @@ class _Transformers:
         return Run(tokens, time.perf_counter() - began)
 
 
-class _Ours:
-    """Our engine on the loaded bundle, the load of `exeunt bench`."""
-
-    def __init__(self, driver: EngineDriver, load: Load) -> None:
-        self._driver, self._load = driver, load
-
-    def certified(self, variant: Variant) -> dict[float, float]:
-        """The certified targets of a variant and their thresholds."""
-        return self._driver.offer().certified(variant, "propagate")
-
-    def at_once(self, prompts: Prompts, variant: Variant, early_exit: Mapping[str, Any] = OFF) -> Run:
-        """Submit all prompts together and wait for the last token."""
-        compression = {
-            "weights": variant.weights,
-            "kv_cache": variant.kv_cache,
-            "linear_block": variant.linear_block,
-            "early_exit": early_exit,
-        }
-        began = time.perf_counter()
-        traces = self._driver.run(prompts, compression, self._load)
-        seconds = time.perf_counter() - began
-        tokens = sum(sum(trace.by_exit.values()) for trace in traces)
-        final = sum(trace.by_exit.get("final", 0) for trace in traces)
-        passed = sum(trace.depths for trace in traces)
-        return Run(tokens, seconds, 1 - final / tokens, 1 - passed / (tokens * traces[0].blocks))
-
-
-def _measure(ours: _Ours, reference: _Transformers, prompts: Prompts, repeats: int) -> dict[str, Any]:
+def _measure(ours: EngineRuns, reference: _Transformers, prompts: Prompts, repeats: int) -> dict[str, Any]:
     streams = f"{len(prompts)} streams"
     return {
         f"{name}, {label}, against {what}": _pair(
@@ -155,7 +110,7 @@ def _measure(ours: _Ours, reference: _Transformers, prompts: Prompts, repeats: i
     }
 
 
-def _measure_exits(ours: _Ours, prompts: Prompts, repeats: int) -> dict[str, Any]:
+def _measure_exits(ours: EngineRuns, prompts: Prompts, repeats: int) -> dict[str, Any]:
     """Exits on against off, at the loosest certified target and at a threshold where enough tokens leave."""
     rows: dict[str, Any] = {}
     name = "one stream" if len(prompts) == 1 else f"{len(prompts)} streams"
@@ -169,7 +124,7 @@ def _measure_exits(ours: _Ours, prompts: Prompts, repeats: int) -> dict[str, Any
     return rows
 
 
-def _exits(ours: _Ours, variant: Variant, prompts: Prompts) -> list[tuple[str, dict[str, Any]]]:
+def _exits(ours: EngineRuns, variant: Variant, prompts: Prompts) -> list[tuple[str, dict[str, Any]]]:
     found: list[tuple[str, dict[str, Any]]] = []
     if certified := ours.certified(variant):
         target = max(certified)

@@ -26,11 +26,12 @@ from exeunt.compression.kv_format import KVPages, page_bytes_for
 from exeunt.compression.model import LoadedModel, load_bundle
 from exeunt.compression.variant import Variant
 from exeunt.deploy.bench import Load, machine
-from exeunt.deploy.bench_engine import EngineDriver, engine_driver
+from exeunt.deploy.bench_engine import engine_driver
 from exeunt.deploy.packaged import packaged_bundle
 from exeunt.kernels.paged_batch import PagedBatch
 from exeunt.server.request import SamplingParams
 from exeunt.server.sampling import RowSampling, sample
+from scripts.bench_runs import OFF, EngineRuns, Prompts, Run
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 VARIANTS = {"full weights": Variant(), "INT4 weights and KV": Variant("int4", "int4")}
@@ -54,7 +55,8 @@ def main(
     try:
         for count in (1, streams):
             for label, variant in VARIANTS.items():
-                steps = _Steps(driver, load, variant, count).measure(repeats)
+                prompts = driver.prompts(count, prompt_tokens)
+                steps = _Steps(EngineRuns(driver, load), prompts, new_tokens, variant).measure(repeats)
                 work = _Batch(model, variant, count, prompt_tokens + new_tokens // 2, steps.left)
                 name = f"{count} stream{'s' if count > 1 else ''}, {label}"
                 results[name] = _account(steps, work.measure())
@@ -90,41 +92,27 @@ class StepTimes:
 class _Steps:
     """Times the engine's steps, its prefill included, with exits on and off in turn."""
 
-    def __init__(self, driver: EngineDriver, load: Load, variant: Variant, count: int) -> None:
-        self._driver, self._load, self._variant = driver, load, variant
-        self._prompts = driver.prompts(count, load.prompt_tokens)
-        self._target = max(driver.offer().certified(variant, "propagate"), default=0.0)
+    def __init__(self, runs: EngineRuns, prompts: Prompts, new_tokens: int, variant: Variant) -> None:
+        self._runs, self._prompts, self._new_tokens, self._variant = runs, prompts, new_tokens, variant
+        self._target = max(runs.certified(variant), default=0.0)
 
     def measure(self, repeats: int) -> StepTimes:
         """Medians over the repeats."""
-        exits = {"mode": "approximate", "max_disagreement": self._target} if self._target else {"mode": "off"}
-        self._run({"mode": "off"})
-        pairs = [(self._run({"mode": "off"}), self._run(exits)) for _ in range(repeats)]
-        rate = statistics.median(on[1] for _, on in pairs)
+        exits = {"mode": "approximate", "max_disagreement": self._target} if self._target else OFF
+        self._run(OFF)
+        pairs = [(self._run(OFF), self._run(exits)) for _ in range(repeats)]
+        rate = statistics.median(on.exit_rate for _, on in pairs)
         return StepTimes(
-            off=statistics.median(off[0] for off, _ in pairs),
-            on=statistics.median(on[0] for _, on in pairs),
+            off=statistics.median(off.seconds for off, _ in pairs) / self._new_tokens,
+            on=statistics.median(on.seconds for _, on in pairs) / self._new_tokens,
             target=self._target,
             exit_rate=rate,
             rows=len(self._prompts),
             left=round(rate * len(self._prompts)),
         )
 
-    def _run(self, early_exit: Mapping[str, Any]) -> tuple[float, float]:
-        """Seconds per step, and the share of tokens that left early."""
-        variant = self._variant
-        compression = {
-            "weights": variant.weights,
-            "kv_cache": variant.kv_cache,
-            "linear_block": variant.linear_block,
-            "early_exit": early_exit,
-        }
-        began = time.perf_counter()
-        traces = self._driver.run(self._prompts, compression, self._load)
-        seconds = time.perf_counter() - began
-        tokens = sum(sum(trace.by_exit.values()) for trace in traces)
-        final = sum(trace.by_exit.get("final", 0) for trace in traces)
-        return seconds / self._load.max_new_tokens, 1 - final / tokens
+    def _run(self, early_exit: Mapping[str, Any]) -> Run:
+        return self._runs.at_once(self._prompts, self._variant, early_exit)
 
 
 class _Batch:

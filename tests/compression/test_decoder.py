@@ -234,7 +234,9 @@ def _assert_same_kv(got: Tensor, expected: Tensor, slots: Tensor, exact: bool) -
         )
 
 
-@pytest.mark.skipif(not ROW_INVARIANT, reason="needs the native kernels")
+@pytest.mark.skipif(
+    not ROW_INVARIANT, reason="needs the native kernels (a C++ compiler, and EXEUNT_NATIVE not 0)"
+)
 @pytest.mark.parametrize("format", ["full", "int4"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_int4_states_are_the_same_bits_however_the_text_is_cut(

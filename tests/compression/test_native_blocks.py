@@ -18,7 +18,9 @@ from exeunt.kernels.native.library import native_library
 from .paged_generation import Sequences
 from .reference_models import build_model, save
 
-pytestmark = pytest.mark.skipif(native_library() is None, reason="there is no C++ compiler on this machine")
+pytestmark = pytest.mark.skipif(
+    native_library() is None, reason="needs the native kernels (a C++ compiler, and EXEUNT_NATIVE not 0)"
+)
 
 # Sizes and pieces that take different ways through the native code.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {

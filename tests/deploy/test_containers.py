@@ -130,7 +130,7 @@ class TestCompose:
             binary is None
             or subprocess.run([binary, "compose", "version"], capture_output=True, check=False).returncode
         ):
-            pytest.skip("needs docker compose")
+            pytest.skip("needs docker with the compose plugin, to check compose.yaml by docker itself")
         for files in (["compose.yaml"], ["compose.yaml", "compose.cuda.yaml"]):
             chosen = [part for file in files for part in ("-f", str(DEPLOY / file))]
             result = subprocess.run(

@@ -26,7 +26,7 @@ ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 def library() -> NativeLibrary:
     found = native_library()
     if found is None:
-        pytest.skip("no native kernels on this machine")
+        pytest.skip("needs the native kernels (a C++ compiler, and EXEUNT_NATIVE not 0)")
     return found
 
 

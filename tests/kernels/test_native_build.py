@@ -20,7 +20,9 @@ from exeunt.kernels.paged_attention.reference import paged_attention_reference
 from exeunt.kernels.write_kv.reference import write_kv_reference
 
 COMPILER = build.find_compiler()
-needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler on this machine")
+needs_compiler = pytest.mark.skipif(
+    COMPILER is None, reason="needs a C++ compiler ($CXX, c++, g++ or clang++)"
+)
 
 USE = """
 import logging, torch
@@ -52,7 +54,7 @@ def copying_compiler(tmp_path: Path) -> str:
     """A compiler that takes half a second to hand out the library that this machine has compiled before."""
     compiled = native_library()
     if compiled is None:
-        pytest.skip("no native kernels on this machine")
+        pytest.skip("needs the native kernels (a C++ compiler, and EXEUNT_NATIVE not 0)")
     script = tmp_path / "compiler"
     script.write_text(
         '#!/bin/sh\n[ "$1" = --version ] && exit 0\nsleep 0.5\n'
@@ -124,7 +126,7 @@ print(len({line.split()[-1] for line in lines if "libgomp" in line}))
 def test_the_kernels_share_one_thread_pool_with_torch() -> None:
     """Looked at in a process of its own: other packages bring pools of theirs into this one."""
     if native_library() is None or not Path("/proc/self/maps").exists():
-        pytest.skip("no native kernels on this machine, or no way to look")
+        pytest.skip("needs the native kernels, and /proc/self/maps to see the libraries of a process")
     found = subprocess.run([sys.executable, "-c", MAPPED_POOLS], capture_output=True, text=True, check=True)
     assert int(found.stdout) <= 1
 
