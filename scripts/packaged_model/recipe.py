@@ -44,18 +44,23 @@ class Recipe:
     """Steps that follow a branch's decay, on whole windows: a second, small decay that teaches the far positions."""
     long_rate: float = 0.3
     """The learning rate at the start of those steps, as a share of the stable one."""
-    long_exit_weight: float = 0.3
+    long_exit_weight: float = 0.2
     """``exit_weight`` during those steps, in which no block is dropped."""
     muon_rate: float = 0.02
     adam_rate: float = 0.003
     weight_decay: float = 0.01
     clip: float = 1.0
-    exit_weight: float = 0.5
+    exit_weight: float = 0.3
     """Weight of the early-exit loss at the one depth sampled in a step (the full depth weighs 1).
 
     Its target is the full depth's own distribution, not the text: what counts at an exit is agreement with full depth.
     """
-    layer_dropout: float = 0.1
+    exit_depths: tuple[int, int] = (3, 8)
+    """The depths (blocks passed, both ends included) that are sampled.
+
+    Shallower ones agree too seldom to be exits and cost the full depth most; deeper ones leave nothing to save.
+    """
+    layer_dropout: float = 0.05
     """Probability of skipping the last block for a row; earlier blocks grow exponentially towards it."""
     seed: int = 20260
     save_minutes: float = 3.0
@@ -76,6 +81,9 @@ class Recipe:
             )
         if not all(0 <= count <= self.windows for count in (self.story_windows, self.branch_story_windows)):
             raise ValueError(f"a step's story windows must lie between 0 and {self.windows}")
+        shallowest, deepest = self.exit_depths
+        if not 1 <= shallowest <= deepest < self.blocks:
+            raise ValueError(f"exit depths {self.exit_depths} must rise within 1 to {self.blocks - 1} blocks")
 
     def to_json(self) -> dict[str, Any]:
         """Return the record as plain values."""
@@ -93,6 +101,7 @@ GPU = Recipe(
     windows=32,
     story_windows=12,
     branch_story_windows=18,
+    exit_depths=(3, 10),
     long_steps=300,
     trunk_steps=6000,
     branch_steps=4000,
@@ -101,7 +110,7 @@ GPU = Recipe(
 )
 TINY = replace(
     CPU, preset="tiny", blocks=3, hidden=64, heads=2, kv_heads=1, mlp=64, vocabulary=320, context=64, windows=2,
-    story_windows=1, branch_story_windows=2, long_steps=2, trunk_steps=6, branch_steps=6, warmup_steps=2,
+    story_windows=1, branch_story_windows=2, exit_depths=(1, 2), long_steps=2, trunk_steps=6, branch_steps=6, warmup_steps=2,
 )  # fmt: skip
 PRESETS = {recipe.preset: recipe for recipe in (CPU, GPU, TINY)}
 

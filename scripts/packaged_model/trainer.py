@@ -190,7 +190,8 @@ class Trainer:
             return None, None
         recipe = self.recipe
         generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + self.step)
-        depth = int(torch.randint(1, recipe.blocks, (1,), generator=generator))
+        shallowest, deepest = recipe.exit_depths
+        depth = int(torch.randint(shallowest, deepest + 1, (1,), generator=generator))
         keeps = []
         dropping = self.step - self.first < self.steps
         for block in range(recipe.blocks):

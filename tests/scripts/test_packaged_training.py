@@ -139,7 +139,8 @@ def test_layer_dropout_grows_with_depth_and_only_where_exits_are_trained(trained
             assert all(torch.equal(keep, torch.ones(4, 1, 1)) for keep in keeps)
         again = exits.sampled_exit(4)
         assert again[0] == depth
-    assert depths == set(range(1, TINY.blocks))
+    shallowest, deepest = TINY.exit_depths
+    assert depths == set(range(shallowest, deepest + 1))
 
 
 def test_every_preset_suits_the_kernels() -> None:
