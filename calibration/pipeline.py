@@ -32,14 +32,9 @@ from exeunt.calibration.risk import percent
 from exeunt.calibration.text_encoding import separator, text_encoding
 from exeunt.calibration.thresholds import ThresholdPlan, plan_thresholds, view_gates
 from exeunt.calibration.weights_int4 import Int4Weights, check_group_size, quantize_weights
-from exeunt.compression.bundle import (
-    BundleContents,
-    check_target,
-    checkpoint_sha256,
-    tensor_bytes,
-    write_bundle,
-)
+from exeunt.compression.bundle import checkpoint_sha256
 from exeunt.compression.bundle_weights import checkpoint_tensors, tensors_beside_int4
+from exeunt.compression.bundle_writer import BundleContents, check_target, tensor_bytes, write_bundle
 from exeunt.compression.checkpoint import Checkpoint, open_checkpoint
 from exeunt.compression.linear_block import LinearBlock
 from exeunt.compression.model import default_dtype, load_tokenizer

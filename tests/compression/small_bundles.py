@@ -9,8 +9,9 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from exeunt.compression.bundle import Bundle, BundleContents, checkpoint_sha256, write_bundle
+from exeunt.compression.bundle import Bundle, checkpoint_sha256
 from exeunt.compression.bundle_weights import checkpoint_tensors, int4_tensors, tensors_beside_int4
+from exeunt.compression.bundle_writer import BundleContents, write_bundle
 from exeunt.compression.checkpoint import open_checkpoint
 from exeunt.compression.checkpoint_names import linear_names
 from exeunt.compression.exits import ExitHead, ExitProbe

@@ -14,16 +14,8 @@ import torch
 from torch import Tensor
 
 from exeunt.compression import tensor_file
-from exeunt.compression.bundle import (
-    BundleContents,
-    BundleError,
-    check_target,
-    checkpoint_sha256,
-    file_sha256,
-    is_bundle,
-    open_bundle,
-    write_bundle,
-)
+from exeunt.compression.bundle import BundleError, checkpoint_sha256, file_sha256, is_bundle, open_bundle
+from exeunt.compression.bundle_writer import BundleContents, check_target, write_bundle
 from exeunt.compression.exits import ExitHead, ExitProbe
 from exeunt.compression.linear_block import LinearBlock
 from exeunt.compression.manifest import (

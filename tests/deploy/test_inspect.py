@@ -9,8 +9,9 @@ import torch
 from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from exeunt.compression.bundle import Bundle, BundleContents, open_bundle, write_bundle
+from exeunt.compression.bundle import Bundle, open_bundle
 from exeunt.compression.bundle_weights import checkpoint_tensors, int4_tensors, tensors_beside_int4
+from exeunt.compression.bundle_writer import BundleContents, write_bundle
 from exeunt.compression.checkpoint import open_checkpoint
 from exeunt.compression.checkpoint_names import linear_names
 from exeunt.compression.manifest import (
