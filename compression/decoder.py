@@ -16,6 +16,7 @@ from exeunt.compression.block import Block, Rotation
 from exeunt.compression.block_weights import read_block, read_embedding, read_output
 from exeunt.compression.checkpoint import open_checkpoint
 from exeunt.compression.embedding import Embedding
+from exeunt.compression.exit_output import ExitOutput
 from exeunt.compression.kv_format import KVPages
 from exeunt.compression.kv_projection import KVProjection
 from exeunt.compression.linear import FullLinear, Linear
@@ -65,7 +66,7 @@ class Decoder:
         self.block_calls = BlockCalls(spec.blocks)
         self._embedding = embedding
         self._output = output
-        self._exit_output = exit_output or output
+        self._project_exit = ExitOutput(exit_output or output, self.dtype)
         self._blocks = blocks
         self._rope = rope
         self._kv_projection = kv_projection or KVProjection(blocks)
@@ -145,7 +146,7 @@ class Decoder:
             self._output,
             self._blocks,
             self._rope,
-            exit_output=self._exit_output,
+            exit_output=self._project_exit.linear,
             linear_block=linear_block,
             kv_projection=self._kv_projection,
             revision=self._revision,
@@ -159,7 +160,7 @@ class Decoder:
             self._output,
             list(self._blocks),
             self._rope,
-            exit_output=self._exit_output,
+            exit_output=self._project_exit.linear,
             linear_block=self.linear_block,
         )
 
@@ -229,11 +230,12 @@ class Decoder:
 
         An exit's projection is asked of many tokens that do not leave in the end; in INT4 it costs a quarter or less.
         """
-        self._exit_output = output
+        self._project_exit = ExitOutput(output, self.dtype)
 
-    def project_exit(self, state: Tensor) -> Tensor:
-        """An exit's logits [tokens, vocab] float32 of its state: `project` by what `let_exits_read` was given."""
-        return self._exit_output(state).float()
+    @property
+    def project_exit(self) -> ExitOutput:
+        """Maps an exit's state to its logits [tokens, vocab] float32: `project` by what `let_exits_read` was given."""
+        return self._project_exit
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits [tokens, vocab] float32 of the state behind the last block."""
@@ -255,7 +257,9 @@ class Decoder:
             for kind, size in block.nbytes().items():
                 sizes[kind] += size
         sizes["kv_projection"] = self._kv_projection.nbytes
-        sizes["exit_output"] = self._exit_output.nbytes if self._exit_output is not self._output else 0
+        sizes["exit_output"] = (
+            self._project_exit.linear.nbytes if self._project_exit.linear is not self._output else 0
+        )
         sizes["rope"] = self._rope.nbytes if self._rope is not None else 0
         sizes["linear_block"] = self.linear_block.nbytes if self.linear_block is not None else 0
         return sizes

@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from exeunt.compression.exit_output import ExitOutput
 from exeunt.compression.norm import Norm
-from exeunt.kernels.exit_gate import ExitWeights, exit_state, gate_confidence
+from exeunt.kernels.exit_gate import ExitWeights, GateRule, exit_gate, exit_state, gate_confidence
 
 FEATURES: Final = ("probe", "top_log_odds", "margin")
 """What the logistic regression weighs, in the order of `ExitHead.combine`; a constant 1 follows."""
@@ -136,8 +137,14 @@ class ExitHead:
 
         `thresholds` [T] float32 is the confidence each row needs, infinity for a row that may not leave.
         `project` maps states [K, H] to logits [K, V]; it is called once, with the rows that pass the screen,
-        or not at all. NaN anywhere in a row keeps that row, and only that row, from leaving.
+        or not at all. NaN anywhere in a row keeps that row, and only that row, from leaving. Given an `ExitOutput`
+        on a CPU the whole gate is one native call.
         """
+        if isinstance(project, ExitOutput) and project.matrix is not None:
+            rule = GateRule(self.combine, self.screen_ratio)
+            found = exit_gate(hidden, thresholds, self.weights, rule, project.matrix)
+            if found is not None:
+                return GateResult(*found)
         state, probe_logit = self.read(hidden)
         passing = _sigmoid(probe_logit) >= thresholds * self.screen_ratio
         projected = passing.nonzero().squeeze(1)

@@ -8,19 +8,15 @@ from torch import Tensor
 
 from exeunt.compression.architecture import Architecture
 from exeunt.compression.block import Block
-from exeunt.compression.linear import FullLinear, Int4Linear, Linear
+from exeunt.compression.linear import FullLinear
 from exeunt.compression.linear_block import LinearBlock
+from exeunt.compression.native_matrix import NotNativeError, native_address, native_matrix
 from exeunt.compression.norm import Norm
-from exeunt.kernels.blocks import BlockParts, BlockShape, Matrix, NativeBlocks, NormWeights
+from exeunt.kernels.blocks import BlockParts, BlockShape, NativeBlocks, NormWeights
 from exeunt.kernels.blocks.native import ACTIVATION_CODES
-from exeunt.kernels.int4_linear.native import PackedInt4
 from exeunt.kernels.native.library import DTYPE_CODES, native_library
 
 _NO_WINDOW = 1 << 62
-
-
-class _NotNativeError(Exception):
-    """A layer that the native kernel does not know."""
 
 
 def native_blocks(
@@ -44,7 +40,7 @@ def native_blocks(
         for index, block in enumerate(blocks):
             replaced = linear_block is not None and linear_block.index == index
             _describe(parts[index], block, linear_block if replaced else None, dtype, held)
-    except _NotNativeError:
+    except NotNativeError:
         return None
     widest = max(max(part.qkv.outputs, part.up.outputs) for part in parts)
     # one vector more: the key rows of a packed matrix may begin inside a panel
@@ -68,41 +64,23 @@ def _shape(spec: Architecture) -> BlockShape:
 def _describe(
     parts: BlockParts, block: Block, replaced_by: LinearBlock | None, dtype: torch.dtype, held: list[Tensor]
 ) -> None:
-    """Fill in one block's parts; raises _NotNativeError."""
+    """Fill in one block's parts; raises NotNativeError."""
     if replaced_by is not None:
         parts.is_linear_map = 1
-        parts.qkv = _matrix(FullLinear(replaced_by.down), dtype, held)
-        parts.out = _matrix(FullLinear(replaced_by.up, replaced_by.bias), dtype, held)
+        parts.qkv = native_matrix(FullLinear(replaced_by.down), dtype, held)
+        parts.out = native_matrix(FullLinear(replaced_by.up, replaced_by.bias), dtype, held)
         return
     parts.attention_norm = _norm(block.attention_norm, dtype, held)
     parts.mlp_norm = _norm(block.mlp_norm, dtype, held)
     if block.head_norm is not None:
-        parts.head_norm = _address(block.head_norm, dtype, held)
+        parts.head_norm = native_address(block.head_norm, dtype, held)
     parts.qkv, parts.out, parts.up, parts.down = (
-        _matrix(linear, dtype, held) for linear in (block.qkv, block.out, block.up, block.down)
+        native_matrix(linear, dtype, held) for linear in (block.qkv, block.out, block.up, block.down)
     )
     parts.window = _NO_WINDOW if block.window is None else block.window
     parts.scale = ctypes.c_double(block.scale)
 
 
 def _norm(norm: Norm, dtype: torch.dtype, held: list[Tensor]) -> NormWeights:
-    bias = None if norm.bias is None else _address(norm.bias, dtype, held)
-    return NormWeights(_address(norm.weight, dtype, held), bias)
-
-
-def _matrix(linear: Linear, dtype: torch.dtype, held: list[Tensor]) -> Matrix:
-    bias = None if linear.bias is None else _address(linear.bias, dtype, held)
-    sizes = linear.in_features, linear.out_features
-    if type(linear) is FullLinear:
-        return Matrix(_address(linear.weight, dtype, held), bias, 0, *sizes)
-    if type(linear) is Int4Linear and isinstance(linear.weight, PackedInt4) and not linear.skipped:
-        held.append(linear.weight.panels)
-        return Matrix(linear.weight.panels.data_ptr(), bias, linear.weight.group_size, *sizes)
-    raise _NotNativeError
-
-
-def _address(tensor: Tensor, dtype: torch.dtype, held: list[Tensor]) -> int:
-    if tensor.dtype != dtype or not tensor.is_contiguous() or not tensor.is_cpu:
-        raise _NotNativeError
-    held.append(tensor)
-    return tensor.data_ptr()
+    bias = None if norm.bias is None else native_address(norm.bias, dtype, held)
+    return NormWeights(native_address(norm.weight, dtype, held), bias)

@@ -12,25 +12,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from exeunt.kernels.native.descriptors import NativePages, native_batch
+from exeunt.kernels.native.descriptors import Matrix, NativePages, native_batch
 from exeunt.kernels.native.library import DTYPE_CODES, NativeLibrary
 from exeunt.kernels.paged_batch import PagedBatch
 
 ACTIVATION_CODES = {"silu": 0, "gelu_new": 1, "gelu_pytorch_tanh": 1, "gelu": 2, "relu": 3}
 
 _pointer, _long = ctypes.c_void_p, ctypes.c_int64
-
-
-class Matrix(ctypes.Structure):
-    """`struct Matrix` of kernels/native/blocks.h; a `group_size` of 0 is full precision."""
-
-    _fields_ = (
-        ("weight", _pointer),
-        ("bias", _pointer),
-        ("group_size", _long),
-        ("inputs", _long),
-        ("outputs", _long),
-    )
 
 
 class NormWeights(ctypes.Structure):

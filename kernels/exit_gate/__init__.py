@@ -1,5 +1,6 @@
-"""What an exit reads off hidden states, and how sure it is of its logits."""
+"""What an exit reads off hidden states, how sure it is of its logits, and which rows leave."""
 
 from exeunt.kernels.exit_gate.dispatch import ExitWeights, exit_state, gate_confidence
+from exeunt.kernels.exit_gate.gate import GateRule, exit_gate
 
-__all__ = ["ExitWeights", "exit_state", "gate_confidence"]
+__all__ = ["ExitWeights", "GateRule", "exit_gate", "exit_state", "gate_confidence"]

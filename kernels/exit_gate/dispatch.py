@@ -19,7 +19,7 @@ from exeunt.kernels.native.library import DTYPE_CODES, NativeLibrary, native_lib
 _pointer = ctypes.c_void_p
 
 
-class _Struct(ctypes.Structure):
+class ExitStruct(ctypes.Structure):
     """`struct ExitWeights` of kernels/native/exit_state.h."""
 
     _fields_ = (
@@ -42,7 +42,7 @@ class ExitWeights:
     eps: float
     adapter: Tensor  # [size, size]
     probe: tuple[Tensor, Tensor, Tensor, Tensor]  # [units, size], [units], [units], []
-    native: _Struct | None = field(init=False, repr=False, compare=False)
+    native: ExitStruct | None = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         self._check_shapes()
@@ -67,7 +67,7 @@ class ExitWeights:
             if tensor is not None and tensor.shape != shape:
                 raise ValueError(f"{name} is {list(tensor.shape)}, expected {list(shape)}")
 
-    def _described(self) -> _Struct | None:
+    def _described(self) -> ExitStruct | None:
         """The weights as the native library reads them, None where it does not take them."""
         own = [self.norm, self.adapter, *([] if self.norm_bias is None else [self.norm_bias])]
         dtype = self.norm.dtype
@@ -77,7 +77,7 @@ class ExitWeights:
             return None
         if any(tensor.dtype != torch.float32 for tensor in self.probe):
             return None
-        return _Struct(
+        return ExitStruct(
             norm=self.norm.data_ptr(),
             norm_bias=None if self.norm_bias is None else self.norm_bias.data_ptr(),
             adapter=self.adapter.data_ptr(),

@@ -71,6 +71,22 @@ void layer_norm(T* y, const T* x, const T* weight, const T* bias, int64_t n, flo
   }
 }
 
+// y [rows, …] holds the matrix's outputs from `first` on behind as many others as the result says.
+template <class T>
+int64_t matrix_product(const Matrix& m, const T* x, T* y, int64_t rows, int64_t first, int threads) {
+  const T* bias = (const T*)m.bias;
+  if (m.group_size == 0) {
+    full_linear(y, x, rows, (const T*)m.weight + first * m.inputs, m.inputs, m.outputs - first,
+                bias ? bias + first : nullptr, threads);
+    return 0;
+  }
+  const Groups groups{m.inputs, m.group_size, (m.inputs + m.group_size - 1) / m.group_size};
+  const int64_t panel = first / LANES, from = panel * LANES;
+  int4_linear(y, x, rows, (const uint8_t*)m.weight + panel * groups.panel_bytes(), groups, m.outputs - from,
+              bias ? bias + from : nullptr, threads);
+  return first - from;
+}
+
 template <class T>
 struct BlockRun {
   const BlockShape& shape;
@@ -93,19 +109,8 @@ struct BlockRun {
     });
   }
 
-  // y [tokens, …] holds the matrix's outputs from `first` on behind as many others as the result says.
   int64_t linear(const Matrix& m, const T* x, T* y, int64_t first = 0) const {
-    const T* bias = (const T*)m.bias;
-    if (m.group_size == 0) {
-      full_linear(y, x, tokens, (const T*)m.weight + first * m.inputs, m.inputs, m.outputs - first,
-                  bias ? bias + first : nullptr, threads);
-      return 0;
-    }
-    const Groups groups{m.inputs, m.group_size, (m.inputs + m.group_size - 1) / m.group_size};
-    const int64_t panel = first / LANES, from = panel * LANES;
-    int4_linear(y, x, tokens, (const uint8_t*)m.weight + panel * groups.panel_bytes(), groups, m.outputs - from,
-                bias ? bias + from : nullptr, threads);
-    return first - from;
+    return matrix_product(m, x, y, tokens, first, threads);
   }
 
   void norm(const NormWeights& weights, const T* x, T* y) const {

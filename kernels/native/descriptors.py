@@ -1,4 +1,4 @@
-"""What the native kernels need to know of pages and batches, gathered once for each and kept with it."""
+"""What the native kernels need to know of matrices, pages and batches, gathered once for each and kept with it."""
 
 import ctypes
 from dataclasses import dataclass
@@ -8,6 +8,20 @@ from torch import Tensor
 
 from exeunt.kernels.native.library import DTYPE_CODES
 from exeunt.kernels.paged_batch import KVBlock, PagedBatch
+
+_pointer, _long = ctypes.c_void_p, ctypes.c_int64
+
+
+class Matrix(ctypes.Structure):
+    """`struct Matrix` of kernels/native/blocks.h; a `group_size` of 0 is full precision."""
+
+    _fields_ = (
+        ("weight", _pointer),
+        ("bias", _pointer),
+        ("group_size", _long),
+        ("inputs", _long),
+        ("outputs", _long),
+    )
 
 
 @dataclass(frozen=True, slots=True)

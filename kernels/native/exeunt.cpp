@@ -8,7 +8,7 @@
 
 #include "blocks.h"
 #include "draw.h"
-#include "exit_state.h"
+#include "exit_gate.h"
 
 template <class Function>
 static void with_dtype(int dtype, Function&& function) {
@@ -74,6 +74,16 @@ EXPORTED void exeunt_exit_state(void* state, float* logits, const void* x, const
   with_dtype(dtype, [&](auto* kind) {
     using T = std::remove_pointer_t<decltype(kind)>;
     exit_state((T*)state, logits, (const T*)x, *weights, rows, (T*)scratch, wide, threads);
+  });
+}
+
+// x [rows, size] and thresholds [rows] to decisions, and how many rows were projected to `count`. Scratch and wide
+// hold a row what kernels/native/exit_gate.h says.
+EXPORTED void exeunt_exit_gate(const Decisions* out, int64_t* count, const void* x, const float* thresholds,
+                               const Gate* gate, int64_t rows, void* scratch, float* wide, int dtype, int threads) {
+  with_dtype(dtype, [&](auto* kind) {
+    using T = std::remove_pointer_t<decltype(kind)>;
+    *count = exit_gate(*out, (const T*)x, thresholds, *gate, rows, (T*)scratch, wide, threads);
   });
 }
 

@@ -30,6 +30,7 @@ _SIGNATURES = {
     "exeunt_run_blocks": [_pointer, _long] + [_pointer] * 3 + [_long] + [_pointer] * 4 + [_long] + [_int] * 2,
     "exeunt_project_kv": [_pointer, _long] + [_pointer] * 3 + [_long] + [_pointer] * 4 + [_long] + [_int] * 2,
     "exeunt_exit_state": [_pointer] * 4 + [_long] + [_pointer] * 2 + [_int] * 2,
+    "exeunt_exit_gate": [_pointer] * 5 + [_long] + [_pointer] * 2 + [_int] * 2,
     "exeunt_gate_confidence": [_pointer] * 4 + [_long] * 2 + [_float, _int],
     "exeunt_draw": [_pointer] * 4 + [_long] * 2 + [_pointer] * 3 + [_int],
     "exeunt_write_kv": [_pointer] * 3 + [_long] * 2 + [_pointer, _long] + [_int] * 2,
@@ -51,6 +52,7 @@ class NativeLibrary:
         self.run_blocks = self._function(handle, "exeunt_run_blocks")
         self.project_kv = self._function(handle, "exeunt_project_kv")
         self.exit_state = self._function(handle, "exeunt_exit_state")
+        self.exit_gate = self._function(handle, "exeunt_exit_gate")
         self.gate_confidence = self._function(handle, "exeunt_gate_confidence")
         self.draw = self._function(handle, "exeunt_draw")
         self.write_kv = self._function(handle, "exeunt_write_kv")

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from exeunt.compression.exit_output import ExitOutput
 from exeunt.compression.exits import (
     ExitHead,
     ExitHeadError,
@@ -16,8 +17,11 @@ from exeunt.compression.exits import (
     exit_tensors,
     exits_from_tensors,
 )
+from exeunt.compression.linear import FullLinear, Int4Linear
 from exeunt.compression.norm import Norm
 from exeunt.kernels.exit_gate.reference import gate_features
+from exeunt.kernels.int4_linear import quantize
+from exeunt.kernels.native.library import native_library
 
 NormKind = Literal["rms", "layer"]
 HIDDEN, UNITS, VOCAB = 24, 16, 37
@@ -128,6 +132,61 @@ def test_a_row_decides_the_same_alone_and_in_a_crowd() -> None:
         assert abs(float(together.confidence[row]) - 0.6) > 1e-5
         assert bool(alone.leaves[0]) == bool(together.leaves[row])
         torch.testing.assert_close(alone.confidence[0], together.confidence[row], rtol=1e-5, atol=1e-6)
+
+
+def _outputs(dtype: torch.dtype) -> list[ExitOutput]:
+    """The output matrix in full precision and in INT4."""
+    weight = torch.randn(VOCAB, HIDDEN, generator=torch.Generator().manual_seed(9))
+    return [
+        ExitOutput(FullLinear(weight.to(dtype)), dtype),
+        ExitOutput(Int4Linear(quantize(weight, 8)), dtype),
+    ]
+
+
+@pytest.mark.skipif(native_library() is None, reason="needs a C++ compiler: the native gate")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+def test_one_native_call_decides_as_the_steps_do(kind: NormKind, dtype: torch.dtype) -> None:
+    head = _head(kind).to("cpu", dtype)
+    hidden = torch.randn(33, HIDDEN, generator=torch.Generator().manual_seed(5)).to(dtype)
+    thresholds = torch.linspace(0.05, 0.99, 33)
+    thresholds[7] = math.inf
+    hidden[11, 3] = math.nan
+    for output in _outputs(dtype):
+        assert output.matrix is not None
+        native = head.gate(hidden, thresholds, output)
+        steps = head.gate(hidden, thresholds, output.__call__)  # a plain callable: one step after the other
+        assert native.projected.tolist() == steps.projected.tolist()
+        assert 0 < len(native.projected) < 32
+        assert torch.equal(native.logits, steps.logits)
+        assert torch.equal(native.confidence, steps.confidence)
+        assert native.leaves.tolist() == steps.leaves.tolist()
+        assert 0 < int(native.leaves.sum()) < len(native.projected)
+
+
+@pytest.mark.skipif(native_library() is None, reason="needs a C++ compiler: the native gate")
+def test_the_native_gate_gives_a_row_the_same_bits_in_any_batch() -> None:
+    head = _head()
+    hidden = torch.randn(19, HIDDEN, generator=torch.Generator().manual_seed(6))
+    thresholds = torch.full((19,), 0.4)
+    for output in _outputs(torch.float32):
+        together = head.gate(hidden, thresholds, output)
+        logits = dict(zip(together.projected.tolist(), together.logits, strict=True))
+        for row in range(19):
+            alone = head.gate(hidden[row : row + 1], thresholds[:1], output)
+            assert float(alone.confidence[0]) == float(together.confidence[row])
+            assert bool(alone.leaves[0]) == bool(together.leaves[row])
+            if row in logits:
+                assert torch.equal(alone.logits[0], logits[row])
+
+
+@pytest.mark.skipif(native_library() is None, reason="needs a C++ compiler: the native gate")
+def test_a_gate_refuses_what_does_not_fit() -> None:
+    head, (output, _) = _head(), _outputs(torch.float32)
+    with pytest.raises(ValueError, match="hidden is"):
+        head.gate(torch.randn(2, HIDDEN + 1), torch.zeros(2), output)
+    with pytest.raises(ValueError, match="thresholds are"):
+        head.gate(torch.randn(2, HIDDEN), torch.zeros(3), output)
 
 
 def test_a_rows_nan_is_its_own_trouble() -> None:
