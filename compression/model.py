@@ -41,7 +41,7 @@ class LoadedModel:
 
     All decoders share embedding, norms and biases, and those of one weight format everything but the linear block.
     Exits read one form of the output matrix in all of them, INT4 where the bundle holds that. `exits` are
-    shallowest first; a plain model has none, no manifest, and nothing certified.
+    shallowest first; a plain model has none, no manifest, and nothing certified. `files` are a plain model's weights.
     """
 
     name: str
@@ -53,6 +53,7 @@ class LoadedModel:
     manifest: Manifest | None
     device: torch.device
     dtype: torch.dtype
+    files: tuple[Path, ...] = ()
 
     @property
     def variants(self) -> tuple[Variant, ...]:
@@ -234,6 +235,7 @@ def load_plain_model(
         manifest=None,
         device=place,
         dtype=dtype,
+        files=checkpoint.files,
     )
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from exeunt.calibration.risk import percent
+from exeunt.deploy.measured_model import MeasuredModel
 from exeunt.server.api.offer import Offer
 
 TEMPERATURE: Final = 0.8
@@ -75,6 +76,10 @@ class ModeSpeed:
 
 class Driver(Protocol):
     """Sends requests somewhere and traces their answers."""
+
+    def model(self) -> MeasuredModel:
+        """Which model is asked."""
+        ...
 
     def offer(self) -> Offer:
         """What can be asked for."""
@@ -148,10 +153,13 @@ def _quantiles(values: Sequence[float]) -> dict[str, float]:
     return {f"p{round(q * 100)}": float(value) for q, value in zip(_QUANTILES, found, strict=True)}
 
 
-def bench_record(target: str, load: Load, speeds: Sequence[ModeSpeed]) -> dict[str, Any]:
-    """The result as JSON: what was measured, on which machine, with which versions."""
+def bench_record(
+    target: str, model: MeasuredModel, load: Load, speeds: Sequence[ModeSpeed]
+) -> dict[str, Any]:
+    """The result as JSON: which model was measured, under which load, on which machine, with which versions."""
     return {
         "target": target,
+        "model": asdict(model),
         "load": asdict(load),
         "machine": machine(),
         "modes": [asdict(speed) for speed in speeds],

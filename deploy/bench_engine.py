@@ -11,6 +11,7 @@ from exeunt.compression.model import LoadedModel
 from exeunt.deploy.bench import BenchError, Load, Trace
 from exeunt.deploy.bench_text import cut_prompts
 from exeunt.deploy.loading import SettingsError, engine_config
+from exeunt.deploy.measured_model import MeasuredModel, measured_model
 from exeunt.deploy.memory import free_bytes, named
 from exeunt.server.api.compression import AppliedCompression, resolve
 from exeunt.server.api.offer import Offer, offer_of
@@ -74,6 +75,10 @@ class EngineDriver:
     def close(self) -> None:
         """Stop the engine."""
         self._engine.stop()
+
+    def model(self) -> MeasuredModel:
+        """Which model the engine runs. Raises BundleError where a plain checkpoint's files cannot be read."""
+        return measured_model(self._model)
 
     def offer(self) -> Offer:
         """What the model offers."""

@@ -12,6 +12,7 @@ import httpx
 from exeunt.compression.variant import Variant
 from exeunt.deploy.bench import BenchError, Load, Trace
 from exeunt.deploy.bench_text import cut_prompts
+from exeunt.deploy.measured_model import MeasuredModel, served_model
 from exeunt.server.api.offer import Certificate, Offer
 
 
@@ -30,6 +31,10 @@ class HTTPDriver:
     def close(self) -> None:
         """Close the connections."""
         self._client.close()
+
+    def model(self) -> MeasuredModel:
+        """Which model the server says it runs. Raises BenchError."""
+        return served_model(self._json("GET", "/info"))
 
     def offer(self) -> Offer:
         """What the server's model offers, by its /info. Raises BenchError."""

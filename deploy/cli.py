@@ -329,9 +329,10 @@ def bench(
     import_module("exeunt.deploy.bench_http" if _is_address(target) else "exeunt.deploy.bench_engine")
     with interruptible():
         with _driver(target, load, device) as driver:
+            model = driver.model()
             speeds = measure(driver, modes_of(driver.offer()), load)
         _show(speed_table(speeds))
-        _write_json(json_file, bench_record(target, load, speeds))
+        _write_json(json_file, bench_record(target, model, load, speeds))
 
 
 def _is_address(target: str) -> bool:

@@ -14,31 +14,34 @@ from exeunt.compression.model import LoadedModel
 from exeunt.deploy.bench import BenchMode, Load, bench_record
 from exeunt.deploy.bench_engine import engine_driver
 from exeunt.deploy.bench_table import measure
+from exeunt.deploy.measured_model import MeasuredModel, measured_model
 
 LOAD = Load(concurrency=8, prompt_tokens=32, max_new_tokens=64, requests=16)
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluated:
-    """A table of modes and, where it was measured, each mode's tokens per second by name."""
+    """A model's table of modes and, where it was measured, each mode's tokens per second by name."""
 
+    model: MeasuredModel
     table: EvaluationTable
     speed: Mapping[str, float]
 
-    def record(self, model: str) -> dict[str, Any]:
-        """The table as JSON."""
+    def record(self, target: str) -> dict[str, Any]:
+        """The table as JSON; `target` is what was asked for."""
         rows = []
         for result in self.table.results:
             row = asdict(result) | result.record().model_dump(include={"name", "early_exit"})
             rows.append(row | {"tokens_per_second": self.speed.get(result.mode.name)})
         about = {key: value for key, value in asdict(self.table).items() if key != "results"}
-        return bench_record(model, LOAD, ()) | about | {"modes": rows}
+        return bench_record(target, self.model, LOAD, ()) | about | {"modes": rows}
 
 
 def evaluate_and_time(model: LoadedModel, data: str, *, tokens: int, speed: bool) -> Evaluated:
     """Every mode's quality on `data`, and its speed at eight requests at once. Raises CorpusError, BenchError."""
     table = evaluate(model, data, EvaluationOptions(tokens=tokens), TerminalProgress())
-    return Evaluated(table, _speeds(model, [result.mode for result in table.results]) if speed else {})
+    speeds = _speeds(model, [result.mode for result in table.results]) if speed else {}
+    return Evaluated(measured_model(model), table, speeds)
 
 
 def _speeds(model: LoadedModel, modes: Sequence[Mode]) -> dict[str, float]:

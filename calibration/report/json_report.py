@@ -35,7 +35,7 @@ def report_json(content: ReportContent) -> str:
 
 
 def evaluation_record(table: EvaluationTable) -> dict[str, Any]:
-    """An evaluation as plain values: what `report.json` holds and `exeunt eval --json` writes."""
+    """An evaluation as plain values."""
     return {
         "text": table.text,
         "tokens": table.tokens,

@@ -2,10 +2,12 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from exeunt.calibration.risk import percent
+from exeunt.compression.bundle import file_sha256, open_bundle
 from exeunt.compression.model import load_bundle
 from exeunt.deploy.bench import BenchError, Load, bench, modes_of
 from exeunt.deploy.bench_engine import engine_driver
@@ -62,10 +64,36 @@ def test_a_server_is_measured_over_http(
     record = json.loads((tmp_path / "speed.json").read_text())
     assert record["load"]["concurrency"] == 2
     assert record["machine"]["cores"] >= 1
+    assert record["model"]["server_versions"]["torch"] == record["machine"]["torch"]
+    assert_names_the_bundle(record, bundle)
     modes = {mode["name"]: mode for mode in record["modes"]}
     assert set(modes) >= {"int4/full", "int4/int4", "int4/int4 exits 10%", "int4/int4 linear"}
     assert all(mode["tokens"] == 8 for mode in modes.values())
     assert "int4/int4 exits 10%" in capsys.readouterr().out
+
+
+def assert_names_the_bundle(record: dict[str, Any], bundle: Path) -> None:
+    """A result says whose figures it holds, down to the weights, and on what they were measured."""
+    model, about = record["model"], open_bundle(bundle).manifest.base_model
+    assert (model["name"], model["sha256"]) == (about.name, about.sha256)
+    assert model["sha256"] == file_sha256(bundle.parent / "checkpoint" / "model.safetensors")
+    assert (model["blocks"], model["exits"]) == (BLOCKS, ["block_1"])
+    assert model["bundle_version"] == "0.1.0"
+    assert all(record["machine"][fact] for fact in ("cpu", "exeunt", "torch"))
+
+
+def test_a_result_names_its_bundle(bundle: Path, tmp_path: Path) -> None:
+    assert run(["bench", str(bundle), *SMALL, "--json", str(tmp_path / "speed.json")]) == 0
+    assert_names_the_bundle(json.loads((tmp_path / "speed.json").read_text()), bundle)
+
+
+def test_a_result_names_a_plain_checkpoint(bundle: Path, tmp_path: Path) -> None:
+    checkpoint = bundle.parent / "checkpoint"
+    assert run(["bench", str(checkpoint), *SMALL, "--json", str(tmp_path / "speed.json")]) == 0
+    model = json.loads((tmp_path / "speed.json").read_text())["model"]
+    assert model["name"] == "checkpoint"
+    assert model["sha256"] == file_sha256(checkpoint / "model.safetensors")
+    assert (model["exits"], model["bundle_version"]) == ([], None)
 
 
 def test_a_server_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -137,6 +165,7 @@ def test_eval_prints_every_mode_with_its_speed(
     printed = capsys.readouterr().out
     record = json.loads(told.read_text())
     assert record["tokens"] > 0
+    assert_names_the_bundle(record, bundle)
     for mode in record["modes"]:
         assert mode["name"] in printed
         assert mode["perplexity"]["value"] > 0
