@@ -49,7 +49,7 @@ class ErrorDetail(BaseModel):
 class ErrorResponse(BaseModel):
     """The body of every response that is not a success."""
 
-    error: ErrorDetail
+    error: ErrorDetail = Field(description="What was wrong, and what to do.")
 
 
 class ApiError(HTTPException):

@@ -10,7 +10,7 @@ from exeunt.compression.manifest import Manifest
 from exeunt.server.api.answers import applied
 from exeunt.server.api.compression import EXIT_MODES, SKIPPED_KV, resolve
 from exeunt.server.api.errors import documented
-from exeunt.server.api.responses import (
+from exeunt.server.api.info_responses import (
     BundleInfo,
     CertificateInfo,
     InfoResponse,

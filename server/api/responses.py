@@ -1,11 +1,19 @@
-"""What responses say: every field of every success."""
+"""What answers say: every field of every success but those of `GET /info`, which stand in `info_responses.py`."""
 
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, Field
 
 from exeunt.compression.variant import KVFormat, WeightFormat
 from exeunt.server.request import ExitMode, FinishReason, SkippedKV
+
+RequestId = Annotated[str, Field(description="The request's id.")]
+ServedName = Annotated[str, Field(description="The served model's name.")]
+Created = Annotated[int, Field(description="When the answer was made: Unix time, seconds.")]
+
+_TEXT = "The answer, without the prompt; up to a stop string, which is not part of it."
+_FINISH = "Why it ended; `cancelled` and `timeout`: as far as it got."
+_TOKENS = "Every token. Absent with `details` false."
 
 
 def _without_default(schema: dict[str, Any]) -> None:
@@ -16,7 +24,7 @@ def _without_default(schema: dict[str, Any]) -> None:
 class TokenInfo(BaseModel):
     """One generated token."""
 
-    id: int
+    id: int = Field(description="Its id in the vocabulary.")
     text: str = Field(description="The token's own piece; the pieces of a character may not be text alone.")
     logprob: float = Field(description="Log-softmax of the raw logits of the head that emitted it, nats.")
     depth: int = Field(description="Blocks passed before its logits.")
@@ -26,31 +34,34 @@ class TokenInfo(BaseModel):
 class Usage(BaseModel):
     """Token counts; prompt tokens count once whatever `n` is."""
 
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
+    prompt_tokens: int = Field(description="Tokens of the prompt.")
+    completion_tokens: int = Field(description="Generated tokens of all answers.")
+    total_tokens: int = Field(description="Both together.")
 
 
 class EarlyExitApplied(BaseModel):
     """How tokens could leave. Fields that the mode does not use are absent."""
 
-    mode: ExitMode
+    mode: ExitMode = Field(description="`off` or `approximate`; no answer of this version is `verified`.")
     max_disagreement: float | None = Field(
         default=None, description="The certified target; absent with a bare threshold."
     )
     threshold: float | None = Field(
         default=None, description="The calibrated probability a token needed to leave."
     )
-    skipped_kv: SkippedKV | None = None
+    skipped_kv: SkippedKV | None = Field(
+        default=None,
+        description="How keys and values of skipped blocks came to be: `propagate`, from the state at the exit.",
+    )
 
 
 class CompressionApplied(BaseModel):
     """Which savings applied, defaults included."""
 
-    weights: WeightFormat
-    kv_cache: KVFormat
-    linear_block: bool
-    early_exit: EarlyExitApplied
+    weights: WeightFormat = Field(description="The precision of the weights.")
+    kv_cache: KVFormat = Field(description="The precision of the stored keys and values.")
+    linear_block: bool = Field(description="Whether one block ran as a linear map.")
+    early_exit: EarlyExitApplied = Field(description="How tokens could leave early.")
 
 
 class DepthInfo(BaseModel):
@@ -60,253 +71,165 @@ class DepthInfo(BaseModel):
     mean: float | None = Field(description="Mean depth of a token, blocks; null without tokens.")
     exit_rate: float | None = Field(description="Share of tokens that left before the last block.")
     by_exit: dict[str, int] = Field(description="Tokens by the exit that emitted them.")
-    blocks_executed: int
-    blocks_skipped: int
-    blocks_wasted: int
-    block_passes: int
-    drafts: int
-    drafts_accepted: int
+    blocks_executed: int = Field(description="Block × token pairs computed for the answer's tokens.")
+    blocks_skipped: int = Field(
+        description="Block × token pairs never computed; with `blocks_executed` it is tokens × blocks."
+    )
+    blocks_wasted: int = Field(
+        description="Block × token pairs that the answer did not use: tokens computed again after a preemption."
+    )
+    block_passes: int = Field(
+        description="Block × pass pairs that the answer took part in, wasted ones included; at full depth tokens × "
+        "blocks."
+    )
+    drafts: int = Field(
+        description="Tokens that an exit proposed for confirmation; 0 in this version, which has no verified mode."
+    )
+    drafts_accepted: int = Field(
+        description="Proposed tokens that the full model confirmed; 0 in this version."
+    )
 
 
 class Timing(BaseModel):
     """Seconds since the request arrived."""
 
-    queue_s: float
-    time_to_first_token_s: float | None
-    total_s: float
+    queue_s: float = Field(description="Until its computation began.")
+    time_to_first_token_s: float | None = Field(
+        description="Until its first token; null without tokens. With `n` above 1 the earliest answer's."
+    )
+    total_s: float = Field(description="Until its last answer was complete.")
 
 
 class Choice(BaseModel):
     """One of several answers."""
 
-    index: int
-    text: str
-    finish_reason: FinishReason
-    tokens: list[TokenInfo] = Field(
-        default=[], description="Absent with `details` false.", json_schema_extra=_without_default
-    )
-    depth: DepthInfo
+    index: int = Field(description="Which answer, from 0.")
+    text: str = Field(description=_TEXT)
+    finish_reason: FinishReason = Field(description=_FINISH)
+    tokens: list[TokenInfo] = Field(default=[], description=_TOKENS, json_schema_extra=_without_default)
+    depth: DepthInfo = Field(description="What this answer's tokens cost.")
     perplexity: float | None = Field(description="exp of the mean of -logprob; null without tokens.")
 
 
 class GenerateResponse(BaseModel):
     """The answer of `POST /generate`. With `n` above 1 the per-answer fields stand in `choices` instead."""
 
-    id: str
-    model: str
-    created: int = Field(description="Unix time, seconds.")
-    text: str = Field(default="", json_schema_extra=_without_default)
-    finish_reason: FinishReason = Field(default=FinishReason.STOP, json_schema_extra=_without_default)
-    tokens: list[TokenInfo] = Field(
-        default=[], description="Absent with `details` false.", json_schema_extra=_without_default
+    id: RequestId
+    model: ServedName
+    created: Created
+    text: str = Field(default="", description=_TEXT, json_schema_extra=_without_default)
+    finish_reason: FinishReason = Field(
+        default=FinishReason.STOP, description=_FINISH, json_schema_extra=_without_default
     )
+    tokens: list[TokenInfo] = Field(default=[], description=_TOKENS, json_schema_extra=_without_default)
     choices: list[Choice] = Field(
-        default=[], description="Only with `n` above 1.", json_schema_extra=_without_default
+        default=[], description="The answers. Only with `n` above 1.", json_schema_extra=_without_default
     )
-    usage: Usage
-    compression: CompressionApplied
-    depth: DepthInfo | None = None
+    usage: Usage = Field(description="Token counts of prompt and answers.")
+    compression: CompressionApplied = Field(description="Which savings applied.")
+    depth: DepthInfo | None = Field(
+        default=None, description="What the answer's tokens cost; absent with `n` above 1."
+    )
     perplexity: float | None = Field(
         default=None, description="exp of the mean of -logprob; null without tokens."
     )
-    timing: Timing
+    timing: Timing = Field(description="Where the time went, in seconds since the request arrived.")
 
 
 class StreamStep(BaseModel):
     """One `data:` object of a stream: what is new in one answer."""
 
-    id: str
+    id: RequestId
     index: int = Field(description="Which answer, from 0.")
-    text: str
+    text: str = Field(
+        description="The text that is new; empty while a token may be part of a character or stop string."
+    )
     tokens: list[TokenInfo] = Field(
-        default=[], description="Absent with `details` false.", json_schema_extra=_without_default
+        default=[],
+        description="The tokens that are new. Absent with `details` false.",
+        json_schema_extra=_without_default,
     )
 
 
 class ScoredTokenInfo(BaseModel):
     """One token of a scored text; the first has nothing before it to be predicted from."""
 
-    id: int
-    text: str
-    logprob: float | None
-    depth: int | None
-    exit: str | None
+    id: int = Field(description="Its id in the vocabulary.")
+    text: str = Field(description="The token's own piece.")
+    logprob: float | None = Field(
+        description="Log-softmax of the raw logits of the head that predicted it, nats; null for the first."
+    )
+    depth: int | None = Field(description="Blocks passed before those logits; null for the first.")
+    exit: str | None = Field(
+        description="`block_<i>`, the block after which it was predicted, or `final`; null for the first."
+    )
 
 
 class ScoreUsage(BaseModel):
     """Token counts of a scored text."""
 
-    prompt_tokens: int
-    total_tokens: int
+    prompt_tokens: int = Field(description="Tokens of the text.")
+    total_tokens: int = Field(description="The same: nothing is generated.")
 
 
 class ScoreDepth(BaseModel):
     """At which depth the text's tokens were predicted."""
 
-    blocks: int
-    mean: float | None
-    exit_rate: float | None
-    by_exit: dict[str, int]
+    blocks: int = Field(description="Blocks of the model.")
+    mean: float | None = Field(
+        description="Mean depth of a predicted token, blocks; null for a single token."
+    )
+    exit_rate: float | None = Field(
+        description="Share of tokens predicted before the last block; null for a single token."
+    )
+    by_exit: dict[str, int] = Field(description="Tokens by the exit that predicted them.")
 
 
 class ScoreResponse(BaseModel):
     """The answer of `POST /score`."""
 
-    id: str
-    model: str
-    created: int
-    tokens: list[ScoredTokenInfo] = Field(
-        default=[], description="Absent with `details` false.", json_schema_extra=_without_default
-    )
+    id: RequestId
+    model: ServedName
+    created: Created
+    tokens: list[ScoredTokenInfo] = Field(default=[], description=_TOKENS, json_schema_extra=_without_default)
     logprob: float = Field(description="Sum over the text, nats.")
     perplexity: float | None = Field(description="exp of the mean of -logprob; null for a single token.")
-    usage: ScoreUsage
-    compression: CompressionApplied
-    depth: ScoreDepth
+    usage: ScoreUsage = Field(description="Token counts of the text.")
+    compression: CompressionApplied = Field(description="Which savings applied.")
+    depth: ScoreDepth = Field(description="At which depth its tokens were predicted.")
 
 
 class TokenizeResponse(BaseModel):
     """The tokens of a text."""
 
-    count: int
-    max_model_len: int
-    tokens: list[int]
-    token_strs: list[str]
+    count: int = Field(description="How many tokens.")
+    max_model_len: int = Field(description="The most tokens that prompt and answer may have together.")
+    tokens: list[int] = Field(description="Their ids.")
+    token_strs: list[str] = Field(description="How the vocabulary spells each.")
 
 
 class DetokenizeResponse(BaseModel):
     """The text of tokens."""
 
-    prompt: str
+    prompt: str = Field(description="The text.")
 
 
 class TokenizerInfo(BaseModel):
     """What the tokenizer is."""
 
-    tokenizer_class: str
-    vocab_size: int
-    special_tokens: dict[str, str]
-    has_chat_template: bool
-
-
-class ModelCard(BaseModel):
-    """One served model, in OpenAI's shape."""
-
-    id: str
-    object: str = "model"
-    created: int
-    owned_by: str = "exeunt"
-    max_model_len: int
-
-
-class ModelList(BaseModel):
-    """The served models, in OpenAI's shape."""
-
-    object: str = "list"
-    data: list[ModelCard]
-
-
-class ModelInfo(BaseModel):
-    """The loaded model."""
-
-    name: str
-    family: str
-    blocks: int
-    hidden_size: int
-    vocab_size: int
-    parameters: int
-    device: str
-    dtype: str
-
-
-class BundleInfo(BaseModel):
-    """Where the loaded bundle comes from; figures as in its manifest."""
-
-    format_version: int
-    created: str
-    exeunt_version: str
-    base_model: dict[str, Any]
-    weights: list[str] = Field(
-        description="Weight formats that the bundle holds, loaded or not; where only `int4` is here it has no "
-        "full-precision copy of what is INT4."
-    )
-    linear_block: dict[str, Any] | None
-    exits: list[dict[str, Any]]
-    evaluation: list[dict[str, Any]]
-    calibration: dict[str, Any] | None
-
-
-class VariantInfo(BaseModel):
-    """One combination of weights, KV cache and linear block that the model holds."""
-
-    weights: WeightFormat
-    kv_cache: KVFormat
-    linear_block: bool
-
-
-class ModesInfo(BaseModel):
-    """What `compression` may ask for; `variants` are the combinations that there are."""
-
-    variants: list[VariantInfo]
-    weights: list[WeightFormat]
-    kv_cache: list[KVFormat]
-    linear_block: list[bool]
-    early_exit: list[ExitMode]
-    skipped_kv: list[SkippedKV]
-
-
-class CertificateInfo(BaseModel):
-    """One target of the risk table under one combination."""
-
-    weights: WeightFormat
-    kv_cache: KVFormat
-    linear_block: bool
-    skipped_kv: SkippedKV
-    target: float
-    certified: bool
-    threshold: float | None
-    exit_rate: float | None
-    disagreement: float | None
-    upper_bound: float | None
-    tokens: int
-    confidence: float
-    reason: str | None
-
-
-class LimitsInfo(BaseModel):
-    """What the server takes."""
-
-    max_model_len: int
-    max_num_seqs: int
-    max_num_queued_reqs: int
-    max_num_batched_tokens: int
-    kv_cache_bytes: int
-    max_body_bytes: int
-    max_choices: int
-    max_stop_strings: int
-    request_timeout_s: float
-
-
-class InfoResponse(BaseModel):
-    """The answer of `GET /info`."""
-
-    model: ModelInfo
-    bundle: BundleInfo | None = Field(description="Null for a plain model.")
-    modes: ModesInfo
-    defaults: CompressionApplied = Field(description="What a request without `compression` gets.")
-    risk_table: list[CertificateInfo]
-    exits: list[str]
-    limits: LimitsInfo
-    versions: dict[str, str]
+    tokenizer_class: str = Field(description="Its class in `transformers`.")
+    vocab_size: int = Field(description="Tokens that it knows, added ones included.")
+    special_tokens: dict[str, str] = Field(description="What is special by its use, e.g. `eos_token`.")
+    has_chat_template: bool = Field(description="Whether it can lay out a chat.")
 
 
 class HealthResponse(BaseModel):
     """The process lives."""
 
-    status: str = "ok"
+    status: str = Field(default="ok", description="Always `ok`.")
 
 
 class ReadyResponse(BaseModel):
     """A request would be served."""
 
-    status: str = "ready"
+    status: str = Field(default="ready", description="Always `ready`.")

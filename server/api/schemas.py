@@ -24,9 +24,15 @@ class Body(BaseModel):
 
 
 class EarlyExitOptions(Body):
-    """How tokens may leave early. `true` stands for verified, `false` for off."""
+    """How tokens may leave early.
 
-    mode: ExitMode | None = Field(default=None, description="`off`, `verified` or `approximate`.")
+    This version has `off` and `approximate`; asking for what it has not is a 400 that says what there is.
+    """
+
+    mode: ExitMode | None = Field(
+        default=None,
+        description="`off` or `approximate`. `verified` (lossless) is not in this version: asking for it is a 400.",
+    )
     max_disagreement: float | None = Field(
         default=None,
         gt=0,
@@ -41,7 +47,9 @@ class EarlyExitOptions(Body):
         description="Approximate only, instead of `max_disagreement`: the calibrated probability to leave at.",
     )
     skipped_kv: SkippedKV | None = Field(
-        default=None, description="Approximate only: how keys and values of skipped blocks come to be."
+        default=None,
+        description="Approximate only: how keys and values of skipped blocks come to be. There is `propagate`, from "
+        "the state at the exit; `backfill` is not in this version: asking for it is a 400.",
     )
 
 
@@ -56,7 +64,9 @@ def _exit_shorthand(value: Any) -> Any:
 class CompressionOptions(Body):
     """Which savings to use. A field left out (or null) takes the server's default; the response says what applied."""
 
-    weights: WeightFormat | None = Field(default=None, description="The precision of the weights.")
+    weights: WeightFormat | None = Field(
+        default=None, description="The precision of the weights; `GET /info` says which are loaded."
+    )
     kv_cache: KVFormat | None = Field(
         default=None, description="The precision of the stored keys and values."
     )
@@ -64,7 +74,11 @@ class CompressionOptions(Body):
     early_exit: Annotated[
         EarlyExitOptions | None,
         BeforeValidator(_exit_shorthand, json_schema_input_type=bool | EarlyExitOptions | None),
-    ] = Field(default=None, description="`true` (verified), `false` (off), or an object.")
+    ] = Field(
+        default=None,
+        description="An object, or `false` for off. `true` stands for `verified`, which is not in this version: asking "
+        "for it is a 400 that says what there is.",
+    )
 
 
 def _temperature(value: float) -> float:

@@ -229,3 +229,41 @@ def test_the_documentation_needs_no_other_server(client: httpx.Client) -> None:
     assert "http://" not in response.text
     assert "https://" not in response.text
     assert "src=" not in response.text
+
+
+def undescribed(schema: Any, at: str) -> list[str]:
+    """The properties of a JSON schema, at whatever depth, that lack a description."""
+    found = []
+    if isinstance(schema, list):
+        schema = dict(enumerate(schema))
+    if isinstance(schema, dict):
+        for key, part in schema.items():
+            if key == "properties":
+                found += [f"{at}.{name}" for name, field in part.items() if not field.get("description")]
+            found += undescribed(part, f"{at}.{key}")
+    return found
+
+
+def test_openapi_describes_every_field(client: httpx.Client) -> None:
+    document = client.get("/openapi.json").json()
+    assert undescribed({"properties": {"a": {"description": "x", "properties": {"b": {}}}}}, "") != []
+    assert undescribed(document["components"]["schemas"], "schemas") == []
+    for path, methods in document["paths"].items():
+        assert undescribed(methods, path) == []
+        for operation in methods.values():
+            assert operation["summary"]
+            assert operation["description"]
+            assert all(parameter["description"] for parameter in operation.get("parameters", []))
+
+
+def test_openapi_says_of_verified_what_the_server_says(client: httpx.Client) -> None:
+    schemas = client.get("/openapi.json").json()["components"]["schemas"]
+    asked = {"prompt": "x", "compression": {"early_exit": True}}
+    refused = client.post("/generate", json=asked)
+    assert refused.status_code == 400
+    assert "'verified' is not in this version; there is 'off' and 'approximate'" in refused.text
+    shorthand = schemas["CompressionOptions"]["properties"]["early_exit"]["description"]
+    mode = schemas["EarlyExitOptions"]["properties"]["mode"]["description"]
+    for described in (shorthand, mode):
+        assert "not in this version" in described
+        assert "400" in described
