@@ -179,6 +179,7 @@ class Lifecycle:
         for result in results:
             if result.row.sequence.status is Status.RUNNING:
                 self._apply(tick, result)
+        self._metrics.flush()
 
     def _apply(self, tick: Tick, result: RowResult) -> None:
         sequence = result.row.sequence
@@ -262,6 +263,7 @@ class Lifecycle:
             tokens = sum(other.sequence.generated for other in job.answers)
             self._metrics.finished(tokens, summary.total_s)
             self._closed(job.request.id)
+        self._metrics.flush()  # whoever has the answer finds it counted
         self._tell(job, FinishEvent(answer.choice, answer.detokenizer.finish(), summary))
 
     def _release(self, answer: Answer) -> None:
@@ -332,6 +334,7 @@ class Lifecycle:
         for answer in job.answers:
             self._release(answer)
         self._closed(job.request.id)
+        self._metrics.flush()
         self._tell(job, failure)
 
     def _fail(self, job: Job | ScoreJob, error: BaseException) -> None:

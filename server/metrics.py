@@ -4,6 +4,7 @@ All children exist from the start, so that rates and ratios are defined before t
 are closed: no label ever takes a value from a request.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from platform import python_version
@@ -80,6 +81,9 @@ class Metrics:
         disable_created_metrics()  # type: ignore[no-untyped-call] # its `_created` gauges would double every series, and nobody asks for them
         self.registry = registry
         self._model_name = model_name
+        self._pending: defaultdict[Counter, float] = defaultdict(
+            float
+        )  # counted by `token`, not yet exported
         modes = get_args(ExitMode)
         self._init_gauges(stages, targets)
         self._init_token_counters(modes, tuple(dict.fromkeys((*exits, FINAL_EXIT))))
@@ -240,10 +244,16 @@ class Metrics:
         self._step_seconds[stage].observe(seconds)
         self._step_rows[stage].observe(rows)
 
+    def flush(self) -> None:
+        """Export what `token` has counted: to be called after a batch of tokens, and before an answer's end is told."""
+        for counter, amount in self._pending.items():
+            counter.inc(amount)
+        self._pending.clear()
+
     def token(
         self, mode: ExitMode, token: EmittedToken, blocks: int, passes: int, since_last_s: float | None
     ) -> None:
-        """One token was emitted.
+        """One token was emitted. Its counts are exported by the next `flush`: one lock for a batch, not for each token.
 
         Args:
             mode: the early-exit mode of its request.
@@ -252,14 +262,14 @@ class Metrics:
             passes: block x pass pairs that its request took part in for it.
             since_last_s: seconds since the answer's token before it; None for the first.
         """
-        self._generation_tokens[mode].inc()
-        self._exit_tokens[mode, token.exit].inc()
-        self._executed.inc(token.depth)
-        self._skipped.inc(blocks - token.depth)
-        self._passes.inc(passes)
-        self._nll[mode].inc(
-            max(0.0, -token.logprob)
-        )  # rounding can make a certain token's logprob a hair positive
+        pending = self._pending
+        pending[self._generation_tokens[mode]] += 1
+        pending[self._exit_tokens[mode, token.exit]] += 1
+        pending[self._executed] += token.depth
+        pending[self._skipped] += blocks - token.depth
+        pending[self._passes] += passes
+        # rounding can make a certain token's logprob a hair positive
+        pending[self._nll[mode]] += max(0.0, -token.logprob)
         self._depth.observe(token.depth / blocks)
         if since_last_s is not None:
             self._inter_token.observe(since_last_s)

@@ -218,9 +218,12 @@ class Runner:
         self, stage: int, decoder: Decoder, pages: KVPages, batch: _Batch, outputs: "_Outputs"
     ) -> _Batch:
         """A stage has ended in an exit: what is left of the batch when those that leave there are gone."""
-        tokens = batch.tokens()
-        gated = [i for i, (row, p) in enumerate(tokens) if row.sequence.asks_gate(p)]
-        left = {i for i, (row, p) in enumerate(tokens) if row.sequence.recorded_stage(p) == stage}
+        tokens, gated, left = batch.tokens(), [], set()
+        for index, (row, position) in enumerate(tokens):
+            if row.sequence.recorded_stage(position) == stage:
+                left.add(index)
+            elif row.sequence.asks_gate(position):
+                gated.append(index)
         if gated:
             left.update(self._gate(stage, decoder, batch.hidden, tokens, gated, outputs))
         if not left:
@@ -242,13 +245,13 @@ class Runner:
         thresholds = [tokens[i][0].sequence.exits.threshold for i in gated]
         asked = torch.from_numpy(np.array(thresholds, dtype=np.float32)).to(self._device)
         gate = self._model.exits[stage].gate(states, asked, decoder.project_exit)
-        if gate.projected.numel() == 0:
+        leaves, projected = gate.leaves.tolist(), gate.projected.tolist()
+        chosen = [number for number, index in enumerate(projected) if leaves[index]]
+        if not chosen:
             return []
-        leaves = gate.leaves[gate.projected]
-        leaving = [gated[i] for i in gate.projected[leaves].tolist()]
-        if leaving:
-            logits = gate.logits if len(leaving) == gate.logits.shape[0] else gate.logits[leaves]
-            self._emit([tokens[i] for i in leaving], logits, stage, outputs)
+        leaving = [gated[projected[number]] for number in chosen]
+        logits = gate.logits if len(chosen) == len(projected) else gate.logits[self._ints(chosen)]
+        self._emit([tokens[i] for i in leaving], logits, stage, outputs)
         return leaving
 
     def _propagate(
@@ -259,10 +262,8 @@ class Runner:
         if len(left) < hidden.shape[0]:
             index = self._ints(left)
             hidden = hidden[index]
-            if geometry.tokens == geometry.rows:
-                geometry = geometry.take(index)
-            else:
-                geometry = replace(geometry, positions=geometry.positions[index], slots=geometry.slots[index])
+            # nothing attends here, so whose rows the tokens are does not matter
+            geometry = replace(geometry, positions=geometry.positions[index], slots=geometry.slots[index])
         decoder.project_kv(hidden, geometry, pages, self._plan.stop(stage), self._plan.blocks)
 
     def _without(self, batch: _Batch, left: set[int]) -> _Batch:

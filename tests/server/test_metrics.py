@@ -88,6 +88,7 @@ def test_process_figures_are_exported_too(metrics: Metrics) -> None:
 def test_a_token_counts_once_everywhere(metrics: Metrics) -> None:
     metrics.token("approximate", token(3, "block_2", -0.5), blocks=12, passes=3, since_last_s=None)
     metrics.token("approximate", token(12, "final", -1.5), blocks=12, passes=12, since_last_s=0.01)
+    metrics.flush()
     metrics.wasted(blocks=4, passes=2)
     assert value(metrics, "generation_tokens_total", mode="approximate") == 2
     assert value(metrics, "generation_tokens_total", mode="off") == 0
@@ -105,6 +106,7 @@ def test_a_token_counts_once_everywhere(metrics: Metrics) -> None:
 
 def test_a_logprob_a_hair_above_zero_does_not_stop_the_count(metrics: Metrics) -> None:
     metrics.token("off", token(12, "final", 1e-9), blocks=12, passes=12, since_last_s=None)
+    metrics.flush()
     assert value(metrics, "token_nll_total", mode="off") == 0
 
 
