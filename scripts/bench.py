@@ -4,68 +4,54 @@ Every ratio is taken pair by pair (ours and theirs in turn), and the median over
 drifting machine moves both sides. Tokens are greedy, end-of-text is ignored, prompts come from the calibration text.
 """
 
-import json
 import statistics
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from exeunt.compression.model import load_bundle
 from exeunt.compression.variant import Variant
-from exeunt.deploy.bench import Load, machine
-from exeunt.deploy.bench_engine import engine_driver
-from exeunt.deploy.packaged import packaged_bundle
 from exeunt.deploy.packaged_model import path as checkpoint
-from scripts.bench_runs import EngineRuns, Prompts, Run
+from scripts.bench_runs import (
+    MANY,
+    RESULTS,
+    VARIANTS,
+    Count,
+    EngineRuns,
+    Out,
+    Prompts,
+    Run,
+    Sizes,
+    packaged_runs,
+    write_result,
+)
 
-RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
-MANY = 4  # exits are measured at so many times the streams as well
 INFORMATIVE = 0.10  # a share of tokens that left below this says nothing about the speed of exits
-FULL, SMALL = Variant(), Variant("int4", "int4")
 
 console = Console()
 
 
 def main(
-    out: Annotated[Path | None, typer.Option(help="where the JSON goes")] = None,
-    prompt_tokens: Annotated[int, typer.Option(min=1)] = 128,
-    new_tokens: Annotated[int, typer.Option(min=1)] = 256,
-    repeats: Annotated[int, typer.Option(min=1)] = 5,
-    streams: Annotated[int, typer.Option(min=1)] = 8,
+    out: Out = None,
+    prompt_tokens: Count = 128,
+    new_tokens: Count = 256,
+    repeats: Count = 5,
+    streams: Count = 8,
 ) -> None:
     """Measure, print a table, write JSON."""
-    model = load_bundle(packaged_bundle(), device="cpu", dtype=torch.float32, weights="both")
-    many = MANY * streams
-    load = Load(many, prompt_tokens, new_tokens, many, temperature=0.0)
-    driver = engine_driver(model, load)
-    try:
-        prompts = driver.prompts(many, prompt_tokens)
-        ours, reference = EngineRuns(driver, load), _Transformers(checkpoint(), new_tokens)
-        rows = _measure(ours, reference, prompts[:streams], repeats)
-        for count in (1, streams, many):
-            rows |= _measure_exits(ours, prompts[:count], repeats)
-    finally:
-        driver.close()
-    result = {
-        "machine": machine(),
-        "settings": {
-            "prompt_tokens": prompt_tokens,
-            "new_tokens": new_tokens,
-            "repeats": repeats,
-            "streams": streams,
-        },
-        "results": rows,
-    }
+    sizes = Sizes(prompt_tokens, new_tokens, repeats, streams)
+    with packaged_runs(sizes) as ours:
+        rows = _measure(ours, _Transformers(checkpoint(), new_tokens), ours.prompts(streams), repeats)
+        for count in (1, streams, MANY * streams):
+            rows |= _measure_exits(ours, ours.prompts(count), repeats)
     path = out or RESULTS / "packaged-cpu.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=2) + "\n")
+    write_result(path, ours.model, sizes, results=rows)
     _print(rows)
     console.print(f"written to {path}")
 
@@ -106,7 +92,7 @@ def _measure(ours: EngineRuns, reference: _Transformers, prompts: Prompts, repea
             ("one stream", prompts[:1], "generate"),
             (streams, prompts, "as many generate calls in turn"),
         )
-        for label, variant in (("full weights", FULL), ("INT4 weights and KV", SMALL))
+        for label, variant in VARIANTS.items()
     }
 
 
@@ -114,7 +100,7 @@ def _measure_exits(ours: EngineRuns, prompts: Prompts, repeats: int) -> dict[str
     """Exits on against off, at the loosest certified target and at a threshold where enough tokens leave."""
     rows: dict[str, Any] = {}
     name = "one stream" if len(prompts) == 1 else f"{len(prompts)} streams"
-    for label, variant in (("full weights", FULL), ("INT4 weights and KV", SMALL)):
+    for label, variant in VARIANTS.items():
         for what, early_exit in _exits(ours, variant, prompts):
             rows[f"{name}, {label}, exits {what}, against exits off"] = _pair(
                 partial(ours.at_once, prompts, variant, early_exit),

@@ -6,12 +6,10 @@ themselves on a batch of the load's size, in turn, and set beside whole steps of
 parts do not explain (prompts, the scheduler, Python) is named as the rest.
 """
 
-import json
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -23,57 +21,51 @@ from torch import Tensor
 from exeunt.compression.decoder import Decoder
 from exeunt.compression.exits import ExitHead
 from exeunt.compression.kv_format import KVPages, page_bytes_for
-from exeunt.compression.model import LoadedModel, load_bundle
+from exeunt.compression.model import LoadedModel
 from exeunt.compression.variant import Variant
-from exeunt.deploy.bench import Load, machine
-from exeunt.deploy.bench_engine import engine_driver
-from exeunt.deploy.packaged import packaged_bundle
 from exeunt.kernels.paged_batch import PagedBatch
 from exeunt.server.request import SamplingParams
 from exeunt.server.sampling import RowSampling, sample
-from scripts.bench_runs import OFF, EngineRuns, Prompts, Run
+from scripts.bench_runs import (
+    OFF,
+    RESULTS,
+    VARIANTS,
+    Count,
+    EngineRuns,
+    Out,
+    Prompts,
+    Run,
+    Sizes,
+    packaged_runs,
+    write_result,
+)
 
-RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
-VARIANTS = {"full weights": Variant(), "INT4 weights and KV": Variant("int4", "int4")}
 ROUNDS, CALLS = 15, 20  # every part is called so often in a row, so many times in turn with the others
 
 console = Console()
 
 
 def main(
-    out: Annotated[Path | None, typer.Option(help="where the JSON goes")] = None,
-    prompt_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    out: Out = None,
+    prompt_tokens: Count = 128,
     new_tokens: Annotated[int, typer.Option(min=2)] = 256,
-    repeats: Annotated[int, typer.Option(min=1)] = 5,
-    streams: Annotated[int, typer.Option(min=1)] = 8,
+    repeats: Count = 5,
+    streams: Count = 8,
 ) -> None:
     """Measure, print tables, write JSON."""
-    model = load_bundle(packaged_bundle(), device="cpu", dtype=torch.float32, weights="both")
-    load = Load(streams, prompt_tokens, new_tokens, streams, temperature=0.0)
-    driver = engine_driver(model, load)
+    sizes = Sizes(prompt_tokens, new_tokens, repeats, streams)
     results: dict[str, Any] = {}
-    try:
+    with packaged_runs(sizes) as runs:
         for count in (1, streams):
             for label, variant in VARIANTS.items():
-                prompts = driver.prompts(count, prompt_tokens)
-                steps = _Steps(EngineRuns(driver, load), prompts, new_tokens, variant).measure(repeats)
-                work = _Batch(model, variant, count, prompt_tokens + new_tokens // 2, steps.left)
+                steps = _Steps(runs, runs.prompts(count), new_tokens, variant).measure(repeats)
+                work = _Batch(runs.model, variant, count, prompt_tokens + new_tokens // 2, steps.left)
                 name = f"{count} stream{'s' if count > 1 else ''}, {label}"
                 results[name] = _account(steps, work.measure())
                 _print(name, results[name])
-    finally:
-        driver.close()
-    settings = {
-        "prompt_tokens": prompt_tokens,
-        "new_tokens": new_tokens,
-        "repeats": repeats,
-        "rounds": ROUNDS,
-        "calls": CALLS,
-    }
     path = out or RESULTS / "packaged-parts.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    record = {"machine": machine(), "settings": settings, "unit": "microseconds per step", "results": results}
-    path.write_text(json.dumps(record, indent=2) + "\n")
+    calls = {"rounds": ROUNDS, "calls": CALLS}
+    write_result(path, runs.model, sizes, timed=calls, unit="microseconds per step", results=results)
     console.print(f"written to {path}")
 
 

@@ -1,17 +1,41 @@
-"""Timed generations of the engine: what the benchmarks compare."""
+"""Timed generations of the packaged model by the engine, and the file that holds a benchmark's result."""
 
+import json
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
 
+import torch
+import typer
+
+from exeunt.compression.model import LoadedModel, load_bundle
 from exeunt.compression.variant import Variant
-from exeunt.deploy.bench import Load
-from exeunt.deploy.bench_engine import EngineDriver
+from exeunt.deploy.bench import Load, machine
+from exeunt.deploy.bench_engine import EngineDriver, engine_driver
+from exeunt.deploy.measured_model import measured_model
+from exeunt.deploy.packaged import packaged_bundle
 
+RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
+VARIANTS = {"full weights": Variant(), "INT4 weights and KV": Variant("int4", "int4")}
 OFF = {"mode": "off"}
+MANY = 4  # the engine has room for so many times the streams
 
 Prompts = Sequence[Sequence[int]]
+Out = Annotated[Path | None, typer.Option(help="where the JSON goes")]
+Count = Annotated[int, typer.Option(min=1)]
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """How much a benchmark runs: lengths in tokens, requests at once, repeats of everything timed."""
+
+    prompt_tokens: int
+    new_tokens: int
+    repeats: int
+    streams: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +56,14 @@ class Run:
 class EngineRuns:
     """Our engine on the loaded bundle, the load of `exeunt bench`."""
 
-    def __init__(self, driver: EngineDriver, load: Load) -> None:
+    def __init__(self, model: LoadedModel, driver: EngineDriver, load: Load) -> None:
+        self.model = model
         self._driver, self._load = driver, load
+        self._prompts = driver.prompts(load.concurrency, load.prompt_tokens)
+
+    def prompts(self, count: int) -> Prompts:
+        """The first `count` of the prompts, the same in every benchmark of the same sizes."""
+        return self._prompts[:count]
 
     def certified(self, variant: Variant) -> dict[float, float]:
         """The certified targets of a variant and their thresholds."""
@@ -54,3 +84,23 @@ class EngineRuns:
         final = sum(trace.by_exit.get("final", 0) for trace in traces)
         passed = sum(trace.depths for trace in traces)
         return Run(tokens, seconds, 1 - final / tokens, 1 - passed / (tokens * traces[0].blocks))
+
+
+@contextmanager
+def packaged_runs(sizes: Sizes) -> Iterator[EngineRuns]:
+    """An engine on the packaged bundle, greedy, float32, with room for `MANY` times the streams."""
+    model = load_bundle(packaged_bundle(), device="cpu", dtype=torch.float32, weights="both")
+    many = MANY * sizes.streams
+    load = Load(many, sizes.prompt_tokens, sizes.new_tokens, many, temperature=0.0)
+    driver = engine_driver(model, load)
+    try:
+        yield EngineRuns(model, driver, load)
+    finally:
+        driver.close()
+
+
+def write_result(path: Path, model: LoadedModel, sizes: Sizes, **rest: Any) -> None:
+    """Write JSON: which model was measured, on which machine, how much of it, and what came out."""
+    about = {"model": asdict(measured_model(model)), "machine": machine(), "settings": asdict(sizes)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(about | rest, indent=2) + "\n")

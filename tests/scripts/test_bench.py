@@ -1,22 +1,67 @@
 """`make bench` on a random model: what it measures and writes. No speed is asserted."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from scripts import bench, bench_parts
+from exeunt.compression.bundle import file_sha256
+from exeunt.compression.variant import Variant
+from scripts import bench, bench_parts, bench_runs
 from tests.deploy.server_process import byte_bundle
 
 
-def test_it_measures_pairs_and_says_what_left_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    bundle = byte_bundle(tmp_path)
-    monkeypatch.setattr(bench, "packaged_bundle", lambda: bundle)
+@pytest.fixture
+def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[int, set[Any]]:
+    """A random model in the packaged one's place; what it was asked, by the number of prompts at once."""
+    bundle, seen = byte_bundle(tmp_path), dict[int, set[Any]]()
+    monkeypatch.setattr(bench_runs, "packaged_bundle", lambda: bundle)
     monkeypatch.setattr(bench, "checkpoint", lambda: tmp_path / "checkpoint")
+    monkeypatch.setattr(bench_parts, "ROUNDS", 1)
+    at_once = bench_runs.EngineRuns.at_once
+
+    def noting(
+        runs: bench_runs.EngineRuns,
+        prompts: bench_runs.Prompts,
+        variant: Variant,
+        early_exit: Mapping[str, Any] = bench_runs.OFF,
+    ) -> bench_runs.Run:
+        seen.setdefault(len(prompts), set()).add(tuple(map(tuple, prompts)))
+        return at_once(runs, prompts, variant, early_exit)
+
+    monkeypatch.setattr(bench_runs.EngineRuns, "at_once", noting)
+    return seen
+
+
+def assert_says_what_was_measured(record: dict[str, Any], checkpoint: Path) -> None:
+    assert record["model"]["name"] == "small"
+    assert record["model"]["sha256"] == file_sha256(checkpoint / "model.safetensors")
+    assert record["model"]["exits"] == ["block_1"]
+    assert all(record["machine"][fact] for fact in ("cpu", "exeunt", "torch"))
+    assert record["settings"] == {"prompt_tokens": 8, "new_tokens": 6, "repeats": 1, "streams": 2}
+
+
+def test_both_benchmarks_take_the_same_prompts(tmp_path: Path, asked: dict[int, set[Any]]) -> None:
+    bench.main(tmp_path / "out.json", prompt_tokens=8, new_tokens=2, repeats=1, streams=2)
+    first = {count: set(prompts) for count, prompts in asked.items()}
+    asked.clear()
+    bench_parts.main(tmp_path / "parts.json", prompt_tokens=8, new_tokens=2, repeats=1, streams=2)
+    assert set(first) == {1, 2, 8}
+    assert asked == {count: first[count] for count in (1, 2)}
+    ((single,),) = first[1]
+    (all_eight,) = first[8]
+    assert first[2] == {all_eight[:2]}
+    assert single == all_eight[0]
+    assert len(set(all_eight)) == 8
+
+
+@pytest.mark.usefixtures("asked")
+def test_it_measures_pairs_and_says_what_left_early(tmp_path: Path) -> None:
     bench.main(tmp_path / "out.json", prompt_tokens=8, new_tokens=6, repeats=1, streams=2)
     record = json.loads((tmp_path / "out.json").read_text())
-    assert record["machine"]["torch"]
-    assert record["settings"]["streams"] == 2
+    assert_says_what_was_measured(record, tmp_path / "checkpoint")
     against_generate = [name for name in record["results"] if "generate" in name]
     assert len(against_generate) == 4
     for name in against_generate:
@@ -29,12 +74,11 @@ def test_it_measures_pairs_and_says_what_left_early(tmp_path: Path, monkeypatch:
             assert 0 < row["blocks_skipped_share"] < row["exit_rate"]
 
 
-def test_it_measures_the_parts_of_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    bundle = byte_bundle(tmp_path)
-    monkeypatch.setattr(bench_parts, "packaged_bundle", lambda: bundle)
-    monkeypatch.setattr(bench_parts, "ROUNDS", 1)
+@pytest.mark.usefixtures("asked")
+def test_it_measures_the_parts_of_a_step(tmp_path: Path) -> None:
     bench_parts.main(tmp_path / "parts.json", prompt_tokens=8, new_tokens=6, repeats=1, streams=2)
     record = json.loads((tmp_path / "parts.json").read_text())
+    assert_says_what_was_measured(record, tmp_path / "checkpoint")
     assert set(record["results"]) == {
         f"{count}, {label}"
         for count in ("1 stream", "2 streams")
