@@ -22,8 +22,8 @@ MOST_EXITS: Final = 2
 class ExitCosts:
     """What exits cost per token, in units of one block (see `exeunt.calibration.exit_costs`)."""
 
-    gate: float  # norm's adapter and probe
-    projection: float  # the output matrix
+    gate: float  # a whole gate that projects nothing: norm, adapter, probe and the call
+    projection: float  # the output matrix, and how sure its logits are
     skipped_kv: float  # keys and values of one skipped block
 
 

@@ -2,10 +2,10 @@
 
 A block's time is its weights and its attention, an INT4 projection costs a quarter of a full one, and few rows cost
 nearly what one costs: none of it can be read off a parameter count. Each part is timed on a decode batch, in turn with
-the others so that a drifting machine moves them alike, and only ratios leave this file.
+the others so that a drifting machine moves them alike. Of its times the shortest counts, for whatever else the machine
+does only adds to them, and only ratios leave this file.
 """
 
-import statistics
 import time
 from collections.abc import Callable
 from typing import Final
@@ -25,7 +25,7 @@ ROUNDS: Final = 15
 
 @torch.inference_mode()
 def measure_exit_costs(model: ForcedModel) -> ExitCosts:
-    """The median time of gate, projection and skipped keys and values over that of a block of `model`."""
+    """The time of gate, projection and skipped keys and values over that of a block of `model`."""
     decoder, head, device = model.decoder, model.exits[-1], model.decoder.device
     context = min(CONTEXT, decoder.spec.max_position_embeddings)
     rows = [torch.zeros(context, dtype=torch.int64)] * ROWS
@@ -33,11 +33,12 @@ def measure_exit_costs(model: ForcedModel) -> ExitCosts:
     last = (batch.positions == context - 1).nonzero().squeeze(1)
     geometry, pages = batch.geometry(model.layout.page_tokens, last), model.pages(batch)
     hidden = decoder.embed(batch.token_ids[last], geometry.positions)
-    state, blocks = head.read(hidden)[0], model.blocks
+    (state, probe), blocks = head.read(hidden), model.blocks
+    nobody = torch.full((ROWS,), torch.inf, device=device)
     parts: dict[str, Callable[[], object]] = {
         "blocks": lambda: decoder.run_blocks(hidden, geometry, pages, 0, blocks),
-        "gate": lambda: head.read(hidden),
-        "projection": lambda: decoder.project_exit(state),
+        "gate": lambda: head.gate(hidden, nobody, decoder.project_exit),
+        "projection": lambda: head.confidence(probe, decoder.project_exit(state)),
         "skipped_kv": lambda: decoder.project_kv(hidden, geometry, pages, 0, blocks),
     }
     seconds = _in_turn(parts, device)
@@ -48,7 +49,7 @@ def measure_exit_costs(model: ForcedModel) -> ExitCosts:
 
 
 def _in_turn(parts: dict[str, Callable[[], object]], device: torch.device) -> dict[str, float]:
-    """The median seconds of each part."""
+    """The shortest seconds of each part."""
     times: dict[str, list[float]] = {name: [] for name in parts}
     for _ in range(ROUNDS):
         for name, part in parts.items():
@@ -58,7 +59,7 @@ def _in_turn(parts: dict[str, Callable[[], object]], device: torch.device) -> di
             part()
             _wait(device)
             times[name].append(time.perf_counter() - began)
-    return {name: statistics.median(values) for name, values in times.items()}
+    return {name: min(values) for name, values in times.items()}
 
 
 def _wait(device: torch.device) -> None:
