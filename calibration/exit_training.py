@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from exeunt.compression.exits import ExitNorm
+from exeunt.kernels.exit_gate.reference import adapted_state_reference
 
 Project = Callable[[Tensor], Tensor]
 """States [T, H] to logits [T, V] float32, differentiable in the states."""
@@ -61,17 +62,11 @@ class TrainedHead:
 
 
 def head_state(norm: ExitNorm, adapter: Tensor, hidden: Tensor) -> Tensor:
-    """n + A n with n = norm(hidden): what the output matrix is applied to. [T, H] in the adapter's dtype."""
-    normed = norm(hidden.to(adapter.dtype))
-    return torch.addmm(normed, normed, adapter.t())
+    """n + A n with n = norm(hidden): what the output matrix is applied to. [T, H] in the adapter's dtype.
 
-
-def _live_state(norm: ExitNorm, scale: Tensor, adapter: Tensor, hidden: Tensor) -> Tensor:
-    """`head_state` with `scale` as the norm's weight, so that gradients reach it (norms precompute with their own)."""
-    normed = norm.normalise(hidden.to(adapter.dtype)) * scale
-    if norm.bias is not None:
-        normed = normed + norm.bias
-    return torch.addmm(normed, normed, adapter.t())
+    Gradients reach the norm's weight and the adapter, unlike through the kernels that serve.
+    """
+    return adapted_state_reference(hidden.to(adapter.dtype), (norm.weight, norm.bias, norm.eps), adapter)
 
 
 @torch.no_grad()
@@ -107,6 +102,7 @@ def train_head(
     best = (max(untrained, linear), norm, starts[int(linear > untrained)])
     adapter = best[2].clone().requires_grad_()
     scale = norm.weight.clone().requires_grad_()
+    live = replace(norm, weight=scale)
     steps = max(1, planned_visits(fit.tokens, training) // training.batch_tokens)
     optimizer = torch.optim.Adam([adapter, scale], lr=training.learning_rate)
     every = max(1, steps // training.evaluations)
@@ -114,7 +110,7 @@ def train_head(
         for group in optimizer.param_groups:
             group["lr"] = training.learning_rate * _rate(step, steps)
         part = fit.rows(rows, adapter.device)
-        state = _live_state(norm, scale, adapter, part.hidden)
+        state = head_state(live, adapter, part.hidden)
         loss = F.cross_entropy(project(state), part.top)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from exeunt.calibration.exit_training import Labelled, Project, TrainedHead, head_state
 from exeunt.compression.exits import ExitHead, ExitProbe
-from exeunt.kernels.exit_gate.reference import gate_features
+from exeunt.kernels.exit_gate.reference import ProbeParts, confidence_of, gate_features, probe_logit_reference
 
 SCREENS: Final = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0)
 SCREEN_RECALL: Final = 0.98
@@ -81,12 +81,12 @@ def train_gate(
     learned, judged = (_look(head, part, project, advance) for part in (fit, select))
     probe = _train_probe(learned, judged, training, generator, advance)
     with torch.no_grad():
-        logit = probe(judged.state)
+        logit = probe_logit_reference(judged.state, probe)
         features = torch.cat((logit[:, None], judged.features), 1)
     combine = logistic_regression(features, judged.agrees)
-    confidence = torch.addmv(combine[-1], features, combine[:-1]).sigmoid()
+    confidence = confidence_of(features, combine)
     screen = _screen_ratio(logit.sigmoid(), confidence)
-    exit_head = ExitHead(block, head.norm, head.adapter, probe, combine, screen)
+    exit_head = ExitHead(block, head.norm, head.adapter, ExitProbe(*probe), combine, screen)
     return exit_head, gate_quality(confidence, logit, judged.features[:, 0], judged.agrees)
 
 
@@ -181,27 +181,30 @@ def _train_probe(
     training: ProbeTraining,
     generator: torch.Generator,
     advance: Callable[[int], None],
-) -> ExitProbe:
+) -> ProbeParts:
     """The probe that predicts agreement from the state, stopped where it does so best on `select`."""
     mean, spread = fit.state.mean(0), fit.state.std(0, correction=0).clamp(min=1e-6)
     inputs, hidden = (fit.state - mean) / spread, fit.state.shape[1]
     judged, truth = (select.state - mean) / spread, select.agrees.float()
     device = inputs.device
     share = float(fit.agrees.float().mean().clamp(1e-3, 1 - 1e-3))
-    weights = [
+    weights = (
         (torch.randn(training.units, hidden, generator=generator) / hidden**0.5).to(device),
         torch.zeros(training.units, device=device),
         (torch.randn(training.units, generator=generator) / training.units).to(device),
         torch.tensor(np.log(share / (1 - share)), dtype=torch.float32, device=device),
-    ]
-    live = ExitProbe(*(weight.requires_grad_() for weight in weights))
+    )
+    for weight in weights:
+        weight.requires_grad_()
     optimizer = torch.optim.AdamW(weights, lr=training.learning_rate, weight_decay=training.weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, training.steps)
     best, kept = float("inf"), [weight.detach().clone() for weight in weights]
     every = max(1, training.steps // training.evaluations)
     for step in range(1, training.steps + 1):
         rows = torch.randint(len(inputs), (training.batch_tokens,), generator=generator).to(device)
-        loss = F.binary_cross_entropy_with_logits(live(inputs[rows]), fit.agrees[rows].float())
+        loss = F.binary_cross_entropy_with_logits(
+            probe_logit_reference(inputs[rows], weights), fit.agrees[rows].float()
+        )
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -209,11 +212,13 @@ def _train_probe(
         advance(training.batch_tokens)
         if step % every == 0:
             with torch.no_grad():
-                missed = float(F.binary_cross_entropy_with_logits(live(judged), truth))
+                missed = float(
+                    F.binary_cross_entropy_with_logits(probe_logit_reference(judged, weights), truth)
+                )
             if missed < best:
                 best, kept = missed, [weight.detach().clone() for weight in weights]
     first = kept[0] / spread  # the standardisation folded into the first layer
-    return ExitProbe(first, kept[1] - first @ mean, kept[2], kept[3])
+    return first, kept[1] - first @ mean, kept[2], kept[3]
 
 
 def _screen_ratio(probe: Tensor, confidence: Tensor) -> float:

@@ -1,6 +1,7 @@
 """Heads and gates find what is planted in the states; what they report is what they do."""
 
 import math
+from typing import Literal
 
 import pytest
 import torch
@@ -9,11 +10,12 @@ from exeunt.calibration.exit_training import (
     HeadTraining,
     Labelled,
     head_agreement,
+    head_state,
     planned_visits,
     train_head,
 )
 from exeunt.calibration.gate_training import ProbeTraining, auc, logistic_regression, train_gate
-from exeunt.compression.exits import ExitNorm
+from exeunt.compression.exits import ExitHead, ExitNorm, ExitProbe
 
 H, V = 16, 24
 NORM = ExitNorm("layer", torch.ones(H), torch.zeros(H), 1e-5)
@@ -34,6 +36,32 @@ def rotated(tokens: int, seed: int) -> Labelled:
     hidden = torch.randn(tokens, H, generator=g)
     mix = torch.randn(H, H, generator=torch.Generator().manual_seed(77)) / H**0.5
     return Labelled(hidden, project(NORM(hidden) @ mix.T).argmax(-1))
+
+
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+def test_a_head_is_trained_on_the_state_that_serves(kind: Literal["rms", "layer"]) -> None:
+    g = torch.Generator().manual_seed(5)
+    scale = (1 + torch.randn(H, generator=g) / 5).requires_grad_()
+    bias = torch.randn(H, generator=g) if kind == "layer" else None
+    adapter = (torch.randn(H, H, generator=g) / H).requires_grad_()
+    hidden = torch.randn(40, H, generator=g) * 3
+    state = head_state(ExitNorm(kind, scale, bias, 1e-5), adapter, hidden)
+    probe = ExitProbe(torch.zeros(2, H), torch.zeros(2), torch.zeros(2), torch.tensor(0.0))
+    norm = ExitNorm(kind, scale.detach(), bias, 1e-5)
+    served = ExitHead(0, norm, adapter.detach(), probe, torch.zeros(4), 0.0).read(hidden)[0]
+    torch.testing.assert_close(state.detach(), served, atol=1e-5, rtol=1e-5)
+    direction = torch.randn(state.shape, generator=g)
+    slopes = torch.autograd.grad((state * direction).sum(), (scale, adapter))
+    for weight, slope in zip((scale, adapter), slopes, strict=True):
+        step = torch.randn(weight.shape, generator=g) / 100
+        moved = {id(weight): (weight + step).detach()}
+        other = head_state(
+            ExitNorm(kind, moved.get(id(scale), scale.detach()), bias, 1e-5),
+            moved.get(id(adapter), adapter.detach()),
+            hidden,
+        )
+        rise = float(((other - state.detach()) * direction).sum())
+        assert rise == pytest.approx(float((slope * step).sum()), rel=1e-3, abs=1e-3)
 
 
 def test_a_head_learns_what_full_depth_does() -> None:
