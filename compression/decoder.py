@@ -152,18 +152,6 @@ class Decoder:
             revision=self._revision,
         )
 
-    def twin(self) -> "Decoder":
-        """A decoder of the same tensors whose linears can be replaced without touching this one's."""
-        return Decoder(
-            self.spec,
-            self._embedding,
-            self._output,
-            list(self._blocks),
-            self._rope,
-            exit_output=self._project_exit.linear,
-            linear_block=self.linear_block,
-        )
-
     def block_linears(self, block: int) -> dict[str, Linear]:
         """One block's linears by canonical name, in the order in which a token passes them."""
         return self._blocks[block].linears()

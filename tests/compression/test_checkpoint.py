@@ -22,6 +22,7 @@ from exeunt.compression.linear import FullLinear, Int4Linear
 from exeunt.compression.weights import CanonicalWeights, WeightError
 from exeunt.kernels.int4_linear import quantize
 
+from .decoder_twin import twin
 from .paged_generation import chunked_logits
 from .reference_models import build_model, save
 
@@ -256,7 +257,7 @@ def test_canonical_files_rebuild_full_and_int4_decoders(family: str, tmp_path: P
     assert {name: tuple(tensor.shape) for name, tensor in shared.items()} == shared_shapes(spec)
     full, int4 = dict(shared), dict[str, Tensor]()
     decoder = Decoder.load(tmp_path / "model")
-    expected = decoder.twin()
+    expected = twin(decoder)
     for block in range(spec.blocks):
         tensors = dict(weights.block(block))
         assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == block_shapes(spec)

@@ -15,6 +15,7 @@ from exeunt.compression.linear_block import LinearBlock
 from exeunt.kernels.int4_linear import quantize
 from exeunt.kernels.native.library import native_library
 
+from .decoder_twin import twin
 from .paged_generation import Sequences, chunked_logits
 from .reference_models import build_model, save
 
@@ -34,8 +35,8 @@ def _decoder(family: str, directory: Path, dtype: torch.dtype = torch.float32) -
 
 
 def _quantised(decoder: Decoder) -> Decoder:
-    """A twin whose linears are INT4, made as calibration makes it: block by block, in place."""
-    twin = decoder.twin()
+    """A twin whose linears are INT4, made block by block, in place."""
+    quantised = twin(decoder)
     for block in range(decoder.spec.blocks):
         linears = decoder.block_linears(block)
         assert {
@@ -45,8 +46,8 @@ def _quantised(decoder: Decoder) -> Decoder:
         for name, linear in linears.items():
             assert isinstance(linear, FullLinear)
             replaced[name] = Int4Linear(quantize(linear.weight, GROUP), linear.bias)
-        twin.replace_linears(block, replaced)
-    return twin
+        quantised.replace_linears(block, replaced)
+    return quantised
 
 
 def _linear_block(decoder: Decoder, index: int) -> LinearBlock:
@@ -115,7 +116,7 @@ def test_stacked_kv_is_the_same_from_any_start(tmp_path: Path, monkeypatch: pyte
     hidden = decoder.embed(ids, batch.positions)
     decoder.project_kv(hidden, batch, reference.pages, 1, blocks)
     for order in ([3, 2, 1], [1, 2, 3]):
-        fresh, pages = decoder.twin(), Sequences(decoder)
+        fresh, pages = twin(decoder), Sequences(decoder)
         for block in order:
             fresh.project_kv(hidden, batch, pages.pages, block, block + 1)
         for block in range(1, blocks):

@@ -15,6 +15,7 @@ from exeunt.compression.variant import KVFormat
 from exeunt.kernels.int4_linear import quantize
 from exeunt.kernels.native.library import native_library
 
+from .decoder_twin import twin
 from .paged_generation import Sequences
 from .reference_models import build_model, save
 
@@ -59,7 +60,7 @@ def _piecewise(monkeypatch: pytest.MonkeyPatch, decoder: Decoder) -> Decoder:
     """The same decoder without the native call."""
     with monkeypatch.context() as patch:
         patch.setattr(exeunt.compression.decoder, "native_blocks", lambda *_: None)
-        other = decoder.twin()
+        other = twin(decoder)
         assert other._native_blocks() is None  # asked once, and remembered
     return other
 
