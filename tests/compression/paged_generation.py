@@ -75,6 +75,32 @@ class Sequences:
         return self.decoder.run_blocks(hidden, batch, self.pages, 0, self.decoder.spec.blocks)
 
 
+def kv_tensors(sequences: Sequences, block: int) -> list[Tensor]:
+    """The tensors that hold one block's keys and values, page by page."""
+    kv = sequences.pages.block(block)
+    return [t for t in (kv.keys, kv.values, kv.key_params, kv.value_params) if t is not None]
+
+
+def written(tensor: Tensor, slots: Tensor) -> Tensor:
+    """What one of `kv_tensors` holds in the given slots."""
+    page_tokens = tensor.shape[2]
+    return tensor[slots // page_tokens, :, slots % page_tokens]
+
+
+def assert_same_kv(got: Tensor, expected: Tensor, slots: Tensor, exact: bool) -> None:
+    """Hold one of `kv_tensors` to another in the given slots: to the bit, or but for rounding."""
+    got, expected = written(got, slots), written(expected, slots)
+    if exact:
+        assert torch.equal(got, expected)
+    elif got.dtype == torch.uint8:  # a rounding the other way moves a code by one
+        differing = (got ^ expected) != 0
+        assert differing.float().mean() < 0.02
+    else:
+        torch.testing.assert_close(
+            got, expected, atol=2e-3 if got.dtype == torch.float16 else 2e-5, rtol=1e-3
+        )
+
+
 def chunked_logits(
     decoder: Decoder, token_ids: Tensor, chunks: list[int], format: KVFormat = "full"
 ) -> Tensor:

@@ -16,7 +16,7 @@ from exeunt.kernels.int4_linear import quantize
 from exeunt.kernels.native.library import native_library
 
 from .decoder_twin import twin
-from .paged_generation import Sequences, chunked_logits
+from .paged_generation import Sequences, assert_same_kv, chunked_logits, kv_tensors, written
 from .reference_models import build_model, save
 
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -97,13 +97,13 @@ def test_projected_kv_is_what_each_block_makes_of_the_exit_state(
     for block in range(1, blocks):
         # A block writes its keys and values before it attends, so running it writes the same ones.
         own.pages.arena.copy_(together.pages.arena)
-        for tensor in _kv(own, block):
+        for tensor in kv_tensors(own, block):
             tensor.zero_()
         decoder.run_blocks(exit_state, batch, own.pages, block, block + 1)
-        for projected, expected in zip(_kv(together, block), _kv(own, block), strict=True):
-            _assert_same_kv(projected, expected, batch.slots, exact=ROW_INVARIANT)
+        for projected, expected in zip(kv_tensors(together, block), kv_tensors(own, block), strict=True):
+            assert_same_kv(projected, expected, batch.slots, exact=ROW_INVARIANT)
     untouched = Sequences(decoder, format=format, max_tokens=40)  # type: ignore[arg-type]
-    for tensor, blank in zip(_kv(together, 0), _kv(untouched, 0), strict=True):
+    for tensor, blank in zip(kv_tensors(together, 0), kv_tensors(untouched, 0), strict=True):
         assert torch.equal(tensor.contiguous().view(torch.uint8), blank.contiguous().view(torch.uint8))
 
 
@@ -120,8 +120,8 @@ def test_stacked_kv_is_the_same_from_any_start(tmp_path: Path, monkeypatch: pyte
         for block in order:
             fresh.project_kv(hidden, batch, pages.pages, block, block + 1)
         for block in range(1, blocks):
-            for got, expected in zip(_kv(pages, block), _kv(reference, block), strict=True):
-                _assert_same_kv(got, expected, batch.slots, exact=False)
+            for got, expected in zip(kv_tensors(pages, block), kv_tensors(reference, block), strict=True):
+                assert_same_kv(got, expected, batch.slots, exact=False)
         rows = 2 * decoder.spec.kv_size * (blocks - 1)
         assert fresh.resident_bytes()["kv_projection"] == rows * decoder.spec.hidden_size * 4
 
@@ -134,8 +134,8 @@ def test_bfloat16_projection_stays_near_the_blocks_own(tmp_path: Path) -> None:
     decoder.project_kv(hidden, batch, together.pages, 2, 4)
     for block in (2, 3):
         decoder.run_blocks(hidden, batch, own.pages, block, block + 1)
-        for got, expected in zip(_kv(together, block), _kv(own, block), strict=True):
-            got, expected = (_written(t, batch.slots).float() for t in (got, expected))
+        for got, expected in zip(kv_tensors(together, block), kv_tensors(own, block), strict=True):
+            got, expected = (written(t, batch.slots).float() for t in (got, expected))
             assert (got - expected).square().mean() < 1e-4 * expected.square().mean()
 
 
@@ -158,8 +158,8 @@ def test_the_linear_block_stands_in_for_its_block(family: str, tmp_path: Path) -
     replaced.project_kv(before, batch, pages.pages, 1, 4)  # skips block 2, which has no pages
     decoder.project_kv(before, whole, other.pages, 1, 4)
     for block in (1, 3):
-        for got, wanted in zip(_kv(pages, block), _kv(other, block), strict=True):
-            torch.testing.assert_close(_written(got, batch.slots), _written(wanted, whole.slots))
+        for got, wanted in zip(kv_tensors(pages, block), kv_tensors(other, block), strict=True):
+            torch.testing.assert_close(written(got, batch.slots), written(wanted, whole.slots))
     with pytest.raises(ValueError, match="no block 4"):
         decoder.with_linear_block(_linear_block(decoder, 4))
 
@@ -208,31 +208,8 @@ def test_replacing_a_blocks_linears_reaches_the_projection_of_its_kv(tmp_path: P
     assert isinstance(qkv, FullLinear)
     decoder.replace_linears(2, {"qkv": FullLinear(torch.zeros_like(qkv.weight))})
     decoder.project_kv(hidden, batch, pages.pages, 1, 4)
-    assert all(_written(tensor, batch.slots).abs().max() == 0 for tensor in _kv(pages, 2))
-    assert all(_written(tensor, batch.slots).abs().max() > 0 for tensor in _kv(pages, 3))
-
-
-def _kv(sequences: Sequences, block: int) -> list[Tensor]:
-    kv = sequences.pages.block(block)
-    return [t for t in (kv.keys, kv.values, kv.key_params, kv.value_params) if t is not None]
-
-
-def _written(tensor: Tensor, slots: Tensor) -> Tensor:
-    page_tokens = tensor.shape[2]
-    return tensor[slots // page_tokens, :, slots % page_tokens]
-
-
-def _assert_same_kv(got: Tensor, expected: Tensor, slots: Tensor, exact: bool) -> None:
-    got, expected = _written(got, slots), _written(expected, slots)
-    if exact:
-        assert torch.equal(got, expected)
-    elif got.dtype == torch.uint8:  # a rounding the other way moves a code by one
-        differing = (got ^ expected) != 0
-        assert differing.float().mean() < 0.02
-    else:
-        torch.testing.assert_close(
-            got, expected, atol=2e-3 if got.dtype == torch.float16 else 2e-5, rtol=1e-3
-        )
+    assert all(written(tensor, batch.slots).abs().max() == 0 for tensor in kv_tensors(pages, 2))
+    assert all(written(tensor, batch.slots).abs().max() > 0 for tensor in kv_tensors(pages, 3))
 
 
 @pytest.mark.skipif(

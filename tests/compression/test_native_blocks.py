@@ -16,7 +16,7 @@ from exeunt.kernels.int4_linear import quantize
 from exeunt.kernels.native.library import native_library
 
 from .decoder_twin import twin
-from .paged_generation import Sequences
+from .paged_generation import Sequences, assert_same_kv, kv_tensors
 from .reference_models import build_model, save
 
 pytestmark = pytest.mark.skipif(
@@ -92,6 +92,9 @@ def test_one_call_does_what_the_operations_do(
         assert float((got - expected).norm() / expected.norm()) < 0.03
         decoder.project_kv(hidden, batch, fast.pages, 1, blocks)
         reference.project_kv(hidden, batch, slow.pages, 1, blocks)
+        for block in fast.pages.layout.blocks[1:]:
+            for projected, wanted in zip(kv_tensors(fast, block), kv_tensors(slow, block), strict=True):
+                assert_same_kv(projected, wanted, batch.slots, exact=False)
     assert decoder._native_blocks() is not None
 
 
@@ -111,13 +114,14 @@ def test_bfloat16_rounds_where_the_operations_do(
     assert float(error) < 0.01
 
 
+@pytest.mark.parametrize("linear_block", [False, True])
 @pytest.mark.parametrize("int4", [False, True])
 @pytest.mark.parametrize("format", ["full", "int4"])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_token_has_the_same_bits_in_any_company(
-    name: str, format: KVFormat, int4: bool, tmp_path: Path
+    name: str, format: KVFormat, int4: bool, linear_block: bool, tmp_path: Path
 ) -> None:
-    decoder = _decoder(name, tmp_path, torch.float32, int4, False)
+    decoder = _decoder(name, tmp_path, torch.float32, int4, linear_block)
     blocks = decoder.spec.blocks
     crowd, alone = (Sequences(decoder, rows=3, max_tokens=40, format=format) for _ in range(2))
     ids = torch.arange(39) + 5
