@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from exeunt.server.block_account import BlockAccount
 from exeunt.server.detokenizer import StreamDetokenizer
 from exeunt.server.request import (
     AnswerSummary,
@@ -25,6 +26,7 @@ class Answer:
     sequence: Sequence
     choice: int
     detokenizer: StreamDetokenizer
+    account: BlockAccount
     nll: float = 0.0
     started: float | None = None
     first_token: float | None = None
@@ -47,9 +49,6 @@ class Answer:
         """Add an emitted token to the totals."""
         totals = self.sequence.totals
         totals.by_exit[token.exit] = totals.by_exit.get(token.exit, 0) + 1
-        totals.blocks_executed += token.depth
-        totals.blocks_skipped += totals.blocks - token.depth
-        totals.block_passes += token.depth
         self.nll -= token.logprob
 
     def finish_reason(

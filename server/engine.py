@@ -14,6 +14,7 @@ import torch
 from exeunt.compression.kv_format import page_bytes_for
 from exeunt.compression.model import LoadedModel
 from exeunt.compression.variant import Variant
+from exeunt.server.drafting import Drafter, default_drafter
 from exeunt.server.engine_config import EngineConfig
 from exeunt.server.lifecycle import Lifecycle
 from exeunt.server.metrics import Metrics
@@ -79,9 +80,18 @@ class Engine:
     """
 
     def __init__(
-        self, model: LoadedModel, config: EngineConfig, metrics: Metrics, *, run_through: bool = True
+        self,
+        model: LoadedModel,
+        config: EngineConfig,
+        metrics: Metrics,
+        *,
+        run_through: bool = True,
+        new_drafter: Callable[[GenerationRequest], Drafter] = default_drafter,
     ) -> None:
-        """`run_through` as in `Scheduler`: without it rows wait at every exit they did not take."""
+        """`run_through` as in `Scheduler`: without it rows wait at every exit they did not take.
+
+        `new_drafter` makes what decides on drafts for one answer of a request in the verified mode.
+        """
         self._config, self._metrics = config, metrics
         self.plan = StagePlan(model.spec.blocks, tuple(head.block for head in model.exits))
         page_bytes = page_bytes_for(model.spec, model.dtype)
@@ -113,6 +123,7 @@ class Engine:
             self._scheduler,
             self._runner,
             self._pool,
+            new_drafter=new_drafter,
             on_started=self._unqueue,
             on_ended=self._close,
         )

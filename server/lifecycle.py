@@ -10,7 +10,9 @@ from typing import Literal
 
 from exeunt.compression.model import LoadedModel
 from exeunt.server.answer import Answer, Job, ScoreJob
+from exeunt.server.block_account import BlockAccount
 from exeunt.server.detokenizer import StreamDetokenizer, token_text
+from exeunt.server.drafting import Drafter
 from exeunt.server.engine_config import EngineConfig
 from exeunt.server.metrics import Metrics
 from exeunt.server.pages import PagePool, PageTable
@@ -25,10 +27,11 @@ from exeunt.server.request import (
     ScoreRequest,
     StepEvent,
 )
-from exeunt.server.runner import Draw, RowResult, Runner, Sampler
+from exeunt.server.runner import RowResult, Runner, Sampler
 from exeunt.server.scheduler import Scheduler, Tick
 from exeunt.server.sequence import Sequence, Status
 from exeunt.server.stages import StagePlan
+from exeunt.server.verification import Draw, confirmed_draws
 
 log = logging.getLogger("exeunt.engine")
 
@@ -53,11 +56,13 @@ class Lifecycle:
         runner: Runner,
         pool: PagePool,
         *,
+        new_drafter: Callable[[GenerationRequest], Drafter],
         on_started: Callable[[], None],
         on_ended: Callable[[], None],
     ) -> None:
         self._model, self._config, self._metrics = model, config, metrics
         self._plan, self._scheduler, self._runner, self._pool = plan, scheduler, runner, pool
+        self._new_drafter = new_drafter
         self._on_started, self._on_ended = on_started, on_ended
         self._tokenizer = copy.deepcopy(
             model.tokenizer
@@ -114,7 +119,8 @@ class Lifecycle:
         for choice in range(request.n):
             sequence = self._sequence(f"{request.id}/{choice}", request, list(request.prompt_token_ids))
             detokenizer = StreamDetokenizer(self._tokenizer, request.sampling.stop, request.prompt_token_ids)
-            answer = Answer(job, sequence, choice, detokenizer)
+            account = BlockAccount(sequence.totals, self._metrics)
+            answer = Answer(job, sequence, choice, detokenizer, account)
             job.answers.append(answer)
             job.running += 1
             self._answers[sequence] = answer
@@ -150,6 +156,12 @@ class Lifecycle:
         table = PageTable(self._pool, self._runner.page_tokens(request.variant))
         sequence = Sequence(name, request.variant, request.exits, tokens, len(tokens), table, scoring)
         sequence.totals.blocks = self._plan.blocks
+        if isinstance(request, GenerationRequest):
+            sampling = request.sampling
+            sequence.limit = min(len(tokens) + sampling.max_new_tokens, self._config.max_model_len)
+            sequence.ends = frozenset() if sampling.ignore_eos else frozenset(self._model.spec.eos_token_ids)
+            if request.exits.mode == "verified":
+                sequence.drafter = self._new_drafter(request)
         return sequence
 
     def note_scheduling(self) -> None:
@@ -166,6 +178,8 @@ class Lifecycle:
                 self._metrics.started(now - request.arrival, len(request.prompt_token_ids))
         for sequence in self._scheduler.take_preempted():
             self._runner.forget_states(sequence)
+            if sequence in self._answers:
+                self._answers[sequence].account.settle()
             self._metrics.preempted()
 
     def run(self, tick: Tick) -> None:
@@ -178,47 +192,61 @@ class Lifecycle:
         self._scheduler.served(tick.variant, time.perf_counter() - began)
         for result in results:
             if result.row.sequence.status is Status.RUNNING:
-                self._apply(tick, result)
+                self._apply(result)
         self._metrics.flush()
 
-    def _apply(self, tick: Tick, result: RowResult) -> None:
-        sequence = result.row.sequence
+    def _apply(self, result: RowResult) -> None:
+        row, sequence = result.row, result.row.sequence
         if result.error is not None:
             self._fail(self._answers[sequence].owner, RuntimeError(result.error))
             return
-        self._count_replayed(tick, result)
         if sequence.scoring:
             self._note_scores(sequence, result)
-        if result.draw is not None:
-            self._emit(self._answers[sequence], result.draw)
+        else:
+            self._answers[sequence].account.ran(
+                sequence, result.pairs, result.passes, ended=result.waits_at is None
+            )
+        if result.waits_at is None:
+            sequence.computed = row.stop
+        if result.draws:
+            self._take_draws(self._answers[sequence], result)
         if sequence.status is not Status.RUNNING:
             return
-        if result.waiting:
-            self._scheduler.move_on(result.row, tick.last_stage + 1, result.waiting)
-            return
-        sequence.computed = result.row.stop
-        if sequence.scoring and not sequence.prefilling:
+        if result.waits_at is not None:
+            self._scheduler.move_on(row, result.waits_at)
+        elif sequence.scoring and not sequence.prefilling:
             self._finish_score(self._scoring[sequence])
         else:
             self._scheduler.finish_pass(sequence)
 
-    def _count_replayed(self, tick: Tick, result: RowResult) -> None:
-        """Recomputing a generated token's pass after a preemption is work that no answer uses."""
-        sequence = result.row.sequence
-        if (
-            sequence.preemptions == 0
-            or sequence.scoring
-            or result.draw is not None
-            or not sequence.prefilling
-        ):
-            return
-        began = self._plan.start(tick.first_stage)
-        stages = [sequence.recorded_stage(p) for p in result.row.positions]
-        again = [self._plan.stop(min(at, tick.last_stage)) - began for at in stages if at is not None]
-        if again:
-            sequence.totals.blocks_wasted += sum(again)
-            sequence.totals.block_passes += max(again)
-            self._metrics.wasted(sum(again), max(again))
+    def _take_draws(self, answer: Answer, result: RowResult) -> None:
+        """Tokens were drawn: at an exit of the verified mode they are drafts, else they settle what is certain."""
+        sequence, draws = answer.sequence, result.draws
+        if sequence.exits.mode != "verified":
+            for draw in draws:
+                self._emit(answer, draw)
+        elif draws[0].stage != self._plan.last:
+            sequence.tokens.append(draws[0].token)
+            sequence.drafts.append(draws[0].stage)
+        else:
+            self._verify(answer, draws, result.row.stop)
+
+    def _verify(self, answer: Answer, draws: tuple[Draw, ...], stop: int) -> None:
+        """The full model has spoken about the drafts: emit what is certain and drop the rest."""
+        sequence = answer.sequence
+        certain, accepted = confirmed_draws(sequence.tokens[sequence.confirmed :], sequence.drafts, draws)
+        if sequence.drafts and sequence.drafter is not None:
+            sequence.drafter.settled(tuple(sequence.drafts), accepted)
+            answer.account.judged(len(sequence.drafts), accepted)
+        sequence.reject_drafts(0)
+        for draw in certain:
+            answer.account.confirm()
+            self._emit(answer, draw)
+            if sequence.status is not Status.RUNNING:
+                return
+        answer.account.settle()
+        sequence.computed = min(stop, len(sequence.tokens) - 1)
+        sequence.table.truncate(len(sequence.tokens))
 
     def _emit(self, answer: Answer, draw: Draw) -> None:
         """A new token: record where it left, tell the caller, and see whether the answer ends here."""
@@ -228,8 +256,9 @@ class Lifecycle:
         sequence.tokens.append(draw.token)
         sequence.left_at.append(draw.stage)
         answer.count(token)
+        answer.account.emitted(sequence, depth)
         since_last = None if answer.last_token is None else now - answer.last_token
-        self._metrics.token(request.exits.mode, token, self._plan.blocks, depth, since_last)
+        self._metrics.token(request.exits.mode, token, self._plan.blocks, since_last)
         answer.last_token = now
         if answer.first_token is None:
             answer.first_token = now
@@ -256,6 +285,7 @@ class Lifecycle:
 
     def _finish(self, answer: Answer, reason: FinishReason) -> None:
         job = answer.owner
+        answer.account.close(answer.sequence.generated)
         self._release(answer)
         summary = answer.summary(reason)
         job.running -= 1

@@ -25,6 +25,7 @@ from prometheus_client import (
 from exeunt.compression.variant import KVFormat
 from exeunt.server.request import (
     FINAL_EXIT,
+    LOOKUP_EXIT,
     EmittedToken,
     ExitMode,
     FinishReason,
@@ -86,7 +87,7 @@ class Metrics:
         )  # counted by `token`, not yet exported
         modes = get_args(ExitMode)
         self._init_gauges(stages, targets)
-        self._init_token_counters(modes, tuple(dict.fromkeys((*exits, FINAL_EXIT))))
+        self._init_token_counters(modes, tuple(dict.fromkeys((*exits, FINAL_EXIT, LOOKUP_EXIT))))
         self._init_request_counters()
         self._init_histograms(stages)
 
@@ -245,44 +246,41 @@ class Metrics:
         self._step_rows[stage].observe(rows)
 
     def flush(self) -> None:
-        """Export what `token` has counted: to be called after a batch of tokens, and before an answer's end is told."""
+        """Export what `token`, `work` and `drafts` counted: due after a batch of tokens, and before an answer's end."""
         for counter, amount in self._pending.items():
             counter.inc(amount)
         self._pending.clear()
 
-    def token(
-        self, mode: ExitMode, token: EmittedToken, blocks: int, passes: int, since_last_s: float | None
-    ) -> None:
+    def token(self, mode: ExitMode, token: EmittedToken, blocks: int, since_last_s: float | None) -> None:
         """One token was emitted. Its counts are exported by the next `flush`: one lock for a batch, not for each token.
 
         Args:
             mode: the early-exit mode of its request.
             token: what the response says about it.
-            blocks: blocks of the model; those past the token's depth count as skipped.
-            passes: block x pass pairs that its request took part in for it.
+            blocks: blocks of the model.
             since_last_s: seconds since the answer's token before it; None for the first.
         """
         pending = self._pending
         pending[self._generation_tokens[mode]] += 1
         pending[self._exit_tokens[mode, token.exit]] += 1
-        pending[self._executed] += token.depth
-        pending[self._skipped] += blocks - token.depth
-        pending[self._passes] += passes
         # rounding can make a certain token's logprob a hair positive
         pending[self._nll[mode]] += max(0.0, -token.logprob)
         self._depth.observe(token.depth / blocks)
         if since_last_s is not None:
             self._inter_token.observe(since_last_s)
 
-    def wasted(self, blocks: int, passes: int) -> None:
-        """Work that no answer used: `blocks` block x token pairs in `passes` block x pass pairs."""
-        self._wasted.inc(blocks)
-        self._passes.inc(passes)
+    def work(self, *, executed: int = 0, skipped: int = 0, wasted: int = 0, passes: int = 0) -> None:
+        """Block × token pairs run for tokens, never run, or run in vain, and block × pass pairs; see `flush`."""
+        pending = self._pending
+        pending[self._executed] += executed
+        pending[self._skipped] += skipped
+        pending[self._wasted] += wasted
+        pending[self._passes] += passes
 
     def drafts(self, proposed: int, accepted: int) -> None:
         """An early exit proposed tokens and the full model confirmed some of them."""
-        self._drafts.inc(proposed)
-        self._drafts_accepted.inc(accepted)
+        self._pending[self._drafts] += proposed
+        self._pending[self._drafts_accepted] += accepted
 
     def audit(self, agreed: bool, kl: float, nll_full: float, nll_exit: float) -> None:
         """An early token was compared with the full model's logits; in nats, `kl` is KL(full || exit)."""

@@ -9,6 +9,7 @@ from exeunt.compression.variant import Variant
 ExitMode = Literal["off", "verified", "approximate"]
 SkippedKV = Literal["backfill", "propagate"]
 FINAL_EXIT = "final"  # the name of the model's own head among exits
+LOOKUP_EXIT = "lookup"  # the name of no head: a confirmed token that had been looked up in the text
 
 
 class FinishReason(StrEnum):
@@ -69,7 +70,7 @@ class EmittedToken:
     text: str  # the token's own piece, as the tokenizer prints it alone
     logprob: float
     depth: int  # blocks passed before its logits
-    exit: str  # "block_<i>" or "final"
+    exit: str  # "block_<i>", "final" or "lookup"
 
 
 @dataclass(slots=True)

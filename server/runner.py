@@ -5,9 +5,7 @@ It knows nothing of queues or of requests' lives: the scheduler says which rows 
 
 import time
 from collections.abc import Callable
-from collections.abc import Sequence as Items
-from dataclasses import dataclass, replace
-from itertools import accumulate
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -17,21 +15,13 @@ from exeunt.compression.decoder import Decoder
 from exeunt.compression.kv_format import KVPages
 from exeunt.compression.model import LoadedModel
 from exeunt.compression.variant import Variant
-from exeunt.kernels.paged_batch import PagedBatch
 from exeunt.server.request import SamplingParams
 from exeunt.server.sampling import RowSampling, sample
 from exeunt.server.scheduler import Row, Tick
 from exeunt.server.sequence import Sequence
 from exeunt.server.stages import StagePlan
-
-
-@dataclass(frozen=True, slots=True)
-class Draw:
-    """A sampled token: its id, its log-probability under the raw logits, and the stage at whose end it left."""
-
-    token: int
-    logprob: float
-    stage: int
+from exeunt.server.tick_batch import Part, TickBatch, geometry_of, integers, without
+from exeunt.server.verification import Draw
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,15 +33,32 @@ class Score:
     stage: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class RowResult:
-    """What became of one row: `waiting` are the positions that go on to the next stage, empty when the pass is over."""
+    """What became of one row. `waits_at` is the stage it goes on with, None when the pass is over.
+
+    `draws` are in the order of their positions. `pairs` counts the block × token pairs that were run for positions
+    whose pass yields a token, `passes` the blocks that the row took part in for them.
+    """
 
     row: Row
-    waiting: list[int]
-    draw: Draw | None = None
-    scores: tuple[Score, ...] = ()
+    waits_at: int | None = None
+    draws: tuple[Draw, ...] = ()
+    scores: list[Score] = field(default_factory=list)
     error: str | None = None
+    pairs: int = 0
+    passes: int = 0
+    left: set[int] = field(default_factory=set)  # positions whose logits came from an exit
+
+    def count(self, positions: list[int], blocks: int) -> None:
+        """Count `blocks` blocks run over these positions; those of a prompt but its last count nowhere."""
+        sequence = self.row.sequence
+        if sequence.scoring or positions[-1] < sequence.prompt_tokens - 1:
+            return
+        first = sequence.prompt_tokens - 1
+        counted = len(positions) if positions[0] >= first else sum(p >= first for p in positions)
+        self.pairs += counted * blocks
+        self.passes += blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,33 +69,17 @@ class Sampler:
     choice: int
 
 
-@dataclass(slots=True, eq=False)
-class _Part:
-    """What is still on its way of one row: the positions that have not left."""
+@dataclass(frozen=True, slots=True)
+class _Undrawn:
+    """Logits [tokens, vocab] of tokens whose successors are to be drawn, and the stage they come from."""
 
-    row: Row
-    positions: list[int]
-
-
-@dataclass(slots=True, eq=False)
-class _Batch:
-    """The tokens of a tick that are still on their way, as tensors and by row."""
-
-    parts: list[_Part]
-    geometry: PagedBatch
-    hidden: Tensor  # [tokens, hidden]
-
-    def tokens(self) -> list[tuple[Row, int]]:
-        """The row and position of each token of the tensors."""
-        return [(part.row, position) for part in self.parts for position in part.positions]
-
-
-def _nothing_left(batch: _Batch) -> _Batch:
-    return _Batch([], batch.geometry, batch.hidden[:0])
+    tokens: list[tuple[Row, int]]
+    logits: Tensor
+    stage: int
 
 
 class Runner:
-    """Runs ticks on one device. Holds the page arena and the hidden states of rows that wait between stages.
+    """Runs ticks on one device. Holds the page arena and the states of tokens that wait in front of a stage.
 
     `on_stages` is told of every run of stages, from where rows entered to the next gate (or the tick's end): which
     stages, the seconds they took (the tick's set-up with the first, its draws with the last), the rows that entered.
@@ -108,7 +99,8 @@ class Runner:
         self._device = model.device
         self._pages = {v: KVPages(model.kv_layout(v, page_bytes), arena) for v in model.variants}
         self._samplers: dict[Sequence, Sampler] = {}
-        self._hidden: dict[Sequence, Tensor] = {}  # states of rows between stages
+        # by sequence and stage, the states [tokens, hidden] of `Sequence.pending`
+        self._states: dict[Sequence, dict[int, list[Tensor]]] = {}
 
     def page_tokens(self, variant: Variant) -> int:
         """Tokens that one page holds in this variant's layout."""
@@ -117,7 +109,7 @@ class Runner:
     @property
     def holds_nothing(self) -> bool:
         """Whether no sequence is known and no state is kept."""
-        return not self._samplers and not self._hidden
+        return not self._samplers and not self._states
 
     def enter(self, sequence: Sequence, sampler: Sampler) -> None:
         """Remember how a sequence's tokens are drawn."""
@@ -125,7 +117,7 @@ class Runner:
 
     def forget_states(self, sequence: Sequence) -> None:
         """Drop the states of a preempted sequence."""
-        self._hidden.pop(sequence, None)
+        self._states.pop(sequence, None)
 
     def leave(self, sequence: Sequence) -> None:
         """Forget a finished sequence."""
@@ -136,100 +128,145 @@ class Runner:
     def run(self, tick: Tick) -> list[RowResult]:
         """Run a tick's stages for its rows and say what became of each, in order.
 
-        Tokens that leave at an exit on the way get their deeper keys and values there and drop out of the batch; what
-        is left after the tick's last stage, where that is not the model's last, waits with its state.
+        Tokens that leave at an exit on the way get their deeper keys and values there and drop out of the batch, or
+        wait in front of the next stage for a pass that goes on; what is left after the tick's last stage, where that is
+        not the model's last, waits there too.
         """
+        run = _TickRun(tick)
         began = time.perf_counter()
-        decoder = self._model.decoder(tick.variant)
-        batch = self._gather(tick, decoder)
-        outputs = _Outputs()
+        batch: TickBatch | None = None
         stage = tick.first_stage
-        while batch.parts:
-            boundary, rows = self._next_boundary(tick, batch, stage), len(batch.parts)
-            batch = self._run_stages(tick, batch, stage, boundary, outputs)
-            if not batch.parts:
-                self._draw(outputs)
+        while batch is not None or run.entering:
+            if batch is None:
+                stage = min(run.entering)
+            batch = self._enter(batch, stage, run)
+            boundary, rows = self._next_boundary(run, batch, stage), len(batch.parts)
+            batch = self._run_stages(run, batch, stage, boundary)
+            if batch is None and not run.entering:
+                self._draw(run)
             ended = time.perf_counter()
             self._on_stages(range(stage, boundary + 1), ended - began, rows)
             began, stage = ended, boundary + 1
-        return [outputs.result(row) for row in tick.rows]
+        return [run.results[row] for row in tick.rows]
 
-    def _run_stages(
-        self, tick: Tick, batch: _Batch, stage: int, boundary: int, outputs: "_Outputs"
-    ) -> _Batch:
+    def _run_stages(self, run: "_TickRun", batch: TickBatch, stage: int, boundary: int) -> TickBatch | None:
         """Run stages `stage` to `boundary` in one piece and say what is left to be run in this tick."""
-        decoder, pages = self._model.decoder(tick.variant), self._pages[tick.variant]
+        variant = run.tick.variant
+        decoder, pages = self._model.decoder(variant), self._pages[variant]
         first, stop = self._plan.start(stage), self._plan.stop(boundary)
         batch.hidden = decoder.run_blocks(batch.hidden, batch.geometry, pages, first, stop)
+        for part in batch.parts:
+            run.results[part.row].count(part.positions, stop - first)
         if boundary == self._plan.last:
-            self._finish(decoder, batch, outputs)
-            return _nothing_left(batch)
-        batch = self._after_exit(boundary, decoder, pages, batch, outputs)
-        if boundary == tick.last_stage:
-            self._park(batch, outputs)
-            return _nothing_left(batch)
-        return batch
+            self._finish(decoder, batch, run)
+            return None
+        left = self._after_exit(boundary, decoder, pages, batch, run)
+        if left is not None and boundary == run.tick.last_stage:
+            for part, start, end in left.spans():
+                self._put_back(part, left.hidden[start:end], boundary + 1)
+                run.results[part.row].waits_at = boundary + 1
+            return None
+        return left
 
-    def _next_boundary(self, tick: Tick, batch: _Batch, stage: int) -> int:
-        """How far to run before asking a gate: where no row may leave, to the end of the tick."""
-        return stage if any(part.row.may_leave for part in batch.parts) else tick.last_stage
+    def _next_boundary(self, run: "_TickRun", batch: TickBatch, stage: int) -> int:
+        """How far to run in one piece: to where a row asks a gate, or tokens come in, or to the tick's end."""
+        for boundary in range(stage, run.tick.last_stage):
+            if boundary + 1 in run.entering:
+                return boundary
+            for part in batch.parts:
+                row, sequence = part.row, part.row.sequence
+                asks = row.may_leave and self._plan.asks(sequence.exits.mode, boundary)
+                if asks or boundary + 1 in sequence.pending:
+                    return boundary
+        return run.tick.last_stage
 
-    def _gather(self, tick: Tick, decoder: Decoder) -> _Batch:
-        parts = [_Part(row, row.positions) for row in tick.rows]
-        geometry = self._geometry(parts)
-        if tick.first_stage == 0:
-            ids = [row.sequence.tokens[p] for row in tick.rows for p in row.positions]
-            return _Batch(parts, geometry, decoder.embed(self._ints(ids), geometry.positions))
-        states = [self._hidden.pop(row.sequence) for row in tick.rows]
-        return _Batch(parts, geometry, states[0] if len(states) == 1 else torch.cat(states))
+    def _enter(self, batch: TickBatch | None, stage: int, run: "_TickRun") -> TickBatch:
+        """The batch in front of `stage`: what comes from the stage before, rows that begin, tokens that waited here."""
+        rows = run.entering.pop(stage, [])
+        if stage == 0:
+            parts = [Part(row, row.positions) for row in rows]
+            geometry = geometry_of(parts, self._device)
+            ids = [part.row.sequence.tokens[p] for part in parts for p in part.positions]
+            embed = self._model.decoder(run.tick.variant).embed
+            return TickBatch(parts, geometry, embed(integers(ids, self._device), geometry.positions))
+        arrived = list(batch.spans()) if batch is not None else []
+        arrived += [(Part(row, []), 0, 0) for row in rows]
+        if batch is not None and not rows and not any(stage in p.row.sequence.pending for p, _, _ in arrived):
+            return batch
+        parts, states = [], []
+        for part, start, stop in arrived:
+            sequence = part.row.sequence
+            waiting = sequence.pending.pop(stage, [])
+            if waiting:  # they are older than what arrives
+                states += self._take_states(sequence, stage)
+            if start < stop and batch is not None:
+                states.append(batch.hidden[start:stop])
+            parts.append(Part(part.row, waiting + part.positions))
+        return TickBatch(parts, geometry_of(parts, self._device), torch.cat(states))
 
-    def _geometry(self, parts: Items[_Part]) -> PagedBatch:
-        positions = [p for part in parts for p in part.positions]
-        slots = [part.row.sequence.table.slot(p) for part in parts for p in part.positions]
-        starts = np.fromiter(accumulate((len(part.positions) for part in parts), initial=0), dtype=np.int32)
-        used = [part.positions[-1] // part.row.sequence.table.page_tokens + 1 for part in parts]
-        tables = np.zeros((len(parts), max(used)), dtype=np.int32)
-        for index, (part, count) in enumerate(zip(parts, used, strict=True)):
-            tables[index, :count] = part.row.sequence.table.pages[:count]
-        places = self._ints([positions, slots])
-        return PagedBatch(
-            positions=places[0],
-            slots=places[1],
-            query_starts=torch.from_numpy(starts).to(self._device),
-            page_tables=torch.from_numpy(tables).to(self._device),
-            max_context=max(part.positions[-1] for part in parts) + 1,
-        )
+    def _take_states(self, sequence: Sequence, stage: int) -> list[Tensor]:
+        held = self._states[sequence]
+        states = held.pop(stage)
+        if not held:
+            del self._states[sequence]
+        return states
 
-    def _ints(self, values: list[int] | list[list[int]]) -> Tensor:
-        return torch.from_numpy(np.array(values, dtype=np.int64)).to(self._device)
+    def _put_back(self, part: Part, states: Tensor, stage: int) -> None:
+        """Have a part's tokens wait in front of `stage`."""
+        sequence = part.row.sequence
+        sequence.put_back(stage, part.positions)
+        self._states.setdefault(sequence, {}).setdefault(stage, []).append(states)
 
-    def _finish(self, decoder: Decoder, batch: _Batch, outputs: "_Outputs") -> None:
+    def _finish(self, decoder: Decoder, batch: TickBatch, run: "_TickRun") -> None:
         """The last stage: the model's own head for every token that is wanted."""
         tokens = batch.tokens()
         wanted = [
-            i for i, (row, p) in enumerate(tokens) if row.sequence.scoring or row.sequence.yields_token((p,))
+            i
+            for i, (row, p) in enumerate(tokens)
+            if row.sequence.wants_logits(p) and p not in run.results[row].left
         ]
         if not wanted:
             return
-        states = batch.hidden if len(wanted) == len(tokens) else batch.hidden[self._ints(wanted)]
-        self._emit([tokens[i] for i in wanted], decoder.head(states), self._plan.last, outputs)
+        states = batch.hidden if len(wanted) == len(tokens) else batch.hidden[integers(wanted, self._device)]
+        self._emit([tokens[i] for i in wanted], decoder.head(states), self._plan.last, run)
 
     def _after_exit(
-        self, stage: int, decoder: Decoder, pages: KVPages, batch: _Batch, outputs: "_Outputs"
-    ) -> _Batch:
+        self, stage: int, decoder: Decoder, pages: KVPages, batch: TickBatch, run: "_TickRun"
+    ) -> TickBatch | None:
         """A stage has ended in an exit: what is left of the batch when those that leave there are gone."""
-        tokens, gated, left = batch.tokens(), [], set()
+        tokens, gated, gone = batch.tokens(), [], set()
         for index, (row, position) in enumerate(tokens):
             if row.sequence.recorded_stage(position) == stage:
-                left.add(index)
-            elif row.sequence.asks_gate(position):
+                gone.add(index)
+            elif self._asks_gate(row, position, stage, run):
                 gated.append(index)
         if gated:
-            left.update(self._gate(stage, decoder, batch.hidden, tokens, gated, outputs))
-        if not left:
-            return batch
-        self._propagate(stage, decoder, pages, batch, sorted(left))
-        return self._without(batch, left)
+            leaving = self._gate(stage, decoder, batch.hidden, tokens, gated, run)
+            gone.update(i for i in leaving if tokens[i][0].sequence.replays_exits)
+        else:
+            leaving = []
+        if gone:
+            self._propagate(stage, decoder, pages, batch, sorted(gone))
+        gone.update(self._wait_here(stage, batch, {tokens[i][0] for i in leaving}))
+        return without(batch, gone) if gone else batch
+
+    def _asks_gate(self, row: Row, position: int, stage: int, run: "_TickRun") -> bool:
+        """Whether the token at `position` may leave at the end of `stage`: the last of a decode step, any of a text."""
+        sequence = row.sequence
+        if row.threshold is None or not self._plan.asks(sequence.exits.mode, stage):
+            return False
+        last = sequence.scoring or position == len(sequence.tokens) - 1
+        return last and position not in run.results[row].left
+
+    def _wait_here(self, stage: int, batch: TickBatch, left: set[Row]) -> list[int]:
+        """Have the rows that left wait in front of the next stage, with the tokens they took along, and name these."""
+        waiting: list[int] = []
+        for part, start, stop in batch.spans():
+            row, sequence = part.row, part.row.sequence
+            if row in left and not (row.deep or sequence.scoring or sequence.replays_exits):
+                self._put_back(part, batch.hidden[start:stop], stage + 1)
+                waiting += range(start, stop)
+        return waiting
 
     def _gate(
         self,
@@ -238,11 +275,11 @@ class Runner:
         hidden: Tensor,
         tokens: list[tuple[Row, int]],
         gated: list[int],
-        outputs: "_Outputs",
+        run: "_TickRun",
     ) -> list[int]:
         """Ask the exit's gate about the tokens `gated`; emit those that leave and say which they are."""
-        states = hidden if len(gated) == hidden.shape[0] else hidden[self._ints(gated)]
-        thresholds = [tokens[i][0].sequence.exits.threshold for i in gated]
+        states = hidden if len(gated) == hidden.shape[0] else hidden[integers(gated, self._device)]
+        thresholds = [tokens[i][0].threshold for i in gated]
         asked = torch.from_numpy(np.array(thresholds, dtype=np.float32)).to(self._device)
         gate = self._model.exits[stage].gate(states, asked, decoder.project_exit)
         leaves, projected = gate.leaves.tolist(), gate.projected.tolist()
@@ -250,111 +287,80 @@ class Runner:
         if not chosen:
             return []
         leaving = [gated[projected[number]] for number in chosen]
-        logits = gate.logits if len(chosen) == len(projected) else gate.logits[self._ints(chosen)]
-        self._emit([tokens[i] for i in leaving], logits, stage, outputs)
+        every = len(chosen) == len(projected)
+        logits = gate.logits if every else gate.logits[integers(chosen, self._device)]
+        for i in leaving:
+            row, position = tokens[i]
+            run.results[row].left.add(position)
+        self._emit([tokens[i] for i in leaving], logits, stage, run)
         return leaving
 
     def _propagate(
-        self, stage: int, decoder: Decoder, pages: KVPages, batch: _Batch, left: list[int]
+        self, stage: int, decoder: Decoder, pages: KVPages, batch: TickBatch, left: list[int]
     ) -> None:
         """Write the deeper blocks' keys and values of tokens that leave, from their state at the exit."""
         hidden, geometry = batch.hidden, batch.geometry
         if len(left) < hidden.shape[0]:
-            index = self._ints(left)
+            index = integers(left, self._device)
             hidden = hidden[index]
             # nothing attends here, so whose rows the tokens are does not matter
             geometry = replace(geometry, positions=geometry.positions[index], slots=geometry.slots[index])
         decoder.project_kv(hidden, geometry, pages, self._plan.stop(stage), self._plan.blocks)
 
-    def _without(self, batch: _Batch, left: set[int]) -> _Batch:
-        """The batch without the tokens `left`."""
-        if batch.geometry.tokens == batch.geometry.rows:  # one token a row: a decode step
-            staying = [i for i in range(len(batch.parts)) if i not in left]
-            if not staying:
-                return _nothing_left(batch)
-            index = self._ints(staying)
-            return _Batch([batch.parts[i] for i in staying], batch.geometry.take(index), batch.hidden[index])
-        parts: list[_Part] = []
-        stay: list[int] = []
-        token = 0
-        for part in batch.parts:
-            kept = [(i, p) for i, p in enumerate(part.positions, start=token) if i not in left]
-            token += len(part.positions)
-            stay += [i for i, _ in kept]
-            if kept:
-                parts.append(_Part(part.row, [p for _, p in kept]))
-        if not parts:
-            return _nothing_left(batch)
-        return _Batch(parts, self._geometry(parts), batch.hidden[self._ints(stay)])
-
-    def _park(self, batch: _Batch, outputs: "_Outputs") -> None:
-        """Keep the states of what waits for the next stage."""
-        token = 0
-        for part in batch.parts:
-            self._hidden[part.row.sequence] = batch.hidden[token : token + len(part.positions)]
-            outputs.waiting[part.row] = part.positions
-            token += len(part.positions)
-
-    def _emit(self, wanted: list[tuple[Row, int]], logits: Tensor, stage: int, outputs: "_Outputs") -> None:
+    def _emit(self, wanted: list[tuple[Row, int]], logits: Tensor, stage: int, run: "_TickRun") -> None:
         """Note what the next token of rows that decode is drawn from, and look up the given one of rows that score."""
         scored = [i for i, (row, _) in enumerate(wanted) if row.sequence.scoring]
         drawn = [i for i, (row, _) in enumerate(wanted) if not row.sequence.scoring]
         if scored:
-            self._score(
-                [wanted[i] for i in scored],
-                logits if not drawn else logits[self._ints(scored)],
-                stage,
-                outputs,
-            )
+            rows = logits if not drawn else logits[integers(scored, self._device)]
+            self._score([wanted[i] for i in scored], rows, stage, run)
         if drawn:
-            rows = logits if not scored else logits[self._ints(drawn)]
-            outputs.undrawn.append(([wanted[i][0] for i in drawn], rows, stage))
+            rows = logits if not scored else logits[integers(drawn, self._device)]
+            run.undrawn.append(_Undrawn([wanted[i] for i in drawn], rows, stage))
 
-    def _score(self, wanted: list[tuple[Row, int]], logits: Tensor, stage: int, outputs: "_Outputs") -> None:
-        targets = self._ints([row.sequence.tokens[position + 1] for row, position in wanted])
+    def _score(self, wanted: list[tuple[Row, int]], logits: Tensor, stage: int, run: "_TickRun") -> None:
+        targets = integers([row.sequence.tokens[position + 1] for row, position in wanted], self._device)
         logprobs = logits.float().log_softmax(dim=-1).gather(1, targets[:, None]).flatten().tolist()
         for (row, position), logprob in zip(wanted, logprobs, strict=True):
-            outputs.scores.setdefault(row, []).append(Score(position, logprob, stage))
+            run.results[row].scores.append(Score(position, logprob, stage))
 
-    def _draw(self, outputs: "_Outputs") -> None:
+    def _draw(self, run: "_TickRun") -> None:
         """Sample the next tokens of all rows that left in this tick, wherever they did, in one go."""
-        if not outputs.undrawn:
+        if not run.undrawn:
             return
-        rows = [row for some, _, _ in outputs.undrawn for row in some]
-        stages = [stage for some, _, stage in outputs.undrawn for _ in some]
-        parts = [logits for _, logits, _ in outputs.undrawn]
+        tokens = [token for some in run.undrawn for token in some.tokens]
+        stages = [some.stage for some in run.undrawn for _ in some.tokens]
+        parts = [some.logits for some in run.undrawn]
         logits = parts[0] if len(parts) == 1 else torch.cat(parts)
-        asks = []
-        for row in rows:
-            sequence, sampler = row.sequence, self._samplers[row.sequence]
-            asks.append(RowSampling(sampler.params, sampler.choice, sequence.generated, sequence.tokens))
+        asks = [self._sampling(row.sequence, position) for row, position in tokens]
         drawn = sample(logits, asks, self._model.spec.eos_token_ids)
-        for row, stage, token, logprob, error in zip(
-            rows, stages, drawn.ids, drawn.logprobs, drawn.errors, strict=True
+        found: dict[Row, list[Draw]] = {}
+        for (row, position), stage, token, logprob, error in zip(
+            tokens, stages, drawn.ids, drawn.logprobs, drawn.errors, strict=True
         ):
             if error is not None:
-                outputs.errors[row] = error
-            else:
-                outputs.draws[row] = Draw(token, logprob, stage)
+                run.results[row].error = error
+            found.setdefault(row, []).append(Draw(token, logprob, stage, position))
+        for row, draws in found.items():
+            run.results[row].draws = tuple(sorted(draws, key=lambda draw: draw.position))
+
+    def _sampling(self, sequence: Sequence, position: int) -> RowSampling:
+        """How the token behind `position` is drawn: from the history up to there, drafts included."""
+        sampler, tokens = self._samplers[sequence], sequence.tokens
+        if sampler.params.repetition_penalty == 1.0:
+            history = []
+        else:
+            history = tokens if position == len(tokens) - 1 else tokens[: position + 1]
+        return RowSampling(sampler.params, sampler.choice, position + 1 - sequence.prompt_tokens, history)
 
 
-class _Outputs:
-    """What the rows of a tick yielded."""
+class _TickRun:
+    """A tick while it runs: its rows by the stage they enter at, and what they have yielded."""
 
-    def __init__(self) -> None:
-        self.undrawn: list[
-            tuple[list[Row], Tensor, int]
-        ] = []  # rows, their logits [rows, vocab], where they left
-        self.draws: dict[Row, Draw] = {}
-        self.scores: dict[Row, list[Score]] = {}
-        self.errors: dict[Row, str] = {}
-        self.waiting: dict[Row, list[int]] = {}
-
-    def result(self, row: Row) -> RowResult:
-        return RowResult(
-            row,
-            self.waiting.get(row, []),
-            self.draws.get(row),
-            tuple(self.scores.get(row, ())),
-            self.errors.get(row),
-        )
+    def __init__(self, tick: Tick) -> None:
+        self.tick = tick
+        self.entering: dict[int, list[Row]] = {}
+        for row in tick.rows:
+            self.entering.setdefault(row.stage, []).append(row)
+        self.results = {row: RowResult(row) for row in tick.rows}
+        self.undrawn: list[_Undrawn] = []

@@ -7,6 +7,7 @@ from itertools import islice
 from typing import Final
 
 from exeunt.compression.variant import Variant
+from exeunt.server.drafting import LOOKUP, Drafter, Proposal
 from exeunt.server.pages import OutOfPagesError, PagePool
 from exeunt.server.sequence import Sequence, Status
 from exeunt.server.stages import StagePlan
@@ -17,27 +18,42 @@ _LOOKAHEAD: Final = 16  # how far down the queue a smaller one is looked for
 
 @dataclass(slots=True, eq=False)
 class Row:
-    """The next token(s) of one sequence, waiting at one stage. Positions ascend; deeper down some may be missing."""
+    """One pass of one sequence: its next token(s), with what of it waits in front of the stages on the way.
+
+    `positions` begin at stage 0; a row that begins deeper has none and takes up what waits there. A `deep` row goes to
+    the model's end and takes everything along; at exits it passes its token may still be emitted.
+    """
 
     sequence: Sequence
     positions: list[int]
-    stop: int  # one past the last position of the pass it belongs to
+    stop: int  # one past the last position of the pass
     stage: int = 0
+    deep: bool = False
+    threshold: float | None = None  # the confidence at which its token leaves; None: it asks no gate
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the row brings to its stage, or, if it is deep, to the deepest."""
+        sequence = self.sequence
+        if self.deep:
+            return len(self.positions) + sequence.owes
+        return len(self.positions) + len(sequence.pending.get(self.stage, ()))
 
     @property
     def yields_token(self) -> bool:
-        return self.sequence.yields_token(self.positions)
+        """Whether a token follows from the pass."""
+        return not self.positions or self.sequence.yields_token(self.positions)
 
     @property
     def may_leave(self) -> bool:
         """Whether a token of this row may leave at an exit: a decode step, a text to score, or exits to replay."""
         sequence = self.sequence
-        return sequence.may_leave and (sequence.scoring or bool(sequence.left_at))
+        return self.threshold is not None or (sequence.replays_exits and bool(sequence.left_at))
 
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    """A batch of rows of one variant that run stages `first_stage` to `last_stage` together."""
+    """A batch of rows of one variant that run stages up to `last_stage` together, each from its own stage on."""
 
     variant: Variant
     first_stage: int
@@ -46,7 +62,7 @@ class Tick:
 
     @property
     def tokens(self) -> int:
-        return sum(len(row.positions) for row in self.rows)
+        return sum(row.tokens for row in self.rows)
 
 
 @dataclass(slots=True)
@@ -84,6 +100,10 @@ class Scheduler:
 
     With `run_through` a tick runs all stages, rows dropping out where they leave; without, it ends at the first
     boundary at which one of its rows may leave, and those that stay wait there.
+
+    A token that left early and still owes its keys and values to deeper blocks waits in front of the next stage until
+    a pass of its sequence comes by; when `max_owed` wait, or drafts can be taken no further, the next pass goes deep
+    and takes them along.
     """
 
     def __init__(
@@ -94,10 +114,12 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         run_through: bool = True,
+        max_owed: int = 8,
     ) -> None:
         self._plan = plan
         self._pool = pool
         self._run_through = run_through
+        self._max_owed = max_owed
         self._max_num_seqs = max_num_seqs
         self._budget = max(max_num_batched_tokens, 1)
         self._waiting: deque[Sequence] = deque()
@@ -210,9 +232,9 @@ class Scheduler:
         """Account the time a tick took, for fairness between variants."""
         self._lanes[variant].served_s += seconds
 
-    def move_on(self, row: Row, stage: int, positions: list[int]) -> None:
-        """Queue what is left of a row at a deeper stage."""
-        row.stage, row.positions = stage, positions
+    def move_on(self, row: Row, stage: int) -> None:
+        """Queue a row at a deeper stage, in front of which its tokens wait."""
+        row.stage, row.positions = stage, []
         self._lanes[row.sequence.variant].deeper[stage - 1][row.sequence] = row
 
     def finish_pass(self, sequence: Sequence) -> None:
@@ -240,9 +262,9 @@ class Scheduler:
         budget = self._budget
         waiting = lane.deeper[stage - 1]
         for sequence, row in list(waiting.items()):
-            if rows and len(row.positions) > budget:
+            if rows and row.tokens > budget:
                 break
-            budget -= len(row.positions)
+            budget -= row.tokens
             rows.append(waiting.pop(sequence))
         return rows
 
@@ -257,14 +279,43 @@ class Scheduler:
                     break
                 if sequence not in ready:  # preempted while this tick was put together
                     continue
-                positions = sequence.next_positions(left)
-                if not self._make_room(sequence, positions[-1] + 1, taken):
+                row = self._next_row(sequence, left)
+                if not self._make_room(sequence, row.stop, taken):
+                    sequence.reject_drafts(sequence.looked_up_from)
                     continue
                 del ready[sequence]
                 taken.add(sequence)
-                left -= len(positions)
-                rows.append(Row(sequence, list(positions), positions[-1] + 1))
+                left -= row.tokens
+                rows.append(row)
         return rows
+
+    def _next_row(self, sequence: Sequence, most: int) -> Row:
+        """The next pass of a sequence: up to `most` tokens of its prefill, or a decode step."""
+        if sequence.prefilling or sequence.scoring:
+            positions = list(sequence.next_positions(most))
+            threshold = sequence.exits.threshold if sequence.scoring else None
+            return Row(sequence, positions, positions[-1] + 1, threshold=threshold)
+        if sequence.drafter is not None:
+            return self._drafting_row(sequence, sequence.drafter)
+        positions = list(sequence.next_positions(1))
+        deep = sequence.owes >= self._max_owed
+        threshold = sequence.exits.threshold if positions[0] >= sequence.prompt_tokens else None
+        return Row(sequence, positions, positions[-1] + 1, deep=deep, threshold=threshold)
+
+    def _drafting_row(self, sequence: Sequence, drafter: Drafter) -> Row:
+        """The next step of a sequence whose exits are drafts; drafts that were looked up are taken in."""
+        room, owes = sequence.room, sequence.owes
+        if room <= 0:  # nothing more can follow: what waits is to be confirmed
+            return Row(sequence, [], sequence.computed, stage=min(sequence.pending), deep=True)
+        proposal = _GO_DEEP
+        if room > 1 and owes < self._max_owed and len(sequence.tokens) > sequence.prompt_tokens:
+            proposal = drafter.propose(sequence.tokens, len(sequence.drafts), room - 1)
+        start = len(sequence.tokens) - 1
+        sequence.tokens += proposal.tokens
+        sequence.drafts += [LOOKUP] * len(proposal.tokens)
+        positions = list(range(start, len(sequence.tokens)))
+        threshold = None if proposal.tokens else proposal.threshold
+        return Row(sequence, positions, positions[-1] + 1, deep=threshold is None, threshold=threshold)
 
     def _make_room(self, sequence: Sequence, tokens: int, taken: set[Sequence]) -> bool:
         """Get pages for a sequence's first `tokens` positions, preempting younger ones; False if it must wait."""
@@ -298,6 +349,9 @@ class Scheduler:
         if not self._run_through and any(row.may_leave for row in rows):
             return stage
         return self._plan.last
+
+
+_GO_DEEP: Final = Proposal()
 
 
 def _missing(sequence: Sequence) -> int:

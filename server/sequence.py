@@ -1,10 +1,11 @@
-"""One sequence on its way through the engine: its tokens, its pages and how far its keys and values reach."""
+"""One sequence on its way through the engine: its tokens, its pages, and what of it has passed which stage."""
 
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from enum import Enum
 
 from exeunt.compression.variant import Variant
+from exeunt.server.drafting import LOOKUP, Drafter
 from exeunt.server.pages import PageTable
 from exeunt.server.request import DepthTotals, ExitPolicy
 
@@ -19,8 +20,10 @@ class Status(Enum):
 class Sequence:
     """A prompt and what was generated from it (one choice of a request), or a text to be scored.
 
-    The pass over position p yields the token at p + 1. `left_at` records, for every pass that yielded a token, the
-    stage at whose end the token left, so that recomputing after a preemption replays the same exits.
+    The pass over position p yields the token at p + 1. `tokens` ends in `drafts`, tokens that were proposed and not
+    confirmed yet; nobody has been told of them. `left_at` records, for every pass that yielded a token, the stage at
+    whose end the token left, so that recomputing after a preemption replays the same exits where their keys and values
+    were propagated.
     """
 
     name: str
@@ -30,27 +33,50 @@ class Sequence:
     prompt_tokens: int
     table: PageTable
     scoring: bool = False
+    limit: int = 1 << 62  # tokens it may grow to
+    ends: frozenset[int] = frozenset()  # token ids that end it
+    drafter: Drafter | None = None  # says when to draft; None where tokens are not drafted
     status: Status = Status.WAITING
-    computed: int = 0  # positions 0..computed - 1 have their keys and values in every block
+    computed: int = 0  # positions 0..computed - 1 have passed the first stage
     left_at: list[int] = field(default_factory=list)
+    drafts: list[int] = field(default_factory=list)  # the stage that proposed each, LOOKUP: none did
+    pending: dict[int, list[int]] = field(default_factory=dict)  # positions in front of a stage, ascending
     order: int = 0  # admission order: the youngest is preempted first
     preemptions: int = 0
     overtaken: int = 0  # later ones that started while it waited for pages
     totals: DepthTotals = field(default_factory=DepthTotals)
 
     @property
-    def generated(self) -> int:
-        return len(self.tokens) - self.prompt_tokens
+    def confirmed(self) -> int:
+        """Tokens that will not be taken back: all but the drafts."""
+        return len(self.tokens) - len(self.drafts)
 
     @property
-    def may_leave(self) -> bool:
-        return self.exits.mode == "approximate"
+    def generated(self) -> int:
+        return self.confirmed - self.prompt_tokens
+
+    @property
+    def replays_exits(self) -> bool:
+        """Whether recomputing must leave where the first pass left: propagated keys and values depend on it."""
+        return self.exits.mode == "approximate" and self.exits.skipped_kv == "propagate"
+
+    @property
+    def room(self) -> int:
+        """Tokens that may still follow, were all drafts right: none after one that ends it."""
+        if self.drafts and not self.ends.isdisjoint(self.tokens[self.confirmed :]):
+            return 0
+        return self.limit - len(self.tokens)
+
+    @property
+    def owes(self) -> int:
+        """Positions that have not passed all stages yet."""
+        return sum(len(positions) for positions in self.pending.values())
 
     @property
     def prefill_target(self) -> int:
         """Positions to compute before it decodes: its prompt, or after a preemption all but its last token."""
         if self.scoring or self.left_at:
-            return len(self.tokens) - 1
+            return self.confirmed - 1
         return self.prompt_tokens
 
     @property
@@ -68,18 +94,39 @@ class Sequence:
         return not self.scoring and positions[-1] == len(self.tokens) - 1
 
     def recorded_stage(self, position: int) -> int | None:
-        """The stage at which the pass over `position` left before, None where it has not been run."""
-        if self.scoring:
+        """The stage at which the pass over `position` must leave again, None where it has not been run."""
+        if self.scoring or not self.replays_exits:
             return None
         passed = position - (self.prompt_tokens - 1)
         return self.left_at[passed] if 0 <= passed < len(self.left_at) else None
 
-    def asks_gate(self, position: int) -> bool:
-        """Whether the token at `position` may leave at an exit: never a prompt's, nor one whose exit is on record."""
-        free = self.scoring or position >= self.prompt_tokens
-        return self.may_leave and free and self.recorded_stage(position) is None
+    def wants_logits(self, position: int) -> bool:
+        """Whether the model's own head is to be asked about `position`: its next token is not certain yet."""
+        return self.scoring or position >= self.confirmed - 1
+
+    def put_back(self, stage: int, positions: Items[int]) -> None:
+        """Note that `positions` wait in front of `stage` (their states are the runner's)."""
+        self.pending.setdefault(stage, []).extend(positions)
+
+    @property
+    def looked_up_from(self) -> int:
+        """How many drafts come before those, at the end, that no stage has seen yet."""
+        count = len(self.drafts)
+        while count and self.drafts[count - 1] == LOOKUP:
+            count -= 1
+        return count
+
+    def reject_drafts(self, kept: int) -> None:
+        """Drop all drafts but the first `kept`, with what was computed of them and after them."""
+        dropped = len(self.drafts) - kept
+        if dropped:
+            del self.tokens[-dropped:]
+            del self.drafts[kept:]
+        self.computed = min(self.computed, len(self.tokens) - 1)
 
     def drop_computed(self) -> None:
-        """Give back all pages; everything is to be computed again."""
+        """Give back all pages; everything is to be computed again, and drafts are forgotten."""
+        self.reject_drafts(0)
+        self.pending.clear()
         self.table.clear()
         self.computed = 0

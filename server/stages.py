@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from itertools import pairwise
 
-from exeunt.server.request import FINAL_EXIT
+from exeunt.server.drafting import LOOKUP
+from exeunt.server.request import FINAL_EXIT, LOOKUP_EXIT, ExitMode
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,11 +16,21 @@ class StagePlan:
 
     blocks: int
     exit_blocks: tuple[int, ...]  # the block each exit follows, ascending, each before the last block
+    certified: tuple[int, ...] | None = None  # stages that end in an exit for the approximate mode; None: all
+    drafting: int | None = None  # the stage that ends in the exit that drafts; None: the first
 
     def __post_init__(self) -> None:
         inner = self.exit_blocks
         if any(a >= b for a, b in pairwise(inner)) or any(not 0 <= e < self.blocks - 1 for e in inner):
             raise ValueError(f"exits {inner} must ascend and lie after blocks 0 to {self.blocks - 2}")
+
+    def asks(self, mode: ExitMode, stage: int) -> bool:
+        """Whether tokens of requests in this mode may leave at the end of `stage`."""
+        if mode == "off" or stage >= self.last:
+            return False
+        if mode == "verified":
+            return stage == (self.drafting or 0)
+        return self.certified is None or stage in self.certified
 
     @property
     def stages(self) -> int:
@@ -35,10 +46,14 @@ class StagePlan:
 
     def stop(self, stage: int) -> int:
         """One past the last block of a stage: also the depth, in blocks, of a token that leaves at its end."""
+        if stage == LOOKUP:
+            return 0
         return self.exit_blocks[stage] + 1 if stage < self.last else self.blocks
 
     def exit_name(self, stage: int) -> str:
         """The name of the head at the end of a stage."""
+        if stage == LOOKUP:
+            return LOOKUP_EXIT
         return f"block_{self.exit_blocks[stage]}" if stage < self.last else FINAL_EXIT
 
     @property

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry
 from exeunt.compression.kv_format import page_bytes_for
 from exeunt.compression.model import LoadedModel
 from exeunt.compression.variant import Variant
+from exeunt.server.drafting import Drafter, default_drafter
 from exeunt.server.engine import Engine
 from exeunt.server.engine_config import EngineConfig
 from exeunt.server.metrics import Metrics
@@ -29,6 +30,8 @@ from exeunt.server.request import (
 
 FULL, INT4_KV, LINEAR = Variant(), Variant(kv_cache="int4"), Variant(linear_block=True)
 OFF, LEAVE = ExitPolicy(), ExitPolicy("approximate", threshold=0.5)
+BACKFILL = ExitPolicy("approximate", threshold=0.5, skipped_kv="backfill")
+VERIFIED = ExitPolicy("verified")
 PROMPT = tuple(b"The stage is empty. They leave.")
 WAIT_S = 60
 
@@ -40,6 +43,7 @@ class Heard:
     events: list[Event] = field(default_factory=list)
     done: threading.Event = field(default_factory=threading.Event)
     choices: int = 1
+    prompt: tuple[int, ...] = ()
 
     def __call__(self, event: Event) -> None:
         self.events.append(event)
@@ -87,7 +91,7 @@ class Bench:
         **sampling: Any,
     ) -> Heard:
         self.count += 1
-        heard = Heard(choices=n)
+        heard = Heard(choices=n, prompt=prompt)
         params = replace(SamplingParams(max_new_tokens=24, ignore_eos=True), **sampling)
         now = time.monotonic()
         deadline = None if timeout_s is None else now + timeout_s
@@ -108,15 +112,20 @@ class Bench:
 
 
 @contextmanager
-def running(model: LoadedModel, pages: int = 400, run_through: bool = True, **limits: int) -> Iterator[Bench]:
+def running(
+    model: LoadedModel,
+    pages: int = 400,
+    run_through: bool = True,
+    new_drafter: Callable[[GenerationRequest], Drafter] = default_drafter,
+    **limits: int,
+) -> Iterator[Bench]:
     registry = CollectorRegistry()
     exits = [f"block_{head.block}" for head in model.exits]
     metrics = Metrics(registry, "tiny", [str(i) for i in range(len(exits) + 1)], exits)
     page_bytes = page_bytes_for(model.spec, model.dtype)
     settings = {"max_model_len": 512, "max_num_batched_tokens": 128, **limits}
-    engine = Engine(
-        model, EngineConfig(kv_cache_bytes=pages * page_bytes, **settings), metrics, run_through=run_through
-    )
+    config = EngineConfig(kv_cache_bytes=pages * page_bytes, **settings)
+    engine = Engine(model, config, metrics, run_through=run_through, new_drafter=new_drafter)
     engine.start()
     try:
         yield Bench(engine, registry)

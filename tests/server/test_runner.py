@@ -19,12 +19,14 @@ from exeunt.server.request import (
 )
 from exeunt.server.sequence import Sequence
 from tests.server.engine_bench import (
+    BACKFILL,
     FULL,
     INT4_KV,
     LEAVE,
     LINEAR,
     OFF,
     PROMPT,
+    VERIFIED,
     Bench,
     Heard,
     running,
@@ -61,7 +63,7 @@ def crowd(bench: Bench) -> list[Heard]:
             bench.ask(
                 prompt=prompt,
                 variant=dice.choice((FULL, INT4_KV, LINEAR)),
-                exits=dice.choice((OFF, LEAVE)),
+                exits=dice.choice((OFF, LEAVE, BACKFILL, VERIFIED)),
                 temperature=dice.choice((0.0, 0.8, 1.3)),
                 top_p=dice.choice((1.0, 0.9)),
                 top_k=dice.choice((0, 20)),
