@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from exeunt.calibration.options import exit_blocks
 from exeunt.compression.architecture import Architecture, load_architecture
 from exeunt.compression.model import default_dtype
 from exeunt.compression.variant import KVFormat, Variant, WeightFormat
@@ -19,7 +18,7 @@ from exeunt.deploy.loading import (
     resolve_device,
     resolve_dtype,
 )
-from exeunt.deploy.packaged import cache_folder, calibration_options
+from exeunt.deploy.packaged import bundle_folder, cache_folder, calibration_options
 from exeunt.server.api.compression import NotOfferedError, resolve
 from exeunt.server.api.offer import Certificate, Offer
 from exeunt.server.api.schemas import CompressionOptions
@@ -40,12 +39,15 @@ class ExpectedModel:
 def check_settings(source: Source | None, settings: Settings) -> None:
     """Refuse what cannot fit the model at `source`, None being the packaged one, before the long work.
 
-    A bundle, and a model on the Hub, say more only when they are loaded. Raises SettingsError, and ConfigError or
-    UnsupportedModelError for a checkpoint that cannot be served.
+    A bundle, the packaged model's own included, and a model on the Hub say more when they are loaded.
+
+    Raises SettingsError, and ConfigError or UnsupportedModelError for a checkpoint that cannot be served.
     """
     device = resolve_device(settings.device)
     check_batch(settings)
     if source is None:
+        if bundle_folder().exists():
+            return
         model = expected_bundle(packaged_model.path(), settings)
     elif source.is_bundle:
         return
@@ -75,6 +77,10 @@ def expected_bundle(folder: Path, settings: Settings) -> ExpectedModel:
 
     Raises SettingsError for a target that calibration does not look at.
     """
+    from exeunt.calibration.options import (
+        exit_blocks,
+    )  # with all that calibrates: not for a server that does not
+
     spec = load_architecture(folder)
     options = calibration_options(folder, cache_folder())
     exits = settings.default_compression.early_exit

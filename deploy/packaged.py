@@ -52,8 +52,7 @@ def packaged_bundle(
     Raises FileNotFoundError where the package does not lie on disk, SettingsError where nothing can be kept in the
     cache folder, and what `calibrate` raises.
     """
-    folder = packaged_model.path()
-    target = cache_folder() / "bundles" / f"packaged-{content_key(folder)}"
+    folder, target = packaged_model.path(), bundle_folder()
     with suppress(BundleError):
         return open_bundle(target).path
     progress = progress or TerminalProgress()
@@ -109,6 +108,11 @@ def calibration_options(folder: Path, target: Path, device: str = "auto") -> "Ca
 
     data = str(folder / CALIBRATION_TEXT)
     return CalibrationOptions(model=str(folder), out=target, data=data, origin=_ORIGIN, device=device)
+
+
+def bundle_folder() -> Path:
+    """Where the packaged model's bundle is kept once it is made. Raises FileNotFoundError as `packaged_bundle`."""
+    return cache_folder() / "bundles" / f"packaged-{content_key(packaged_model.path())}"
 
 
 def content_key(folder: Path) -> str:

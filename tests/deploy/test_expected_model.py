@@ -1,5 +1,7 @@
 """Settings that cannot fit the model are refused before it is calibrated or loaded."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +11,10 @@ from exeunt.compression.architecture import load_architecture
 from exeunt.deploy import packaged_model
 from exeunt.deploy.expected_model import check_settings, expected_bundle
 from exeunt.deploy.loading import SettingsError, Source
-from exeunt.deploy.packaged import calibration_options
+from exeunt.deploy.packaged import bundle_folder, calibration_options
 from exeunt.server.settings import given_settings
 from tests.compression.small_bundles import small_checkpoint
+from tests.deploy.server_process import environment
 
 LONGEST = 64
 LINEAR = {"linear_block": True, "early_exit": {"mode": "approximate", "max_disagreement": 0.05}}
@@ -21,6 +24,7 @@ LINEAR = {"linear_block": True, "early_exit": {"mode": "approximate", "max_disag
 def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A checkpoint that is also the packaged model."""
     folder = small_checkpoint(tmp_path / "checkpoint", max_position_embeddings=LONGEST)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(packaged_model, "path", lambda: folder)
     return folder
 
@@ -99,6 +103,17 @@ def test_what_only_loading_can_tell_is_left_to_it(tmp_path: Path) -> None:
     check_settings(Source(str(tmp_path), is_bundle=True), settings)
 
 
-def test_the_packaged_model_itself_can_be_looked_at() -> None:
+def test_a_packaged_model_that_is_calibrated_already_is_a_bundle(checkpoint: Path) -> None:
+    bundle_folder().mkdir(parents=True)
+    check_settings(None, given_settings({"max_model_len": 10**6}))
+
+
+def test_the_packaged_model_itself_can_be_looked_at(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     longest = load_architecture(packaged_model.path()).max_position_embeddings
     check_settings(None, given_settings({"max_model_len": longest}))
+
+
+def test_a_server_that_does_not_calibrate_has_not_what_calibration_needs() -> None:
+    code = "import sys, exeunt.deploy.serve; sys.exit('scipy.stats' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], env=environment(), check=False).returncode == 0

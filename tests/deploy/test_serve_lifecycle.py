@@ -123,7 +123,6 @@ def test_settings_come_from_the_environment_too(bundle: Path, tmp_path: Path) ->
         (["bench", "nowhere"], 2, ["no folder nowhere"]),
         (["calibrate", "nowhere", "--out", "y", "--data", "z"], 2, ["no folder nowhere"]),
         (["serve", "--max-num-seqs", "600"], 2, ["--max-num-batched-tokens is 512", "--max-num-seqs, 600"]),
-        (["serve", "--max-model-len", "5000"], 2, ["--max-model-len is 5000", "limit is 1024"]),
         (["serve", "--port", "eighty"], 2, ["--port", '"eighty"', "whole number"]),
         (["serve", "--port", "70000"], 2, ["--port", "70000", "65535"]),
         (["serve", "--colour", "red"], 2, ["no option --colour; `exeunt serve --help`"]),
