@@ -35,6 +35,9 @@ CHECKPOINT_FILES: Final = (
 CODE: Final = ("exeunt.kernels", "exeunt.compression", "exeunt.calibration")
 CALIBRATION_TEXT: Final = "calibration.txt"
 _ORIGIN: Final = "written by the packaged model itself, see its MODEL_CARD.md"
+EVALUATION_TOKENS: Final = 2_000
+"""Every mode is evaluated on so many tokens before the first start can serve; `exeunt calibrate` takes 6,000."""
+
 _ASK_AGAIN_S: Final = 0.25  # how soon a lock that another process holds is asked for again
 
 
@@ -107,7 +110,14 @@ def calibration_options(folder: Path, target: Path, device: str = "auto") -> "Ca
     from exeunt.calibration.options import CalibrationOptions
 
     data = str(folder / CALIBRATION_TEXT)
-    return CalibrationOptions(model=str(folder), out=target, data=data, origin=_ORIGIN, device=device)
+    return CalibrationOptions(
+        model=str(folder),
+        out=target,
+        data=data,
+        origin=_ORIGIN,
+        device=device,
+        evaluation_tokens=EVALUATION_TOKENS,
+    )
 
 
 def bundle_folder() -> Path:

@@ -93,6 +93,16 @@ def test_a_calibration_is_told_of_and_made_as_asked(made: list[CalibrationOption
     assert made[0].device == "cpu"
 
 
+def test_the_first_start_evaluates_every_mode_on_less_text(
+    model: Path, made: list[CalibrationOptions], tmp_path: Path
+) -> None:
+    packaged_bundle()
+    usual = CalibrationOptions(model=str(model), out=tmp_path, data="x")
+    assert made[0].evaluation_tokens < usual.evaluation_tokens
+    same = ("tokens", "exits", "linear_block", "weights", "kv_cache", "targets", "confidence", "seed")
+    assert [getattr(made[0], name) for name in same] == [getattr(usual, name) for name in same]
+
+
 def test_a_cache_that_cannot_be_written_is_known_before_the_work(
     made: list[CalibrationOptions], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
