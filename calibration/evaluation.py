@@ -39,10 +39,8 @@ class Mode:
 
     @property
     def name(self) -> str:
-        """A short name: weights/KV, then the linear block, then the exits."""
-        parts = [f"{self.variant.weights}/{self.variant.kv_cache}"]
-        if self.variant.linear_block:
-            parts.append("linear")
+        """A short name: the variant's, then the exits."""
+        parts = [self.variant.short_name]
         if self.target is not None:
             parts.append(f"exits {percent(self.target)} certified")
         elif self.threshold is not None:

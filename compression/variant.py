@@ -18,6 +18,11 @@ class Variant:
     kv_cache: KVFormat = "full"
     linear_block: bool = False
 
+    @property
+    def short_name(self) -> str:
+        """What tables call it: weights/KV, then the linear block."""
+        return f"{self.weights}/{self.kv_cache}" + (" linear" if self.linear_block else "")
+
     def __str__(self) -> str:
         return (
             f"weights={self.weights} kv_cache={self.kv_cache} linear_block={str(self.linear_block).lower()}"

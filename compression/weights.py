@@ -186,6 +186,6 @@ def _check_finite(name: str, tensor: Tensor) -> None:
     if not tensor.is_floating_point():
         raise WeightError(f"Tensor {name!r} is {tensor.dtype}; weights must be float32, bfloat16 or float16.")
     if tensor.numel():
-        low, high = torch.aminmax(tensor)  # both carry NaN; 50 times faster than isfinite, and no copy
+        low, high = torch.aminmax(tensor)  # both carry NaN; one pass and no copy, unlike isfinite
         if not bool(torch.isfinite(low) & torch.isfinite(high)):
             raise WeightError(f"Tensor {name!r} holds NaN or infinity.")

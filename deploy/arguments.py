@@ -1,6 +1,8 @@
 """What stands on the command line, turned into values; what cannot be meant is said in one sentence."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from typing import Any
 
 import typer
@@ -55,3 +57,21 @@ def linear_block(text: str) -> Any:
     if not text.isdecimal():
         raise UsageError(f"--linear-block is {text!r}; it must be auto, none, or the number of a block.")
     return int(text)
+
+
+def misused(error: Any, arguments: Sequence[str]) -> str:
+    """What to say of a usage error of the command line's parser: what was wrong, the likeliest word, where to look.
+
+    Args:
+        error: what the parser raised, with its own message.
+        arguments: the words on the command line, the command first.
+    """
+    message, guess = error.format_message().rstrip("."), ""
+    command = f" {arguments[0]}" if arguments and not arguments[0].startswith("-") else ""
+    if message.startswith("No such option"):
+        message = f"There is no option {error.option_name}"
+        guess = next(iter(get_close_matches(error.option_name, error.possibilities or (), n=1, cutoff=0)), "")
+    elif found := re.match(r"No such command '(.+?)'(?:\. Did you mean '(.+?)')?", message):
+        message, guess, command = f"There is no command {found[1]}", found[2], ""
+    meant = f"; did you mean {guess}?" if guess else ";"
+    return f"{message}{meant} `exeunt{command} --help` lists what there is."

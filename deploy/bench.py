@@ -102,12 +102,7 @@ def modes_of(offer: Offer) -> list[BenchMode]:
     for variant in sorted(
         offer.variants, key=lambda v: (v.linear_block, v.weights != "full", v.kv_cache != "full")
     ):
-        fields = {
-            "weights": variant.weights,
-            "kv_cache": variant.kv_cache,
-            "linear_block": variant.linear_block,
-        }
-        name = f"{variant.weights}/{variant.kv_cache}" + (" linear" if variant.linear_block else "")
+        fields, name = asdict(variant), variant.short_name
         modes.append(BenchMode(name, {**fields, "early_exit": False}))
         for target in offer.certified(variant, "propagate"):
             exits = {"mode": "approximate", "max_disagreement": target}

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Final
 
 import typer
 
-from exeunt.deploy.arguments import UsageError, numbers, one_of, setting, whole
+from exeunt.deploy.arguments import UsageError, misused, numbers, one_of, setting, whole
 from exeunt.deploy.arguments import linear_block as parsed_linear_block
 from exeunt.deploy.signals import Interrupted, InterruptibleProgress, end_at_once, interruptible, leave_to
 from exeunt.server.settings import setting_help
@@ -63,17 +63,18 @@ def run(arguments: list[str]) -> int:
     try:
         status = app(arguments or ["--help"], prog_name="exeunt", standalone_mode=False)
     except Interrupted as interruption:  # everything is cleaned up: a half-made bundle, temporary files
-        return _complain(interruption.word, 128 + interruption.number)
+        words = f"{interruption.word} before it was done; nothing was written"
+        return _complain(words, 128 + interruption.number)
     except KeyboardInterrupt:
         return _complain("interrupted", 130)
     except Exception as error:  # noqa: BLE001 - the outermost boundary: a line instead of a traceback
         if _debugging(arguments):
             traceback.print_exc()
-        return _complain(*_told(error))
+        return _complain(*_told(error, arguments))
     return status if isinstance(status, int) else 0
 
 
-def _told(error: Exception) -> tuple[str, int]:
+def _told(error: Exception, arguments: Sequence[str]) -> tuple[str, int]:
     """What to say of an error, and the exit status."""
     usage_errors: tuple[type[Exception], ...] = (UsageError,)
     settings_error = sys.modules.get("exeunt.deploy.loading")
@@ -81,8 +82,7 @@ def _told(error: Exception) -> tuple[str, int]:
         usage_errors += (settings_error.SettingsError,)
     parser_error: Any = typer.BadParameter.__mro__[1]  # the usage error of whichever click typer builds on
     if isinstance(error, parser_error):
-        words = f"{error.format_message().rstrip('.')}; `exeunt --help` lists what there is"
-        return words, USAGE_ERROR
+        return misused(error, arguments), USAGE_ERROR
     if type(error).__name__ == "Abort":
         return "interrupted", 130
     if isinstance(error, usage_errors):
@@ -211,9 +211,10 @@ def calibrate(
     from exeunt.calibration.options import CalibrationOptions
     from exeunt.calibration.pipeline import calibrate as make_bundle
     from exeunt.calibration.progress import TerminalProgress
-    from exeunt.deploy.loading import resolve_device
+    from exeunt.deploy.loading import find_folder, resolve_device
 
     resolve_device(device)
+    find_folder(model)
     try:
         options = CalibrationOptions(
             model=model,

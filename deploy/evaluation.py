@@ -62,13 +62,7 @@ def _fitting(load: Load, longest: int) -> Load:
 
 def _compression(mode: Mode) -> dict[str, Any]:
     exits: Any = False if mode.threshold is None else {"mode": "approximate", "threshold": mode.threshold}
-    variant = mode.variant
-    return {
-        "weights": variant.weights,
-        "kv_cache": variant.kv_cache,
-        "linear_block": variant.linear_block,
-        "early_exit": exits,
-    }
+    return {**asdict(mode.variant), "early_exit": exits}
 
 
 def evaluation_table(evaluated: Evaluated) -> Table:

@@ -24,7 +24,7 @@ from exeunt.compression.bundle import (
     Bundle,
 )
 from exeunt.compression.kv_format import kv_layout, page_bytes_for
-from exeunt.compression.manifest import EvaluationRow, Manifest, RiskEntry
+from exeunt.compression.manifest import EvaluationRow, Manifest, RiskEntry, RiskTarget
 from exeunt.compression.variant import KVFormat
 
 _KINDS: Final = {
@@ -145,7 +145,8 @@ def render(bundle: Bundle) -> RenderableType:
     ]
     if manifest.exits:
         parts.append(_exits_table(manifest))
-    parts += [_risk_table(entry) for entry in manifest.risk_table]
+    kinds = sorted({(entry.confidence, entry.skipped_kv) for entry in manifest.risk_table})
+    parts += [_certificates(manifest.risk_table, *kind) for kind in kinds]
     if manifest.evaluation:
         parts.append(_evaluation_table(manifest.evaluation))
     return Group(*(part for each in parts for part in (each, Text())))
@@ -238,25 +239,31 @@ def _exits_table(manifest: Manifest) -> Table:
     return table
 
 
-def _risk_table(entry: RiskEntry) -> Table:
-    variant = (
-        f"{entry.weights} weights, {entry.kv_cache} KV, linear block {'on' if entry.linear_block else 'off'}"
-    )
-    title = f"Certified at {entry.confidence:.0%}: {variant}, {entry.skipped_kv}"
-    table = _table(
-        title, right=("target", "threshold", "leave", "disagree", "at most", "tokens"), last="certified"
-    )
-    for line in entry.targets:
-        table.add_row(
-            _percent(line.target),
-            _number(line.threshold, 4),
-            _percent(line.exit_rate),
-            _percent(line.disagreement),
-            _percent(line.upper_bound),
-            f"{line.tokens:,}",
-            "yes" if line.certified else f"no: {line.reason or 'no threshold is safe'}",
-        )
-    return table
+def _certificates(risk_table: Iterable[RiskEntry], confidence: float, skipped_kv: str) -> RenderableType:
+    """One line a variant: each target's threshold and the share of tokens that leave; below it what is missing."""
+    entries = [
+        entry for entry in risk_table if (entry.confidence, entry.skipped_kv) == (confidence, skipped_kv)
+    ]
+    targets = sorted({line.target for entry in entries for line in entry.targets})
+    title = f"Thresholds certified at {confidence:.0%}, by target; in brackets what leaves ({skipped_kv})"
+    table = _table("", "weights/KV", right=tuple(_percent(target) for target in targets))
+    missing = []
+    for entry in entries:
+        name = f"{entry.weights}/{entry.kv_cache}{' linear' if entry.linear_block else ''}"
+        lines = {line.target: line for line in entry.targets}
+        table.add_row(name, *(_certificate(lines.get(target)) for target in targets))
+        missing += [
+            f"{name}, {_percent(line.target)}: {line.reason or 'no threshold is safe'}"
+            for line in entry.targets
+            if not line.certified
+        ]
+    return Group(Text(title, style="bold"), table, *(Text(f"not certified: {each}") for each in missing))
+
+
+def _certificate(line: RiskTarget | None) -> str:
+    if line is None or not line.certified:
+        return "-"
+    return f"{_number(line.threshold, 4)} ({_percent(line.exit_rate, 2)})"
 
 
 def _evaluation_table(rows: Iterable[EvaluationRow]) -> Table:
@@ -278,7 +285,7 @@ def _evaluation_table(rows: Iterable[EvaluationRow]) -> Table:
     return table
 
 
-def _table(title: str, *left: str, right: tuple[str, ...], last: str | None = None) -> Table:
+def _table(title: str, *left: str, right: tuple[str, ...]) -> Table:
     table = Table(
         title=title,
         title_justify="left",
@@ -291,8 +298,6 @@ def _table(title: str, *left: str, right: tuple[str, ...], last: str | None = No
         table.add_column(name, overflow="fold", min_width=12)
     for name in right:
         table.add_column(name, justify="right", no_wrap=True)
-    if last is not None:
-        table.add_column(last, overflow="fold")
     return table
 
 
@@ -304,8 +309,8 @@ def _size(size: int) -> str:
     return f"{size} bytes" if unit == 0 else f"{value:.1f} {_UNITS[unit]}"
 
 
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.3g} %"
+def _percent(share: float | None, digits: int = 3) -> str:
+    return "-" if share is None else f"{100 * share:.{digits}g} %"
 
 
 def _number(value: float | None, digits: int) -> str:

@@ -1,14 +1,16 @@
 """Finds the model that the settings name, loads it, and sizes the engine for it."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 import torch
 
+from exeunt.compression.architecture import Architecture
 from exeunt.compression.bundle import is_bundle
 from exeunt.compression.device import DeviceError, find_device
-from exeunt.compression.kv_format import page_bytes_for
+from exeunt.compression.kv_format import kv_layout, page_bytes_for
 from exeunt.compression.model import LoadedModel, load_bundle, load_plain_model
 from exeunt.compression.variant import Variant
 from exeunt.deploy.memory import free_bytes, named
@@ -21,6 +23,8 @@ BUNDLE_SIGNS: Final = (
     "exits.safetensors",
     "linear_block.safetensors",
 )
+_HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_FILE_ENDINGS: Final = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".json", ".zip", ".tar", ".gz")
 _MOST_DEFAULT_CACHE: Final = 2**30  # bytes, on a CPU: more must be asked for
 _SHARE_OF_MEMORY: Final = 0.25  # of a CPU machine's free memory that the cache takes unasked
 _SHARE_OF_GPU: Final = 0.8  # of a GPU's free memory, once the weights are there
@@ -39,19 +43,52 @@ class Source:
     is_bundle: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What the engine is sized by: known of a model before it is loaded.
+
+    `default` is what a request runs through that asks for nothing; `linear_block` the number of the block that is
+    then a linear map, None where none is.
+    """
+
+    spec: Architecture
+    dtype: torch.dtype
+    device: torch.device
+    default: Variant
+    linear_block: int | None
+
+
 def find_source(model: str) -> Source:
-    """What the words on the command line name. Raises SettingsError for a path that is not there."""
-    path = Path(model).expanduser()
-    if path.exists():
-        made_here = any(
-            (path / name).exists() for name in BUNDLE_SIGNS
-        )  # a bundle even where its manifest is gone
-        return Source(str(path), made_here or is_bundle(path) or not (path / "config.json").is_file())
-    if path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
+    """What the words on the command line name.
+
+    Raises SettingsError for a folder that is not there, or is neither a bundle nor a checkpoint.
+    """
+    if (path := find_folder(model)) is None:
+        return Source(model, is_bundle=False)
+    signs = any((path / name).exists() for name in BUNDLE_SIGNS)  # a bundle even where its manifest is gone
+    if signs or is_bundle(path):
+        return Source(str(path), is_bundle=True)
+    if not (path / "config.json").is_file():
         raise SettingsError(
-            f"{model} does not exist; give a bundle, a checkpoint's directory or a Hugging Face id."
+            f"{path} is neither a bundle (it has no manifest.json) nor a checkpoint (it has no config.json); give the "
+            "folder that `exeunt calibrate --out` wrote or one of a Hugging Face checkpoint."
         )
-    return Source(model, is_bundle=False)
+    return Source(str(path), is_bundle=False)
+
+
+def find_folder(model: str) -> Path | None:
+    """The folder that `model` names; None for the id of a model on the Hugging Face Hub. Raises SettingsError."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise SettingsError(f"{model} is a file; give the folder of a bundle or of a checkpoint.")
+    if _HUB_ID.fullmatch(model) and not model.endswith(_FILE_ENDINGS):
+        return None
+    raise SettingsError(
+        f"There is no folder {model}; give the folder of a bundle or of a checkpoint, or a Hugging Face id such as "
+        "owner/name."
+    )
 
 
 def resolve_device(device: str) -> torch.device:
@@ -73,16 +110,21 @@ def load_model(source: Source, settings: Settings) -> LoadedModel:
     device, dtype = resolve_device(settings.device), resolve_dtype(settings.dtype)
     if source.is_bundle:
         return load_bundle(source.path, device=device, dtype=dtype, weights=settings.weights)
+    check_plain(source, settings)
+    return load_plain_model(source.path, device=device, dtype=dtype)
+
+
+def check_plain(source: Source, settings: Settings) -> None:
+    """Raise SettingsError where a plain model is asked for what only a bundle can hold."""
     if settings.weights == "int4":
         raise SettingsError(
             f"--weights is int4 and {source.path} is a plain model; make a bundle of it with `exeunt calibrate`."
         )
-    return load_plain_model(source.path, device=device, dtype=dtype)
 
 
-def default_variant(model: LoadedModel, settings: Settings) -> Variant:
-    """What a request runs through that asks for nothing: the server's defaults, else the model's."""
-    asked, own = settings.default_compression, model.default_variant
+def default_variant(own: Variant, settings: Settings) -> Variant:
+    """What a request runs through that asks for nothing: the server's defaults, else `own`, the model's."""
+    asked = settings.default_compression
     return Variant(
         weights=asked.weights or own.weights,
         kv_cache=asked.kv_cache or own.kv_cache,
@@ -90,28 +132,37 @@ def default_variant(model: LoadedModel, settings: Settings) -> Variant:
     )
 
 
+def shape_of(model: LoadedModel, settings: Settings) -> Shape:
+    """What the engine is sized by, of a loaded model. Raises NotHeldError for a default that it does not hold."""
+    default = default_variant(model.default_variant, settings)
+    block = model.decoder(default).linear_block
+    return Shape(model.spec, model.dtype, model.device, default, None if block is None else block.index)
+
+
 def engine_config(model: LoadedModel, settings: Settings) -> EngineConfig:
-    """The engine's limits for a model: as asked, else what the model and the machine's memory allow.
+    """The engine's limits for a loaded model, see `engine_limits`."""
+    return engine_limits(shape_of(model, settings), settings)
+
+
+def engine_limits(shape: Shape, settings: Settings) -> EngineConfig:
+    """The engine's limits: as asked, else what the model and the machine's memory allow.
 
     Raises SettingsError where what is asked for cannot be.
     """
-    longest = model.spec.max_position_embeddings
+    check_batch(settings)
+    longest = shape.spec.max_position_embeddings
     if settings.max_model_len is not None and settings.max_model_len > longest:
         raise SettingsError(f"--max-model-len is {settings.max_model_len}; this model's limit is {longest}.")
     wanted = settings.max_model_len or longest
-    page_bytes = page_bytes_for(model.spec, model.dtype)
-    page_tokens = model.kv_layout(default_variant(model, settings), page_bytes).page_tokens
-    cache = _cache_bytes(model, settings, page_bytes * -(-wanted // page_tokens))
+    page_bytes = page_bytes_for(shape.spec, shape.dtype)
+    layout = kv_layout(shape.spec, shape.default.kv_cache, shape.dtype, page_bytes, shape.linear_block)
+    page_tokens = layout.page_tokens
+    cache = _cache_bytes(shape.device, settings, page_bytes * -(-wanted // page_tokens))
     held = cache // page_bytes * page_tokens
     if held < (settings.max_model_len or _FEWEST_TOKENS):
         raise SettingsError(
             f"--kv-cache-memory is {cache} bytes, which hold {held} tokens; a sequence of {wanted} needs "
             f"{page_bytes * -(-wanted // page_tokens)} bytes, raise it or lower --max-model-len."
-        )
-    if settings.max_num_batched_tokens < settings.max_num_seqs:
-        raise SettingsError(
-            f"--max-num-batched-tokens is {settings.max_num_batched_tokens}; it must be at least --max-num-seqs, "
-            f"{settings.max_num_seqs}, so that every running sequence advances in a step: raise it or lower the other."
         )
     return EngineConfig(
         max_model_len=min(wanted, held),
@@ -122,18 +173,27 @@ def engine_config(model: LoadedModel, settings: Settings) -> EngineConfig:
     )
 
 
-def _cache_bytes(model: LoadedModel, settings: Settings, sequence_bytes: int) -> int:
+def check_batch(settings: Settings) -> None:
+    """Raise SettingsError where a step could not advance every running sequence."""
+    if settings.max_num_batched_tokens < settings.max_num_seqs:
+        raise SettingsError(
+            f"--max-num-batched-tokens is {settings.max_num_batched_tokens}; it must be at least --max-num-seqs, "
+            f"{settings.max_num_seqs}, so that every running sequence advances in a step: raise it or lower the other."
+        )
+
+
+def _cache_bytes(device: torch.device, settings: Settings, sequence_bytes: int) -> int:
     """Bytes of the KV cache: as asked, else for every sequence at full length, within a share of free memory."""
-    free = free_bytes(model.device)
+    free = free_bytes(device)
     if settings.kv_cache_memory is not None:
         if settings.kv_cache_memory > free:
             raise SettingsError(
-                f"--kv-cache-memory is {int(settings.kv_cache_memory)} bytes; {named(model.device)} has {free} bytes "
+                f"--kv-cache-memory is {int(settings.kv_cache_memory)} bytes; {named(device)} has {free} bytes "
                 "free, ask for less."
             )
         return int(settings.kv_cache_memory)
     wanted = sequence_bytes * settings.max_num_seqs
-    if model.device.type == "cuda":
+    if device.type == "cuda":
         return min(wanted, int(free * _SHARE_OF_GPU))
     share = min(int(free * _SHARE_OF_MEMORY), _MOST_DEFAULT_CACHE)
     if settings.max_model_len is not None:

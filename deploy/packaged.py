@@ -1,21 +1,27 @@
 """The packaged model, calibrated on first use: the bundle is kept in the user's cache under what it was made from."""
 
 import errno
+import fcntl
 import hashlib
 import logging
 import os
 import shutil
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from exeunt.calibration.progress import ProgressReport, TerminalProgress
 from exeunt.compression.bundle import BundleError, open_bundle
 from exeunt.compression.manifest import FORMAT_VERSION
 from exeunt.deploy import packaged_model
 from exeunt.deploy.loading import SettingsError
+
+if TYPE_CHECKING:
+    from exeunt.calibration.options import CalibrationOptions
 
 logger = logging.getLogger("exeunt.packaged")
 
@@ -29,6 +35,10 @@ CHECKPOINT_FILES: Final = (
 CODE: Final = ("exeunt.kernels", "exeunt.compression", "exeunt.calibration")
 CALIBRATION_TEXT: Final = "calibration.txt"
 _ORIGIN: Final = "written by the packaged model itself, see its MODEL_CARD.md"
+EVALUATION_TOKENS: Final = 2_000
+"""Every mode is evaluated on so many tokens before the first start can serve; `exeunt calibrate` takes 6,000."""
+
+_ASK_AGAIN_S: Final = 0.25  # how soon a lock that another process holds is asked for again
 
 
 def packaged_bundle(
@@ -36,23 +46,83 @@ def packaged_bundle(
     device: str = "auto",
     progress: ProgressReport | None = None,
     on_calibration: Callable[[], None] = lambda: None,
+    while_waiting: Callable[[], None] = lambda: None,
 ) -> Path:
     """The bundle of the packaged model, calibrated now, on `device`, if it never was; `on_calibration` is told before.
+
+    One process at a time calibrates; others wait for its bundle, and call `while_waiting` again and again meanwhile.
 
     Raises FileNotFoundError where the package does not lie on disk, SettingsError where nothing can be kept in the
     cache folder, and what `calibrate` raises.
     """
-    folder = packaged_model.path()
-    target = cache_folder() / "bundles" / f"packaged-{content_key(folder)}"
-    if target.exists():
-        try:
-            return open_bundle(target).path
-        except BundleError as error:
-            logger.warning("The cached bundle is unusable and is made anew: %s.", error)
-            shutil.rmtree(target)
-    on_calibration()
-    _calibrate(folder, target, device, progress or TerminalProgress())
+    folder, target = packaged_model.path(), bundle_folder()
+    with suppress(BundleError):
+        return open_bundle(target).path
+    progress = progress or TerminalProgress()
+    _make_room(target.parent)
+    with _alone(target.with_name(f"{target.name}.lock"), progress, while_waiting):
+        if target.exists():  # spoilt, or made by another process meanwhile
+            try:
+                return open_bundle(target).path
+            except BundleError as error:
+                logger.warning("The cached bundle is unusable and is made anew: %s.", error)
+                shutil.rmtree(target)
+        on_calibration()
+        progress.note(f"Calibrating the packaged model, once; the bundle is kept in {target}.")
+        _calibrate(folder, target, device, progress)
     return target
+
+
+@contextmanager
+def _alone(lock: Path, progress: ProgressReport, while_waiting: Callable[[], None]) -> Iterator[None]:
+    """Hold `lock`, which the system gives back when this process ends, however it ends.
+
+    Asked for again and again, not waited for in one call: a signal whose exception is lost then takes effect.
+    """
+    waited = False
+    with lock.open("a") as file:
+        while not _locked(file.fileno()):
+            if not waited:
+                progress.note(
+                    f"Another process is calibrating the packaged model; waiting for its bundle ({lock} is locked)."
+                )
+            waited = True
+            while_waiting()
+            time.sleep(_ASK_AGAIN_S)
+        yield
+
+
+def _locked(file: int) -> bool:
+    """Whether this process has the lock on `file` now. Where the file system has no locks, nobody waits."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        logger.warning(
+            "Files cannot be locked here (%s): others may calibrate the same at once.", error.strerror
+        )
+    return True
+
+
+def calibration_options(folder: Path, target: Path, device: str = "auto") -> "CalibrationOptions":
+    """How the packaged model in `folder` is calibrated into `target`."""
+    from exeunt.calibration.options import CalibrationOptions
+
+    data = str(folder / CALIBRATION_TEXT)
+    return CalibrationOptions(
+        model=str(folder),
+        out=target,
+        data=data,
+        origin=_ORIGIN,
+        device=device,
+        evaluation_tokens=EVALUATION_TOKENS,
+    )
+
+
+def bundle_folder() -> Path:
+    """Where the packaged model's bundle is kept once it is made. Raises FileNotFoundError as `packaged_bundle`."""
+    return cache_folder() / "bundles" / f"packaged-{content_key(packaged_model.path())}"
 
 
 def content_key(folder: Path) -> str:
@@ -82,14 +152,9 @@ def cache_folder() -> Path:
 
 
 def _calibrate(folder: Path, target: Path, device: str, progress: ProgressReport) -> None:
-    from exeunt.calibration.options import CalibrationOptions
     from exeunt.calibration.pipeline import calibrate
 
-    _make_room(target.parent)
-    progress.note(f"Calibrating the packaged model, once; the bundle is kept in {target}.")
-    data = str(folder / CALIBRATION_TEXT)
-    options = CalibrationOptions(model=str(folder), out=target, data=data, origin=_ORIGIN, device=device)
-    calibrate(options, progress)
+    calibrate(calibration_options(folder, target, device), progress)
 
 
 def _make_room(folder: Path) -> None:

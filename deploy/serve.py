@@ -17,22 +17,19 @@ import uvicorn
 
 from exeunt.calibration.progress import ProgressReport, TerminalProgress
 from exeunt.compression.model import LoadedModel
+from exeunt.deploy.expected_model import check_defaults, check_settings
 from exeunt.deploy.loading import (
-    SettingsError,
     Source,
     default_variant,
     engine_config,
     find_source,
     load_model,
-    resolve_device,
 )
 from exeunt.deploy.logs import LoggedProgress
 from exeunt.deploy.packaged import packaged_bundle
 from exeunt.deploy.signals import CLEANING_UP_S, Interrupted, InterruptibleProgress, Interruption, handling
 from exeunt.server.api.app import create_app
-from exeunt.server.api.compression import NotOfferedError, resolve
-from exeunt.server.api.offer import Offer, offer_of
-from exeunt.server.api.schemas import CompressionOptions
+from exeunt.server.api.offer import offer_of
 from exeunt.server.api.service import Availability, Service
 from exeunt.server.engine import Engine
 from exeunt.server.metrics import Metrics, new_registry
@@ -82,14 +79,15 @@ def serve(settings: Settings, sock: socket.socket) -> int:
     From the start `/health` is answered; `/ready` is once the model is calibrated, where it must be, and loaded.
     The first SIGTERM or SIGINT drains: no new requests, those under way finish within `shutdown_timeout`, and the
     status is 0. While the model is being made ready it ends that work, with nothing half-made left. The second
-    signal ends the process at once.
+    signal ends the process at once; but for CLEANING_UP_S after one that ended such work others are the same wish,
+    so that impatience leaves nothing half-made either.
 
     Raises:
         AddressError: another process has taken the port since it was bound.
         SettingsError: the settings do not fit the machine or the model.
     """
     source = find_source(settings.model) if settings.model is not None else None
-    resolve_device(settings.device)  # what can be refused at once is, before anything listens
+    check_settings(source, settings)  # what can be refused at once is, before anything listens
     try:
         sock.listen(2048)
     except OSError as error:
@@ -185,6 +183,7 @@ class _Serving:
                 device=self._settings.device,
                 progress=InterruptibleProgress(self._progress(), self._interruption),
                 on_calibration=self._on_calibration,
+                while_waiting=self._while_waiting,
             )
         finally:
             self._calibrating = False
@@ -195,6 +194,10 @@ class _Serving:
         self._calibrating = True
         self._interruption.check()
         self._tell(self._availability.calibrates)
+
+    def _while_waiting(self) -> None:
+        self._interruption.check()
+        self._tell(self._availability.waits)
 
     def _progress(self) -> ProgressReport:
         """Bars for a person who looks on; log lines where the log goes to a file or a machine."""
@@ -211,13 +214,15 @@ class _Serving:
         return self._signalled or self._interruption.seen
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._preparing:
+        if self._interruption.cleaning_up:
+            return
+        if self._told_to_stop:
+            logger.warning("Second signal: stopping at once.")
+            _exit_now(128 + number)
+        elif self._preparing:
             if not self._calibrating:  # nothing half-made is to be cleared away, and loading may take long
                 _exit_later(CLEANING_UP_S, 0)
             self._interruption(number, frame)
-        elif self._signalled:
-            logger.warning("Second signal: stopping at once.")
-            _exit_now(128 + number)
         else:
             self._signalled = True
             logger.info(
@@ -276,7 +281,7 @@ class _Serving:
 def start_service(model: LoadedModel, settings: Settings) -> Service:
     """The loaded model behind a started engine, as the API needs it. Raises SettingsError."""
     offer = offer_of(model)
-    _check_defaults(settings.default_compression, offer)
+    check_defaults(settings.default_compression, offer)
     config = engine_config(model, settings)
     name = settings.served_model_name or model.name
     stages = [str(stage) for stage in range(len(model.exits) + 1)]
@@ -298,13 +303,6 @@ def start_service(model: LoadedModel, settings: Settings) -> Service:
     )
 
 
-def _check_defaults(defaults: CompressionOptions, offer: Offer) -> None:
-    try:
-        resolve(defaults, CompressionOptions(), offer)
-    except NotOfferedError as error:
-        raise SettingsError(f"--default-compression: {error}") from error
-
-
 def _targets(model: LoadedModel) -> list[float]:
     table = model.manifest.risk_table if model.manifest is not None else ()
     return sorted({line.target for entry in table for line in entry.targets})
@@ -312,7 +310,7 @@ def _targets(model: LoadedModel) -> list[float]:
 
 def _default_thresholds(model: LoadedModel, settings: Settings) -> dict[float, float | None]:
     """The certified thresholds of the variant that requests get which ask for nothing."""
-    certified = offer_of(model).certified(default_variant(model, settings), "propagate")
+    certified = offer_of(model).certified(default_variant(model.default_variant, settings), "propagate")
     return {target: certified.get(target) for target in _targets(model)}
 
 

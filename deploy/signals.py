@@ -48,16 +48,20 @@ class Interruption:
 
     def __call__(self, number: int, _frame: FrameType | None) -> None:
         self._number = self._number or number  # before it is raised: that may come to nothing
-        now = time.monotonic()
-        if self._last is not None and now - self._last < CLEANING_UP_S:
+        if self.cleaning_up:
             return
-        self._last = now
+        self._last = time.monotonic()
         raise Interrupted(number)
 
     @property
     def seen(self) -> bool:
         """Whether there was a signal, also one whose exception was lost."""
         return self._number is not None
+
+    @property
+    def cleaning_up(self) -> bool:
+        """Whether the last signal that was raised is so young that another one now is the same wish."""
+        return self._last is not None and time.monotonic() - self._last < CLEANING_UP_S
 
     def check(self) -> None:
         """Raise Interrupted if there was a signal."""

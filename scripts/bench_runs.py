@@ -71,12 +71,7 @@ class EngineRuns:
 
     def at_once(self, prompts: Prompts, variant: Variant, early_exit: Mapping[str, Any] = OFF) -> Run:
         """Submit all prompts together and wait for the last token."""
-        compression = {
-            "weights": variant.weights,
-            "kv_cache": variant.kv_cache,
-            "linear_block": variant.linear_block,
-            "early_exit": early_exit,
-        }
+        compression = {**asdict(variant), "early_exit": early_exit}
         began = time.perf_counter()
         traces = self._driver.run(prompts, compression, self._load)
         seconds = time.perf_counter() - began

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,15 @@ import torch
 # For ``scripts``, which is no part of the installed package. Last, so that it hides nothing.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """One thread: small models lose time to a second one, and a loaded machine makes them lose much more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def _shared() -> Path:

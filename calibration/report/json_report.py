@@ -48,12 +48,9 @@ def evaluation_record(table: EvaluationTable) -> dict[str, Any]:
 
 def _mode(result: ModeResult) -> dict[str, Any]:
     record = {name: value for name, value in asdict(result).items() if name != "mode"}
-    variant = result.mode.variant
     head = {
         "name": result.mode.name,
-        "weights": variant.weights,
-        "kv_cache": variant.kv_cache,
-        "linear_block": variant.linear_block,
+        **asdict(result.mode.variant),
         "threshold": result.mode.threshold,
         "target": result.mode.target,
     }
@@ -100,11 +97,7 @@ def _exit(fitted: FittedExit) -> dict[str, Any]:
 def _certified(each: CertifiedVariant) -> dict[str, Any]:
     by_exit = dict(each.certification.by_exit)
     return {
-        "variant": {
-            "weights": each.variant.weights,
-            "kv_cache": each.variant.kv_cache,
-            "linear_block": each.variant.linear_block,
-        },
+        "variant": asdict(each.variant),
         "skipped_kv": "propagate",
         "targets": [asdict(certificate) for certificate in each.certification.certificates],
         "tested": [

@@ -1,5 +1,5 @@
 """Consecutive transformer blocks in one native call."""
 
-from exeunt.kernels.blocks.native import BlockParts, BlockShape, Matrix, NativeBlocks, NormWeights, PageRange
+from exeunt.kernels.blocks.native import BlockParts, BlockShape, NativeBlocks, NormWeights, PageRange
 
-__all__ = ["BlockParts", "BlockShape", "Matrix", "NativeBlocks", "NormWeights", "PageRange"]
+__all__ = ["BlockParts", "BlockShape", "NativeBlocks", "NormWeights", "PageRange"]

@@ -1,8 +1,8 @@
 """Consecutive blocks of a decoder in one native call: a stage between two exits.
 
-Called one operation at a time a small model spends nine tenths of a decode step between the operations. The reference
-is `exeunt.compression.block`, which strings the same kernels together one by one; where the native library is missing
-or a layer is of another kind, that file runs.
+Called one operation at a time a small model spends its decode steps between the operations rather than in them. The
+reference is `exeunt.compression.block`, which strings the same kernels together one by one; where the native library is
+missing or a layer is of another kind, that file runs.
 """
 
 import ctypes

@@ -18,7 +18,7 @@ from scripts.check_readme.pages import (
 from scripts.check_readme.requests import read_curl
 from scripts.check_readme.shell import split
 
-PLAIN_PROGRAMS = {"git", "cd", "jq", "head", "apt-get", "sudo", "source", "export"}  # nothing of ours in them
+PLAIN_PROGRAMS = {"git", "cd", "jq", "head", "grep", "apt-get", "sudo", "source", "export"}  # not ours
 
 
 def check_commands(page: Path, text: str) -> Iterator[Problem]:

@@ -110,7 +110,8 @@ GPU = Recipe(
 )
 TINY = replace(
     CPU, preset="tiny", blocks=3, hidden=64, heads=2, kv_heads=1, mlp=64, vocabulary=320, context=64, windows=2,
-    story_windows=1, branch_story_windows=2, exit_depths=(1, 2), long_steps=2, trunk_steps=6, branch_steps=6, warmup_steps=2,
+    story_windows=1, branch_story_windows=2, exit_depths=(1, 2), long_steps=2,
+    trunk_steps=6, branch_steps=6, warmup_steps=2,
 )  # fmt: skip
 PRESETS = {recipe.preset: recipe for recipe in (CPU, GPU, TINY)}
 

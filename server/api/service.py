@@ -15,7 +15,7 @@ from exeunt.server.engine import Engine
 from exeunt.server.engine_config import EngineConfig
 from exeunt.server.metrics import Metrics
 
-Phase = Literal["calibrating", "loading", "ready", "draining"]
+Phase = Literal["waiting", "calibrating", "loading", "ready", "draining"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +39,18 @@ class Service:
 
 
 class Availability:
-    """Whether requests are served: perhaps calibrating, loading, ready, draining. Only the event loop changes it."""
+    """Whether requests are served: perhaps waiting or calibrating, then loading, ready, draining.
+
+    Only the event loop changes it.
+    """
 
     def __init__(self) -> None:
         self.phase: Phase = "loading"
         self.service: Service | None = None
+
+    def waits(self) -> None:
+        """Another process calibrates the packaged model: its bundle is waited for."""
+        self.phase = "waiting"
 
     def calibrates(self) -> None:
         """The packaged model is calibrated, once, which takes a while."""
@@ -93,6 +100,17 @@ def calibrating() -> ApiError:
     )
 
 
+def waiting() -> ApiError:
+    """The error of a server that waits until another process has calibrated its model."""
+    return ApiError(
+        503,
+        "Another process is calibrating the packaged model for its first use, which takes minutes; this server waits "
+        "for its bundle, try again later.",
+        code="waiting_for_calibration",
+        headers={"Retry-After": "30"},
+    )
+
+
 def loading() -> ApiError:
     """The error of a server whose model is read."""
     return ApiError(
@@ -114,6 +132,7 @@ def draining() -> ApiError:
 
 
 _UNREADY: Final[dict[Phase, Callable[[], ApiError]]] = {
+    "waiting": waiting,
     "calibrating": calibrating,
     "draining": draining,
 }

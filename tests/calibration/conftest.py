@@ -1,6 +1,5 @@
 """A tiny checkpoint whose text is worth calibrating on: what the tests of this layer share."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +17,8 @@ SEPARATOR = "<|endoftext|>"
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Models this small lose time to a second thread, and a loaded machine makes them lose much more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def _one_thread(one_thread: None) -> None:
+    """Every test of this layer has one thread."""
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

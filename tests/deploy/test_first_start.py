@@ -49,12 +49,13 @@ class Held:
         assert self.process.poll() is None, self.told
 
     def half_made(self) -> list[Path]:
-        """What lies in the cache, the temporary folder and beside the target, but for compiled kernels and folders."""
+        """What lies in the cache, the temporary folder and beside the target, but for kernels, locks and folders."""
         found = [path for part in ("cache/exeunt", "tmp", "out") for path in (self.folder / part).rglob("*")]
         return [
             path
             for path in found
             if "native" not in path.parts
+            and path.suffix != ".lock"
             and (path.is_file() or ".partial" in path.name or path.name.startswith("exeunt-"))
         ]
 
@@ -63,7 +64,7 @@ class Held:
 def held(model: Path, phase: str, folder: Path, *arguments: str) -> Iterator[Held]:
     """`exeunt ARGUMENTS` with its cache and temporary files under `folder`."""
     for part in ("cache", "tmp", "out"):
-        (folder / part).mkdir()
+        (folder / part).mkdir(parents=True, exist_ok=True)
     env = environment(XDG_CACHE_HOME=str(folder / "cache"), TMPDIR=str(folder / "tmp"), EXEUNT_NATIVE="0")
     words = [str(model), phase, str(folder / "go"), *arguments]
     with (folder / "log").open("wb") as output:
@@ -117,6 +118,29 @@ def test_probes_are_answered_while_the_first_start_calibrates(model: Path, tmp_p
         assert "Collecting activations: done" in server.told
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(timeout=60) == 0
+
+
+def test_a_second_server_waits_for_the_bundle_that_the_first_makes(model: Path, tmp_path: Path) -> None:
+    phase = "Collecting activations"
+    with held_server(model, phase, tmp_path / "first") as (first, client):
+        first.wait_until_held()
+        (tmp_path / "second").mkdir()
+        (tmp_path / "second" / "cache").symlink_to(tmp_path / "first" / "cache")
+        with held_server(model, phase, tmp_path / "second") as (second, other):
+            eventually(lambda: "Another process is calibrating" in second.told, "waiting", 120)
+            refused = other.get("/ready")
+            assert refused.status_code == 503
+            assert refused.json()["error"]["code"] == "waiting_for_calibration"
+            assert "Another process is calibrating" in refused.json()["error"]["message"]
+            assert other.get("/health").status_code == 200
+            first.go.touch()
+            for each, log in ((client, "first"), (other, "second")):
+                wait_for(lambda: each.get("/ready").is_success, "/ready", tmp_path / log / "log", 120)  # noqa: B023
+            assert f"{phase}: done" in first.told
+            assert phase not in second.told
+            for server in (first, second):
+                server.process.send_signal(signal.SIGTERM)
+                assert server.process.wait(timeout=60) == 0
 
 
 @pytest.mark.parametrize(
@@ -174,5 +198,5 @@ def test_a_stopped_calibrate_leaves_nothing(
         assert calibration.process.wait(timeout=20) == 128 + number
         assert calibration.half_made() == []
         assert list((tmp_path / "out").iterdir()) == []
-        assert calibration.told.splitlines()[-1] == f"exeunt: {word}"
+        assert calibration.told.splitlines()[-1] == f"exeunt: {word} before it was done; nothing was written"
         assert "Traceback" not in calibration.told

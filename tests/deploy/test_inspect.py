@@ -30,6 +30,7 @@ from exeunt.kernels.int4_linear import quantize
 
 HIDDEN, INNER, BLOCKS, VOCAB, GROUP = 32, 64, 3, 50, 16
 LINEAR_WEIGHTS = BLOCKS * (4 * HIDDEN * HIDDEN + 3 * HIDDEN * INNER)
+HEADINGS = ("bundle", "model", "holds", "Files", "What INT4 saves", "Exits", "Thresholds", "Evaluation")
 OUTSIDE = VOCAB * HIDDEN + (2 * BLOCKS + 1) * HIDDEN
 
 
@@ -180,9 +181,9 @@ def test_everything_is_shown(bundle: Bundle) -> None:
         "2.67×",
         "2 of 3",
         "62.5 %",
-        "0.9312",
-        "Certified at 95%: int4 weights, int4 KV, linear block off, propagate",
-        "no: only 12 tokens left early",
+        "Thresholds certified at 95%, by target; in brackets what leaves (propagate)",
+        "0.9312 (23 %)",
+        "not certified: int4/int4, 1 %: only 12 tokens left early",
         "approximate, 5 %",
         "12.500",
     ):
@@ -202,8 +203,25 @@ def test_a_narrow_terminal_is_enough(bundle: Bundle) -> None:
     assert max(len(line) for line in text.splitlines()) <= 80
     lines = text.splitlines()
     assert len(lines) < 80  # no column is folded to a letter a line
-    for expected in ("0.9312", "no: only 12", "approximate"):
+    for expected in ("0.9312", "not certified: int4/int4, 1 %: only 12", "approximate"):
         assert expected in text
+
+
+def test_what_it_is_comes_first_and_certificates_take_a_line_a_variant(bundle: Bundle) -> None:
+    entry = bundle.manifest.risk_table[0]
+    more = tuple(
+        entry.model_copy(update={"weights": weights, "kv_cache": kv_cache, "linear_block": linear})
+        for weights in ("int4", "full")
+        for kv_cache in ("int4", "full")
+        for linear in (False, True)
+    )
+    shown = _printed(
+        Bundle(bundle.path, bundle.manifest.model_copy(update={"risk_table": more}))
+    ).splitlines()
+    first = [next(n for n, line in enumerate(shown) if line.startswith(word)) for word in HEADINGS]
+    assert first == sorted(first)
+    assert sum("0.9312" in line for line in shown) == 8
+    assert sum("full/int4 linear" in line for line in shown) == 2  # its thresholds, and why one is missing
 
 
 def test_the_json_form_holds_the_same(bundle: Bundle) -> None:

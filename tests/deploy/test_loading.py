@@ -1,5 +1,6 @@
 """What the settings mean for a model: which one, on which device, under which limits."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -33,10 +34,28 @@ def test_a_source_is_a_bundle_a_checkpoint_or_a_hub_id(bundle: Path, tmp_path: P
     assert find_source(str(bundle)) == Source(str(bundle), is_bundle=True)
     assert not find_source(str(bundle.parent / "checkpoint")).is_bundle
     assert find_source("owner/name") == Source("owner/name", is_bundle=False)
-    assert find_source(str(tmp_path)).is_bundle  # neither: opening it as a bundle says what it lacks
-    for gone in ("/nowhere", "./nowhere", "~/nowhere", "a/b/c"):
-        with pytest.raises(SettingsError, match="does not exist"):
-            find_source(gone)
+    (tmp_path / "exits.safetensors").touch()
+    assert find_source(str(tmp_path)).is_bundle  # opening it says what it lacks
+
+
+@pytest.mark.parametrize(
+    "gone",
+    [
+        *("/nowhere", "./nowhere", "../owner/name", "~/nowhere", "a/b/c", "nowhere", "owner/", "owner/na me"),
+        *("owner/weights.safetensors", "owner/model.gguf"),
+    ],
+)
+def test_what_is_no_folder_and_no_hub_id_is_not_looked_up(gone: str) -> None:
+    with pytest.raises(SettingsError, match=f"There is no folder {re.escape(gone)}; .* such as owner/name"):
+        find_source(gone)
+
+
+def test_a_folder_must_hold_a_model(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"no manifest.json.* no config.json.*exeunt calibrate --out"):
+        find_source(str(tmp_path))
+    (tmp_path / "file").touch()
+    with pytest.raises(SettingsError, match=r"file is a file; give the folder"):
+        find_source(str(tmp_path / "file"))
 
 
 def test_a_plain_model_has_no_int4_weights(bundle: Path) -> None:

@@ -1,5 +1,7 @@
 """The packaged model's bundle: made on first use, kept by content, made anew when it is spoilt."""
 
+import errno
+import fcntl
 from collections.abc import Callable
 from pathlib import Path
 
@@ -91,6 +93,16 @@ def test_a_calibration_is_told_of_and_made_as_asked(made: list[CalibrationOption
     assert made[0].device == "cpu"
 
 
+def test_the_first_start_evaluates_every_mode_on_less_text(
+    model: Path, made: list[CalibrationOptions], tmp_path: Path
+) -> None:
+    packaged_bundle()
+    usual = CalibrationOptions(model=str(model), out=tmp_path, data="x")
+    assert made[0].evaluation_tokens < usual.evaluation_tokens
+    same = ("tokens", "exits", "linear_block", "weights", "kv_cache", "targets", "confidence", "seed")
+    assert [getattr(made[0], name) for name in same] == [getattr(usual, name) for name in same]
+
+
 def test_a_cache_that_cannot_be_written_is_known_before_the_work(
     made: list[CalibrationOptions], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -99,3 +111,56 @@ def test_a_cache_that_cannot_be_written_is_known_before_the_work(
     with pytest.raises(SettingsError, match=r"cannot be kept in .*not a directory; set XDG_CACHE_HOME"):
         packaged_bundle()
     assert made == []
+
+
+@pytest.mark.parametrize("succeeds", [True, False])
+def test_one_process_calibrates_and_the_others_wait_for_it(
+    model: Path, made: list[CalibrationOptions], succeeds: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = cache_folder() / "bundles" / f"packaged-{content_key(model)}"
+    target.parent.mkdir(parents=True)
+    told: list[str] = []
+    with target.with_name(f"{target.name}.lock").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+
+        def while_waiting() -> None:
+            told.append("waits")
+            if len(told) == 2:
+                if succeeds:
+                    small_bundle(target, model)
+                other.close()  # as when that process ends, however it does
+
+        bundle = packaged_bundle(
+            on_calibration=lambda: told.append("calibrates"), while_waiting=while_waiting
+        )
+    assert bundle == target
+    assert told == ["waits", "waits"] + ([] if succeeds else ["calibrates"])
+    assert len(made) == (0 if succeeds else 1)
+    assert capsys.readouterr().err.count("Another process is calibrating") == 1
+
+
+def test_a_bundle_that_another_process_has_just_made_is_kept(
+    model: Path, made: list[CalibrationOptions], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = cache_folder() / "bundles" / f"packaged-{content_key(model)}"
+    lock = fcntl.flock
+
+    def late(file: int, how: int) -> None:
+        small_bundle(target, model)  # between the first look and the lock
+        lock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    assert packaged_bundle() == target
+    assert made == []
+
+
+def test_where_files_cannot_be_locked_it_is_calibrated_all_the_same(
+    made: list[CalibrationOptions], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(file: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert packaged_bundle().is_dir()
+    assert len(made) == 1
+    assert "No locks available" in caplog.text

@@ -118,10 +118,16 @@ def test_settings_come_from_the_environment_too(bundle: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("arguments", "status", "words"),
     [
-        (["serve", "/nowhere/at/all"], 2, ["/nowhere/at/all", "does not exist"]),
+        (["serve", "/nowhere/at/all"], 2, ["no folder /nowhere/at/all"]),
+        (["eval", "nowhere", "--data", "z"], 2, ["no folder nowhere"]),
+        (["bench", "nowhere"], 2, ["no folder nowhere"]),
+        (["calibrate", "nowhere", "--out", "y", "--data", "z"], 2, ["no folder nowhere"]),
+        (["serve", "--max-num-seqs", "600"], 2, ["--max-num-batched-tokens is 512", "--max-num-seqs, 600"]),
         (["serve", "--port", "eighty"], 2, ["--port", '"eighty"', "whole number"]),
         (["serve", "--port", "70000"], 2, ["--port", "70000", "65535"]),
-        (["serve", "--colour", "red"], 2, ["--colour"]),
+        (["serve", "--colour", "red"], 2, ["no option --colour; `exeunt serve --help`"]),
+        (["serve", "--max-model", "3"], 2, ["no option --max-model; did you mean --max-model-len? `exeunt"]),
+        (["serve", "--port"], 2, ["--port", "requires an argument", "`exeunt serve --help`"]),
         (["serve", "--default-compression", '{"wieghts": "int4"}'], 2, ["--default-compression", "wieghts"]),
         (["serve", "--default-compression", "{"], 2, ["--default-compression"]),
         (["serve", "--kv-cache-memory", "much"], 2, ["--kv-cache-memory", "much"]),
@@ -135,7 +141,7 @@ def test_settings_come_from_the_environment_too(bundle: Path, tmp_path: Path) ->
         ),
         (["calibrate", "x", "--out", "y", "--data", "z", "--seed", "-1"], 2, ["--seed is -1", "at least 0"]),
         (
-            ["calibrate", "x", "--out", "y", "--data", "z", "--risk", "1.0000000001"],
+            ["calibrate", "x/x", "--out", "y", "--data", "z", "--risk", "1.0000000001"],
             2,
             ["1.0000000001 must be above 0 and below 1"],
         ),
@@ -143,10 +149,11 @@ def test_settings_come_from_the_environment_too(bundle: Path, tmp_path: Path) ->
         (["bench", "x", "--device", "abc"], 2, ["--device is abc", "cuda:N."]),
         (["bench", "x", "--concurrency", "0"], 2, ["--concurrency is 0", "at least 1"]),
         (["inspect"], 2, ["BUNDLE"]),
-        (["calibrate", "x", "--out", "y", "--exits", "one"], 2, ["--exits", "one"]),
-        (["calibrate", "x", "--out", "y", "--weights", "int2"], 2, ["--weights", "int2"]),
+        (["calibrate", "x/x", "--out", "y", "--exits", "one"], 2, ["--exits", "one"]),
+        (["calibrate", "x/x", "--out", "y", "--weights", "int2"], 2, ["--weights", "int2"]),
         (["inspect", "/nowhere"], 1, ["/nowhere", "does not exist"]),
-        (["dance"], 2, ["dance"]),
+        (["dance"], 2, ["no command dance; `exeunt --help`"]),
+        (["serv"], 2, ["no command serv; did you mean serve? `exeunt --help`"]),
     ],
 )
 def test_wrong_usage_is_one_line(

@@ -155,6 +155,20 @@ def test_a_signal_lost_before_calibrating_stops_it_before_it_begins(start: Start
     assert start.steps == ["packaged_bundle", "exit later"]
 
 
+def test_a_signal_lost_while_waiting_for_another_process_stops_the_start(start: Start) -> None:
+    def wait(while_waiting: Callable[[], None], **given: Any) -> Path:
+        while_waiting()
+        lose_a_signal()
+        while_waiting()
+        start.steps.append("still waiting")
+        return Path()
+
+    start.replace("packaged_bundle", wait)
+    assert start.status() == 0
+    assert start.steps == ["packaged_bundle", "exit later"]
+    assert start.stopped_before_ready
+
+
 def test_a_signal_lost_while_calibrating_stops_it_at_the_next_step(start: Start) -> None:
     def calibrate(on_calibration: Callable[[], None], progress: ProgressReport, **given: Any) -> Path:
         on_calibration()
@@ -170,6 +184,33 @@ def test_a_signal_lost_while_calibrating_stops_it_at_the_next_step(start: Start)
     assert start.status() == 0
     assert start.steps == ["packaged_bundle", "half done"]
     assert start.stopped_before_ready
+
+
+@pytest.mark.parametrize("calibrating", [True, False])
+def test_a_second_signal_while_the_model_is_made_ready_ends_the_process_at_once(
+    start: Start, monkeypatch: pytest.MonkeyPatch, calibrating: bool
+) -> None:
+    monkeypatch.setattr(serving, "_exit_now", lambda status: start.steps.append(f"exit {status}"))
+
+    def prepare(on_calibration: Callable[[], None], **given: Any) -> Path:
+        if calibrating:
+            on_calibration()
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:  # cleaning up, which hangs
+            os.kill(os.getpid(), signal.SIGTERM)
+            start.steps.append("the same wish")
+            monkeypatch.setattr("exeunt.deploy.signals.CLEANING_UP_S", 0)  # as if that were long ago
+            os.kill(os.getpid(), signal.SIGINT)
+        return Path()
+
+    start.replace("packaged_bundle", prepare)
+    assert start.status() == 0
+    assert [step for step in start.steps if step != "exit later"] == [
+        "packaged_bundle",
+        "the same wish",
+        "exit 130",
+    ]
 
 
 def test_an_error_after_a_signal_is_taken_for_its_doing(start: Start) -> None:
@@ -295,6 +336,16 @@ class TestInterruptible:
             return tmp_path
 
         monkeypatch.setattr("exeunt.calibration.pipeline.calibrate", make_bundle)
-        words = ["calibrate", "model", "--out", str(tmp_path / "bundle"), "--data", "text"]
+        words = ["calibrate", "owner/model", "--out", str(tmp_path / "bundle"), "--data", "text"]
         assert run(words) == 128 + signal.SIGTERM
-        assert capsys.readouterr().err == "exeunt: terminated\n"
+        assert capsys.readouterr().err == "exeunt: terminated before it was done; nothing was written\n"
+
+    def test_a_stopped_eval_says_so_in_one_line(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr("exeunt.deploy.cli._load", lambda bundle, device: lose_a_signal(signal.SIGINT))
+        monkeypatch.setattr("exeunt.deploy.evaluation.evaluate_and_time", os.kill)
+        written = tmp_path / "eval.json"
+        assert run(["eval", "owner/model", "--data", "text", "--json", str(written)]) == 130
+        assert capsys.readouterr().err == "exeunt: interrupted before it was done; nothing was written\n"
+        assert not written.exists()

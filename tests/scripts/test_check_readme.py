@@ -173,6 +173,8 @@ class TestShapes:
             ({"a": None}, {"a": "x"}, ["a is a string, not null"]),
             ({"a": [{"b": 1}]}, {"a": [{"b": "x"}]}, ["a[0].b is a string, not a number"]),
             ({"a": [1]}, {"a": []}, ["a is empty"]),
+            ({"a": [None, 1]}, {"a": [None, 2, 3]}, []),
+            ({"a": [1, "x"]}, {"a": [None, 2]}, ["a[1] is null, not a string"]),
             ({"by_exit": {"x": 1}}, {"by_exit": {"y": 2}}, []),
         ],
     )
@@ -183,6 +185,9 @@ class TestShapes:
         real = 'data: {"text": "a", "tokens": []}\n\ndata: {"usage": 3}\n\ndata: [DONE]\n'
         assert compare_answer('data: {"text": "b", "tokens": []}\ndata: [DONE]\n', real) == []
         assert compare_answer('data: {"txt": "b"}\n', real) == ['no event is like {"txt": "b"}']
+        assert compare_answer('data: {"text": "b"}\n', real) == ['no event is like {"text": "b"}']
+        assert compare_answer('data: {"text": "b", ...}\n...\ndata: [DONE]\n', real) == []
+        assert compare_answer('data: {"text": 3, ...}\n', real) == ['no event is like {"text": 3, ...}']
 
 
 def test_the_pages_of_this_repository_are_true() -> None:
