@@ -14,7 +14,7 @@ import torch
 from exeunt.compression.kv_format import page_bytes_for
 from exeunt.compression.model import LoadedModel
 from exeunt.compression.variant import Variant
-from exeunt.server.drafting import Drafter, default_drafter
+from exeunt.server.drafting import AdaptiveDrafter, Drafter
 from exeunt.server.engine_config import EngineConfig
 from exeunt.server.lifecycle import Lifecycle
 from exeunt.server.metrics import Metrics
@@ -27,8 +27,9 @@ from exeunt.server.request import (
     ScoredToken,
     ScoreRequest,
 )
-from exeunt.server.runner import Runner
+from exeunt.server.runner import Runner, StageRun
 from exeunt.server.scheduler import Scheduler
+from exeunt.server.stage_costs import StageCosts
 from exeunt.server.stages import StagePlan
 
 log = logging.getLogger("exeunt.engine")
@@ -86,11 +87,11 @@ class Engine:
         metrics: Metrics,
         *,
         run_through: bool = True,
-        new_drafter: Callable[[GenerationRequest], Drafter] = default_drafter,
+        new_drafter: Callable[[GenerationRequest], Drafter] | None = None,
     ) -> None:
         """`run_through` as in `Scheduler`: without it rows wait at every exit they did not take.
 
-        `new_drafter` makes what decides on drafts for one answer of a request in the verified mode.
+        `new_drafter` makes what decides on drafts for one answer of a request in the verified mode, None: what pays.
         """
         self._config, self._metrics = config, metrics
         self.plan = StagePlan(model.spec.blocks, tuple(head.block for head in model.exits))
@@ -98,6 +99,8 @@ class Engine:
         count = max(config.kv_cache_bytes // page_bytes, 1)
         arena = torch.zeros(count * page_bytes, dtype=torch.uint8, device=model.device)
         self._page_bytes = page_bytes
+        self._costs = StageCosts()
+        self._stage_seconds = 0.0  # of the tick under way
         self._pool = PagePool(count)
         self._runner = Runner(model, self.plan, arena, page_bytes, self._note_stages)
         self._scheduler = Scheduler(
@@ -123,7 +126,7 @@ class Engine:
             self._scheduler,
             self._runner,
             self._pool,
-            new_drafter=new_drafter,
+            new_drafter=new_drafter or self._adaptive_drafter,
             on_started=self._unqueue,
             on_ended=self._close,
         )
@@ -241,22 +244,32 @@ class Engine:
 
     # -- the engine's thread --
 
-    def _note_stages(self, stages: range, seconds: float, rows: int) -> None:
-        """Tell the metrics of a run of stages. Those run in one piece share its time by their blocks."""
-        blocks = self.plan.stop(stages[-1]) - self.plan.start(stages[0])
-        for stage in stages:
+    def _note_stages(self, run: StageRun) -> None:
+        """Tell the metrics and the costs of a run of stages. Those run in one piece share its time by their blocks."""
+        blocks = self.plan.stop(run.stages[-1]) - self.plan.start(run.stages[0])
+        for stage in run.stages:
             share = (self.plan.stop(stage) - self.plan.start(stage)) / blocks
-            self._metrics.step(stage, seconds * share, rows)
+            self._metrics.step(stage, run.seconds * share, run.rows)
+            self._costs.ran(run.variant, stage, run.tokens, (run.seconds - run.gate_seconds) * share)
+        if run.gated:
+            self._costs.asked(run.variant, run.stages[-1], run.gated, run.gate_seconds)
+        self._stage_seconds += run.seconds
+
+    def _adaptive_drafter(self, request: GenerationRequest) -> Drafter:
+        variant, plan = request.variant, self.plan
+        return AdaptiveDrafter(lambda: self._costs.drafting(variant, plan.drafting or 0, plan.last))
 
     def _loop(self) -> None:
         try:
             while not self._stopping:
                 self._take_commands()
+                began, self._stage_seconds = time.perf_counter(), 0.0
                 self._lives.expire()
                 tick = self._scheduler.next_tick()
                 self._lives.note_scheduling()
                 if tick is not None:
                     self._lives.run(tick)
+                    self._costs.ticked(len(tick.rows), time.perf_counter() - began - self._stage_seconds)
                 self._lives.set_gauges(force=tick is None)
         except Exception as error:  # noqa: BLE001 - callers must hear of it, or they wait for ever
             self._give_up(error)

@@ -70,6 +70,23 @@ class Sampler:
 
 
 @dataclass(frozen=True, slots=True)
+class StageRun:
+    """Stages run in one piece: from where rows entered to the next gate or the tick's end.
+
+    `seconds` hold the tick's set-up with the first and its draws with the last, and `gate_seconds` of them were spent
+    asking the gate about `gated` tokens.
+    """
+
+    variant: Variant
+    stages: range
+    seconds: float
+    rows: int  # that entered
+    tokens: int
+    gated: int
+    gate_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class _Undrawn:
     """Logits [tokens, vocab] of tokens whose successors are to be drawn, and the stage they come from."""
 
@@ -81,8 +98,7 @@ class _Undrawn:
 class Runner:
     """Runs ticks on one device. Holds the page arena and the states of tokens that wait in front of a stage.
 
-    `on_stages` is told of every run of stages, from where rows entered to the next gate (or the tick's end): which
-    stages, the seconds they took (the tick's set-up with the first, its draws with the last), the rows that entered.
+    `on_stages` is told of every run of stages.
     """
 
     def __init__(
@@ -91,7 +107,7 @@ class Runner:
         plan: StagePlan,
         arena: Tensor,
         page_bytes: int,
-        on_stages: Callable[[range, float, int], None],
+        on_stages: Callable[[StageRun], None],
     ) -> None:
         self._model = model
         self._on_stages = on_stages
@@ -140,12 +156,20 @@ class Runner:
             if batch is None:
                 stage = min(run.entering)
             batch = self._enter(batch, stage, run)
-            boundary, rows = self._next_boundary(run, batch, stage), len(batch.parts)
+            boundary, rows, tokens = (
+                self._next_boundary(run, batch, stage),
+                len(batch.parts),
+                batch.hidden.shape[0],
+            )
+            run.gated, run.gate_seconds = 0, 0.0
             batch = self._run_stages(run, batch, stage, boundary)
             if batch is None and not run.entering:
                 self._draw(run)
             ended = time.perf_counter()
-            self._on_stages(range(stage, boundary + 1), ended - began, rows)
+            stages = range(stage, boundary + 1)
+            self._on_stages(
+                StageRun(tick.variant, stages, ended - began, rows, tokens, run.gated, run.gate_seconds)
+            )
             began, stage = ended, boundary + 1
         return [run.results[row] for row in tick.rows]
 
@@ -278,11 +302,13 @@ class Runner:
         run: "_TickRun",
     ) -> list[int]:
         """Ask the exit's gate about the tokens `gated`; emit those that leave and say which they are."""
+        began = time.perf_counter()
         states = hidden if len(gated) == hidden.shape[0] else hidden[integers(gated, self._device)]
         thresholds = [tokens[i][0].threshold for i in gated]
         asked = torch.from_numpy(np.array(thresholds, dtype=np.float32)).to(self._device)
         gate = self._model.exits[stage].gate(states, asked, decoder.project_exit)
         leaves, projected = gate.leaves.tolist(), gate.projected.tolist()
+        run.gated, run.gate_seconds = len(gated), time.perf_counter() - began
         chosen = [number for number, index in enumerate(projected) if leaves[index]]
         if not chosen:
             return []
@@ -364,3 +390,5 @@ class _TickRun:
             self.entering.setdefault(row.stage, []).append(row)
         self.results = {row: RowResult(row) for row in tick.rows}
         self.undrawn: list[_Undrawn] = []
+        self.gated = 0  # of the stages run last
+        self.gate_seconds = 0.0

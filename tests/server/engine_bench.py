@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry
 from exeunt.compression.kv_format import page_bytes_for
 from exeunt.compression.model import LoadedModel
 from exeunt.compression.variant import Variant
-from exeunt.server.drafting import Drafter, default_drafter
+from exeunt.server.drafting import Drafter
 from exeunt.server.engine import Engine
 from exeunt.server.engine_config import EngineConfig
 from exeunt.server.metrics import Metrics
@@ -116,7 +116,7 @@ def running(
     model: LoadedModel,
     pages: int = 400,
     run_through: bool = True,
-    new_drafter: Callable[[GenerationRequest], Drafter] = default_drafter,
+    new_drafter: Callable[[GenerationRequest], Drafter] | None = None,
     **limits: int,
 ) -> Iterator[Bench]:
     registry = CollectorRegistry()

@@ -1,0 +1,115 @@
+"""What stages cost on this machine, learned as they run: seconds against tokens, by variant. Plain Python, no torch."""
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Final
+
+from exeunt.compression.variant import Variant
+
+MOST_TOKENS: Final = 128  # runs of more are prompts' chunks and say little about decode steps
+_MEMORY: Final = 0.98  # what an observation is worth after each later one: some fifty count
+_PRIOR_TOKENS: Final = 0.5  # spread of token counts, in tokens², at which data outweighs the prior slope
+_PRIOR_SLOPE: Final = (
+    0.25  # of a token's mean cost: at first one more is taken to be cheap, so that it is tried
+)
+
+
+@dataclass(slots=True)
+class LinearCost:
+    """Seconds of a run of n tokens, as base + slope × n: least squares over what was seen lately."""
+
+    weight: float = 0.0
+    tokens: float = 0.0  # weighted means
+    seconds: float = 0.0
+    _spread: float = 0.0  # weighted sums of centred products
+    _product: float = 0.0
+
+    def learn(self, tokens: int, seconds: float) -> None:
+        """One run took so long."""
+        self.weight = self.weight * _MEMORY + 1.0
+        off_tokens, off_seconds = tokens - self.tokens, seconds - self.seconds
+        self.tokens += off_tokens / self.weight
+        self.seconds += off_seconds / self.weight
+        self._spread = self._spread * _MEMORY + off_tokens * (tokens - self.tokens)
+        self._product = self._product * _MEMORY + off_tokens * (seconds - self.seconds)
+
+    @property
+    def slope(self) -> float:
+        """Seconds that one more token costs; between 0 and all that a token has cost."""
+        if not self.tokens:
+            return 0.0
+        each = self.seconds / self.tokens
+        pull = _PRIOR_TOKENS / max(self.weight, 1.0)
+        spread = self._spread / max(self.weight, 1.0)
+        product = self._product / max(self.weight, 1.0)
+        slope = (product + pull * _PRIOR_SLOPE * each) / (spread + pull)
+        return min(max(slope, 0.0), each)
+
+    @property
+    def base(self) -> float:
+        """Seconds of a run whatever its size."""
+        return max(self.seconds - self.slope * self.tokens, 0.0)
+
+    def of(self, tokens: float) -> float:
+        """Seconds that a run of so many tokens is expected to take."""
+        return self.base + self.slope * tokens
+
+
+@dataclass(frozen=True, slots=True)
+class DraftCosts:
+    """What a decode step of one sequence costs, its share of the batch's fixed costs included, in seconds.
+
+    Known only when `seen`; `shallow` is the part up to the drafting exit with all that surrounds a tick, `deep` the
+    fixed cost of the part behind it, and `token` what one more token costs there.
+    """
+
+    seen: bool
+    shallow: float = 0.0
+    shallow_token: float = 0.0
+    deep: float = 0.0
+    token: float = 0.0
+    gate: float = 0.0
+
+
+@dataclass(slots=True)
+class StageCosts:
+    """The costs of every stage of every variant, of gates, and of what surrounds a tick."""
+
+    stages: dict[tuple[Variant, int], LinearCost] = field(default_factory=lambda: defaultdict(LinearCost))
+    gates: dict[tuple[Variant, int], LinearCost] = field(default_factory=lambda: defaultdict(LinearCost))
+    around: LinearCost = field(default_factory=LinearCost)
+
+    def ran(self, variant: Variant, stage: int, tokens: int, seconds: float) -> None:
+        """A stage was run over so many tokens."""
+        if tokens <= MOST_TOKENS:
+            self.stages[variant, stage].learn(tokens, seconds)
+
+    def asked(self, variant: Variant, stage: int, rows: int, seconds: float) -> None:
+        """A gate was asked about so many rows."""
+        if rows <= MOST_TOKENS:
+            self.gates[variant, stage].learn(rows, seconds)
+
+    def ticked(self, rows: int, seconds: float) -> None:
+        """A tick of so many rows took so much time besides its stages and gates."""
+        self.around.learn(rows, seconds)
+
+    def drafting(self, variant: Variant, stage: int, last: int) -> DraftCosts:
+        """The costs of drafting at the end of `stage` of stages 0 to `last`."""
+        shallow = [self.stages[variant, s] for s in range(stage + 1)]
+        deep = [self.stages[variant, s] for s in range(stage + 1, last + 1)]
+        if any(cost.weight < 1.0 for cost in (*shallow, *deep)):
+            return DraftCosts(seen=False)
+        gate = self.gates[variant, stage]
+        return DraftCosts(
+            seen=True,
+            shallow=sum(_share(cost) for cost in (*shallow, self.around)),
+            shallow_token=sum(cost.slope for cost in shallow),
+            deep=sum(cost.base / max(cost.tokens, 1.0) for cost in deep),
+            token=sum(cost.slope for cost in deep),
+            gate=_share(gate) if gate.weight else 0.0,
+        )
+
+
+def _share(cost: LinearCost) -> float:
+    """A token's share of a run of the usual size."""
+    return cost.seconds / max(cost.tokens, 1.0)

@@ -1,0 +1,110 @@
+"""Drafting by what it costs and brings: costs are learned, look-ups found, and what does not pay is left alone."""
+
+import random
+
+import pytest
+
+from exeunt.compression.variant import Variant
+from exeunt.server.drafting import LOOKUP, AdaptiveDrafter, Proposal
+from exeunt.server.lookup import LookUp
+from exeunt.server.stage_costs import DraftCosts, LinearCost, StageCosts
+
+CHEAP_ROWS = DraftCosts(True, shallow=0.2e-3, shallow_token=0.01e-3, deep=0.8e-3, token=0.04e-3, gate=0.02e-3)
+DEAR_ROWS = DraftCosts(True, shallow=0.2e-3, shallow_token=0.2e-3, deep=0.0, token=0.8e-3, gate=0.02e-3)
+
+
+def test_costs_are_learned_from_runs_of_any_size() -> None:
+    dice, cost = random.Random(1), LinearCost()
+    for _ in range(300):
+        tokens = dice.choice((1, 2, 4, 9))
+        cost.learn(tokens, 1e-3 + 2e-4 * tokens + dice.uniform(0, 2e-5))
+    assert cost.base == pytest.approx(1e-3, rel=0.05)
+    assert cost.slope == pytest.approx(2e-4, rel=0.05)
+
+
+def test_costs_follow_a_machine_that_changes() -> None:
+    cost = LinearCost()
+    for seconds in (1e-3, 3e-3):
+        for i in range(400):
+            cost.learn(1 + i % 3, seconds)
+        assert cost.of(2) == pytest.approx(seconds, rel=0.02)
+
+
+def test_where_only_one_size_was_seen_more_tokens_are_taken_to_be_cheap() -> None:
+    cost = LinearCost()
+    for _ in range(50):
+        cost.learn(1, 1e-3)
+    assert 0 < cost.slope < 0.5e-3
+    assert cost.of(1) == pytest.approx(1e-3)
+    assert LinearCost().of(3) == 0.0
+
+
+def test_the_draft_costs_split_the_model_at_the_drafting_exit() -> None:
+    costs, variant = StageCosts(), Variant()
+    assert not costs.drafting(variant, 0, 2).seen
+    for stage, seconds in enumerate((1e-3, 2e-3, 4e-3)):
+        for tokens in (1, 3) * 100:
+            costs.ran(variant, stage, tokens, seconds)  # costs do not depend on the size: all of it is fixed
+    costs.ticked(1, 5e-4)
+    costs.asked(variant, 1, 1, 1e-4)
+    drafting = costs.drafting(variant, 1, 2)
+    assert drafting.seen
+    assert drafting.deep == pytest.approx(4e-3 / 2, rel=0.1)  # shared by two tokens
+    assert drafting.shallow == pytest.approx(3e-3 / 2 + 5e-4, rel=0.1)
+    assert drafting.token < 2e-4
+    assert drafting.gate == pytest.approx(1e-4)
+
+
+def test_look_up_finds_what_followed_the_longest_match() -> None:
+    text = [1, 2, 3, 4, 9, 9, 2, 3, 5, 7, 1, 2, 3]
+    look = LookUp()
+    assert look.find(text, 0, 4) == (4, 9, 9, 2)
+    assert look.find([*text, 4], 1, 2) == (9, 9)  # a draft may be continued
+    assert look.find([*text, 8, 8], 0, 4) == ()
+    # what is not certain is not looked up in
+    assert LookUp().find([5, 6, 7, 5, 6], 3, 4) == ()
+
+
+def test_look_up_learns_how_long_a_guess_pays() -> None:
+    look = LookUp()
+    for _ in range(60):
+        look.judged(True)
+    length, gain = look.best_length(7, 1e-3, 1e-4)
+    assert length == 7
+    assert gain > 4e-3
+    for _ in range(200):
+        look.judged(False)
+    assert look.best_length(7, 1e-3, 1e-4) == (0, 0.0)
+
+
+def outcome(costs: DraftCosts, right: float, steps: int = 2000) -> tuple[AdaptiveDrafter, int]:
+    """Run a drafter whose exit's drafts are right so often; count its asks."""
+    dice, drafter, asks = random.Random(3), AdaptiveDrafter(lambda: costs), 0
+    tokens = [dice.randrange(1000) for _ in range(10)]
+    for _ in range(steps):
+        proposal = drafter.propose(tokens, 0, 10)
+        if proposal.threshold is not None:
+            asks += 1
+            if right >= proposal.threshold:
+                drafter.settled([1], int(dice.random() < right))
+        tokens.append(dice.randrange(1_000_000))
+    return drafter, asks
+
+
+def test_drafting_goes_on_where_it_pays_and_ends_where_it_does_not() -> None:
+    assert outcome(CHEAP_ROWS, 0.8)[1] == 2000
+    never, sometimes = outcome(DEAR_ROWS, 0.8)[1], outcome(CHEAP_ROWS, 0.1)[1]
+    assert never == 0  # nothing is saved however sure the exit is
+    assert 16 <= sometimes < 250  # tried, given up, tried again now and then
+
+
+def test_looked_up_tokens_are_taken_where_they_promise_more() -> None:
+    drafter = AdaptiveDrafter(lambda: CHEAP_ROWS)
+    text = list(range(20)) * 3
+    proposal = drafter.propose(text, 0, 10)
+    assert proposal.tokens == tuple(range(len(proposal.tokens)))
+    assert proposal.tokens
+    for _ in range(100):
+        drafter.settled([LOOKUP], 0)
+    assert drafter.propose(text, 0, 10).tokens == ()
+    assert AdaptiveDrafter(lambda: DraftCosts(seen=False)).propose(text, 0, 10) == Proposal()
