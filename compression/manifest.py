@@ -16,7 +16,8 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationErro
 
 from exeunt.compression.variant import KVFormat, Variant, WeightFormat
 
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
+"""2: an exit may be there for drafts alone. A reader of 1 would let tokens of the approximate mode leave at it."""
 CHECKSUM_KEY: Final = "manifest_sha256"
 BUNDLE_KIND: Final = "exeunt-bundle"
 
@@ -56,8 +57,27 @@ class LinearBlockRecord(Record):
     r2_by_block: tuple[float, ...] = ()  # of a full-rank map for every block of the model
 
 
+class DraftRecord(Record):
+    """What calibration expects of an exit that drafts for the verified mode, one stream, greedy.
+
+    At `threshold` the gate lets the exit draft `drafted` of the tokens, of which `acceptance` are right, both counted
+    on the select split; `length` is the most drafts in a row. `speed` is the expected ratio to no drafts, from times
+    that were measured on the machine that calibrated: below 1 no drafting exit pays there.
+    """
+
+    threshold: Share
+    length: Annotated[int, Field(ge=1)]
+    drafted: Share
+    acceptance: Share
+    speed: Annotated[float, Field(gt=0.0)]
+
+
 class ExitRecord(Record):
-    """One exit. `agreement` is the share of held-out tokens on which its top token is the full model's."""
+    """One exit. `agreement` is the share of held-out tokens on which its top token is the full model's.
+
+    At a `certified` exit tokens of the approximate mode may leave, and the risk table speaks of these exits together;
+    the one that is `drafting` proposes tokens in the verified mode. An exit may be both.
+    """
 
     block: Count
     name: str
@@ -65,6 +85,9 @@ class ExitRecord(Record):
     untrained_agreement: Share | None = None  # the model's own head at this depth, before any fitting
     auc: Share | None = None  # of the gate's confidence against agreement
     tokens: Count = 0  # held-out tokens behind these figures
+    certified: bool = True
+    drafting: bool = False
+    draft: DraftRecord | None = None  # of the exit that drafts
 
     @model_validator(mode="after")
     def _name_follows_block(self) -> Self:
@@ -182,6 +205,8 @@ class Manifest(Record):
         for name in self.files:
             if not _is_plain_name(name):
                 raise ValueError(f"{name!r} is not the name of a file inside the bundle")
+        if sum(record.drafting for record in self.exits) > 1:
+            raise ValueError("more than one exit is the drafting one")
         return self
 
 

@@ -20,7 +20,7 @@ from exeunt.compression.decoder import Decoder
 from exeunt.compression.exits import ExitHead
 from exeunt.compression.kv_format import KVLayout, kv_layout
 from exeunt.compression.linear import Linear
-from exeunt.compression.manifest import Manifest
+from exeunt.compression.manifest import ExitRecord, Manifest
 from exeunt.compression.variant import KVFormat, Variant, WeightFormat
 from exeunt.compression.weights import WeightError
 
@@ -73,6 +73,28 @@ class LoadedModel:
         weights: WeightFormat = "int4" if ("int4", False) in self.decoders else "full"
         kv: KVFormat = "int4" if "int4" in self.kv_formats else "full"
         return Variant(weights, kv, False)
+
+    @property
+    def certified_exits(self) -> tuple[int, ...]:
+        """The exits at which tokens of the approximate mode may leave, by their place in `exits`.
+
+        The thresholds of the risk table hold when these are asked, and no others.
+        """
+        apart = {record.block for record in self._exit_records if not record.certified}
+        return tuple(place for place, head in enumerate(self.exits) if head.block not in apart)
+
+    @property
+    def drafting_exit(self) -> int | None:
+        """The exit that calibration chose to draft for the verified mode, by its place in `exits`.
+
+        None where it chose none: a plain model, or a bundle that was made before, or without, that choice.
+        """
+        chosen = {record.block for record in self._exit_records if record.drafting}
+        return next((place for place, head in enumerate(self.exits) if head.block in chosen), None)
+
+    @property
+    def _exit_records(self) -> tuple[ExitRecord, ...]:
+        return () if self.manifest is None else self.manifest.exits
 
     def decoder(self, variant: Variant) -> Decoder:
         """The decoder that runs `variant`; raises NotHeldError."""

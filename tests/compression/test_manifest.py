@@ -11,6 +11,7 @@ from exeunt.compression.manifest import (
     CHECKSUM_KEY,
     FORMAT_VERSION,
     BaseModelRecord,
+    DraftRecord,
     ExitRecord,
     Manifest,
     ManifestError,
@@ -52,12 +53,15 @@ def _manifest(**changes: Any) -> Manifest:
 def _altered(change: dict[str, Any], *, seal: bool) -> str:
     """The manifest's text with keys changed; sealed: with a checksum that matches again."""
     fields = json.loads(manifest_json(_manifest())) | change
-    if seal:
-        from exeunt.compression.manifest import _checksum
+    return json.dumps(_sealed(fields) if seal else fields)
 
-        del fields[CHECKSUM_KEY]
-        fields[CHECKSUM_KEY] = _checksum(fields)
-    return json.dumps(fields)
+
+def _sealed(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields with a checksum that matches."""
+    from exeunt.compression.manifest import _checksum
+
+    own = {key: value for key, value in fields.items() if key != CHECKSUM_KEY}
+    return own | {CHECKSUM_KEY: _checksum(own)}
 
 
 def test_it_survives_a_round_trip() -> None:
@@ -103,6 +107,26 @@ def test_a_newer_format_is_refused_before_anything_else_is_read() -> None:
         read_manifest(text)
 
 
+def test_a_bundle_made_before_exits_had_uses_still_opens() -> None:
+    fields = json.loads(manifest_json(_manifest()))
+    for record in fields["exits"]:
+        for key in ("certified", "drafting", "draft"):
+            del record[key]
+    text = json.dumps(_sealed(fields | {"format_version": 1}))
+    assert read_manifest(text).exits == _manifest().exits
+    assert _manifest().exits[0].certified
+    assert not _manifest().exits[0].drafting
+
+
+def test_what_was_measured_of_drafts_survives_a_round_trip() -> None:
+    draft = DraftRecord(threshold=0.4, length=3, drafted=0.8, acceptance=0.7, speed=0.9)
+    exits = (
+        ExitRecord(block=0, name="block_0", agreement=0.4, certified=False, drafting=True, draft=draft),
+        ExitRecord(block=2, name="block_2", agreement=0.5),
+    )
+    assert read_manifest(manifest_json(_manifest(exits=exits))).exits == exits
+
+
 def test_keys_of_a_later_release_are_ignored_but_sealed() -> None:
     assert read_manifest(_altered({"colour": "blue"}, seal=True)) == _manifest()
     with pytest.raises(ManifestError, match="altered"):
@@ -114,5 +138,10 @@ def test_records_that_contradict_themselves_are_refused() -> None:
         RiskTarget(target=0.05, certified=True)
     with pytest.raises(ValidationError, match="block 3 is named 'block_2'"):
         ExitRecord(block=3, name="block_2", agreement=0.5)
+    drafting = (
+        ExitRecord(block=block, name=f"block_{block}", agreement=0.5, drafting=True) for block in (0, 2)
+    )
+    with pytest.raises(ValidationError, match="more than one exit"):
+        _manifest(exits=tuple(drafting))
     with pytest.raises(ValidationError, match="finite"):
         RiskTarget(target=0.05, certified=False, exit_rate=float("nan"))

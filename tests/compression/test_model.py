@@ -1,6 +1,7 @@
 """Loaded models: what a bundle gives to a server, variant by variant, and what asking for more is answered with."""
 
 import gc
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from exeunt.compression.bundle import BundleError, open_bundle
 from exeunt.compression.checkpoint_names import linear_shapes
 from exeunt.compression.decoder import Decoder
 from exeunt.compression.kv_format import page_bytes_for
+from exeunt.compression.manifest import ExitRecord
 from exeunt.compression.model import (
     LoadedModel,
     ModelLoadError,
@@ -66,6 +68,26 @@ def test_it_holds_what_the_bundle_holds(model: LoadedModel) -> None:
     assert model.tokenizer.decode([5]) == "w5"
     assert model.dtype == torch.float32
     assert model.default_variant == Variant("int4", "int4", False)
+
+
+def test_each_exit_is_known_by_its_use(model: LoadedModel) -> None:
+    assert model.manifest is not None
+    assert (model.certified_exits, model.drafting_exit) == ((0,), None)  # as in a bundle without that choice
+    late = replace(model.exits[0], block=2)
+    first, second = (
+        ExitRecord(block=1, name="block_1", agreement=0.5, certified=False, drafting=True),
+        ExitRecord(block=2, name="block_2", agreement=0.6),
+    )
+
+    def uses(*records: ExitRecord) -> tuple[tuple[int, ...], int | None]:
+        manifest = model.manifest.model_copy(update={"exits": records})  # type: ignore[union-attr]
+        own = replace(model, exits=(model.exits[0], late), manifest=manifest)
+        return own.certified_exits, own.drafting_exit
+
+    assert uses(first, second) == ((1,), 0)
+    assert uses(second, first) == ((1,), 0), "records may stand in any order"
+    both = second.model_copy(update={"drafting": True})
+    assert uses(first.model_copy(update={"certified": True, "drafting": False}), both) == ((0, 1), 1)
 
 
 def test_full_weights_are_the_checkpoints(model: LoadedModel, checkpoint: Path) -> None:
