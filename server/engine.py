@@ -14,7 +14,8 @@ import torch
 from exeunt.compression.kv_format import page_bytes_for
 from exeunt.compression.model import LoadedModel
 from exeunt.compression.variant import Variant
-from exeunt.server.drafting import AdaptiveDrafter, Drafter
+from exeunt.server.audit import AuditBook, AuditTotals
+from exeunt.server.drafting import AdaptiveDrafter, Drafter, ExitWorth
 from exeunt.server.engine_config import EngineConfig
 from exeunt.server.lifecycle import Lifecycle
 from exeunt.server.metrics import Metrics
@@ -29,10 +30,12 @@ from exeunt.server.request import (
 )
 from exeunt.server.runner import Runner, StageRun
 from exeunt.server.scheduler import Scheduler
-from exeunt.server.stage_costs import StageCosts
+from exeunt.server.stage_costs import DraftCosts, StageCosts
 from exeunt.server.stages import StagePlan
 
 log = logging.getLogger("exeunt.engine")
+
+_COSTS_KEPT = 16  # ticks
 
 
 class QueueFullError(Exception):
@@ -94,15 +97,24 @@ class Engine:
         `new_drafter` makes what decides on drafts for one answer of a request in the verified mode, None: what pays.
         """
         self._config, self._metrics = config, metrics
-        self.plan = StagePlan(model.spec.blocks, tuple(head.block for head in model.exits))
+        self.plan = StagePlan(
+            model.spec.blocks,
+            tuple(head.block for head in model.exits),
+            certified=model.certified_exits,
+            drafting=model.drafting_exit,
+        )
         page_bytes = page_bytes_for(model.spec, model.dtype)
         count = max(config.kv_cache_bytes // page_bytes, 1)
         arena = torch.zeros(count * page_bytes, dtype=torch.uint8, device=model.device)
         self._page_bytes = page_bytes
         self._costs = StageCosts()
         self._stage_seconds = 0.0  # of the tick under way
+        self._ticks = 0
+        self._drafting: dict[Variant, DraftCosts] = {}
+        self._exit_worth: dict[Variant, ExitWorth] = {}
         self._pool = PagePool(count)
-        self._runner = Runner(model, self.plan, arena, page_bytes, self._note_stages)
+        self._runner = Runner(model, self.plan, arena, page_bytes, self._note_stages, config.audit_share)
+        self._audits = AuditBook(metrics)
         self._scheduler = Scheduler(
             self.plan,
             self._pool,
@@ -129,6 +141,7 @@ class Engine:
             new_drafter=new_drafter or self._adaptive_drafter,
             on_started=self._unqueue,
             on_ended=self._close,
+            audits=self._audits,
         )
 
     # -- any thread --
@@ -176,6 +189,11 @@ class Engine:
             kv_pages_total=self._pool.num_pages,
             page_bytes=self._page_bytes,
         )
+
+    @property
+    def audit_totals(self) -> AuditTotals:
+        """Sums over all audits so far."""
+        return self._audits.totals
 
     def drain(self, timeout_s: float) -> bool:
         """Take no more requests and wait until those taken are finished; False if some were left at the time-out."""
@@ -256,8 +274,18 @@ class Engine:
         self._stage_seconds += run.seconds
 
     def _adaptive_drafter(self, request: GenerationRequest) -> Drafter:
-        variant, plan = request.variant, self.plan
-        return AdaptiveDrafter(lambda: self._costs.drafting(variant, plan.drafting or 0, plan.last))
+        variant = request.variant
+        worth = self._exit_worth.setdefault(variant, ExitWorth())
+        return AdaptiveDrafter(lambda: self._draft_costs(variant), worth)
+
+    def _draft_costs(self, variant: Variant) -> DraftCosts:
+        """The costs of drafting as they stood at the last of every few ticks: they change slowly and are asked often."""
+        costs = self._drafting.get(variant)
+        if costs is None or not costs.seen:
+            costs = self._drafting[variant] = self._costs.drafting(
+                variant, self.plan.drafting or 0, self.plan.last
+            )
+        return costs
 
     def _loop(self) -> None:
         try:
@@ -270,6 +298,9 @@ class Engine:
                 if tick is not None:
                     self._lives.run(tick)
                     self._costs.ticked(len(tick.rows), time.perf_counter() - began - self._stage_seconds)
+                    self._ticks += 1
+                    if self._ticks % _COSTS_KEPT == 0:
+                        self._drafting.clear()
                 self._lives.set_gauges(force=tick is None)
         except Exception as error:  # noqa: BLE001 - callers must hear of it, or they wait for ever
             self._give_up(error)
