@@ -16,8 +16,8 @@ from exeunt.server.stage_costs import DraftCosts
 LOOKUP: Final = -1  # in place of a stage: the token was looked up in the text, no stage proposed it
 MOST_LOOKED_UP: Final = 7  # tokens proposed at once
 _PATIENCE: Final = 16  # asks before the exit's drafts are given up where they do not pay
-_FIRST_PAUSE: Final = 64  # tokens until they are tried again; doubles each time they did not pay
-_LONGEST_PAUSE: Final = 1024
+_FIRST_PAUSE: Final = 256  # steps until they are tried again; doubles each time they did not pay
+_LONGEST_PAUSE: Final = 1 << 14
 _MEMORY: Final = 0.95  # what the outcome of an ask is worth after each later one
 _ENOUGH_ASKS: Final = (1.0 - _MEMORY**_PATIENCE) / (1.0 - _MEMORY)  # what so many weigh together
 _SURE_ENOUGH: Final = 0.99  # a gate that would have to be surer than this is not asked
@@ -62,35 +62,72 @@ class FixedDrafter:
 
 
 @dataclass(slots=True)
+class ExitWorth:
+    """Whether asking the drafting exit pays, learned from all answers of a variant together.
+
+    A batch that asks for one of its rows stops for all of them, so it is tried, given up and tried again in common.
+    """
+
+    gain: float = 0.0  # weighted mean of what an ask brought, seconds
+    _asks: float = 0.0
+    _steps: int = 0
+    _silent_until: int = 0
+    _pause: int = _FIRST_PAUSE
+
+    def may_ask(self) -> bool:
+        """Called for every step of a sequence: whether the exit is to be asked."""
+        self._steps += 1
+        return self._steps > self._silent_until
+
+    def asked(self, seconds: float) -> None:
+        """A gate was asked, which took so long; what its draft brings is told later."""
+        self._asks = self._asks * _MEMORY + 1.0
+        self.gain -= (seconds + self.gain) / self._asks
+        if self._asks < _ENOUGH_ASKS:
+            return
+        if self.gain > 0.0:
+            self._pause = _FIRST_PAUSE
+        else:
+            self._silent_until = self._steps + self._pause
+            self._pause = min(2 * self._pause, _LONGEST_PAUSE)
+            self._asks = self.gain = 0.0
+
+    def brought(self, seconds: float) -> None:
+        """A draft was judged, and saved so much, or cost it."""
+        self.gain += seconds / max(self._asks, 1.0)
+
+
+@dataclass(slots=True)
 class AdaptiveDrafter:
-    """Drafts as long as it pays, by the costs as they stand and by how this request's drafts have fared.
+    """Drafts as long as it pays, by the costs as they stand and by how drafts have fared.
 
     Right, an exit's draft saves the fixed cost of a deep pass; wrong, it costs the shallow pass behind it and its
-    place in the deep one. So a gate is asked for the confidence at which the two balance, W / (S + W), and no longer
-    when what the asks have brought is less than they cost; after a pause it is tried again. What was looked up costs
-    its places in one full pass, and is taken where that promises more.
+    place in the deep one. So a gate is asked for the confidence at which the two balance, W / (S + W), raised where
+    this request's drafts were right less often than that, and not at all while asking does not pay. What was looked up
+    costs its places in one full pass, and is taken where that promises more.
     """
 
     costs: Callable[[], DraftCosts]
+    worth: ExitWorth = field(default_factory=ExitWorth)
     looked_up: LookUp = field(default_factory=LookUp)
-    _gain: float = 0.0  # weighted mean of what an ask brought, seconds
-    _asks: float = 0.0
-    _pause: int = _FIRST_PAUSE
-    _silent_until: int = 0  # tokens
+    _right: float = 0.0
+    _judged: float = 0.0
 
     def propose(self, tokens: Items[int], drafted: int, room: int) -> Proposal:
         costs = self.costs()
         if not costs.seen:  # a first pass goes all the way
             return Proposal()
+        asks = self.worth.may_ask()
         found = self.looked_up.find(tokens, drafted, min(room, MOST_LOOKED_UP))
-        length, gain = self.looked_up.best_length(len(found), _step(costs), costs.shallow_token + costs.token)
-        asks = len(tokens) >= self._silent_until
-        if length and gain > (self._gain if asks and self._asks else 0.0):
-            return Proposal(tokens=found[:length])
-        threshold = _break_even(costs)
+        if found:
+            each = costs.shallow_token + costs.token
+            length, gain = self.looked_up.best_length(len(found), _step(costs), each)
+            if length and gain > (self.worth.gain if asks else 0.0):
+                return Proposal(tokens=found[:length])
+        threshold = self._threshold(costs)
         if not asks or threshold > _SURE_ENOUGH:
             return Proposal()
-        self._note_ask(-costs.gate, len(tokens))
+        self.worth.asked(costs.gate)
         return Proposal(threshold=threshold)
 
     def settled(self, stages: Items[int], accepted: int) -> None:
@@ -100,20 +137,17 @@ class AdaptiveDrafter:
             if stage == LOOKUP:
                 self.looked_up.judged(right)
             else:
-                brought = costs.deep if right else -_loss(costs)
-                self._gain += brought / max(self._asks, 1.0)
+                self._right = self._right * _MEMORY + right
+                self._judged = self._judged * _MEMORY + 1.0
+                self.worth.brought(costs.deep if right else -_loss(costs))
 
-    def _note_ask(self, gain: float, place: int) -> None:
-        self._asks = self._asks * _MEMORY + 1.0
-        self._gain += (gain - self._gain) / self._asks
-        if self._asks < _ENOUGH_ASKS:
-            return
-        if self._gain > 0.0:
-            self._pause = _FIRST_PAUSE
-        else:
-            self._silent_until = place + self._pause
-            self._pause = min(2 * self._pause, _LONGEST_PAUSE)
-            self._asks = self._gain = 0.0
+    def _threshold(self, costs: DraftCosts) -> float:
+        """The confidence to ask for: 1 - doubt, the doubt shrunk where this request's drafts fared worse than that."""
+        balance = _break_even(costs)
+        right = (self._right + 4.0 * balance) / (
+            self._judged + 4.0
+        )  # at first it is taken to be right often enough
+        return balance if right >= balance else 1.0 - (1.0 - balance) * right / balance
 
 
 def _step(costs: DraftCosts) -> float:

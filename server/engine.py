@@ -279,7 +279,7 @@ class Engine:
         return AdaptiveDrafter(lambda: self._draft_costs(variant), worth)
 
     def _draft_costs(self, variant: Variant) -> DraftCosts:
-        """The costs of drafting as they stood at the last of every few ticks: they change slowly and are asked often."""
+        """The costs of drafting as they stood within the last few ticks: they change slowly and are asked often."""
         costs = self._drafting.get(variant)
         if costs is None or not costs.seen:
             costs = self._drafting[variant] = self._costs.drafting(
