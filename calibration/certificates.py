@@ -5,19 +5,26 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from exeunt.calibration.certification import (
+    Certification,
+    certify_backfilled,
+    certify_propagated,
+    full_depth_pass,
+)
 from exeunt.calibration.model_stack import ModelStack
 from exeunt.calibration.risk import Certificate
-from exeunt.calibration.thresholds import Certification, ThresholdPlan, certify
+from exeunt.calibration.thresholds import ThresholdPlan
 from exeunt.compression.exits import ExitHead
-from exeunt.compression.manifest import RiskEntry, RiskTarget
+from exeunt.compression.manifest import RiskEntry, RiskTarget, SkippedKV
 from exeunt.compression.variant import Variant
 
 
 @dataclass(frozen=True, slots=True)
 class CertifiedVariant:
-    """One combination's outcome; skipped keys and values are propagated."""
+    """The outcome for one combination: a variant, and what becomes of skipped keys and values."""
 
     variant: Variant
+    skipped_kv: SkippedKV
     certification: Certification
 
     def entry(self, confidence: float) -> RiskEntry:
@@ -26,7 +33,7 @@ class CertifiedVariant:
             weights=self.variant.weights,
             kv_cache=self.variant.kv_cache,
             linear_block=self.variant.linear_block,
-            skipped_kv="propagate",
+            skipped_kv=self.skipped_kv,
             targets=tuple(_target(certificate) for certificate in self.certification.certificates),
             confidence=confidence,
         )
@@ -42,18 +49,21 @@ def certify_variants(
     confidence: float,
     advance: Callable[[int], None],
 ) -> tuple[CertifiedVariant, ...]:
-    """Certify every variant of `stack` on the held-out `rows`, all with the same plan.
+    """Certify every variant of `stack` on the held-out `rows`, backfilled and propagated, all with the same plan.
 
     The deployed variant has all rows, the others every second one: there are seven of them.
     """
-    outcomes = []
+    outcomes: list[CertifiedVariant] = []
     for variant in stack.variants:
         model = stack.forced(variant, exits)
         own = rows_for(variant, stack, rows)
-        certification = certify(
-            model, own, plan, batch_tokens=batch_tokens, confidence=confidence, advance=advance
+        full_depth = full_depth_pass(
+            model, own, min(plan.thresholds), batch_tokens=batch_tokens, advance=advance
         )
-        outcomes.append(CertifiedVariant(variant, certification))
+        backfilled = certify_backfilled(full_depth, plan, confidence=confidence)
+        propagated = certify_propagated(model, full_depth, plan, confidence=confidence, advance=advance)
+        outcomes.append(CertifiedVariant(variant, "backfill", backfilled))
+        outcomes.append(CertifiedVariant(variant, "propagate", propagated))
     return tuple(outcomes)
 
 

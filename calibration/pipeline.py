@@ -234,7 +234,7 @@ def _certify(task: _Task, learned: _Learned) -> tuple[CertifiedVariant, ...]:
         shown = ", ".join(
             f"{percent(c.target)} at {c.threshold:.3f} ({c.exits / c.tokens:.1%} leave)" for c in found
         )
-        task.progress.note(f"{each.variant}: {shown or 'no exits certified'}")
+        task.progress.note(f"{each.variant}, {each.skipped_kv}: {shown or 'no exits certified'}")
     return certified
 
 

@@ -1,10 +1,12 @@
 """A given text through a model whose tokens may leave early, all tokens at once, stage by stage.
 
 This pass defines the risk that certificates speak of: every token of a row but the first is asked at every exit
-whether it leaves, a token that leaves has its deeper keys and values projected from its state there, and every later
-token attends to what was left behind. The first token of a row stands for the prompt, which never leaves. The result
-is that of running the tokens one by one: a block's keys and values of position p come from position p's own state, and
-a token attends to earlier positions of its row only, so all tokens may pass a stage together.
+whether it leaves. The first token of a row stands for the prompt, which never leaves. Where skipped keys and values are
+propagated, a token that leaves has its deeper keys and values projected from its state there, and every later token
+attends to what was left behind. Where they are backfilled, the deeper blocks see every token's own state in the end, so
+all states are those of full depth, and one pass without exits serves every threshold. The result is that of running the
+tokens one by one: a block's keys and values of position p come from position p's own state, and a token attends to
+earlier positions of its row only, so all tokens may pass a stage together.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -59,12 +61,21 @@ class ForcedModel:
         return self._pages
 
     @torch.inference_mode()
-    def full_depth(self, batch: SequenceBatch) -> tuple[Tensor, Tensor]:
-        """The states [T, H] behind the first exit's block (or the last, without exits) and behind the last block."""
+    def full_depth_at_exits(self, batch: SequenceBatch) -> tuple[tuple[Tensor, ...], Tensor]:
+        """The states [T, H] behind each exit's block, and behind the last block, where no token leaves."""
         pages, geometry = self.pages(batch), batch.geometry(self.layout.page_tokens)
         hidden = self.decoder.embed(batch.token_ids, batch.positions)
-        entry = self.decoder.run_blocks(hidden, geometry, pages, 0, self.depth(0))
-        return entry, self.decoder.run_blocks(entry, geometry, pages, self.depth(0), self.blocks)
+        states, start = [], 0
+        for number in range(len(self.exits) + 1):
+            hidden = self.decoder.run_blocks(hidden, geometry, pages, start, self.depth(number))
+            start = self.depth(number)
+            states.append(hidden)
+        return tuple(states[:-1]), states[-1]
+
+    def full_depth(self, batch: SequenceBatch) -> tuple[Tensor, Tensor]:
+        """The states [T, H] behind the first exit's block (or the last, without exits) and behind the last block."""
+        states, final = self.full_depth_at_exits(batch)
+        return (states[0] if states else final), final
 
     @torch.inference_mode()
     def top_tokens(self, final: Tensor) -> Tensor:
@@ -90,22 +101,41 @@ class ForcedModel:
         kept = torch.arange(batch.tokens, device=entry.device)
         hidden = entry
         for number, head in enumerate(self.exits):
-            thresholds = torch.full((len(kept),), threshold, dtype=torch.float32, device=entry.device)
-            thresholds[batch.positions[kept] == 0] = torch.inf
-            gate = head.gate(hidden, thresholds, self.decoder.project_exit)
-            leaving = gate.leaves.nonzero().squeeze(1)
-            if len(leaving):
-                sink(number, kept[leaving], gate.logits[gate.leaves[gate.projected]])
-                gone = batch.geometry(page_tokens, kept[leaving])
-                self.decoder.project_kv(hidden[leaving], gone, pages, head.depth, self.blocks)
-                staying = (~gate.leaves).nonzero().squeeze(1)
-                kept, hidden = kept[staying], hidden[staying]
+            leaves = self._leave(number, hidden, kept, batch, threshold, sink)
+            if bool(leaves.any()):
+                gone = batch.geometry(page_tokens, kept[leaves])
+                self.decoder.project_kv(hidden[leaves], gone, pages, head.depth, self.blocks)
+                kept, hidden = kept[~leaves], hidden[~leaves]
             last = number + 1 == len(self.exits)
             if len(kept) == 0 or (last and not to_the_end):
                 return
             geometry = batch.geometry(page_tokens, kept)
             hidden = self.decoder.run_blocks(hidden, geometry, pages, head.depth, self.depth(number + 1))
         self.final(hidden, kept, sink)
+
+    @torch.inference_mode()
+    def with_backfill(
+        self, batch: SequenceBatch, threshold: float, states: Sequence[Tensor], final: Tensor, sink: Sink
+    ) -> None:
+        """Give every token's logits to `sink` where it leaves at `threshold`, skipped keys and values being backfilled.
+
+        `states` and `final` are those of `full_depth_at_exits`: with backfill a token that leaves changes no later one.
+        """
+        kept = torch.arange(batch.tokens, device=final.device)
+        for number, hidden in enumerate(states):
+            kept = kept[~self._leave(number, hidden[kept], kept, batch, threshold, sink)]
+        self.final(final[kept], kept, sink)
+
+    def _leave(
+        self, number: int, hidden: Tensor, kept: Tensor, batch: SequenceBatch, threshold: float, sink: Sink
+    ) -> Tensor:
+        """Ask an exit's gate about tokens `kept` [K] with states [K, H]; who leaves, [K] bool, is given to `sink`."""
+        thresholds = torch.full((len(kept),), threshold, dtype=torch.float32, device=hidden.device)
+        thresholds[batch.positions[kept] == 0] = torch.inf
+        gate = self.exits[number].gate(hidden, thresholds, self.decoder.project_exit)
+        if bool(gate.leaves.any()):
+            sink(number, kept[gate.leaves], gate.logits[gate.leaves[gate.projected]])
+        return gate.leaves
 
     def _final_logits(self, hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:
         rows = max(1, LOGITS_AT_ONCE // self.decoder.spec.vocab_size)

@@ -1,9 +1,7 @@
-"""Which thresholds are certified: planned on the select split, tested on the held-out one.
+"""Which thresholds are worth testing: planned on the select split, for `exeunt.calibration.certification`.
 
 Planning looks at the gates' decisions over full-depth states, which costs no pass: for each target it begins at the
-threshold that looks most likely to pass, and goes on to the loosest that looks safe. Certifying runs
-the real thing, `ForcedModel.with_exits`, once per threshold from strict to loose, and stops when every target's
-sequence has ended (`exeunt.calibration.risk`).
+threshold that looks most likely to pass, and goes on to the loosest that looks safe.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,16 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from exeunt.calibration.exit_training import Labelled
-from exeunt.calibration.risk import (
-    CONFIDENCE,
-    Certificate,
-    ExitCounts,
-    FixedSequence,
-    error_correlation,
-    forecast_p_value,
-)
-from exeunt.calibration.sequence_batch import SequenceBatch, batches
-from exeunt.calibration.teacher_forcing import ForcedModel
+from exeunt.calibration.risk import CONFIDENCE, ExitCounts, error_correlation, forecast_p_value
 from exeunt.compression.exits import ExitHead
 
 BLOCK_TOKENS: Final = 256
@@ -69,12 +58,17 @@ class GateView:
             self.reach[chosen], self.projects[chosen], self.agrees[chosen], self.text_block, self.blocks
         )
 
+    def leave_at(self, threshold: float) -> NDArray[np.int64]:
+        """The exit at which each token leaves, the number of exits for a token that stays: [T]."""
+        leaves = self.reach >= threshold
+        return np.where(leaves.any(0), leaves.argmax(0), len(self.reach))
+
     def counts(self, threshold: float) -> ExitCounts:
         """Exits and errors by block of text at `threshold`, as if exits did not change later tokens."""
-        leaves = self.reach >= threshold
-        left = leaves.any(0)
-        first = leaves.argmax(0)
-        wrong = left & ~self.agrees[first, np.arange(self.agrees.shape[1])]
+        exits = self.leave_at(threshold)
+        left = exits < len(self.reach)
+        at = np.minimum(exits, len(self.reach) - 1)
+        wrong = left & ~self.agrees[at, np.arange(self.agrees.shape[1])]
         return ExitCounts(
             np.bincount(self.text_block[left], minlength=self.blocks).astype(np.float64),
             np.bincount(self.text_block[wrong], minlength=self.blocks).astype(np.float64),
@@ -114,27 +108,41 @@ def view_gates(
         parts = []
         for start in range(0, data.tokens, chunk):
             part = data.rows(slice(start, start + chunk), head.adapter.device)
-            parts.append(_reach(head, part, project))
+            parts.append(gate_reach(head, part, project))
             advance(part.tokens)
         reach.append(torch.cat([part[0] for part in parts]).double().cpu().numpy())
         projects.append(torch.cat([part[1] for part in parts]).double().cpu().numpy())
         agrees.append(torch.cat([part[2] for part in parts]).cpu().numpy())
+    return view_of(np.stack(reach), np.stack(projects), np.stack(agrees), rows)
+
+
+def view_of(
+    reach: NDArray[np.float64],
+    projects: NDArray[np.float64],
+    agrees: NDArray[np.bool_],
+    rows: Sequence[Tensor],
+) -> GateView:
+    """The view of what gates made of the tokens of `rows`; a row's first token stands for the prompt and stays."""
     starts = np.concatenate([np.arange(len(row)) == 0 for row in rows])
     where = text_blocks(rows)
-    reached = np.stack(reach)
-    reached[:, starts] = -1.0  # a row's first token stands for the prompt
-    return GateView(reached, np.stack(projects), np.stack(agrees), where, int(where[-1]) + 1)
+    return GateView(np.where(starts, -1.0, reach), projects, agrees, where, int(where[-1]) + 1)
 
 
-def _reach(
-    head: ExitHead, data: Labelled, project: Callable[[Tensor], Tensor]
+def gate_reach(
+    head: ExitHead, data: Labelled, project: Callable[[Tensor], Tensor], least: float = 0.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The largest threshold at which each token leaves, at which it is projected, and whether leaving is right."""
+    """The largest threshold at which each token leaves, at which it is projected, and whether leaving is right.
+
+    Tokens that leave at no threshold from `least` on are not projected: they have any lower reach, and no agreement.
+    """
     state, logit = head.read(data.hidden)
-    logits = project(state).float()
-    sure = head.confidence(logit, logits)
     screened = logit.sigmoid() / head.screen_ratio if head.screen_ratio > 0 else torch.ones_like(logit)
-    return torch.minimum(sure, screened), screened, logits.argmax(-1) == data.top
+    asked = screened >= least
+    logits = project(state[asked]).float()
+    reach, agrees = screened.clone(), torch.zeros_like(asked)
+    reach[asked] = torch.minimum(head.confidence(logit[asked], logits), screened[asked])
+    agrees[asked] = logits.argmax(-1) == data.top[asked]
+    return reach, screened, agrees
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,83 +218,3 @@ def _threshold_at(best: NDArray[np.float64], share: float) -> float:
     """The threshold at which `share` of the tokens leave, with four digits, rounded to the strict side."""
     value = float(np.quantile(best, 1.0 - min(share, 1.0)))
     return float(min(0.9999, max(0.0001, np.ceil(value * 1e4) / 1e4)))
-
-
-@dataclass(frozen=True, slots=True)
-class Certification:
-    """What certifying one combination found: a certificate per target, and the counts at each threshold tested."""
-
-    certificates: tuple[Certificate, ...]
-    tested: tuple[tuple[float, ExitCounts], ...]
-    by_exit: tuple[tuple[float, tuple[int, ...]], ...]  # tokens that left at each exit, by threshold
-
-
-def certify(
-    model: ForcedModel,
-    rows: Sequence[Tensor],
-    plan: ThresholdPlan,
-    *,
-    batch_tokens: int,
-    confidence: float = CONFIDENCE,
-    advance: Advance = lambda _tokens: None,
-) -> Certification:
-    """Test the plan's thresholds on `rows` by real passes with exits, strict to loose.
-
-    Differing means differing from the top token of `model` itself at full depth. `advance` is told the tokens of
-    every pass; a sequence that ends early leaves some untold.
-    """
-    groups = list(batches(rows, batch_tokens, model.decoder.device))
-    references = [_reference(model, group, advance) for group in groups]
-    where = text_blocks(rows)
-    sequences = [
-        FixedSequence(target, begin, plan.correlation, confidence) for target, begin in plan.begins.items()
-    ]
-    tested: list[tuple[float, ExitCounts]] = []
-    by_exit: list[tuple[float, tuple[int, ...]]] = []
-    for threshold in plan.thresholds:
-        if not any(sequence.open for sequence in sequences):
-            break
-        counts, split = _count(model, groups, references, where, threshold, advance)
-        tested.append((threshold, counts))
-        by_exit.append((threshold, split))
-        for sequence in sequences:
-            sequence.test(threshold, counts)
-    return Certification(tuple(each.certificate for each in sequences), tuple(tested), tuple(by_exit))
-
-
-def _reference(model: ForcedModel, batch: SequenceBatch, advance: Advance) -> tuple[Tensor, Tensor]:
-    """The states behind the first exit's block and the full-depth top tokens."""
-    entry, final = model.full_depth(batch)
-    top = model.top_tokens(final)
-    advance(batch.tokens)
-    return entry, top
-
-
-def _count(
-    model: ForcedModel,
-    groups: Sequence[SequenceBatch],
-    references: Sequence[tuple[Tensor, Tensor]],
-    where: NDArray[np.int64],
-    threshold: float,
-    advance: Advance,
-) -> tuple[ExitCounts, tuple[int, ...]]:
-    blocks = int(where[-1]) + 1
-    exits, errors = np.zeros(blocks), np.zeros(blocks)
-    by_exit = [0] * len(model.exits)
-    start = 0
-    for group, (entry, top) in zip(groups, references, strict=True):
-        own = where[start : start + group.tokens]
-
-        def note(
-            number: int, tokens: Tensor, logits: Tensor, top: Tensor = top, own: NDArray[np.int64] = own
-        ) -> None:
-            differs = (logits.argmax(-1) != top[tokens]).cpu().numpy()
-            at = own[tokens.cpu().numpy()]
-            np.add.at(exits, at, 1.0)
-            np.add.at(errors, at[differs], 1.0)
-            by_exit[number] += len(at)
-
-        model.with_exits(group, threshold, entry, note, to_the_end=False)
-        start += group.tokens
-        advance(group.tokens)
-    return ExitCounts(exits, errors, len(where)), tuple(by_exit)

@@ -23,6 +23,8 @@ BUNDLE_KIND: Final = "exeunt-bundle"
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=0)]
+SkippedKV = Literal["backfill", "propagate"]
+"""What becomes of the keys and values of blocks that a token skips: computed later, or from its state at the exit."""
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
@@ -125,7 +127,7 @@ class RiskEntry(Record):
     weights: WeightFormat
     kv_cache: KVFormat
     linear_block: bool
-    skipped_kv: Literal["backfill", "propagate"]
+    skipped_kv: SkippedKV
     targets: tuple[RiskTarget, ...]
     confidence: Share = 0.95  # of each certificate: 1 - delta
 
@@ -143,7 +145,7 @@ class EvaluationRow(Record):
     kv_cache: KVFormat
     linear_block: bool
     early_exit: Literal["off", "verified", "approximate"] = "off"
-    skipped_kv: Literal["backfill", "propagate"] | None = None
+    skipped_kv: SkippedKV | None = None
     target: Share | None = None
     threshold: Share | None = None
     perplexity: Annotated[float, Field(gt=0.0)]

@@ -98,7 +98,7 @@ def _certified(each: CertifiedVariant) -> dict[str, Any]:
     by_exit = dict(each.certification.by_exit)
     return {
         "variant": asdict(each.variant),
-        "skipped_kv": "propagate",
+        "skipped_kv": each.skipped_kv,
         "targets": [asdict(certificate) for certificate in each.certification.certificates],
         "tested": [
             {

@@ -132,7 +132,9 @@ def _values(content: ReportContent) -> dict[str, Any]:
         "table": content.table,
         "confidence": entries[0].confidence if entries else 0.0,
         "tested": len(content.plan.thresholds),
-        "certificates": [(str(each.variant), _lines(each)) for each in content.certified],
+        "certificates": [
+            (f"{each.variant} skipped_kv={each.skipped_kv}", _lines(each)) for each in content.certified
+        ],
         "exits": _exit_rows(content),
         "choice": choice,
         "replaced": record.replaced_parameters if record is not None else 0,

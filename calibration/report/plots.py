@@ -101,19 +101,24 @@ def reliability_plot(content: ReportContent) -> str:
 
 
 def risk_plot(content: ReportContent) -> str:
-    """Disagreement among tokens that leave, against how many leave, for every combination tested."""
+    """Disagreement among tokens that leave, against how many leave, for every combination tested.
+
+    A variant has one colour; its line is solid where skipped keys and values are propagated, dotted with backfill.
+    """
 
     def draw(axes: Axes) -> None:
-        for number, each in enumerate(content.certified):
+        variants = list(dict.fromkeys(each.variant for each in content.certified))
+        for each in content.certified:
+            propagated = each.skipped_kv == "propagate"
             seen = [(c.total / c.tokens, c.risk) for _, c in each.certification.tested if c.risk is not None]
             if seen:
                 rates, risks = zip(*seen, strict=True)
                 axes.plot(
                     rates,
                     risks,
-                    "o-",
-                    color=COLOURS[number % len(COLOURS)],
-                    label=str(each.variant),
+                    "o-" if propagated else ".:",
+                    color=COLOURS[variants.index(each.variant) % len(COLOURS)],
+                    label=str(each.variant) if propagated else None,
                     markersize=4,
                 )
         for target in content.plan.begins:

@@ -104,6 +104,7 @@ def test_the_bundle_opens_and_says_what_was_done(made: tuple[Path, Watched], tex
         for kv in ("int4", "full")
         for linear in (False, True)
     }
+    assert [entry.skipped_kv for entry in manifest.risk_table] == ["backfill", "propagate"] * 8
     for entry in manifest.risk_table:
         assert [line.target for line in entry.targets] == [0.05, 0.3]
         for line in entry.targets:
@@ -127,7 +128,7 @@ def test_the_report_stands_alone(made: tuple[Path, Watched]) -> None:
     assert "Certified exits" in page
     assert "None" not in page
     record = json.loads((made[0] / "report.json").read_text())
-    assert len(record["certificates"]) == 8
+    assert len(record["certificates"]) == 16
     assert record["evaluation"]["modes"][0]["perplexity"]["low"] > 1
     assert record["linear_block"]["together"]["blocks"] == [2, 3]
 
@@ -195,7 +196,7 @@ def test_full_weights_and_no_linear_block(checkpoint: Path, text_file: Path, tmp
     assert bundle.manifest.kv_cache == ("full",)
     assert bundle.manifest.linear_block is None
     assert not (bundle.path / "weights.int4.safetensors").exists()
-    assert [entry.variant for entry in bundle.manifest.risk_table] == [Variant("full", "full", False)]
+    assert {entry.variant for entry in bundle.manifest.risk_table} == {Variant("full", "full", False)}
 
 
 def test_int4_weights_alone(model: LoadedModel, checkpoint: Path, text_file: Path, tmp_path: Path) -> None:

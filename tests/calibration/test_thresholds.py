@@ -1,4 +1,4 @@
-"""Planning and certifying: what the gates' view forecasts, and that certificates count what really leaves."""
+"""Planning: what the gates' view forecasts, and which thresholds it has tested."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ import torch
 from exeunt.calibration.exit_training import Labelled
 from exeunt.calibration.sequence_batch import batches
 from exeunt.calibration.teacher_forcing import ForcedModel
-from exeunt.calibration.thresholds import GateView, certify, plan_thresholds, text_blocks, view_gates
+from exeunt.calibration.thresholds import GateView, gate_reach, plan_thresholds, text_blocks, view_gates
 from exeunt.compression.decoder import Decoder
 from tests.calibration.conftest import VOCAB, random_exit
 
@@ -35,6 +35,7 @@ def test_tokens_leave_at_the_first_exit_that_lets_them() -> None:
     assert counts.exits.tolist() == [2.0, 1.0]
     assert counts.errors.tolist() == [1.0, 1.0]  # the second token at exit 1, the fourth at exit 0
     assert counts.exit_rate == 0.75
+    assert seen.leave_at(0.8).tolist() == [0, 1, 2, 0]
 
 
 def test_plans_run_from_strict_to_loose_and_begin_where_passing_is_likely() -> None:
@@ -73,6 +74,13 @@ def test_the_view_is_what_the_gates_do(decoder: Decoder) -> None:
         states.append(Labelled(hidden, top))
         start = head.depth
     seen = view_gates(exits, states, rows, decoder.project)
+    for head, data, place in zip(exits, states, (0, 1), strict=True):
+        reach, _, agrees = gate_reach(head, data, decoder.project, 0.5)  # blind below 0.5
+        leaves = seen.reach[place] >= 0.5
+        later = batch.positions.numpy() > 0
+        assert ((reach.numpy() >= 0.5) == leaves)[later].all()
+        assert (agrees.numpy() == seen.agrees[place])[leaves & later].all()
+        assert (reach.numpy() < 0.5).any()
     for threshold in (0.3, 0.5, 0.7):
         left = np.zeros(batch.tokens, dtype=bool)
         for head, data in zip(exits, states, strict=True):
@@ -80,46 +88,6 @@ def test_the_view_is_what_the_gates_do(decoder: Decoder) -> None:
             left |= gate.leaves.numpy()
         left[batch.positions.numpy() == 0] = False
         assert seen.counts(threshold).total == left.sum() > 0
-
-
-def test_certificates_count_what_left_and_differed(decoder: Decoder) -> None:
-    exits = (random_exit(0, 1), random_exit(2, 2))
-    g = torch.Generator().manual_seed(9)
-    rows = [torch.randint(VOCAB, (40,), generator=g) for _ in range(30)]
-    model = ForcedModel(decoder, "full", exits)
-    plan = plan_thresholds(_plan_view(model, rows), (0.9999,), certify_tokens=1200)
-    told: list[int] = []
-    outcome = certify(model, rows, plan, batch_tokens=200, advance=told.append)
-    threshold, counts = outcome.tested[0]
-    left = wrong = 0
-    for batch in batches(rows, 10_000):
-        entry, final = model.full_depth(batch)
-        top = model.top_tokens(final)
-        seen: list[tuple[int, int]] = []
-
-        def sink(number: int, tokens: torch.Tensor, logits: torch.Tensor) -> None:
-            if number < 2:
-                seen.append((len(tokens), int((logits.argmax(-1) != top[tokens]).sum())))  # noqa: B023
-
-        model.with_exits(batch, threshold, entry, sink)
-        left, wrong = left + sum(n for n, _ in seen), wrong + sum(w for _, w in seen)
-    assert (counts.total, counts.wrong) == (left, wrong)
-    assert 0 < wrong <= left
-    assert counts.tokens == 1200
-    assert sum(dict(outcome.by_exit)[threshold]) == left
-    assert sum(told) == 1200 * (1 + len(outcome.tested))
-
-
-def _plan_view(model: ForcedModel, rows: list[torch.Tensor]) -> GateView:
-    tokens = sum(map(len, rows))
-    g = np.random.default_rng(0)
-    return GateView(
-        g.random((2, tokens)) * 0.8,
-        np.ones((2, tokens)),
-        np.ones((2, tokens), dtype=bool),
-        text_blocks(rows),
-        len(rows),
-    )
 
 
 @pytest.mark.parametrize("target", TARGETS)
