@@ -37,6 +37,12 @@ class BlockAccount:
         elif ended and sequence.exits.mode != "verified":
             self._settle_pairs(self._open)
 
+    def audited(self, blocks: int) -> None:
+        """So many blocks were run for one token's audit alone."""
+        self._totals.blocks_wasted += blocks
+        self._totals.block_passes += blocks
+        self._metrics.work(wasted=blocks, passes=blocks)
+
     def confirm(self) -> None:
         """One more token became certain by what was run since the last `settle`."""
         executed = self._totals.blocks

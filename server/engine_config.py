@@ -8,7 +8,8 @@ class EngineConfig:
     """The engine's limits, resolved: every figure is final, none means "choose for me".
 
     Raises:
-        ValueError: a limit is below 1, or a step is smaller than the sequences that must each advance in it.
+        ValueError: a limit is below 1, a share is not in [0, 1], or a step is smaller than the sequences that must each
+            advance in it.
     """
 
     max_model_len: int  # tokens, prompt and answer together
@@ -16,11 +17,14 @@ class EngineConfig:
     max_num_queued_reqs: int = 256  # requests that may wait for admission; the next one is refused
     max_num_batched_tokens: int = 512  # tokens of one tick; longer prompts are cut into chunks of it
     kv_cache_bytes: int = 512 * 2**20  # bytes of the page arena that all sequences share
+    audit_share: float = 0.0  # of the tokens that leave early in the approximate mode, in [0, 1]
 
     def __post_init__(self) -> None:
+        if not 0.0 <= self.audit_share <= 1.0:
+            raise ValueError(f"audit_share is {self.audit_share}; it must be in [0, 1].")
         for item in fields(self):
             value = getattr(self, item.name)
-            if value < 1:
+            if item.name != "audit_share" and value < 1:
                 raise ValueError(f"{item.name} is {value}; it must be at least 1.")
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ValueError(

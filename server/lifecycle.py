@@ -10,6 +10,7 @@ from typing import Literal
 
 from exeunt.compression.model import LoadedModel
 from exeunt.server.answer import Answer, Job, ScoreJob
+from exeunt.server.audit import AuditBook
 from exeunt.server.block_account import BlockAccount
 from exeunt.server.detokenizer import StreamDetokenizer, token_text
 from exeunt.server.drafting import Drafter
@@ -59,10 +60,11 @@ class Lifecycle:
         new_drafter: Callable[[GenerationRequest], Drafter],
         on_started: Callable[[], None],
         on_ended: Callable[[], None],
+        audits: AuditBook,
     ) -> None:
         self._model, self._config, self._metrics = model, config, metrics
         self._plan, self._scheduler, self._runner, self._pool = plan, scheduler, runner, pool
-        self._new_drafter = new_drafter
+        self._new_drafter, self._audits = new_drafter, audits
         self._on_started, self._on_ended = on_started, on_ended
         self._tokenizer = copy.deepcopy(
             model.tokenizer
@@ -206,6 +208,9 @@ class Lifecycle:
             self._answers[sequence].account.ran(
                 sequence, result.pairs, result.passes, ended=result.waits_at is None
             )
+            self._answers[sequence].account.audited(result.audit_blocks)
+            for audit in result.audits:
+                self._audits.note(sequence.exits, audit)
         if result.waits_at is None:
             sequence.computed = row.stop
         if result.draws:

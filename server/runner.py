@@ -15,6 +15,8 @@ from exeunt.compression.decoder import Decoder
 from exeunt.compression.kv_format import KVPages
 from exeunt.compression.model import LoadedModel
 from exeunt.compression.variant import Variant
+from exeunt.server.audit import Audit
+from exeunt.server.auditor import Auditor
 from exeunt.server.request import SamplingParams
 from exeunt.server.sampling import RowSampling, sample
 from exeunt.server.scheduler import Row, Tick
@@ -49,6 +51,8 @@ class RowResult:
     pairs: int = 0
     passes: int = 0
     left: set[int] = field(default_factory=set)  # positions whose logits came from an exit
+    audits: list[Audit] = field(default_factory=list)
+    audit_blocks: int = 0  # that were run for audits alone
 
     def count(self, positions: list[int], blocks: int) -> None:
         """Count `blocks` blocks run over these positions; those of a prompt but its last count nowhere."""
@@ -73,8 +77,8 @@ class Sampler:
 class StageRun:
     """Stages run in one piece: from where rows entered to the next gate or the tick's end.
 
-    `seconds` hold the tick's set-up with the first and its draws with the last, and `gate_seconds` of them were spent
-    asking the gate about `gated` tokens.
+    `seconds` hold the tick's set-up with the first and its draws with the last, but no audits, and `gate_seconds` of
+    them were spent asking the gate about `gated` tokens.
     """
 
     variant: Variant
@@ -108,6 +112,7 @@ class Runner:
         arena: Tensor,
         page_bytes: int,
         on_stages: Callable[[StageRun], None],
+        audit_share: float = 0.0,
     ) -> None:
         self._model = model
         self._on_stages = on_stages
@@ -117,6 +122,7 @@ class Runner:
         self._samplers: dict[Sequence, Sampler] = {}
         # by sequence and stage, the states [tokens, hidden] of `Sequence.pending`
         self._states: dict[Sequence, dict[int, list[Tensor]]] = {}
+        self._auditor = Auditor(audit_share, model.device)
 
     def page_tokens(self, variant: Variant) -> int:
         """Tokens that one page holds in this variant's layout."""
@@ -125,7 +131,7 @@ class Runner:
     @property
     def holds_nothing(self) -> bool:
         """Whether no sequence is known and no state is kept."""
-        return not self._samplers and not self._states
+        return not self._samplers and not self._states and self._auditor.holds_nothing
 
     def enter(self, sequence: Sequence, sampler: Sampler) -> None:
         """Remember how a sequence's tokens are drawn."""
@@ -139,6 +145,7 @@ class Runner:
         """Forget a finished sequence."""
         self.forget_states(sequence)
         self._samplers.pop(sequence, None)
+        self._auditor.forget(sequence)
 
     @torch.inference_mode()
     def run(self, tick: Tick) -> list[RowResult]:
@@ -149,6 +156,7 @@ class Runner:
         not the model's last, waits there too.
         """
         run = _TickRun(tick)
+        self._auditor.begin_tick()
         began = time.perf_counter()
         batch: TickBatch | None = None
         stage = tick.first_stage
@@ -165,10 +173,11 @@ class Runner:
             batch = self._run_stages(run, batch, stage, boundary)
             if batch is None and not run.entering:
                 self._draw(run)
+                self._note_audits(run)
             ended = time.perf_counter()
-            stages = range(stage, boundary + 1)
+            stages, seconds = range(stage, boundary + 1), ended - began - self._auditor.take_seconds()
             self._on_stages(
-                StageRun(tick.variant, stages, ended - began, rows, tokens, run.gated, run.gate_seconds)
+                StageRun(tick.variant, stages, seconds, rows, tokens, run.gated, run.gate_seconds)
             )
             began, stage = ended, boundary + 1
         return [run.results[row] for row in tick.rows]
@@ -243,6 +252,7 @@ class Runner:
 
     def _finish(self, decoder: Decoder, batch: TickBatch, run: "_TickRun") -> None:
         """The last stage: the model's own head for every token that is wanted."""
+        self._auditor.arrive(batch, decoder)
         tokens = batch.tokens()
         wanted = [
             i
@@ -265,7 +275,12 @@ class Runner:
             elif self._asks_gate(row, position, stage, run):
                 gated.append(index)
         if gated:
-            leaving = self._gate(stage, decoder, batch.hidden, tokens, gated, run)
+            leaving, logits = self._gate(stage, decoder, batch.hidden, tokens, gated, run)
+            if leaving:
+                skipped = range(self._plan.stop(stage), self._plan.blocks)
+                self._auditor.leave(
+                    [(i, *tokens[i]) for i in leaving], logits, batch, decoder, pages, skipped
+                )
             gone.update(i for i in leaving if tokens[i][0].sequence.replays_exits)
         else:
             leaving = []
@@ -300,8 +315,8 @@ class Runner:
         tokens: list[tuple[Row, int]],
         gated: list[int],
         run: "_TickRun",
-    ) -> list[int]:
-        """Ask the exit's gate about the tokens `gated`; emit those that leave and say which they are."""
+    ) -> tuple[list[int], Tensor]:
+        """Ask the exit's gate about the tokens `gated`; emit those that leave and say which, with their logits."""
         began = time.perf_counter()
         states = hidden if len(gated) == hidden.shape[0] else hidden[integers(gated, self._device)]
         thresholds = [tokens[i][0].threshold for i in gated]
@@ -311,7 +326,7 @@ class Runner:
         run.gated, run.gate_seconds = len(gated), time.perf_counter() - began
         chosen = [number for number, index in enumerate(projected) if leaves[index]]
         if not chosen:
-            return []
+            return [], gate.logits[:0]
         leaving = [gated[projected[number]] for number in chosen]
         every = len(chosen) == len(projected)
         logits = gate.logits if every else gate.logits[integers(chosen, self._device)]
@@ -319,7 +334,7 @@ class Runner:
             row, position = tokens[i]
             run.results[row].left.add(position)
         self._emit([tokens[i] for i in leaving], logits, stage, run)
-        return leaving
+        return leaving, logits
 
     def _propagate(
         self, stage: int, decoder: Decoder, pages: KVPages, batch: TickBatch, left: list[int]
@@ -369,6 +384,20 @@ class Runner:
             found.setdefault(row, []).append(Draw(token, logprob, stage, position))
         for row, draws in found.items():
             run.results[row].draws = tuple(sorted(draws, key=lambda draw: draw.position))
+
+    def _note_audits(self, run: "_TickRun") -> None:
+        """Finish the audits for which all logits are there, now that their tokens are drawn."""
+
+        def emitted(row: Row, position: int) -> int | None:
+            known = row.sequence.tokens[position + 1 : position + 2]
+            drawn = [draw.token for draw in run.results[row].draws if draw.position == position]
+            return None if run.results[row].error is not None else (known + drawn)[0]
+
+        outcome = self._auditor.end_tick(emitted)
+        for row, audit in outcome.found:
+            run.results[row].audits.append(audit)
+        for row, blocks in outcome.blocks:
+            run.results[row].audit_blocks += blocks
 
     def _sampling(self, sequence: Sequence, position: int) -> RowSampling:
         """How the token behind `position` is drawn: from the history up to there, drafts included."""

@@ -1,0 +1,89 @@
+"""Audits: a share of the tokens that left early in the approximate mode, compared with the full model. No torch.
+
+A certificate speaks of text like the calibration text; audits say what holds for the text that is served.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+from exeunt.server.request import ExitPolicy
+
+DEFAULT_SHARE: Final = 0.01
+"""Of the early tokens. At most one block in a hundred is run for it, and a disagreement of twice a target of 2 % shows
+after some 80,000 early tokens."""
+
+_TWO_TO_64: Final = 2.0**64
+
+
+@dataclass(frozen=True, slots=True)
+class Audit:
+    """An early token compared with the full model's logits in its place; raw logits, nats."""
+
+    position: int  # of the pass that the token followed from
+    agreed: bool  # the exit's most likely token is the full model's
+    kl: float  # KL(full || exit)
+    nll_full: float  # -logprob of the emitted token under the full model
+    nll_exit: float  # and under the exit
+
+
+@dataclass(frozen=True, slots=True)
+class AuditTotals:
+    """Sums over all audits, as the metrics count them."""
+
+    audited_tokens: int = 0
+    audit_agreements: int = 0
+    audit_kl: float = 0.0
+    audit_nll_full: float = 0.0
+    audit_nll_exit: float = 0.0
+
+    def plus(self, audit: Audit) -> "AuditTotals":
+        """The sums with one more audit."""
+        return AuditTotals(
+            self.audited_tokens + 1,
+            self.audit_agreements + int(audit.agreed),
+            self.audit_kl + max(audit.kl, 0.0),  # rounding can make sums of nothing a hair negative
+            self.audit_nll_full + max(audit.nll_full, 0.0),
+            self.audit_nll_exit + max(audit.nll_exit, 0.0),
+        )
+
+
+class AuditMetrics(Protocol):
+    """Where the same audits are counted for scrapes."""
+
+    def audit(self, agreed: bool, kl: float, nll_full: float, nll_exit: float) -> None: ...
+
+
+class AuditBook:
+    """Counts audits. Only the engine's thread notes them; `totals` may be read from any.
+
+    `on_audit` is told of each: under which policy the token left, and whether it agreed.
+    """
+
+    def __init__(
+        self, metrics: AuditMetrics, on_audit: Callable[[ExitPolicy, bool], None] | None = None
+    ) -> None:
+        self._metrics = metrics
+        self._on_audit = on_audit
+        self.totals = AuditTotals()
+
+    def note(self, exits: ExitPolicy, audit: Audit) -> None:
+        """Count one audit of a token of a request with this policy."""
+        self.totals = self.totals.plus(audit)
+        self._metrics.audit(audit.agreed, audit.kl, audit.nll_full, audit.nll_exit)
+        if self._on_audit is not None:
+            self._on_audit(exits, audit.agreed)
+
+
+def is_audited(name: str, position: int, share: float) -> bool:
+    """Whether the token behind `position` of the answer `name` ("request id/choice") is compared, if it leaves early.
+
+    A hash decides: the same tokens in every run, whatever they are batched with, and whatever they are.
+    """
+    if share <= 0.0:
+        return False
+    if share >= 1.0:
+        return True
+    digest = hashlib.blake2b(f"{name}/{position}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest) < share * _TWO_TO_64

@@ -1,0 +1,170 @@
+"""The tensors of audits: exits' logits that wait for the full model's, passes run for an audit alone, comparisons."""
+
+import time
+from collections.abc import Callable
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from exeunt.compression.decoder import Decoder
+from exeunt.compression.kv_format import KVPages
+from exeunt.server.audit import Audit, is_audited
+from exeunt.server.scheduler import Row
+from exeunt.server.sequence import Sequence
+from exeunt.server.tick_batch import Part, TickBatch, geometry_of, integers
+
+
+@dataclass(frozen=True, slots=True)
+class _Comparison:
+    """An early token's logits [vocab] at its exit and behind the last block."""
+
+    row: Row
+    position: int
+    exit: Tensor
+    full: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class TickAudits:
+    """What a tick's audits came to: what they found, and the blocks that were run for one of them alone."""
+
+    found: list[tuple[Row, Audit]]
+    blocks: list[tuple[Row, int]]
+
+
+class Auditor:
+    """Chooses which early tokens are audited and has the full model asked about them.
+
+    Backfilled tokens wait, with their exit's logits, for the deep pass that they owe: a sequence has at most as many of
+    them here as it owes positions. Where keys and values are propagated nothing is owed, and a pass is run at once.
+    The full model is asked about audited tokens in calls of their own, so that no other token can differ by it.
+    """
+
+    def __init__(self, share: float, device: torch.device) -> None:
+        self._share, self._device = share, device
+        self._held: dict[Sequence, dict[int, Tensor]] = {}
+        self._comparisons: list[_Comparison] = []
+        self._blocks: list[tuple[Row, int]] = []
+        self._seconds = 0.0
+
+    @property
+    def holds_nothing(self) -> bool:
+        return not self._held
+
+    def begin_tick(self) -> None:
+        """A tick begins; if the one before was broken off, so are its comparisons."""
+        self._comparisons, self._blocks, self._seconds = [], [], 0.0
+
+    def take_seconds(self) -> float:
+        """What audits have taken in this tick since the last call."""
+        taken, self._seconds = self._seconds, 0.0
+        return taken
+
+    def forget(self, sequence: Sequence) -> None:
+        """Drop what waits for a deep pass that will not come."""
+        self._held.pop(sequence, None)
+
+    def leave(
+        self,
+        leaving: Items[tuple[int, Row, int]],
+        logits: Tensor,
+        batch: TickBatch,
+        decoder: Decoder,
+        pages: KVPages,
+        blocks: range,
+    ) -> None:
+        """Tokens leave at an exit: begin the audits of those that are chosen.
+
+        Must come before their keys and values are propagated: a pass run for an audit leaves its own in their place.
+
+        Args:
+            leaving: (place in the batch, row, position) of each.
+            logits: the exit's, [leaving, vocab].
+            batch: the batch at the exit.
+            decoder: of the batch's variant.
+            pages: of the batch's variant.
+            blocks: the blocks that they skip.
+        """
+        if self._share <= 0.0:
+            return
+        chosen = [n for n, (_, row, position) in enumerate(leaving) if self._chooses(row.sequence, position)]
+        if not chosen:
+            return
+        began = time.perf_counter()
+        deeper = []
+        for n in chosen:
+            _, row, position = leaving[n]
+            if row.sequence.replays_exits:
+                deeper.append(n)
+            else:
+                self._held.setdefault(row.sequence, {})[position] = logits[n].clone()
+        if deeper:
+            parts = [Part(row, [position]) for _, row, position in (leaving[n] for n in deeper)]
+            states = batch.hidden[integers([leaving[n][0] for n in deeper], self._device)]
+            geometry = geometry_of(parts, self._device)
+            full = decoder.head(decoder.run_blocks(states, geometry, pages, blocks.start, blocks.stop))
+            for part, n, row_logits in zip(parts, deeper, full, strict=True):
+                self._comparisons.append(_Comparison(part.row, part.positions[0], logits[n], row_logits))
+                self._blocks.append((part.row, len(blocks)))
+        self._seconds += time.perf_counter() - began
+
+    def arrive(self, batch: TickBatch, decoder: Decoder) -> None:
+        """The batch has passed all blocks: ask the model's own head about those of its tokens that wait for it."""
+        if not self._held:
+            return
+        began = time.perf_counter()
+        index, waited = [], []
+        for i, (row, position) in enumerate(batch.tokens()):
+            held = self._held.get(row.sequence)
+            if held is not None and position in held:
+                index.append(i)
+                waited.append((row, position, held.pop(position)))
+                if not held:
+                    del self._held[row.sequence]
+        if index:
+            full = decoder.head(batch.hidden[integers(index, self._device)])
+            self._comparisons += [
+                _Comparison(row, position, logits, row_logits)
+                for (row, position, logits), row_logits in zip(waited, full, strict=True)
+            ]
+        self._seconds += time.perf_counter() - began
+
+    def end_tick(self, emitted: Callable[[Row, int], int | None]) -> TickAudits:
+        """The tick's outcome. `emitted` says which token followed from a position, None where drawing it failed."""
+        comparisons, tokens = [], []
+        for each in self._comparisons:
+            token = emitted(each.row, each.position)
+            if token is not None:
+                comparisons.append(each)
+                tokens.append(token)
+        if not comparisons:
+            return TickAudits([], self._blocks)
+        began = time.perf_counter()
+        found = _compare(comparisons, tokens)
+        self._seconds += time.perf_counter() - began
+        return TickAudits(found, self._blocks)
+
+    def _chooses(self, sequence: Sequence, position: int) -> bool:
+        """Drafts of the verified mode are all compared anyway, and a scored text is nobody's answer."""
+        wanted = sequence.exits.mode == "approximate" and not sequence.scoring
+        return wanted and is_audited(sequence.name, position, self._share)
+
+
+def _compare(comparisons: Items[_Comparison], tokens: Items[int]) -> list[tuple[Row, Audit]]:
+    """What the comparisons say; `tokens` are those that were emitted."""
+    exits = torch.stack([each.exit for each in comparisons]).float()
+    fulls = torch.stack([each.full for each in comparisons]).float()
+    log_exit, log_full = exits.log_softmax(-1), fulls.log_softmax(-1)
+    kl = torch.nn.functional.kl_div(log_exit, log_full, reduction="none", log_target=True).sum(-1)
+    at = integers(list(tokens), exits.device)[:, None]
+    agreed = exits.argmax(-1) == fulls.argmax(-1)
+    figures = torch.stack([kl, -log_full.gather(1, at)[:, 0], -log_exit.gather(1, at)[:, 0]], dim=1)
+    return [
+        (each.row, Audit(each.position, same, *values))
+        for each, same, fine, values in zip(
+            comparisons, agreed.tolist(), figures.isfinite().all(1).tolist(), figures.tolist(), strict=True
+        )
+        if fine  # else the sequence is broken, and fails at its next token of full depth
+    ]
