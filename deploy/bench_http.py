@@ -45,7 +45,13 @@ class HTTPDriver:
             key = (_variant(line), line["skipped_kv"])
             certificate = Certificate(line["target"], line["threshold"] if line["certified"] else None)
             certificates[key] = (*certificates.get(key, ()), certificate)
-        return Offer(variants, _variant(info["defaults"]), tuple(info["exits"]), certificates)
+        return Offer(
+            variants,
+            _variant(info["defaults"]),
+            tuple(info["exits"]),
+            tuple(info["modes"]["early_exit"]),
+            certificates,
+        )
 
     def prompts(self, count: int, tokens: int) -> list[list[int]]:
         """Passages of the packaged text, cut by the server's tokenizer."""

@@ -20,7 +20,7 @@ from exeunt.deploy.loading import (
 )
 from exeunt.deploy.packaged import bundle_folder, cache_folder, calibration_options
 from exeunt.server.api.compression import NotOfferedError, resolve
-from exeunt.server.api.offer import Certificate, Offer
+from exeunt.server.api.offer import SKIPPED_KV, Certificate, Offer, exit_modes
 from exeunt.server.api.schemas import CompressionOptions
 from exeunt.server.settings import Settings
 
@@ -83,8 +83,8 @@ def expected_bundle(folder: Path, settings: Settings) -> ExpectedModel:
 
     spec = load_architecture(folder)
     options = calibration_options(folder, cache_folder())
-    exits = settings.default_compression.early_exit
-    asked = None if exits is None else exits.max_disagreement
+    early_exit = settings.default_compression.early_exit
+    asked = None if early_exit is None else early_exit.max_disagreement
     if asked is not None and asked not in options.targets:
         targets = ", ".join(f"{target:g}" for target in options.targets)
         raise SettingsError(
@@ -99,11 +99,13 @@ def expected_bundle(folder: Path, settings: Settings) -> ExpectedModel:
         Variant(each, kv, linear) for each in weights for kv in kv_cache for linear in (False, True)
     )
     hoped = tuple(Certificate(target, 1.0) for target in options.targets)
+    exits = tuple(f"block_{block}" for block in exit_blocks(spec, options.exits))
     offer = Offer(
         variants=variants,
         default=variants[0],
-        exits=tuple(f"block_{block}" for block in exit_blocks(spec, options.exits)),
-        certificates={(variant, "propagate"): hoped for variant in variants},
+        exits=exits,
+        modes=exit_modes(exits=len(exits), certified=len(exits)),
+        certificates={(variant, method): hoped for variant in variants for method in SKIPPED_KV},
     )
     return ExpectedModel(spec, offer)
 

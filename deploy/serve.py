@@ -310,7 +310,10 @@ def _targets(model: LoadedModel) -> list[float]:
 
 def _default_thresholds(model: LoadedModel, settings: Settings) -> dict[float, float | None]:
     """The certified thresholds of the variant that requests get which ask for nothing."""
-    certified = offer_of(model).certified(default_variant(model.default_variant, settings), "propagate")
+    offer, variant = offer_of(model), default_variant(model.default_variant, settings)
+    exits = settings.default_compression.early_exit
+    asked = None if exits is None else exits.skipped_kv
+    certified = offer.certified(variant, asked or offer.default_skipped_kv(variant))
     return {target: certified.get(target) for target in _targets(model)}
 
 

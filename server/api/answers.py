@@ -15,6 +15,7 @@ from exeunt.server.api.responses import (
 )
 from exeunt.server.request import (
     FINAL_EXIT,
+    LOOKUP_EXIT,
     AnswerSummary,
     DepthTotals,
     EmittedToken,
@@ -102,7 +103,9 @@ def mean_depth(by_exit: Mapping[str, int], blocks: int) -> float | None:
 
 
 def exit_depth(name: str, blocks: int) -> int:
-    """Blocks that a token of this exit has passed."""
+    """Blocks that a token of this exit has passed; none where it was looked up."""
+    if name == LOOKUP_EXIT:
+        return 0
     return blocks if name == FINAL_EXIT else int(name.removeprefix("block_")) + 1
 
 

@@ -5,17 +5,20 @@ from dataclasses import dataclass
 from typing import Final
 
 from exeunt.compression.variant import Variant
-from exeunt.server.api.offer import Offer
+from exeunt.server.api.offer import SKIPPED_KV, Offer
 from exeunt.server.api.schemas import CompressionOptions, EarlyExitOptions
 from exeunt.server.request import ExitMode, ExitPolicy, SkippedKV
 
 DEFAULT_TARGET: Final = 0.02  # the smallest certified target from here on is used where a request names none
-EXIT_MODES: Final[tuple[ExitMode, ...]] = ("off", "approximate")  # what this version of the engine runs
-SKIPPED_KV: Final[tuple[SkippedKV, ...]] = ("propagate",)
+_WHY_UNUSED: Final = {
+    ("verified", "max_disagreement"): ", whose answers are those of exits off",
+    ("verified", "threshold"): ", in which the server decides when a draft pays",
+    ("verified", "skipped_kv"): ", whose drafts are confirmed by passes that compute all keys and values",
+}
 
 
 class NotOfferedError(ValueError):
-    """A request asks for a mode that the loaded model, or this version, does not have.
+    """A request asks for a mode that the loaded model does not have.
 
     `param` is the field at fault, as a path in the request.
     """
@@ -39,7 +42,7 @@ def resolve(
     """What applies: each field as asked, else as the server defaults, else as the model offers.
 
     Raises:
-        NotOfferedError: the model or this version does not have it; the message says what there is.
+        NotOfferedError: the model does not have it, or the mode does not use it; the message says what there is.
     """
     asked = asked or CompressionOptions()
     variant = Variant(
@@ -100,25 +103,26 @@ def _check_variant(variant: Variant, offer: Offer) -> None:
 
 
 def _exits(asked: EarlyExitOptions, defaults: EarlyExitOptions, variant: Variant, offer: Offer) -> ExitPolicy:
-    mode = asked.mode or defaults.mode or "off"
-    modes = EXIT_MODES if offer.exits else ("off",)
-    if mode not in modes:
-        where = "the loaded model" if mode in EXIT_MODES else "this version"
+    mode = asked.mode or defaults.mode or offer.default_mode
+    if mode not in offer.modes:
+        lacks = "exit at which tokens may leave for good" if offer.exits else "exits"
         raise NotOfferedError(
-            f"compression.early_exit mode '{mode}' is not in {where}; there is {_listed(modes)}.",
+            f"compression.early_exit.mode is '{mode}' and the loaded model has no {lacks}; there is "
+            f"{_listed(offer.modes)}.",
             "compression.early_exit.mode",
         )
-    if mode == "off":
-        _refuse_unused(asked, mode)
-        return ExitPolicy(mode="off")
-    return _approximate(asked, defaults, variant, offer)
+    if mode == "approximate":
+        return _approximate(asked, defaults, variant, offer)
+    _refuse_unused(asked, mode)
+    return ExitPolicy(mode=mode)
 
 
 def _refuse_unused(asked: EarlyExitOptions, mode: ExitMode) -> None:
     for name in ("max_disagreement", "threshold", "skipped_kv"):
         if getattr(asked, name) is not None:
             raise NotOfferedError(
-                f"compression.early_exit.{name} has no use in mode '{mode}'; leave it out or ask for 'approximate'.",
+                f"compression.early_exit.{name} has no use in mode '{mode}'{_WHY_UNUSED.get((mode, name), '')}; leave "
+                "it out or ask for 'approximate'.",
                 f"compression.early_exit.{name}",
             )
 
@@ -131,19 +135,15 @@ def _approximate(
             "compression.early_exit has both max_disagreement and threshold; give one of them.",
             "compression.early_exit.threshold",
         )
-    skipped_kv = asked.skipped_kv or defaults.skipped_kv or SKIPPED_KV[0]
-    if skipped_kv not in SKIPPED_KV:
-        raise NotOfferedError(
-            f"compression.early_exit.skipped_kv '{skipped_kv}' is not in this version; there is {_listed(SKIPPED_KV)}.",
-            "compression.early_exit.skipped_kv",
-        )
     source = asked if asked.max_disagreement is not None or asked.threshold is not None else defaults
+    method = asked.skipped_kv or defaults.skipped_kv
+    skipped_kv = method or offer.default_skipped_kv(variant, source.max_disagreement)
     if source.threshold is not None:
         return ExitPolicy("approximate", source.threshold, None, skipped_kv)
     certified = offer.certified(variant, skipped_kv)
     target = source.max_disagreement if source.max_disagreement is not None else _default_target(certified)
     if target is None or target not in certified:
-        raise _uncertified(target, certified, variant, skipped_kv)
+        raise _uncertified(target, offer, variant, method)
     return ExitPolicy("approximate", certified[target], target, skipped_kv)
 
 
@@ -154,21 +154,24 @@ def _default_target(certified: Iterable[float]) -> float | None:
 
 
 def _uncertified(
-    target: float | None, certified: Iterable[float], variant: Variant, skipped_kv: SkippedKV
+    target: float | None, offer: Offer, variant: Variant, method: SkippedKV | None
 ) -> NotOfferedError:
-    targets = ", ".join(f"{t}" for t in certified)
-    there = (
-        f"certified are {targets}" if targets else "no target is certified for it, give a threshold instead"
+    certified = {each: offer.certified(variant, each) for each in SKIPPED_KV}
+    there = " and ".join(
+        f"{', '.join(map(str, targets))} with skipped_kv={each}"
+        for each, targets in certified.items()
+        if targets
     )
     what = (
-        "compression.early_exit asks for approximate exits"
+        "compression.early_exit asks for approximate exits without a target, and none is certified"
         if target is None
-        else (f"compression.early_exit.max_disagreement {target} is not certified")
+        else f"compression.early_exit.max_disagreement {target} is not certified"
     )
-    return NotOfferedError(
-        f"{what} for {variant} skipped_kv={skipped_kv}; {there}.", "compression.early_exit.max_disagreement"
-    )
+    hint = f"certified are {there}" if there else "no target is certified, give a threshold instead"
+    named = f" with skipped_kv={method}" if method else ""
+    return NotOfferedError(f"{what} for {variant}{named}; {hint}.", "compression.early_exit.max_disagreement")
 
 
 def _listed(values: Iterable[str]) -> str:
-    return " and ".join(f"'{value}'" for value in values)
+    *first, last = (f"'{value}'" for value in values)
+    return f"{', '.join(first)} and {last}" if first else last

@@ -188,7 +188,10 @@ class LiveGeneration:
 async def generate(
     body: GenerateBody, http: Request, service: Annotated[Service, Depends(serving_service)]
 ) -> Response:
-    """Generate from a prompt. Every saving is chosen per request; every token says at which depth it left."""
+    """Generate from a prompt. Every saving is chosen per request; every token says at which depth it left.
+
+    A stream tells only what stays: in mode `verified` a token is sent once the full model has confirmed it.
+    """
     outcome = outcome_of(http.scope)
     live = LiveGeneration(await generation_request(body, service), body, service, outcome)
     live.submit()

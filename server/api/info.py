@@ -8,7 +8,7 @@ from fastapi import APIRouter, Depends
 
 from exeunt.compression.manifest import Manifest
 from exeunt.server.api.answers import applied
-from exeunt.server.api.compression import EXIT_MODES, SKIPPED_KV, resolve
+from exeunt.server.api.compression import resolve
 from exeunt.server.api.errors import documented
 from exeunt.server.api.info_responses import (
     BundleInfo,
@@ -21,6 +21,7 @@ from exeunt.server.api.info_responses import (
     ModesInfo,
     VariantInfo,
 )
+from exeunt.server.api.offer import SKIPPED_KV
 from exeunt.server.api.schemas import MAX_CHOICES, MAX_STOP_STRINGS
 from exeunt.server.api.service import Service, loaded_service
 
@@ -84,7 +85,6 @@ def _bundle(manifest: Manifest) -> BundleInfo:
 
 def _modes(service: Service) -> ModesInfo:
     variants = service.offer.variants
-    exits = bool(service.offer.exits)
     return ModesInfo(
         variants=[
             VariantInfo(weights=v.weights, kv_cache=v.kv_cache, linear_block=v.linear_block) for v in variants
@@ -92,8 +92,8 @@ def _modes(service: Service) -> ModesInfo:
         weights=sorted({variant.weights for variant in variants}),
         kv_cache=sorted({variant.kv_cache for variant in variants}),
         linear_block=sorted({variant.linear_block for variant in variants}),
-        early_exit=list(EXIT_MODES) if exits else ["off"],
-        skipped_kv=list(SKIPPED_KV) if exits else [],
+        early_exit=list(service.offer.modes),
+        skipped_kv=list(SKIPPED_KV) if "approximate" in service.offer.modes else [],
     )
 
 

@@ -60,7 +60,9 @@ class BundleInfo(BaseModel):
     )
     exits: list[dict[str, Any]] = Field(
         description="The exits, each with `name`, the `block` it follows, and on held-out `tokens`: `agreement` of "
-        "its top token with the full model's, `untrained_agreement` before fitting, `auc` of its gate."
+        "its top token with the full model's, `untrained_agreement` before fitting, `auc` of its gate. `certified`: "
+        "tokens may leave there for good; `drafting`: it proposes tokens in mode `verified`, and `draft` says what "
+        "calibration expects of that."
     )
     evaluation: list[dict[str, Any]] = Field(
         description="Every mode on held-out text, teacher-forced: what the mode is, its `perplexity`, `kl` (nats a "
@@ -89,7 +91,7 @@ class ModesInfo(BaseModel):
     linear_block: list[bool] = Field(description="What `compression.linear_block` may be.")
     early_exit: list[ExitMode] = Field(description="What `compression.early_exit.mode` may be.")
     skipped_kv: list[SkippedKV] = Field(
-        description="What `compression.early_exit.skipped_kv` may be; empty without exits."
+        description="What `compression.early_exit.skipped_kv` may be; empty without `approximate`."
     )
 
 

@@ -26,9 +26,18 @@ class TokenInfo(BaseModel):
 
     id: int = Field(description="Its id in the vocabulary.")
     text: str = Field(description="The token's own piece; the pieces of a character may not be text alone.")
-    logprob: float = Field(description="Log-softmax of the raw logits of the head that emitted it, nats.")
-    depth: int = Field(description="Blocks passed before its logits.")
-    exit: str = Field(description="`block_<i>`, the block it left after, counted from 0, or `final`.")
+    logprob: float = Field(
+        description="Log-softmax of the raw logits of the head that emitted it, nats; in mode `verified` always the "
+        "full model's."
+    )
+    depth: int = Field(
+        description="Blocks passed before its logits; of a confirmed draft, before it was proposed: 0 where it was "
+        "looked up."
+    )
+    exit: str = Field(
+        description="`block_<i>`, the block it left after, counted from 0, or `final`; of a confirmed draft who "
+        "proposed it, `lookup` being the text itself: what followed when the same tokens stood there before."
+    )
 
 
 class Usage(BaseModel):
@@ -42,7 +51,9 @@ class Usage(BaseModel):
 class EarlyExitApplied(BaseModel):
     """How tokens could leave. Fields that the mode does not use are absent."""
 
-    mode: ExitMode = Field(description="`off` or `approximate`; no answer of this version is `verified`.")
+    mode: ExitMode = Field(
+        description="`off`; `verified`: the answer is that of `off`; `approximate`: tokens left for good."
+    )
     max_disagreement: float | None = Field(
         default=None, description="The certified target; absent with a bare threshold."
     )
@@ -51,7 +62,8 @@ class EarlyExitApplied(BaseModel):
     )
     skipped_kv: SkippedKV | None = Field(
         default=None,
-        description="How keys and values of skipped blocks came to be: `propagate`, from the state at the exit.",
+        description="How keys and values of skipped blocks came to be: `backfill`, exactly, in a later pass, or "
+        "`propagate`, from the state at the exit.",
     )
 
 
@@ -69,25 +81,25 @@ class DepthInfo(BaseModel):
 
     blocks: int = Field(description="Blocks of the model.")
     mean: float | None = Field(description="Mean depth of a token, blocks; null without tokens.")
-    exit_rate: float | None = Field(description="Share of tokens that left before the last block.")
-    by_exit: dict[str, int] = Field(description="Tokens by the exit that emitted them.")
+    exit_rate: float | None = Field(
+        description="Share of tokens that left before the last block, confirmed drafts included."
+    )
+    by_exit: dict[str, int] = Field(description="Tokens by the exit that emitted or proposed them.")
     blocks_executed: int = Field(description="Block × token pairs computed for the answer's tokens.")
     blocks_skipped: int = Field(
-        description="Block × token pairs never computed; with `blocks_executed` it is tokens × blocks."
+        description="Block × token pairs never computed; with `blocks_executed` it is tokens × blocks. 0 in mode "
+        "`verified`; with `backfill` only what an answer's last tokens still owed at its end."
     )
     blocks_wasted: int = Field(
-        description="Block × token pairs that the answer did not use: tokens computed again after a preemption."
+        description="Block × token pairs that the answer did not use: rejected drafts, audits, and tokens computed "
+        "again after a preemption."
     )
     block_passes: int = Field(
         description="Block × pass pairs that the answer took part in, wasted ones included; at full depth tokens × "
-        "blocks."
+        "blocks. What `verified` and `backfill` save."
     )
-    drafts: int = Field(
-        description="Tokens that an exit proposed for confirmation; 0 in this version, which has no verified mode."
-    )
-    drafts_accepted: int = Field(
-        description="Proposed tokens that the full model confirmed; 0 in this version."
-    )
+    drafts: int = Field(description="Tokens that were proposed for confirmation; 0 but in mode `verified`.")
+    drafts_accepted: int = Field(description="Proposed tokens that the full model confirmed.")
 
 
 class Timing(BaseModel):

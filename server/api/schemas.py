@@ -24,32 +24,35 @@ class Body(BaseModel):
 
 
 class EarlyExitOptions(Body):
-    """How tokens may leave early.
-
-    This version has `off` and `approximate`; asking for what it has not is a 400 that says what there is.
-    """
+    """How tokens may leave early. Asking for what the loaded model has not is a 400 that says what there is."""
 
     mode: ExitMode | None = Field(
         default=None,
-        description="`off` or `approximate`. `verified` (lossless) is not in this version: asking for it is a 400.",
+        description="`verified`: what exits propose are drafts, which the full model confirms or replaces; the answer "
+        "is that of `off`. `approximate`: tokens leave for good where an exit is sure enough. `off`: every token at "
+        "full depth. Left out: the server's default, `verified` unless it was started with another.",
     )
     max_disagreement: float | None = Field(
         default=None,
         gt=0,
         le=1,
         description="Approximate only: a certified target of the risk table, the share of early tokens that may "
-        "differ from full depth. Left out together with `threshold`: the smallest certified target from 0.02.",
+        "differ from full depth of the same weights, KV cache and linear block. Left out together with `threshold`: "
+        "the smallest certified target from 0.02.",
     )
     threshold: float | None = Field(
         default=None,
         ge=0,
         le=1,
-        description="Approximate only, instead of `max_disagreement`: the calibrated probability to leave at.",
+        description="Approximate only, instead of `max_disagreement`: the calibrated probability to leave at, one for "
+        "all certified exits. Nothing is certified for it.",
     )
     skipped_kv: SkippedKV | None = Field(
         default=None,
-        description="Approximate only: how keys and values of skipped blocks come to be. There is `propagate`, from "
-        "the state at the exit; `backfill` is not in this version: asking for it is a 400.",
+        description="Approximate only: how keys and values of skipped blocks come to be. `backfill`: exactly, the "
+        "token's state rides along in the next deep pass of its sequence. `propagate`: at once, from the state at the "
+        "exit, without those blocks. Left out: `backfill` where the target (or, without one, any target) is certified "
+        "for it, else `propagate`.",
     )
 
 
@@ -76,8 +79,8 @@ class CompressionOptions(Body):
         BeforeValidator(_exit_shorthand, json_schema_input_type=bool | EarlyExitOptions | None),
     ] = Field(
         default=None,
-        description="An object, or `false` for off. `true` stands for `verified`, which is not in this version: asking "
-        "for it is a 400 that says what there is.",
+        description="An object, or `true` for `verified` and `false` for `off`. A model without exits has `off` alone: "
+        "asking it for more is a 400 that says what there is.",
     )
 
 

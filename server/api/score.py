@@ -37,7 +37,8 @@ async def score(
 ) -> Response:
     """Log-probabilities of a text, token by token, each from the head at which it leaves.
 
-    Every token of the text may leave under approximate exits; in `/generate` a prompt's tokens never do.
+    Every token of the text may leave under approximate exits; in `/generate` a prompt's tokens never do. In mode
+    `verified` there is nothing to draft, for the text is given: it is scored at full depth, as with exits off.
     """
     outcome = outcome_of(http.scope)
     request = await score_request(body, service)

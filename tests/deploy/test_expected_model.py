@@ -12,6 +12,7 @@ from exeunt.deploy import packaged_model
 from exeunt.deploy.expected_model import check_settings, expected_bundle
 from exeunt.deploy.loading import SettingsError, Source
 from exeunt.deploy.packaged import bundle_folder, calibration_options
+from exeunt.server.api.offer import SKIPPED_KV
 from exeunt.server.settings import given_settings
 from tests.compression.small_bundles import small_checkpoint
 from tests.deploy.server_process import environment
@@ -41,6 +42,8 @@ def compression(**given: Any) -> dict[str, Any]:
         compression(**LINEAR),
         compression(weights="full", kv_cache="full", early_exit={"mode": "approximate", "threshold": 0.5}),
         {"weights": "full", **compression(early_exit=False)},
+        compression(early_exit=True),
+        compression(early_exit={"mode": "approximate", "skipped_kv": "backfill"}),
     ],
 )
 def test_what_the_calibrated_packaged_model_may_hold_is_let_through(checkpoint: Path, given: Any) -> None:
@@ -58,7 +61,10 @@ def test_what_the_calibrated_packaged_model_may_hold_is_let_through(checkpoint: 
         ({"kv_cache_memory": "1kB"}, "--kv-cache-memory is 1000 bytes, which hold 0 tokens"),
         ({"max_num_seqs": 600}, "--max-num-batched-tokens is 512"),
         ({"device": "cuda:77"}, "--device is cuda:77"),
-        (compression(early_exit=True), "--default-compression: .* 'verified' is not in this version"),
+        (
+            compression(early_exit={"mode": "verified", "threshold": 0.5}),
+            "--default-compression: .*threshold has no use in mode 'verified'",
+        ),
         (
             compression(early_exit={"mode": "approximate", "max_disagreement": 0.03}),
             "max_disagreement is 0.03; the packaged model is calibrated for 0.01, 0.02, 0.05, 0.1",
@@ -77,7 +83,8 @@ def test_what_is_expected_is_what_calibration_is_asked_for(checkpoint: Path, tmp
     model = expected_bundle(checkpoint, given_settings({}))
     assert len(model.offer.variants) == 8
     assert model.offer.exits
-    assert {tuple(model.offer.certified(v, "propagate")) for v in model.offer.variants} == {options.targets}
+    for method in SKIPPED_KV:
+        assert {tuple(model.offer.certified(v, method)) for v in model.offer.variants} == {options.targets}
 
 
 @pytest.mark.parametrize(
@@ -86,7 +93,7 @@ def test_what_is_expected_is_what_calibration_is_asked_for(checkpoint: Path, tmp
         ({"weights": "int4"}, "--weights is int4 .*exeunt calibrate"),
         ({"max_model_len": LONGEST + 1}, "--max-model-len"),
         (compression(linear_block=True), "no linear block"),
-        (compression(early_exit={"mode": "approximate"}), "'approximate' is not in the loaded model"),
+        (compression(early_exit={"mode": "approximate"}), "'approximate' and the loaded model has no exits"),
     ],
 )
 def test_a_plain_model_is_looked_at_before_it_is_loaded(checkpoint: Path, given: Any, words: str) -> None:

@@ -146,7 +146,8 @@ def offer() -> Offer:
         (INT4, "propagate"): (Certificate(0.01, None), Certificate(0.05, 0.9), Certificate(0.1, 0.8)),
         (FULL, "propagate"): (Certificate(0.01, 0.99),),
     }
-    return Offer((FULL, INT4), INT4, ("block_0", "block_2"), cast(Any, certificates))
+    modes = ("off", "verified", "approximate")
+    return Offer((FULL, INT4), INT4, ("block_0", "block_2"), cast(Any, modes), cast(Any, certificates))
 
 
 def make_service(engine: ScriptedEngine, **changes: Any) -> Service:

@@ -1,13 +1,15 @@
 """Which compression applies: as asked, else as the server defaults, else as the model offers."""
 
 import pytest
+from pydantic import ValidationError
 
 from exeunt.compression.variant import Variant
 from exeunt.server.api.compression import NotOfferedError, describe_applied, resolve
 from exeunt.server.api.offer import Certificate, Offer
 from exeunt.server.api.schemas import CompressionOptions
-from exeunt.server.request import ExitPolicy
+from exeunt.server.request import ExitPolicy, SkippedKV
 
+APPROXIMATE = '"mode": "approximate"'
 INT4 = Variant(weights="int4", kv_cache="int4")
 LINEAR = Variant(weights="int4", kv_cache="int4", linear_block=True)
 FULL = Variant()
@@ -15,14 +17,17 @@ OFFER = Offer(
     (FULL, INT4, LINEAR),
     INT4,
     ("block_2", "block_8"),
+    ("off", "verified", "approximate"),
     {
         (INT4, "propagate"): (
             *(Certificate(0.01, 0.97), Certificate(0.02, None)),
             *(Certificate(0.05, 0.9), Certificate(0.1, 0.8)),
         ),
+        (INT4, "backfill"): (Certificate(0.01, None), Certificate(0.05, 0.85), Certificate(0.1, 0.7)),
         (FULL, "propagate"): (Certificate(0.01, 0.99),),
     },
 )
+DRAFTS_ONLY = Offer((FULL,), FULL, ("block_2",), ("off", "verified"))
 PLAIN = Offer((FULL,), FULL)
 
 
@@ -40,10 +45,28 @@ def refusal(text: str, offer: Offer = OFFER) -> NotOfferedError:
     return caught.value
 
 
-def test_nothing_asked_is_the_offers_default_with_exits_off() -> None:
-    applied = resolve(None, CompressionOptions(), OFFER)
-    assert (applied.variant, applied.exits.mode) == (INT4, "off")
-    assert describe_applied(applied)["early_exit"] == {"mode": "off"}
+@pytest.mark.parametrize(("offer", "mode"), [(OFFER, "verified"), (DRAFTS_ONLY, "verified"), (PLAIN, "off")])
+def test_nothing_asked_is_the_offers_default_with_exits_that_change_nothing(offer: Offer, mode: str) -> None:
+    applied = resolve(None, CompressionOptions(), offer)
+    assert (applied.variant, applied.exits.mode) == (offer.default, mode)
+    assert describe_applied(applied)["early_exit"] == {"mode": mode}
+
+
+@pytest.mark.parametrize(
+    ("asked", "mode"),
+    [
+        ('{"early_exit": true}', "verified"),
+        ('{"early_exit": false}', "off"),
+        ('{"early_exit": {"mode": "verified"}}', "verified"),
+        ('{"early_exit": {"mode": "off"}}', "off"),
+        ('{"early_exit": {}}', "verified"),
+    ],
+)
+def test_modes_without_anything_to_choose(asked: str, mode: str) -> None:
+    assert exits_of(asked).mode == mode
+    assert exits_of(asked).threshold is None
+    default = exits_of(asked, '{"early_exit": {"mode": "approximate", "threshold": 0.7}}')
+    assert default.mode == ("approximate" if asked == '{"early_exit": {}}' else mode)
 
 
 def test_each_field_is_asked_then_default_then_offered() -> None:
@@ -54,16 +77,25 @@ def test_each_field_is_asked_then_default_then_offered() -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "target", "threshold"),
+    ("variant", "chosen", "target", "threshold", "skipped_kv"),
     [
-        ('{"early_exit": {"mode": "approximate"}}', 0.05, 0.9),  # the smallest certified target from 0.02
-        ('{"early_exit": {"mode": "approximate", "max_disagreement": 0.01}}', 0.01, 0.97),
-        ('{"early_exit": {"mode": "approximate", "threshold": 0.5}}', None, 0.5),
-        ('{"weights": "full", "kv_cache": "full", "early_exit": {"mode": "approximate"}}', 0.01, 0.99),
+        ("", "", 0.05, 0.85, "backfill"),  # the smallest certified target from 0.02
+        ("", '"skipped_kv": "propagate"', 0.05, 0.9, "propagate"),
+        ("", '"max_disagreement": 0.1', 0.1, 0.7, "backfill"),
+        ("", '"max_disagreement": 0.01', 0.01, 0.97, "propagate"),  # for backfill it is not certified
+        ("", '"threshold": 0.5', None, 0.5, "backfill"),
+        ("", '"threshold": 0.5, "skipped_kv": "propagate"', None, 0.5, "propagate"),
+        ('"weights": "full", "kv_cache": "full"', "", 0.01, 0.99, "propagate"),  # for backfill nothing is
+        ('"weights": "full", "kv_cache": "full"', '"threshold": 0', None, 0.0, "propagate"),
+        ('"linear_block": true', '"threshold": 1', None, 1.0, "backfill"),  # nothing is certified at all
     ],
 )
-def test_approximate_thresholds(asked: str, target: float | None, threshold: float) -> None:
-    assert exits_of(asked) == ExitPolicy("approximate", threshold, target, "propagate")
+def test_approximate_thresholds(
+    variant: str, chosen: str, target: float | None, threshold: float, skipped_kv: SkippedKV
+) -> None:
+    early_exit = f'"early_exit": {{{", ".join(filter(None, [APPROXIMATE, chosen]))}}}'
+    asked = f"{{{', '.join(filter(None, [variant, early_exit]))}}}"
+    assert exits_of(asked) == ExitPolicy("approximate", threshold, target, skipped_kv)
 
 
 def test_the_response_says_which_target_and_threshold_applied() -> None:
@@ -75,8 +107,8 @@ def test_the_response_says_which_target_and_threshold_applied() -> None:
         "early_exit": {
             "mode": "approximate",
             "max_disagreement": 0.05,
-            "threshold": 0.9,
-            "skipped_kv": "propagate",
+            "threshold": 0.85,
+            "skipped_kv": "backfill",
         },
     }
 
@@ -84,23 +116,24 @@ def test_the_response_says_which_target_and_threshold_applied() -> None:
 def test_server_defaults_fill_in_how_to_leave() -> None:
     defaults = '{"early_exit": {"mode": "approximate", "threshold": 0.7}}'
     assert exits_of("{}", defaults).threshold == 0.7
-    assert exits_of('{"early_exit": {"max_disagreement": 0.1}}', defaults).threshold == 0.8
+    assert exits_of('{"early_exit": {"max_disagreement": 0.1}}', defaults).threshold == 0.7
+    propagate = '{"early_exit": {"mode": "approximate", "skipped_kv": "propagate"}}'
+    assert exits_of('{"early_exit": {"max_disagreement": 0.1}}', propagate).threshold == 0.8
     assert exits_of('{"early_exit": false}', defaults).mode == "off"
 
 
 @pytest.mark.parametrize(
     ("asked", "param", "words"),
     [
-        ('{"early_exit": true}', "compression.early_exit.mode", ["'verified'", "'off' and 'approximate'"]),
         (
-            '{"early_exit": {"mode": "verified"}}',
-            "compression.early_exit.mode",
-            ["'verified'", "'approximate'"],
+            '{"early_exit": {"mode": "verified", "skipped_kv": "propagate"}}',
+            "compression.early_exit.skipped_kv",
+            ["no use in mode 'verified'", "compute all keys and values"],
         ),
         (
-            '{"early_exit": {"mode": "approximate", "skipped_kv": "backfill"}}',
-            "compression.early_exit.skipped_kv",
-            ["'backfill'", "'propagate'"],
+            '{"early_exit": {"mode": "verified", "max_disagreement": 0.05}}',
+            "compression.early_exit.max_disagreement",
+            ["no use in mode 'verified'", "those of exits off"],
         ),
         (
             '{"early_exit": {"mode": "approximate", "max_disagreement": 0.05, "threshold": 0.5}}',
@@ -110,14 +143,28 @@ def test_server_defaults_fill_in_how_to_leave() -> None:
         (
             '{"early_exit": {"mode": "approximate", "max_disagreement": 0.02}}',
             "compression.early_exit.max_disagreement",
-            ["0.02", "0.01, 0.05, 0.1"],
+            ["0.02", "0.05, 0.1 with skipped_kv=backfill and 0.01, 0.05, 0.1 with skipped_kv=propagate"],
+        ),
+        (
+            '{"early_exit": {"mode": "approximate", "max_disagreement": 0.01, "skipped_kv": "backfill"}}',
+            "compression.early_exit.max_disagreement",
+            ["0.01 is not certified", "with skipped_kv=backfill; certified are 0.05, 0.1"],
         ),
         (
             '{"linear_block": true, "early_exit": {"mode": "approximate"}}',
             "compression.early_exit.max_disagreement",
             ["no target is certified", "threshold"],
         ),
-        ('{"early_exit": {"threshold": 0.5}}', "compression.early_exit.threshold", ["'off'", "leave it out"]),
+        (
+            '{"early_exit": {"threshold": 0.5}}',
+            "compression.early_exit.threshold",
+            ["no use in mode 'verified'", "leave it out"],
+        ),
+        (
+            '{"early_exit": {"mode": "off", "threshold": 0.5}}',
+            "compression.early_exit.threshold",
+            ["no use in mode 'off'", "leave it out"],
+        ),
         (
             '{"early_exit": {"mode": "off", "max_disagreement": 0.05}}',
             "compression.early_exit.max_disagreement",
@@ -144,6 +191,7 @@ def test_what_is_not_there_is_refused_with_what_is(asked: str, param: str, words
         ('{"weights": "int4"}', "compression.weights", ["'int4'", "holds 'full'"]),
         ('{"kv_cache": "int4"}', "compression.kv_cache", ["'int4'", "holds 'full'"]),
         ('{"linear_block": true}', "compression.linear_block", ["no linear block"]),
+        ('{"early_exit": true}', "compression.early_exit.mode", ["'verified'", "no exits", "there is 'off'"]),
         ('{"early_exit": {"mode": "approximate"}}', "compression.early_exit.mode", ["there is 'off'"]),
     ],
 )
@@ -152,3 +200,15 @@ def test_a_plain_model_holds_little(asked: str, param: str, words: list[str]) ->
     assert error.param == param
     for word in words:
         assert word in str(error)
+
+
+def test_exits_that_only_draft_let_no_token_leave_for_good() -> None:
+    error = refusal('{"early_exit": {"mode": "approximate", "threshold": 0.5}}', DRAFTS_ONLY)
+    assert error.param == "compression.early_exit.mode"
+    assert "no exit at which tokens may leave for good; there is 'off' and 'verified'" in str(error)
+
+
+@pytest.mark.parametrize("threshold", ["-0.1", "1.01", "NaN", '"0.5"', "true"])
+def test_thresholds_are_probabilities(threshold: str) -> None:
+    with pytest.raises(ValidationError):
+        options(f'{{"early_exit": {{"mode": "approximate", "threshold": {threshold}}}}}')

@@ -50,7 +50,7 @@ def test_a_whole_answer(client: httpx.Client, engine: Any) -> None:
             "weights": "int4",
             "kv_cache": "int4",
             "linear_block": False,
-            "early_exit": {"mode": "off"},
+            "early_exit": {"mode": "verified"},
         },
         "depth": {
             "blocks": 4,

@@ -87,9 +87,9 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
             ["on", "true", "object"],
         ),
         (
-            {"prompt": "x", "compression": {"early_exit": True}},
-            "compression.early_exit.mode",
-            ["'approximate'"],
+            {"prompt": "x", "compression": {"early_exit": {"mode": "verified", "skipped_kv": "propagate"}}},
+            "compression.early_exit.skipped_kv",
+            ["'verified'", "'approximate'"],
         ),
         (
             {"prompt": "x", "compression": {"early_exit": {"mode": "approximate", "threshold": 1.5}}},

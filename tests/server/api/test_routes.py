@@ -9,6 +9,8 @@ from typing import Any
 import httpx
 import pytest
 
+from exeunt.compression.variant import Variant
+from exeunt.server.api.offer import Offer
 from exeunt.server.engine import QueueFullError
 from exeunt.server.request import FailureEvent
 
@@ -50,7 +52,7 @@ def test_score_of_one_token_has_no_perplexity(client: httpx.Client) -> None:
         ({"text": "x" * 100}, "text"),
         ({"token_ids": [300]}, "token_ids[0]"),
         ({"prompt": "x"}, "prompt"),
-        ({"text": "x", "compression": {"early_exit": True}}, "compression.early_exit.mode"),
+        ({"text": "x", "compression": {"linear_block": True}}, "compression.linear_block"),
     ],
 )
 def test_score_refuses(client: httpx.Client, body: Any, param: str) -> None:
@@ -115,10 +117,10 @@ def test_info_of_a_plain_model(client: httpx.Client) -> None:
         "weights": ["full", "int4"],
         "kv_cache": ["full", "int4"],
         "linear_block": [False],
-        "early_exit": ["off", "approximate"],
-        "skipped_kv": ["propagate"],
+        "early_exit": ["off", "verified", "approximate"],
+        "skipped_kv": ["backfill", "propagate"],
     }
-    assert body["defaults"]["early_exit"] == {"mode": "off"}
+    assert body["defaults"]["early_exit"] == {"mode": "verified"}
     assert body["exits"] == ["block_0", "block_2"]
     assert body["limits"]["max_model_len"] == 100
     assert body["limits"]["max_choices"] == 8
@@ -256,14 +258,22 @@ def test_openapi_describes_every_field(client: httpx.Client) -> None:
             assert all(parameter["description"] for parameter in operation.get("parameters", []))
 
 
-def test_openapi_says_of_verified_what_the_server_says(client: httpx.Client) -> None:
-    schemas = client.get("/openapi.json").json()["components"]["schemas"]
-    asked = {"prompt": "x", "compression": {"early_exit": True}}
-    refused = client.post("/generate", json=asked)
+@pytest.mark.parametrize("route", ["generate", "score"])
+def test_a_model_without_exits_is_asked_for_none(
+    client: httpx.Client, reopen: Callable[..., Any], route: str
+) -> None:
+    full = Variant()
+    reopen(offer=Offer((full,), full))
+    modes = client.get("/info").json()["modes"]
+    assert (modes["early_exit"], modes["skipped_kv"]) == (["off"], [])
+    text = {"text" if route == "score" else "prompt": "abc"}
+    assert client.post(f"/{route}", json=text).json()["compression"]["early_exit"] == {"mode": "off"}
+    refused = client.post(f"/{route}", json={**text, "compression": {"early_exit": True}})
     assert refused.status_code == 400
-    assert "'verified' is not in this version; there is 'off' and 'approximate'" in refused.text
-    shorthand = schemas["CompressionOptions"]["properties"]["early_exit"]["description"]
-    mode = schemas["EarlyExitOptions"]["properties"]["mode"]["description"]
-    for described in (shorthand, mode):
-        assert "not in this version" in described
-        assert "400" in described
+    assert refused.json()["error"]["param"] == "compression.early_exit.mode"
+    assert "'verified' and the loaded model has no exits; there is 'off'" in refused.text
+
+
+def test_openapi_says_how_a_text_is_scored_in_every_mode(client: httpx.Client) -> None:
+    described = client.get("/openapi.json").json()["paths"]["/score"]["post"]["description"]
+    assert re.search(r"`verified`.*full depth", described, re.DOTALL)
