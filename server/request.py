@@ -38,14 +38,16 @@ class SamplingParams:
 class ExitPolicy:
     """Whether and how a request's tokens may leave early.
 
-    `threshold` is the calibrated probability a token needs to leave (approximate mode); `target` the certified
-    disagreement it was looked up for, None when the caller gave the threshold itself.
+    `threshold` is the calibrated probability a token needs to leave (approximate mode), None where none may; `target`
+    the certified disagreement it was looked up for, None when the caller gave the threshold itself. `guard_step` says
+    by how many steps the exit guard had raised it when the request was admitted.
     """
 
     mode: ExitMode = "off"
     threshold: float | None = None
     target: float | None = None
     skipped_kv: SkippedKV = "propagate"
+    guard_step: int = 0
 
 
 @dataclass(frozen=True, slots=True)
