@@ -17,11 +17,13 @@ from exeunt.compression.variant import Variant
 from exeunt.server.audit import AuditBook, AuditTotals
 from exeunt.server.drafting import AdaptiveDrafter, Drafter, ExitWorth
 from exeunt.server.engine_config import EngineConfig
+from exeunt.server.exit_guard import ExitGuard
 from exeunt.server.lifecycle import Lifecycle
 from exeunt.server.metrics import Metrics
 from exeunt.server.pages import PagePool
 from exeunt.server.request import (
     Event,
+    ExitPolicy,
     FailureEvent,
     FinishReason,
     GenerationRequest,
@@ -30,6 +32,7 @@ from exeunt.server.request import (
 )
 from exeunt.server.runner import Runner, StageRun
 from exeunt.server.scheduler import Scheduler
+from exeunt.server.stage_choice import SchedulingPolicy
 from exeunt.server.stage_costs import DraftCosts, StageCosts
 from exeunt.server.stages import StagePlan
 
@@ -89,12 +92,14 @@ class Engine:
         config: EngineConfig,
         metrics: Metrics,
         *,
-        run_through: bool = True,
+        policy: SchedulingPolicy = "run-through",
         new_drafter: Callable[[GenerationRequest], Drafter] | None = None,
+        guard: ExitGuard | None = None,
     ) -> None:
-        """`run_through` as in `Scheduler`: without it rows wait at every exit they did not take.
+        """`policy` as in `Scheduler`.
 
         `new_drafter` makes what decides on drafts for one answer of a request in the verified mode, None: what pays.
+        `guard` hears of every audit and has its say on thresholds, None: they stay as calibrated.
         """
         self._config, self._metrics = config, metrics
         self.plan = StagePlan(
@@ -114,13 +119,15 @@ class Engine:
         self._exit_worth: dict[Variant, ExitWorth] = {}
         self._pool = PagePool(count)
         self._runner = Runner(model, self.plan, arena, page_bytes, self._note_stages, config.audit_share)
-        self._audits = AuditBook(metrics)
+        self._guard = guard
+        self._audits = AuditBook(metrics, None if guard is None else guard.observe)
         self._scheduler = Scheduler(
             self.plan,
             self._pool,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
-            run_through=run_through,
+            policy=policy,
+            costs=self._costs,
         )
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._loop, name="exeunt-engine", daemon=True)
@@ -189,6 +196,10 @@ class Engine:
             kv_pages_total=self._pool.num_pages,
             page_bytes=self._page_bytes,
         )
+
+    def guarded(self, exits: ExitPolicy) -> ExitPolicy:
+        """The policy to admit a request with that asked for this one: the guard may have raised its threshold."""
+        return exits if self._guard is None else self._guard.applied(exits)
 
     @property
     def audit_totals(self) -> AuditTotals:

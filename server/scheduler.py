@@ -1,7 +1,8 @@
 """Which rows run next: admission, queues per variant and stage, fairness, preemption. Plain Python, no torch."""
 
+import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Final
@@ -10,6 +11,8 @@ from exeunt.compression.variant import Variant
 from exeunt.server.drafting import LOOKUP, Drafter, Proposal
 from exeunt.server.pages import OutOfPagesError, PagePool
 from exeunt.server.sequence import Sequence, Status
+from exeunt.server.stage_choice import SchedulingPolicy, StageQueue, choose_stage
+from exeunt.server.stage_costs import StageCosts
 from exeunt.server.stages import StagePlan
 
 MAX_OVERTAKEN: Final = 8  # a sequence that waits for pages is passed by so many smaller ones, and no more
@@ -30,6 +33,7 @@ class Row:
     stage: int = 0
     deep: bool = False
     threshold: float | None = None  # the confidence at which its token leaves; None: it asks no gate
+    since: float = 0.0  # when it came to its stage, on the scheduler's clock
 
     @property
     def tokens(self) -> int:
@@ -69,8 +73,8 @@ class Tick:
 class _Lane:
     """The rows and sequences of one variant: who is ready to start a pass, and who waits at each deeper stage."""
 
-    decoding: dict[Sequence, None] = field(default_factory=dict)
-    prefilling: dict[Sequence, None] = field(default_factory=dict)
+    decoding: dict[Sequence, float] = field(default_factory=dict)  # since when, on the scheduler's clock
+    prefilling: dict[Sequence, float] = field(default_factory=dict)
     deeper: list[dict[Sequence, Row]] = field(default_factory=list)  # [stage - 1]
     served_s: float = 0.0  # time this variant has had; the least served variant runs next
 
@@ -81,6 +85,18 @@ class _Lane:
                 return stage
         return 0 if self.decoding or self.prefilling else None
 
+    def queues(self) -> list[StageQueue]:
+        """The stages in front of which rows wait; each holds its rows in the order in which they came."""
+        found = []
+        ready = len(self.decoding) + len(self.prefilling)
+        if ready:
+            oldest = min(next(iter(some.values())) for some in (self.decoding, self.prefilling) if some)
+            found.append(StageQueue(0, ready, oldest))
+        for stage, waiting in enumerate(self.deeper, start=1):
+            if waiting:
+                found.append(StageQueue(stage, len(waiting), next(iter(waiting.values())).since))
+        return found
+
     def remove(self, sequence: Sequence) -> None:
         self.decoding.pop(sequence, None)
         self.prefilling.pop(sequence, None)
@@ -89,17 +105,18 @@ class _Lane:
 
 
 class Scheduler:
-    """Decides what the next tick runs. One call costs O(rows of the tick), however many requests are known.
+    """Decides what the next tick runs. One call costs O(running sequences) at worst, however many wait.
 
     Sequences wait first come, first served, except that while the first lacks pages a later one that fits may start:
     past each at most `MAX_OVERTAKEN`, then the free pages are saved up for it; past a preempted one, which has been
     served already and would lose its turn again, none. A running sequence holds pages for all it has computed. When
-    pages run out the youngest gives its own back and is recomputed later. Within a variant the deepest waiting rows
-    run first, so a pass that has begun is finished before the next begins; between variants the one served the least
+    pages run out the youngest gives its own back and is recomputed later. Between variants the one served the least
     time goes next.
 
-    With `run_through` a tick runs all stages, rows dropping out where they leave; without, it ends at the first
-    boundary at which one of its rows may leave, and those that stay wait there.
+    With the policy "run-through" a tick runs all stages, rows dropping out where they leave. With "queues" it ends at
+    the first boundary at which one of its rows may leave, those that stay wait there, and `choose_stage` says which
+    stage of the variant runs next, by `costs` and with nobody waiting longer than `longest_wait` seconds for a turn of
+    its variant.
 
     A token that left early and still owes its keys and values to deeper blocks waits in front of the next stage until
     a pass of its sequence comes by; when `max_owed` wait, or drafts can be taken no further, the next pass goes deep
@@ -113,12 +130,18 @@ class Scheduler:
         *,
         max_num_seqs: int,
         max_num_batched_tokens: int,
-        run_through: bool = True,
+        policy: SchedulingPolicy = "run-through",
+        costs: StageCosts | None = None,
+        longest_wait: float = 0.05,
         max_owed: int = 8,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._plan = plan
         self._pool = pool
-        self._run_through = run_through
+        self._policy = policy
+        self._costs = costs or StageCosts()
+        self._longest_wait = longest_wait
+        self._clock = clock
         self._max_owed = max_owed
         self._max_num_seqs = max_num_seqs
         self._budget = max(max_num_batched_tokens, 1)
@@ -176,19 +199,25 @@ class Scheduler:
 
     def admit(self) -> None:
         """Let waiting sequences start while there is room for their prompts."""
+        if not self._waiting or len(self._running) >= self._max_num_seqs:
+            return
+        promised = sum(_missing(s) for s in self._running if s.prefilling)
         while self._waiting and len(self._running) < self._max_num_seqs:
-            index = self._first_that_fits()
+            index = self._first_that_fits(promised)
             if index is None:
                 break
             for passed in islice(self._waiting, index):
                 passed.overtaken += 1
+            promised += _missing(self._waiting[index])
             self._start(self._waiting[index], index)
 
-    def _first_that_fits(self) -> int | None:
-        """Where in the queue the sequence stands that starts next; None when nobody may."""
+    def _first_that_fits(self, promised: int) -> int | None:
+        """Where in the queue the sequence stands that starts next; None when nobody may.
+
+        `promised` are the pages that running sequences still need for their prompts.
+        """
         if not self._running:
             return 0
-        promised = sum(_missing(s) for s in self._running if s.prefilling)
         spare = len(self._running)  # each running sequence may want one more page soon
         free = self._pool.free - promised - spare
         for index, sequence in enumerate(islice(self._waiting, _LOOKAHEAD)):
@@ -220,13 +249,25 @@ class Scheduler:
             (v for v, lane in self._lanes.items() if lane.deepest() is not None), key=self._served
         ):
             lane = self._lanes[variant]
-            stage = lane.deepest()
-            if stage is None:  # preempted meanwhile, for a variant tried before
+            if lane.deepest() is None:  # preempted meanwhile, for a variant tried before
                 continue
+            stage = self._next_stage(variant, lane)
             rows = self._take_deeper(lane, stage) if stage else self._take_ready(lane)
             if rows:
                 return Tick(variant, stage, self._last_stage(stage, rows), tuple(rows))
         return None
+
+    def _next_stage(self, variant: Variant, lane: _Lane) -> int:
+        queues = lane.queues()
+        if len(queues) == 1:
+            return queues[0].stage
+        everyone = sum(queue.rows for queue in queues)
+        stages = self._costs.stages
+
+        def cost(stage: int, rows: int) -> float:
+            return stages[variant, stage].of(rows)
+
+        return choose_stage(queues, everyone, cost, self._clock(), self._longest_wait)
 
     def served(self, variant: Variant, seconds: float) -> None:
         """Account the time a tick took, for fairness between variants."""
@@ -234,7 +275,7 @@ class Scheduler:
 
     def move_on(self, row: Row, stage: int) -> None:
         """Queue a row at a deeper stage, in front of which its tokens wait."""
-        row.stage, row.positions = stage, []
+        row.stage, row.positions, row.since = stage, [], self._clock()
         self._lanes[row.sequence.variant].deeper[stage - 1][row.sequence] = row
 
     def finish_pass(self, sequence: Sequence) -> None:
@@ -255,13 +296,14 @@ class Scheduler:
         if lane.deepest() is None:  # idle until now: what it did not use then is no credit
             busy = [other.served_s for other in self._lanes.values() if other.deepest() is not None]
             lane.served_s = max([lane.served_s, *([min(busy)] if busy else [])])
-        (lane.prefilling if sequence.prefilling else lane.decoding)[sequence] = None
+        (lane.prefilling if sequence.prefilling else lane.decoding)[sequence] = self._clock()
 
     def _take_deeper(self, lane: _Lane, stage: int) -> list[Row]:
         rows: list[Row] = []
         budget = self._budget
         waiting = lane.deeper[stage - 1]
-        for sequence, row in list(waiting.items()):
+        while waiting:
+            sequence, row = next(iter(waiting.items()))
             if rows and row.tokens > budget:
                 break
             budget -= row.tokens
@@ -346,7 +388,7 @@ class Scheduler:
         self._preempted.append(sequence)
 
     def _last_stage(self, stage: int, rows: list[Row]) -> int:
-        if not self._run_through and any(row.may_leave for row in rows):
+        if self._policy == "queues" and any(row.may_leave for row in rows):
             return stage
         return self._plan.last
 

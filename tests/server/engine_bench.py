@@ -15,6 +15,7 @@ from exeunt.compression.variant import Variant
 from exeunt.server.drafting import Drafter
 from exeunt.server.engine import Engine
 from exeunt.server.engine_config import EngineConfig
+from exeunt.server.exit_guard import ExitGuard
 from exeunt.server.metrics import Metrics
 from exeunt.server.request import (
     Event,
@@ -44,6 +45,7 @@ class Heard:
     done: threading.Event = field(default_factory=threading.Event)
     choices: int = 1
     prompt: tuple[int, ...] = ()
+    mode: str = "off"
 
     def __call__(self, event: Event) -> None:
         self.events.append(event)
@@ -91,7 +93,7 @@ class Bench:
         **sampling: Any,
     ) -> Heard:
         self.count += 1
-        heard = Heard(choices=n, prompt=prompt)
+        heard = Heard(choices=n, prompt=prompt, mode=exits.mode)
         params = replace(SamplingParams(max_new_tokens=24, ignore_eos=True), **sampling)
         now = time.monotonic()
         deadline = None if timeout_s is None else now + timeout_s
@@ -101,6 +103,14 @@ class Bench:
 
     def answer(self, **kwargs: Any) -> Heard:
         return self.ask(**kwargs).wait()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Let the engine begin with what is asked inside only when all of it is asked."""
+        asked = threading.Event()
+        self.engine._commands.put(lambda: asked.wait(WAIT_S) and None)
+        yield
+        asked.set()
 
     def value(self, name: str, **labels: str) -> float:
         return sum(
@@ -117,6 +127,8 @@ def running(
     pages: int = 400,
     run_through: bool = True,
     new_drafter: Callable[[GenerationRequest], Drafter] | None = None,
+    audit_share: float = 0.0,
+    guard: ExitGuard | None = None,
     **limits: int,
 ) -> Iterator[Bench]:
     registry = CollectorRegistry()
@@ -124,8 +136,15 @@ def running(
     metrics = Metrics(registry, "tiny", [str(i) for i in range(len(exits) + 1)], exits)
     page_bytes = page_bytes_for(model.spec, model.dtype)
     settings = {"max_model_len": 512, "max_num_batched_tokens": 128, **limits}
-    config = EngineConfig(kv_cache_bytes=pages * page_bytes, **settings)
-    engine = Engine(model, config, metrics, run_through=run_through, new_drafter=new_drafter)
+    config = EngineConfig(kv_cache_bytes=pages * page_bytes, audit_share=audit_share, **settings)
+    engine = Engine(
+        model,
+        config,
+        metrics,
+        policy="run-through" if run_through else "queues",
+        new_drafter=new_drafter,
+        guard=guard,
+    )
     engine.start()
     try:
         yield Bench(engine, registry)

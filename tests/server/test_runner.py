@@ -57,21 +57,22 @@ def crowd(bench: Bench) -> list[Heard]:
     """A mix of everything: variants, exit modes, temperatures, lengths."""
     dice = random.Random(5)
     asked = []
-    for i in range(14):
-        prompt = tuple(dice.randrange(256) for _ in range(dice.choice((1, 3, 17, 60, 130))))
-        asked.append(
-            bench.ask(
-                prompt=prompt,
-                variant=dice.choice((FULL, INT4_KV, LINEAR)),
-                exits=dice.choice((OFF, LEAVE, BACKFILL, VERIFIED)),
-                temperature=dice.choice((0.0, 0.8, 1.3)),
-                top_p=dice.choice((1.0, 0.9)),
-                top_k=dice.choice((0, 20)),
-                repetition_penalty=dice.choice((1.0, 1.2)),
-                seed=i,
-                max_new_tokens=dice.choice((5, 20, 90)),
+    with bench.held():
+        for i in range(14):
+            prompt = tuple(dice.randrange(256) for _ in range(dice.choice((1, 3, 17, 60, 130))))
+            asked.append(
+                bench.ask(
+                    prompt=prompt,
+                    variant=dice.choice((FULL, INT4_KV, LINEAR)),
+                    exits=dice.choice((OFF, LEAVE, BACKFILL, VERIFIED)),
+                    temperature=dice.choice((0.0, 0.8, 1.3)),
+                    top_p=dice.choice((1.0, 0.9)),
+                    top_k=dice.choice((0, 20)),
+                    repetition_penalty=dice.choice((1.0, 1.2)),
+                    seed=i,
+                    max_new_tokens=dice.choice((5, 20, 90)),
+                )
             )
-        )
     return asked
 
 
@@ -90,15 +91,21 @@ def test_tokens_do_not_depend_on_the_crowd_on_chunks_or_on_preemption(tiny_model
     assert any(name != "final" for heard in alone for name in heard.exits())
     for other in (together, chunked, squeezed, waiting_at_exits):
         assert [heard.ids() for heard in other] == [heard.ids() for heard in alone]
-        assert [heard.exits() for heard in other] == [heard.exits() for heard in alone]
+        assert [exits_of(heard) for heard in other] == [exits_of(heard) for heard in alone]
+
+
+def exits_of(heard: Heard) -> list[str]:
+    """Where the tokens left; nothing for the verified mode, which drafts as it pays at the moment."""
+    return [] if heard.mode == "verified" else heard.exits()
 
 
 def long_prompts(bench: Bench, variant: Variant) -> list[Heard]:
     prompts = [tuple((7 * i + j * j) % 256 for j in range(40)) for i in range(5)]
-    asked = [
-        bench.ask(prompt=p, variant=variant, exits=LEAVE, max_new_tokens=50, temperature=0.7, seed=i)
-        for i, p in enumerate(prompts)
-    ]
+    with bench.held():
+        asked = [
+            bench.ask(prompt=p, variant=variant, exits=LEAVE, max_new_tokens=90, temperature=0.7, seed=i)
+            for i, p in enumerate(prompts)
+        ]
     return [heard.wait() for heard in asked]
 
 

@@ -28,6 +28,7 @@ class Stage:
     plan: StagePlan = field(default_factory=lambda: StagePlan(8, (1, 4)))
     seed: int = 0
     run_through: bool = False
+    now: float = 0.0
 
     def __post_init__(self) -> None:
         self.pool = PagePool(self.pages)
@@ -36,7 +37,8 @@ class Stage:
             self.pool,
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=self.budget,
-            run_through=self.run_through,
+            policy="run-through" if self.run_through else "queues",
+            clock=lambda: self.now,
         )
         self.dice = random.Random(self.seed)
         self.wanted: dict[Sequence, int] = {}
@@ -52,6 +54,7 @@ class Stage:
         return sequence
 
     def step(self) -> Tick | None:
+        self.now += 0.004
         tick = self.scheduler.next_tick()
         self.started += [s for s in self.scheduler.take_admitted() if s not in self.started]
         self.scheduler.take_preempted()
@@ -70,26 +73,29 @@ class Stage:
         assert all(s.status is Status.RUNNING for s in sequences)
         assert tick.tokens <= max(self.budget, self.max_num_seqs + 1)
         for row in tick.rows:
-            assert row.positions == sorted(set(row.positions))
-            assert row.positions[-1] < row.sequence.table.capacity
-            assert row.positions[0] >= row.sequence.computed
+            positions = row.positions or row.sequence.pending[row.stage]
+            assert positions == sorted(set(positions))
+            assert positions[-1] < row.sequence.table.capacity
+            assert positions[0] >= row.sequence.computed
         held = [s.table for s in self.scheduler.running_sequences()]
         self.pool.check_integrity(held)
 
     def apply(self, tick: Tick, row: Row) -> None:
         sequence, last = row.sequence, tick.last_stage == self.plan.last
-        leaves = not last and row.may_leave and len(row.positions) == 1 and self.dice.random() < 0.5
-        recorded = {p for p in row.positions if sequence.recorded_stage(p) == tick.last_stage}
-        if row.yields_token and (last or leaves):
+        positions = sequence.pending.pop(row.stage, []) + row.positions
+        leaves = not last and row.may_leave and len(positions) == 1 and self.dice.random() < 0.5
+        recorded = {p for p in positions if sequence.recorded_stage(p) == tick.last_stage}
+        if sequence.yields_token(positions) and (last or leaves):
             sequence.tokens.append(1)
             sequence.left_at.append(tick.last_stage)
             if sequence.generated == self.wanted[sequence]:
                 self.scheduler.remove(sequence)
                 self.finished.append(sequence)
                 return
-        stay = [] if last or leaves else [p for p in row.positions if p not in recorded]
+        stay = [] if last or leaves else [p for p in positions if p not in recorded]
         if stay:
-            self.scheduler.move_on(row, tick.last_stage + 1, stay)
+            sequence.put_back(tick.last_stage + 1, stay)
+            self.scheduler.move_on(row, tick.last_stage + 1)
         else:
             sequence.computed = row.stop
             self.scheduler.finish_pass(sequence)
