@@ -134,6 +134,10 @@ def serve(
     max_num_batched_tokens: Annotated[str | None, setting("max_num_batched_tokens", "N")] = None,
     kv_cache_memory: Annotated[str | None, setting("kv_cache_memory", "BYTES")] = None,
     default_compression: Annotated[str | None, setting("default_compression", "JSON")] = None,
+    audit_share: Annotated[str | None, setting("audit_share", "SHARE")] = None,
+    exit_guard: Annotated[
+        bool | None, typer.Option("--exit-guard", help=setting_help("exit_guard"), show_default=False)
+    ] = None,
     request_timeout: Annotated[str | None, setting("request_timeout", "SECONDS")] = None,
     shutdown_timeout: Annotated[str | None, setting("shutdown_timeout", "SECONDS")] = None,
     max_body_bytes: Annotated[str | None, setting("max_body_bytes", "BYTES")] = None,

@@ -12,6 +12,7 @@ from exeunt.deploy.loading import (
     Shape,
     Source,
     check_batch,
+    check_guard,
     check_plain,
     default_variant,
     engine_limits,
@@ -45,6 +46,7 @@ def check_settings(source: Source | None, settings: Settings) -> None:
     """
     device = resolve_device(settings.device)
     check_batch(settings)
+    check_guard(settings)
     if source is None:
         if bundle_folder().exists():
             return

@@ -170,7 +170,16 @@ def engine_limits(shape: Shape, settings: Settings) -> EngineConfig:
         max_num_queued_reqs=settings.max_num_queued_reqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,
         kv_cache_bytes=cache,
+        audit_share=settings.audit_share,
     )
+
+
+def check_guard(settings: Settings) -> None:
+    """Raise SettingsError where the exit guard would never hear of an audit."""
+    if settings.exit_guard and settings.audit_share == 0:
+        raise SettingsError(
+            "--exit-guard judges by audits, and --audit-share is 0: raise it or leave the guard out."
+        )
 
 
 def check_batch(settings: Settings) -> None:

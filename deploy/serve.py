@@ -32,6 +32,7 @@ from exeunt.server.api.app import create_app
 from exeunt.server.api.offer import offer_of
 from exeunt.server.api.service import Availability, Service
 from exeunt.server.engine import Engine
+from exeunt.server.exit_guard import ExitGuard
 from exeunt.server.metrics import Metrics, new_registry
 from exeunt.server.settings import Settings
 
@@ -286,8 +287,10 @@ def start_service(model: LoadedModel, settings: Settings) -> Service:
     name = settings.served_model_name or model.name
     stages = [str(stage) for stage in range(len(model.exits) + 1)]
     metrics = Metrics(new_registry(), name, stages, offer.exits, _targets(model))
-    metrics.exit_thresholds(_default_thresholds(model, settings))
-    engine = Engine(model, config, metrics)
+    thresholds = _default_thresholds(model, settings)
+    metrics.exit_thresholds(thresholds)
+    guard = ExitGuard(thresholds, metrics.exit_thresholds) if settings.exit_guard else None
+    engine = Engine(model, config, metrics, guard=guard)
     engine.start()
     return Service(
         name=name,

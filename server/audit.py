@@ -11,8 +11,8 @@ from typing import Final, Protocol
 from exeunt.server.request import ExitPolicy
 
 DEFAULT_SHARE: Final = 0.01
-"""Of the early tokens. At most one block in a hundred is run for it, and a disagreement of twice a target of 2 % shows
-after some 80,000 early tokens."""
+"""Of the early tokens. It costs one block in a hundred of what they save, and a disagreement of twice a target of 2 %
+mostly shows within 100,000 of them."""
 
 _TWO_TO_64: Final = 2.0**64
 

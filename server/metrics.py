@@ -104,7 +104,7 @@ class Metrics:
         self._kv_usage = {name: usage.labels(self._model_name, name) for name in get_args(KVFormat)}
         thresholds = self._labelled_gauge(
             "exit_threshold",
-            "Certified exit threshold of a risk target under the default variant; NaN: none.",
+            "Exit threshold of a risk target under the default variant now; NaN: none certified, +Inf: exits closed.",
             "target",
         )
         self._thresholds = {target: thresholds.labels(self._model_name, f"{target}") for target in targets}
@@ -246,7 +246,7 @@ class Metrics:
         self._step_rows[stage].observe(rows)
 
     def flush(self) -> None:
-        """Export what `token`, `work` and `drafts` counted: due after a batch of tokens, and before an answer's end."""
+        """Export what `token`, `work`, `drafts` and `audit` counted: due after a tick, and before an answer's end."""
         for counter, amount in self._pending.items():
             counter.inc(amount)
         self._pending.clear()
@@ -283,12 +283,13 @@ class Metrics:
         self._pending[self._drafts_accepted] += accepted
 
     def audit(self, agreed: bool, kl: float, nll_full: float, nll_exit: float) -> None:
-        """An early token was compared with the full model's logits; in nats, `kl` is KL(full || exit)."""
-        self._audited.inc()
-        self._audit_agreements.inc(int(agreed))
-        self._audit_kl.inc(max(0.0, kl))
-        self._audit_nll_full.inc(max(0.0, nll_full))
-        self._audit_nll_exit.inc(max(0.0, nll_exit))
+        """An early token was compared with the full model's logits; in nats, `kl` is KL(full || exit). See `flush`."""
+        pending = self._pending
+        pending[self._audited] += 1
+        pending[self._audit_agreements] += int(agreed)
+        pending[self._audit_kl] += max(0.0, kl)  # rounding can make sums of nothing a hair negative
+        pending[self._audit_nll_full] += max(0.0, nll_full)
+        pending[self._audit_nll_exit] += max(0.0, nll_exit)
 
     def started(self, queue_s: float, prompt_tokens: int) -> None:
         """A request left the queue after `queue_s` seconds."""
@@ -344,7 +345,7 @@ class Metrics:
             gauge.set(kv_usage.get(name, 0.0))
 
     def exit_thresholds(self, thresholds: Mapping[float, float | None]) -> None:
-        """Set the certified threshold of each risk target; None where none is certified (exported as NaN)."""
+        """Set thresholds of risk targets: None where none is certified (NaN), infinity where no token may leave."""
         for target, threshold in thresholds.items():
             self._thresholds[target].set(float("nan") if threshold is None else threshold)
 

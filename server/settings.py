@@ -14,6 +14,7 @@ from pydantic_settings import (
 
 from exeunt.server.api.schemas import CompressionOptions
 from exeunt.server.api.validation import requirement, shown
+from exeunt.server.audit import DEFAULT_SHARE
 
 ENV_PREFIX: Final = "EXEUNT_"
 _OTHERS: Final = frozenset(
@@ -91,6 +92,16 @@ class Settings(BaseSettings):
     )
     default_compression: Annotated[CompressionOptions, NoDecode, BeforeValidator(_json_object)] = Field(
         default_factory=CompressionOptions, description="What a request's compression block leaves out."
+    )
+    audit_share: float = Field(
+        default=DEFAULT_SHARE,
+        ge=0,
+        le=1,
+        allow_inf_nan=False,
+        description="Share of approximate early tokens that are compared with the full model.",
+    )
+    exit_guard: bool = Field(
+        default=False, description="Raise a target's threshold while audits disagree more than the target."
     )
     request_timeout: float = Field(
         default=600.0, gt=0, allow_inf_nan=False, description="Seconds a request may take."

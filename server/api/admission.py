@@ -61,9 +61,10 @@ async def score_request(body: ScoreBody, service: Service) -> ScoreRequest:
 def applied_compression(options: CompressionOptions | None, service: Service) -> AppliedCompression:
     """What compression applies; raises ApiError 400 where the loaded model does not have it."""
     try:
-        return resolve(options, service.defaults, service.offer)
+        found = resolve(options, service.defaults, service.offer)
     except NotOfferedError as error:
         raise bad_request(str(error), code="not_offered", param=error.param) from error
+    return AppliedCompression(found.variant, service.engine.guarded(found.exits))
 
 
 def admit(submit: Callable[[], None]) -> None:

@@ -1,6 +1,7 @@
 """`GET /info` and `GET /v1/models`: what is served, in which modes, under which limits."""
 
 import platform
+from dataclasses import asdict
 from importlib.metadata import version
 from typing import Annotated
 
@@ -11,6 +12,7 @@ from exeunt.server.api.answers import applied
 from exeunt.server.api.compression import resolve
 from exeunt.server.api.errors import documented
 from exeunt.server.api.info_responses import (
+    AuditInfo,
     BundleInfo,
     CertificateInfo,
     InfoResponse,
@@ -46,6 +48,7 @@ async def info(service: ServiceLoaded) -> InfoResponse:
         defaults=applied(resolve(None, service.defaults, service.offer)),
         risk_table=[] if manifest is None else _risk_table(manifest),
         exits=list(service.offer.exits),
+        audits=AuditInfo(share=service.config.audit_share, **asdict(service.engine.audit_totals)),
         limits=_limits(service),
         versions={
             **{

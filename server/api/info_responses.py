@@ -123,6 +123,19 @@ class CertificateInfo(BaseModel):
     reason: str | None = Field(description="Why the target is not certified; null where it is.")
 
 
+class AuditInfo(BaseModel):
+    """Tokens that left early under approximate exits and were compared with the full model, since the start."""
+
+    share: float = Field(description="The share of early tokens that are chosen for it (`--audit-share`).")
+    audited_tokens: int = Field(description="Tokens compared.")
+    audit_agreements: int = Field(
+        description="Those of them where the exit's most likely token was the full model's."
+    )
+    audit_kl: float = Field(description="Sum of KL(full || exit), nats.")
+    audit_nll_full: float = Field(description="Sum of the full model's -logprob of the emitted tokens, nats.")
+    audit_nll_exit: float = Field(description="Sum of the exits' -logprob of them, nats.")
+
+
 class LimitsInfo(BaseModel):
     """What the server takes."""
 
@@ -148,5 +161,6 @@ class InfoResponse(BaseModel):
         description="Every target under every combination; empty for a plain model."
     )
     exits: list[str] = Field(description="The exits' names, shallowest first.")
+    audits: AuditInfo = Field(description="How approximate exits do on the text that is served.")
     limits: LimitsInfo = Field(description="How much requests may ask for.")
     versions: dict[str, str] = Field(description="Versions of Exeunt, Python and the libraries that matter.")

@@ -58,7 +58,8 @@ class EarlyExitApplied(BaseModel):
         default=None, description="The certified target; absent with a bare threshold."
     )
     threshold: float | None = Field(
-        default=None, description="The calibrated probability a token needed to leave."
+        default=None,
+        description="The calibrated probability a token needed to leave; null where the exit guard let none leave.",
     )
     skipped_kv: SkippedKV | None = Field(
         default=None,

@@ -19,13 +19,16 @@ from exeunt.server.api.app import create_app
 from exeunt.server.api.offer import Certificate, Offer
 from exeunt.server.api.schemas import CompressionOptions
 from exeunt.server.api.service import Availability, Service
+from exeunt.server.audit import AuditTotals
 from exeunt.server.engine_config import EngineConfig
+from exeunt.server.exit_guard import ExitGuard
 from exeunt.server.metrics import Metrics, new_registry
 from exeunt.server.request import (
     AnswerSummary,
     DepthTotals,
     EmittedToken,
     Event,
+    ExitPolicy,
     FailureEvent,
     FinishEvent,
     FinishReason,
@@ -78,6 +81,8 @@ class ScriptedEngine:
     cancelled: list[str] = field(default_factory=list)
     requests: list[GenerationRequest | ScoreRequest] = field(default_factory=list)
     gone: threading.Event = field(default_factory=threading.Event)
+    guard: ExitGuard = field(default_factory=lambda: ExitGuard({}, lambda _: None))
+    audit_totals: AuditTotals = field(default_factory=AuditTotals)
 
     def __post_init__(self) -> None:
         self.gate.set()
@@ -101,6 +106,9 @@ class ScriptedEngine:
             for i, t in enumerate(request.token_ids[1:])
         ]
         on_done([ScoredToken(request.token_ids[0], "", None, None, None), *rest])
+
+    def guarded(self, exits: ExitPolicy) -> ExitPolicy:
+        return self.guard.applied(exits)
 
     def cancel(self, request_id: str) -> None:
         self.cancelled.append(request_id)
