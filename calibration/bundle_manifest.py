@@ -13,12 +13,14 @@ from exeunt.calibration.certificates import CertifiedVariant
 from exeunt.calibration.corpus import HUB_PREFIX, Corpus, Splits
 from exeunt.calibration.evaluation import EvaluationTable
 from exeunt.calibration.exit_fit import FittedExit
+from exeunt.calibration.exit_selection import Drafting, ExitSelection
 from exeunt.calibration.model_stack import ModelStack
 from exeunt.calibration.options import CalibrationOptions
 from exeunt.compression.checkpoint import Checkpoint
 from exeunt.compression.manifest import (
     BaseModelRecord,
     CalibrationRecord,
+    DraftRecord,
     ExitRecord,
     LinearBlockRecord,
     Manifest,
@@ -42,7 +44,7 @@ def build_manifest(
     text: CorpusRecord,
     stack: ModelStack,
     choice: BlockChoice | None,
-    exits: Sequence[FittedExit],
+    exits: ExitSelection,
     certified: Sequence[CertifiedVariant],
     table: EvaluationTable,
 ) -> Manifest:
@@ -62,7 +64,7 @@ def build_manifest(
         kv_cache=stack.kv_formats,
         int4_group_size=options.group_size if stack.int4 is not None else None,
         linear_block=_linear_block(choice, spec.block_parameters),
-        exits=tuple(_exit(each) for each in exits),
+        exits=tuple(_exit(each, exits) for each in exits.kept),
         risk_table=tuple(each.entry(options.confidence) for each in certified),
         evaluation=tuple(result.record() for result in table.results),
         calibration=_calibration(options, text),
@@ -111,7 +113,9 @@ def _linear_block(choice: BlockChoice | None, replaced: int) -> LinearBlockRecor
     )
 
 
-def _exit(fitted: FittedExit) -> ExitRecord:
+def _exit(fitted: FittedExit, exits: ExitSelection) -> ExitRecord:
+    drafting = exits.drafting
+    drafts = drafting is not None and drafting.exit is fitted
     return ExitRecord(
         block=fitted.head.block,
         name=fitted.head.name,
@@ -119,6 +123,20 @@ def _exit(fitted: FittedExit) -> ExitRecord:
         untrained_agreement=fitted.training.untrained_agreement,
         auc=fitted.gate.auc,
         tokens=fitted.gate.tokens,
+        certified=fitted in exits.certified,
+        drafting=drafts,
+        draft=_draft(drafting) if drafting is not None and drafts else None,
+    )
+
+
+def _draft(drafting: Drafting) -> DraftRecord:
+    plan = drafting.choice.plan
+    return DraftRecord(
+        threshold=plan.rates.threshold,
+        length=plan.length,
+        drafted=plan.rates.drafted,
+        acceptance=plan.rates.acceptance,
+        speed=plan.speed,
     )
 
 

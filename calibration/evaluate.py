@@ -45,12 +45,12 @@ def evaluate(
         tokens=options.tokens,
         row_tokens=min(options.row_tokens, spec.max_position_embeddings),
     )
+    exits = [model.exits[place] for place in model.certified_exits]
     models = {
-        variant: ForcedModel(model.decoder(variant), variant.kv_cache, model.exits)
-        for variant in model.variants
+        variant: ForcedModel(model.decoder(variant), variant.kv_cache, exits) for variant in model.variants
     }
     loose = {}
-    if model.exits:
+    if exits:
         deployed = models[model.default_variant]
         threshold = loose_threshold(deployed, rows, progress, batch_tokens=options.batch_tokens)
         loose = dict.fromkeys(models, threshold)

@@ -1,4 +1,4 @@
-"""What exits cost on the machine at hand, in units of one block: measured, because sizes of matrices mislead.
+"""What exits cost on the machine at hand: measured, because sizes of matrices mislead.
 
 A block's time is its weights and its attention, an INT4 projection costs a quarter of a full one, and few rows cost
 nearly what one costs: none of it can be read off a parameter count. Each part is timed on a decode batch, in turn with
@@ -7,35 +7,36 @@ does only adds to them, and only ratios leave this file.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import torch
 
+from exeunt.calibration.drafting_choice import DEEP_TOKENS, PassCosts
 from exeunt.calibration.exit_choice import ExitCosts
-from exeunt.calibration.sequence_batch import batches
+from exeunt.calibration.sequence_batch import SequenceBatch, batches
 from exeunt.calibration.teacher_forcing import ForcedModel
 
 ROWS: Final = 8
-"""Sequences of the decode batch."""
+"""Sequences of the decode batch that leaving early is timed on; drafts are timed on one."""
 CONTEXT: Final = 256
 """Tokens that each has behind it, or as many as the model takes."""
 ROUNDS: Final = 15
+
+Parts = dict[str, Callable[[], object]]
 
 
 @torch.inference_mode()
 def measure_exit_costs(model: ForcedModel) -> ExitCosts:
     """The time of gate, projection and skipped keys and values over that of a block of `model`."""
     decoder, head, device = model.decoder, model.exits[-1], model.decoder.device
-    context = min(CONTEXT, decoder.spec.max_position_embeddings)
-    rows = [torch.zeros(context, dtype=torch.int64)] * ROWS
-    batch = next(batches(rows, ROWS * context, device))
+    batch, context = _context(model, ROWS)
     last = (batch.positions == context - 1).nonzero().squeeze(1)
     geometry, pages = batch.geometry(model.layout.page_tokens, last), model.pages(batch)
     hidden = decoder.embed(batch.token_ids[last], geometry.positions)
     (state, probe), blocks = head.read(hidden), model.blocks
     nobody = torch.full((ROWS,), torch.inf, device=device)
-    parts: dict[str, Callable[[], object]] = {
+    parts: Parts = {
         "blocks": lambda: decoder.run_blocks(hidden, geometry, pages, 0, blocks),
         "gate": lambda: head.gate(hidden, nobody, decoder.project_exit),
         "projection": lambda: head.confidence(probe, decoder.project_exit(state)),
@@ -48,7 +49,70 @@ def measure_exit_costs(model: ForcedModel) -> ExitCosts:
     )
 
 
-def _in_turn(parts: dict[str, Callable[[], object]], device: torch.device) -> dict[str, float]:
+@torch.inference_mode()
+def measure_pass_costs(model: ForcedModel, depths: Sequence[int]) -> PassCosts:
+    """The times of drafts at exits behind `depths` blocks, one stream, over that of a token without drafts.
+
+    Runs of blocks are taken to cost a call and so much for each block; that is fitted to one block and to all of them.
+    """
+    decoder, head, device, blocks = model.decoder, model.exits[-1], model.decoder.device, model.blocks
+    parts: Parts = {}
+    batch, context = _context(model, 1)
+    counts = [min(tokens, context) for tokens in DEEP_TOKENS]
+    for tokens in counts:
+        parts |= _pass_parts(model, batch, tokens)
+    geometry, pages = batch.geometry(model.layout.page_tokens, _last(batch, 1)), model.pages(batch)
+    ids = batch.token_ids[_last(batch, 1)]
+    hidden = decoder.embed(ids, geometry.positions)
+    nobody, anybody = (torch.full((1,), value, device=device) for value in (torch.inf, 0.0))
+    parts |= {
+        "embedding": lambda: decoder.embed(ids, geometry.positions),
+        "block": lambda: decoder.run_blocks(hidden, geometry, pages, 0, 1),
+        "gate": lambda: head.gate(hidden, nobody, decoder.project_exit),
+        "projecting gate": lambda: head.gate(hidden, anybody, decoder.project_exit),
+    }
+    seconds = _in_turn(parts, device)
+    per_block = (seconds["blocks 1"] - seconds["block"]) / max(1, blocks - 1)
+    call = max(0.0, seconds["block"] - per_block)
+    token = seconds["embedding"] + seconds["blocks 1"] + seconds["head 1"]
+
+    def part(tokens: int, depth: int) -> float:
+        return call + max(0.0, seconds[f"blocks {tokens}"] - call) * depth / blocks
+
+    return PassCosts(
+        gate=seconds["gate"] / token,
+        projection=max(0.0, seconds["projecting gate"] - seconds["gate"]) / token,
+        shallow={depth: (seconds["embedding"] + part(1, depth)) / token for depth in depths},
+        deep={
+            depth: tuple((part(n, blocks - depth) + seconds[f"head {n}"]) / token for n in counts)
+            for depth in depths
+        },
+    )
+
+
+def _pass_parts(model: ForcedModel, batch: SequenceBatch, tokens: int) -> Parts:
+    """All blocks, and the final head, for the last `tokens` tokens of a batch of one row."""
+    decoder, last = model.decoder, _last(batch, tokens)
+    geometry, pages = batch.geometry(model.layout.page_tokens, last), model.pages(batch)
+    hidden = decoder.embed(batch.token_ids[last], geometry.positions)
+    return {
+        f"blocks {tokens}": lambda: decoder.run_blocks(hidden, geometry, pages, 0, model.blocks),
+        f"head {tokens}": lambda: decoder.head(hidden),
+    }
+
+
+def _context(model: ForcedModel, rows: int) -> tuple[SequenceBatch, int]:
+    """A batch of `rows` rows of `CONTEXT` tokens, and how many tokens these are."""
+    context = min(CONTEXT, model.decoder.spec.max_position_embeddings)
+    texts = [torch.zeros(context, dtype=torch.int64)] * rows
+    return next(batches(texts, rows * context, model.decoder.device)), context
+
+
+def _last(batch: SequenceBatch, tokens: int) -> torch.Tensor:
+    return torch.arange(batch.tokens - tokens, batch.tokens, device=batch.token_ids.device)
+
+
+def _in_turn(parts: Parts, device: torch.device) -> dict[str, float]:
     """The shortest seconds of each part."""
     times: dict[str, list[float]] = {name: [] for name in parts}
     for _ in range(ROUNDS):

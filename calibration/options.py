@@ -1,5 +1,6 @@
 """What a calibration is asked for: plain data, checked against the model before any work."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal
@@ -17,12 +18,17 @@ from exeunt.compression.variant import KVFormat
 
 TARGETS: Final = (0.01, 0.02, 0.05, 0.1)
 EXIT_DEPTHS: Final = (1 / 4, 1 / 2, 2 / 3, 5 / 6)
-"""Where exits stand unless asked otherwise, as a share of the depth: early ones draft, late ones are certified."""
+"""Where exits that may be certified stand unless asked otherwise, as a share of the depth."""
+DRAFT_DEPTHS: Final = (1 / 6, 1 / 4, 1 / 3)
+"""Where else the exit that drafts may stand: a wrong draft costs a shallow pass, so that shallow ones may do best."""
 
 
 @dataclass(frozen=True, slots=True)
 class CalibrationOptions:
-    """A calibration to make. Lengths are tokens; `exits` are numbers of the blocks they follow.
+    """A calibration to make. Lengths are tokens; exits are named by the numbers of the blocks they follow.
+
+    `exits` are those that are certified. The one that drafts for the verified mode is chosen among these and some
+    early ones, or `drafting_exit`, or with "none" none is chosen.
 
     `weights` "both" puts INT4 weights beside the full ones, "int4" in their place (no full-precision copy of what is
     INT4), "full" leaves them out; `kv_cache` "int4" adds the INT4 cache, "full" does not. Exits are trained on the
@@ -34,6 +40,7 @@ class CalibrationOptions:
     data: str  # see `exeunt.calibration.corpus.read_corpus`
     tokens: int = 48_000
     exits: Literal["auto"] | tuple[int, ...] = "auto"
+    drafting_exit: Literal["auto", "none"] | int = "auto"
     linear_block: Literal["auto", "none"] | int = "auto"
     weights: WeightChoice = "both"
     kv_cache: KVFormat = "int4"
@@ -78,12 +85,10 @@ class CalibrationOptions:
 
 
 def exit_blocks(spec: Architecture, asked: Literal["auto"] | tuple[int, ...]) -> tuple[int, ...]:
-    """The blocks that exits follow, ascending. Raises CalibrationError for any that cannot be."""
-    last = spec.blocks - 2
+    """The blocks that exits may be certified behind, ascending. Raises CalibrationError for any that cannot be."""
     if asked == "auto":
-        return tuple(
-            sorted({min(max(round(share * spec.blocks) - 1, 0), last) for share in EXIT_DEPTHS} - {-1})
-        )
+        return _blocks_at(spec, EXIT_DEPTHS)
+    last = spec.blocks - 2
     wrong = [block for block in asked if not 0 <= block <= last]
     if wrong:
         raise CalibrationError(
@@ -91,6 +96,25 @@ def exit_blocks(spec: Architecture, asked: Literal["auto"] | tuple[int, ...]) ->
             f"the last block is followed by the model's own head; give blocks 0 to {last}."
         )
     return tuple(sorted(set(asked)))
+
+
+def drafting_blocks(
+    spec: Architecture,
+    exits: Literal["auto"] | tuple[int, ...],
+    asked: Literal["auto", "none"] | int,
+) -> tuple[int, ...]:
+    """The blocks that the drafting exit may follow, ascending. Raises CalibrationError for any that cannot be."""
+    if asked == "none":
+        return ()
+    if asked == "auto":
+        return tuple(sorted({*exit_blocks(spec, exits), *_blocks_at(spec, DRAFT_DEPTHS)}))
+    return exit_blocks(spec, (asked,))
+
+
+def _blocks_at(spec: Architecture, shares: Sequence[float]) -> tuple[int, ...]:
+    """The blocks at some shares of the depth, ascending: none in a model of one block."""
+    last = spec.blocks - 2
+    return tuple(sorted({min(max(round(share * spec.blocks) - 1, 0), last) for share in shares} - {-1}))
 
 
 def wanted_linear_block(spec: Architecture, asked: Literal["auto", "none"] | int) -> int | None:

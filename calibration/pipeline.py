@@ -18,19 +18,23 @@ from exeunt.calibration.bundle_manifest import CorpusRecord, build_manifest, dat
 from exeunt.calibration.certificates import CertifiedVariant, certify_variants, rows_for
 from exeunt.calibration.corpus import Corpus, Splits, read_corpus, split_corpus
 from exeunt.calibration.evaluation import EvaluationTable, evaluate_modes
-from exeunt.calibration.exit_choice import choose_exits, exit_sets
-from exeunt.calibration.exit_costs import measure_exit_costs
 from exeunt.calibration.exit_fit import ExitData, FittedExit, fit_exits, top_tokens
+from exeunt.calibration.exit_selection import ExitSelection, select_exits
 from exeunt.calibration.model_stack import ModelStack, final_exit_norm
 from exeunt.calibration.modes import loose_threshold, modes_of
-from exeunt.calibration.options import CalibrationOptions, exit_blocks, resolve_device, wanted_linear_block
+from exeunt.calibration.options import (
+    CalibrationOptions,
+    drafting_blocks,
+    exit_blocks,
+    resolve_device,
+    wanted_linear_block,
+)
 from exeunt.calibration.progress import ProgressReport
 from exeunt.calibration.report.content import ReportContent
 from exeunt.calibration.report.json_report import report_json
 from exeunt.calibration.report.page import report_html
 from exeunt.calibration.risk import percent
 from exeunt.calibration.text_encoding import separator, text_encoding
-from exeunt.calibration.thresholds import ThresholdPlan, plan_thresholds, view_gates
 from exeunt.calibration.weights_int4 import Int4Weights, check_group_size, quantize_weights
 from exeunt.compression.bundle import checkpoint_sha256
 from exeunt.compression.bundle_weights import checkpoint_tensors, tensors_beside_int4
@@ -50,7 +54,7 @@ class _Task:
     options: CalibrationOptions
     checkpoint: Checkpoint
     device: torch.device
-    exits: tuple[int, ...]
+    exits: tuple[int, ...]  # the blocks that exits are fitted behind
     corpus: Corpus
     splits: Splits
     progress: ProgressReport
@@ -63,8 +67,7 @@ class _Learned:
     stack: ModelStack
     choice: BlockChoice | None
     candidates: tuple[FittedExit, ...]
-    exits: tuple[FittedExit, ...]  # the candidates kept
-    plan: ThresholdPlan
+    selection: ExitSelection
 
 
 def calibrate(options: CalibrationOptions, progress: ProgressReport) -> Path:
@@ -102,7 +105,8 @@ def _prepare(options: CalibrationOptions, progress: ProgressReport) -> _Task:
     device = resolve_device(options.device)
     checkpoint = open_checkpoint(options.model)
     spec = checkpoint.spec
-    exits = exit_blocks(spec, options.exits)
+    certified = exit_blocks(spec, options.exits)
+    exits = sorted({*certified, *drafting_blocks(spec, options.exits, options.drafting_exit)})
     wanted_linear_block(spec, options.linear_block)
     if options.weights != "full":
         check_group_size(spec, options.group_size)
@@ -119,7 +123,7 @@ def _prepare(options: CalibrationOptions, progress: ProgressReport) -> _Task:
     )
     shown = ", ".join(f"{count:,} to {name}" for name, count in splits.tokens().items())
     progress.note(f"{len(corpus.documents):,} documents, tokens: {shown}")
-    return _Task(options, checkpoint, device, exits, corpus, splits, progress)
+    return _Task(options, checkpoint, device, tuple(exits), corpus, splits, progress)
 
 
 def _quantized(task: _Task) -> Int4Weights | None:
@@ -157,8 +161,16 @@ def _learn(task: _Task, stack: ModelStack, scratch: Scratch) -> _Learned:
             f"{each.training.agreement:.1%} trained, AUC {each.gate.auc:.3f}"
         )
     chosen = None if choice is None or choice.chosen is None else choice.chosen.map
-    kept, plan = _plan(task, stack, exits, data)
-    return _Learned(stack.with_linear_block(chosen), choice, exits, kept, plan)
+    selection = select_exits(
+        stack.forced(stack.deployed, [each.head for each in exits]),
+        exits,
+        data,
+        splits.select,
+        splits.tokens()["certify"],
+        options,
+        task.progress,
+    )
+    return _Learned(stack.with_linear_block(chosen), choice, exits, selection)
 
 
 def _choose_block(task: _Task, stack: ModelStack, fitter: BlockFitter) -> BlockChoice:
@@ -183,48 +195,18 @@ def _choose_block(task: _Task, stack: ModelStack, fitter: BlockFitter) -> BlockC
     return choice
 
 
-def _plan(
-    task: _Task, stack: ModelStack, exits: tuple[FittedExit, ...], data: ExitData
-) -> tuple[tuple[FittedExit, ...], ThresholdPlan]:
-    """Which exits are kept (all that were asked for by number), and the thresholds to test with them."""
-    if not exits:  # a model of one block has none
-        return (), ThresholdPlan((), {}, 0.0)
-    options, spec = task.options, task.checkpoint.spec
-    certify_tokens = task.splits.tokens()["certify"]
-    model = stack.forced(stack.deployed, [each.head for each in exits])
-    states = [data.select(head.block) for head in model.exits]
-    with task.progress.phase("Asking the gates", sum(each.tokens for each in states)) as advance:
-        view = view_gates(model.exits, states, task.splits.select, model.decoder.project_exit, advance)
-    if options.exits == "auto":
-        depths = [head.depth for head in model.exits]
-        costs = measure_exit_costs(model)
-        with task.progress.phase("Choosing exits", len(exit_sets(len(depths)))) as advance:
-            choice = choose_exits(
-                view, depths, spec.blocks, costs, options.targets, certify_tokens, options.confidence, advance
-            )
-        task.progress.note(
-            f"in units of a block a gate costs {costs.gate:.2f}, a projection {costs.projection:.2f}, the keys and "
-            f"values of a skipped block {costs.skipped_kv:.2f}"
-        )
-        task.progress.note(
-            f"exits kept: {', '.join(exits[place].head.name for place in choice.kept)}, expected to save "
-            f"{choice.saving:.1%} of the blocks, net"
-        )
-        exits, view = tuple(exits[place] for place in choice.kept), view.only(choice.kept)
-    return exits, plan_thresholds(view, options.targets, certify_tokens, options.confidence)
-
-
 def _certify(task: _Task, learned: _Learned) -> tuple[CertifiedVariant, ...]:
-    if not learned.exits:
+    exits, plan = learned.selection.certified, learned.selection.plan
+    if not exits:
         return ()
-    rows, passes = task.splits.certify, 1 + len(learned.plan.thresholds)
+    rows, passes = task.splits.certify, 1 + len(plan.thresholds)
     tokens = sum(sum(map(len, rows_for(variant, learned.stack, rows))) for variant in learned.stack.variants)
     with task.progress.phase("Certifying thresholds", passes * tokens) as advance:
         certified = certify_variants(
             learned.stack,
-            [each.head for each in learned.exits],
+            [each.head for each in exits],
             rows,
-            learned.plan,
+            plan,
             batch_tokens=task.options.batch_tokens,
             confidence=task.options.confidence,
             advance=advance,
@@ -240,7 +222,7 @@ def _certify(task: _Task, learned: _Learned) -> tuple[CertifiedVariant, ...]:
 
 def _evaluate(task: _Task, learned: _Learned, certified: tuple[CertifiedVariant, ...]) -> EvaluationTable:
     options, stack = task.options, learned.stack
-    heads = [each.head for each in learned.exits]
+    heads = [each.head for each in learned.selection.certified]
     models = {variant: stack.forced(variant, heads) for variant in (*stack.variants, stack.reference)}
     rows = _head_rows(task.splits.certify, options.evaluation_tokens)
     loose = {}
@@ -282,12 +264,12 @@ def _contents(
         CorpusRecord(task.corpus, task.splits),
         learned.stack,
         learned.choice,
-        learned.exits,
+        learned.selection,
         certified,
         table,
     )
     content = ReportContent(
-        manifest, learned.choice, learned.candidates, learned.exits, learned.plan, certified, table, int4
+        manifest, learned.choice, learned.candidates, learned.selection, certified, table, int4
     )
     return BundleContents(
         checkpoint=task.checkpoint.directory,
@@ -295,7 +277,7 @@ def _contents(
         full=checkpoint_tensors(files) if "full" in manifest.weights else None,
         int4=None if int4 is None else _int4_tensors(task, int4),
         linear_block=chosen,
-        exits=[each.head for each in learned.exits],
+        exits=[each.head for each in learned.selection.kept],
         report_html=report_html(content),
         report_json=report_json(content),
     )

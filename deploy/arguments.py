@@ -50,12 +50,12 @@ def numbers(flag: str, text: str, kind: type[int] | type[float]) -> tuple[Any, .
         raise UsageError(f"{flag} is {text!r}; it must be {what} with commas between them.") from None
 
 
-def linear_block(text: str) -> Any:
+def block(flag: str, text: str) -> Any:
     """`auto`, `none`, or the number of a block. Raises UsageError."""
     if text in ("auto", "none"):
         return text
-    if not text.isdecimal():
-        raise UsageError(f"--linear-block is {text!r}; it must be auto, none, or the number of a block.")
+    if not (text.isdecimal() and text.isascii()):
+        raise UsageError(f"{flag} is {text!r}; it must be auto, none, or the number of a block.")
     return int(text)
 
 

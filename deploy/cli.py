@@ -19,8 +19,7 @@ from typing import Annotated, Any, Final
 
 import typer
 
-from exeunt.deploy.arguments import UsageError, misused, numbers, one_of, setting, whole
-from exeunt.deploy.arguments import linear_block as parsed_linear_block
+from exeunt.deploy.arguments import UsageError, block, misused, numbers, one_of, setting, whole
 from exeunt.deploy.signals import Interrupted, InterruptibleProgress, end_at_once, interruptible, leave_to
 from exeunt.server.settings import setting_help
 
@@ -193,7 +192,13 @@ def calibrate(
         ),
     ] = None,
     tokens: Annotated[int, _count("--tokens", 1, "Use so many tokens of it.")] = 48_000,
-    exits: Annotated[str, typer.Option(help="`auto`, or the blocks that exits follow, e.g. 3,8.")] = "auto",
+    exits: Annotated[
+        str, typer.Option(help="`auto`, or the blocks that certified exits follow, e.g. 3,8.")
+    ] = "auto",
+    drafting_exit: Annotated[
+        str,
+        typer.Option(help="`auto`, `none`, or the block that the exit follows which drafts when verified."),
+    ] = "auto",
     linear_block: Annotated[str, typer.Option(help="`auto`, `none`, or the block to replace.")] = "auto",
     weights: Annotated[
         str, typer.Option(help="both, or int4 or full alone: what the bundle holds, and can be asked for.")
@@ -206,7 +211,9 @@ def calibrate(
     seed: Annotated[
         int,
         _count(
-            "--seed", 0, "Same seed, same bundle, if `--exits` names the exits: which ones pay is measured."
+            "--seed",
+            0,
+            "Same seed, same bundle, if `--exits` names exits and `--drafting-exit` is none: which pay is measured.",
         ),
     ] = 0,
 ) -> None:
@@ -225,7 +232,8 @@ def calibrate(
             out=out,
             tokens=tokens,
             exits="auto" if exits == "auto" else numbers("--exits", exits, int),
-            linear_block=parsed_linear_block(linear_block),
+            drafting_exit=block("--drafting-exit", drafting_exit),
+            linear_block=block("--linear-block", linear_block),
             weights=one_of("--weights", weights, "both", "int4", "full"),
             kv_cache=one_of("--kv", kv, "int4", "full"),
             risk=numbers("--risk", risk, float),

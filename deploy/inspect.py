@@ -24,7 +24,7 @@ from exeunt.compression.bundle import (
     Bundle,
 )
 from exeunt.compression.kv_format import kv_layout, page_bytes_for
-from exeunt.compression.manifest import EvaluationRow, Manifest, RiskEntry, RiskTarget
+from exeunt.compression.manifest import DraftRecord, EvaluationRow, Manifest, RiskEntry, RiskTarget
 from exeunt.compression.variant import KVFormat
 
 _KINDS: Final = {
@@ -225,18 +225,30 @@ def _savings_table(saved: Savings) -> Table:
     return table
 
 
-def _exits_table(manifest: Manifest) -> Table:
-    table = _table("Exits", "exit", right=("depth", "agreement", "untrained", "gate AUC", "tokens"))
+def _exits_table(manifest: Manifest) -> RenderableType:
+    """One line an exit; below it what is expected of the one that drafts."""
+    table = _table("Exits", "exit", "use", right=("depth", "agreement", "untrained", "gate AUC", "tokens"))
     for record in manifest.exits:
+        uses = [*(["certified"] if record.certified else []), *(["drafts"] if record.drafting else [])]
         table.add_row(
             record.name,
+            ", ".join(uses) or "-",
             f"{record.block + 1} of {manifest.base_model.blocks}",
             _percent(record.agreement),
             _percent(record.untrained_agreement),
             _number(record.auc, 3),
             f"{record.tokens:,}",
         )
-    return table
+    expected = [_expected(record.name, record.draft) for record in manifest.exits if record.draft is not None]
+    return Group(table, *(Text(each) for each in expected))
+
+
+def _expected(name: str, draft: DraftRecord) -> str:
+    return (
+        f"{name} drafts up to {draft.length} in a row where its gate says {_number(draft.threshold, 4)}: "
+        f"{_percent(draft.drafted)} of the tokens, {_percent(draft.acceptance)} of them rightly; expected "
+        f"{draft.speed:.2f}× the speed without drafts, one stream, where it was calibrated"
+    )
 
 
 def _certificates(risk_table: Iterable[RiskEntry], confidence: float, skipped_kv: str) -> RenderableType:

@@ -7,7 +7,7 @@ from exeunt.calibration.block_choice import BlockChoice
 from exeunt.calibration.certificates import CertifiedVariant
 from exeunt.calibration.evaluation import EvaluationTable
 from exeunt.calibration.exit_fit import FittedExit
-from exeunt.calibration.thresholds import ThresholdPlan
+from exeunt.calibration.exit_selection import ExitSelection
 from exeunt.calibration.weights_int4 import Int4Weights
 from exeunt.compression.manifest import Manifest
 
@@ -19,8 +19,21 @@ class ReportContent:
     manifest: Manifest
     choice: BlockChoice | None
     candidates: Sequence[FittedExit]
-    exits: Sequence[FittedExit]  # the candidates kept
-    plan: ThresholdPlan
+    selection: ExitSelection
     certified: Sequence[CertifiedVariant]
     table: EvaluationTable
     int4: Int4Weights | None
+
+    @property
+    def exits(self) -> tuple[FittedExit, ...]:
+        """The exits kept, shallowest first."""
+        return self.selection.kept
+
+    def use(self, exit: FittedExit) -> str:
+        """What an exit is kept for, in words; "-" where it is not."""
+        drafting = self.selection.drafting
+        uses = [
+            *(["certified"] if exit in self.selection.certified else []),
+            *(["drafts"] if drafting is not None and exit is drafting.exit else []),
+        ]
+        return ", ".join(uses) or "-"

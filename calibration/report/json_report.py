@@ -1,4 +1,4 @@
-"""The report for machines: `report.json`. It holds no times, so that the same seed gives the same bytes."""
+"""The report for machines: `report.json`. It holds no times but those that a choice of exits was made by."""
 
 import json
 from dataclasses import asdict
@@ -6,26 +6,30 @@ from typing import Any
 
 from exeunt.calibration.block_choice import BlockChoice
 from exeunt.calibration.certificates import CertifiedVariant
+from exeunt.calibration.drafting_choice import DEEP_TOKENS
 from exeunt.calibration.evaluation import EvaluationTable, ModeResult
 from exeunt.calibration.exit_fit import FittedExit
+from exeunt.calibration.exit_selection import Drafting, ExitSelection
 from exeunt.calibration.report.content import ReportContent
 from exeunt.calibration.thresholds import BLOCK_TOKENS
 
 
 def report_json(content: ReportContent) -> str:
     """The text of `report.json`."""
-    manifest = content.manifest
+    manifest, plan = content.manifest, content.selection.plan
     record = {
         "base_model": manifest.base_model.model_dump(),
         "calibration": None if manifest.calibration is None else manifest.calibration.model_dump(),
         "weights_int4": None if content.int4 is None else _weights(content),
         "linear_block": None if content.choice is None else _choice(content.choice),
-        "exits": [_exit(each) for each in content.exits],
+        "exits": [_exit(each) | {"use": content.use(each)} for each in content.exits],
         "exits_left_out": [_exit(each) for each in content.candidates if each not in content.exits],
+        "costs": _costs(content.selection),
+        "drafting": None if content.selection.drafting is None else _drafting(content.selection.drafting),
         "thresholds": {
-            "tested": list(content.plan.thresholds),
-            "begins": {f"{target}": begin for target, begin in content.plan.begins.items()},
-            "error_correlation": content.plan.correlation,
+            "tested": list(plan.thresholds),
+            "begins": {f"{target}": begin for target, begin in plan.begins.items()},
+            "error_correlation": plan.correlation,
             "block_tokens": BLOCK_TOKENS,
         },
         "certificates": [_certified(each) for each in content.certified],
@@ -91,6 +95,22 @@ def _exit(fitted: FittedExit) -> dict[str, Any]:
         "gate": asdict(fitted.gate),
         "combine": [float(weight) for weight in fitted.head.combine],
         "screen_ratio": fitted.head.screen_ratio,
+    }
+
+
+def _costs(selection: ExitSelection) -> dict[str, Any]:
+    """What was measured where exits were chosen by it."""
+    drafting = selection.drafting
+    exits = None if selection.costs is None else asdict(selection.costs)
+    passes = None if drafting is None else {"deep_tokens": list(DEEP_TOKENS), **asdict(drafting.costs)}
+    return {"in_units_of_a_block": exits, "in_units_of_a_token_of_one_stream": passes}
+
+
+def _drafting(drafting: Drafting) -> dict[str, Any]:
+    pairs = zip(drafting.candidates, drafting.choice.plans, strict=True)
+    return {
+        "exit": drafting.exit.head.name,
+        "candidates": [{"name": each.head.name, **asdict(plan)} for each, plan in pairs],
     }
 
 

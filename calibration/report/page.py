@@ -74,12 +74,25 @@ loose.</p>
 
 <h2>Exits</h2>
 <p>Agreement with full depth on the select split, where training was stopped; AUC is the chance that the gate puts
-an agreeing token above a disagreeing one.</p>
-<div class="wide"><table><tr><th>exit</th><th>own head</th><th>ridge</th><th>trained</th><th>AUC</th>
+an agreeing token above a disagreeing one. Tokens of the approximate mode may leave at the certified exits; in the
+verified mode one exit drafts.</p>
+<div class="wide"><table><tr><th>exit</th><th>use</th><th>own head</th><th>ridge</th><th>trained</th><th>AUC</th>
 <th>probe alone</th><th>top probability alone</th><th>calibration error</th></tr>
 {% for exit in exits %}<tr>{% for cell in exit %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}</table></div>
 {{ plots.agreement }}
 {{ plots.reliability }}
+{% endif %}
+
+{% if drafting %}
+<h2>Drafts</h2>
+<p>In the verified mode an exit drafts tokens and full depth confirms them. For each candidate the threshold of its gate
+and the longest draft that are expected to be fastest with one stream: how many of the select split's tokens its gate
+then lets it draft, how many of these are full depth's own top tokens, and the expected speed over that without
+drafts, from the times of passes measured on the machine that calibrated. Below 1 drafts at that exit are not expected
+to pay there; the server finds out by itself.</p>
+<table><tr><th>exit</th><th>depth</th><th>threshold</th><th>longest draft</th><th>drafted</th><th>of them right</th>
+<th>expected speed</th></tr>
+{% for line in drafting %}<tr>{% for cell in line %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}</table>
 {% endif %}
 
 {% if choice %}
@@ -131,11 +144,12 @@ def _values(content: ReportContent) -> dict[str, Any]:
         "data": manifest.calibration,
         "table": content.table,
         "confidence": entries[0].confidence if entries else 0.0,
-        "tested": len(content.plan.thresholds),
+        "tested": len(content.selection.plan.thresholds),
         "certificates": [
             (f"{each.variant} skipped_kv={each.skipped_kv}", _lines(each)) for each in content.certified
         ],
         "exits": _exit_rows(content),
+        "drafting": _draft_rows(content),
         "choice": choice,
         "replaced": record.replaced_parameters if record is not None else 0,
         "replacements": _replacements(content),
@@ -167,6 +181,7 @@ def _exit_rows(content: ReportContent) -> list[tuple[str, ...]]:
     return [
         (
             each.head.name,
+            content.use(each),
             f"{each.training.untrained_agreement:.1%}",
             f"{each.training.ridge_agreement:.1%}",
             f"{each.training.agreement:.1%}",
@@ -176,6 +191,24 @@ def _exit_rows(content: ReportContent) -> list[tuple[str, ...]]:
             f"{each.gate.calibration_error:.3f}",
         )
         for each in content.exits
+    ]
+
+
+def _draft_rows(content: ReportContent) -> list[tuple[str, ...]]:
+    drafting = content.selection.drafting
+    if drafting is None:
+        return []
+    return [
+        (
+            f"{each.head.name}{' (chosen)' if each is drafting.exit else ''}",
+            f"{each.head.depth} of {content.manifest.base_model.blocks}",
+            f"{plan.rates.threshold:.4f}",
+            f"{plan.length}",
+            f"{plan.rates.drafted:.1%}",
+            f"{plan.rates.acceptance:.1%}",
+            f"{plan.speed:.2f}×",
+        )
+        for each, plan in zip(drafting.candidates, drafting.choice.plans, strict=True)
     ]
 
 

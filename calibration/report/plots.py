@@ -121,7 +121,7 @@ def risk_plot(content: ReportContent) -> str:
                     label=str(each.variant) if propagated else None,
                     markersize=4,
                 )
-        for target in content.plan.begins:
+        for target in content.selection.plan.begins:
             axes.axhline(target, color=_INK, alpha=0.3, linewidth=1, linestyle=":")
         axes.set(xlabel="share of tokens that leave early", ylabel="disagreement among them")
         axes.set_xlim(left=0)

@@ -14,7 +14,7 @@ from exeunt.calibration.errors import CalibrationError, CorpusError
 from exeunt.calibration.evaluate import EvaluationOptions, evaluate
 from exeunt.calibration.exit_training import HeadTraining
 from exeunt.calibration.gate_training import ProbeTraining
-from exeunt.calibration.options import CalibrationOptions, exit_blocks, resolve_device
+from exeunt.calibration.options import CalibrationOptions, drafting_blocks, exit_blocks, resolve_device
 from exeunt.calibration.pipeline import calibrate
 from exeunt.calibration.progress import Advance, SilentProgress
 from exeunt.compression.bundle import FULL_WEIGHTS, INT4_WEIGHTS, BundleError, open_bundle
@@ -33,6 +33,7 @@ def options(checkpoint: Path, text_file: Path, out: Path) -> CalibrationOptions:
         data=str(text_file),
         tokens=6000,
         exits=(0, 2),
+        drafting_exit=1,
         risk=(0.05, 0.3),
         device="cpu",
         row_tokens=64,
@@ -90,7 +91,16 @@ def test_the_bundle_opens_and_says_what_was_done(made: tuple[Path, Watched], tex
     manifest = open_bundle(made[0]).manifest
     assert manifest.weights == ("int4", "full")
     assert manifest.kv_cache == ("int4", "full")
-    assert [record.block for record in manifest.exits] == [0, 2]
+    assert [(each.block, each.certified, each.drafting) for each in manifest.exits] == [
+        (0, True, False),
+        (1, False, True),
+        (2, True, False),
+    ]
+    draft = manifest.exits[1].draft
+    assert draft is not None
+    assert draft.speed > 0
+    assert 0 < draft.drafted <= 1
+    assert [each.draft for each in manifest.exits] == [None, draft, None]
     assert manifest.calibration is not None
     assert manifest.calibration.data == text_file.name
     assert sum(manifest.calibration.splits.values()) == manifest.calibration.tokens <= 6000
@@ -115,7 +125,9 @@ def test_the_bundle_opens_and_says_what_was_done(made: tuple[Path, Watched], tex
 
 def test_it_loads_and_its_exits_run(model: LoadedModel) -> None:
     assert len(model.variants) == 8
-    assert [head.block for head in model.exits] == [0, 2]
+    assert [head.block for head in model.exits] == [0, 1, 2]
+    assert model.certified_exits == (0, 2)
+    assert model.drafting_exit == 1
 
 
 def test_the_report_stands_alone(made: tuple[Path, Watched]) -> None:
@@ -126,11 +138,25 @@ def test_the_report_stands_alone(made: tuple[Path, Watched]) -> None:
     assert "prefers-color-scheme: dark" in page
     assert "currentColor" in page
     assert "Certified exits" in page
+    assert "Drafts" in page
+    assert "block_1 (chosen)" in page
     assert "None" not in page
     record = json.loads((made[0] / "report.json").read_text())
     assert len(record["certificates"]) == 16
     assert record["evaluation"]["modes"][0]["perplexity"]["low"] > 1
     assert record["linear_block"]["together"]["blocks"] == [2, 3]
+    assert [each["use"] for each in record["exits"]] == ["certified", "drafts", "certified"]
+    assert record["costs"]["in_units_of_a_block"] is None, "the exits were named"
+    assert set(record["costs"]["in_units_of_a_token_of_one_stream"]["shallow"]) == {"2"}
+    assert record["drafting"]["exit"] == "block_1"
+
+
+def test_gates_of_an_exit_that_only_drafts_are_not_asked_for_certificates(made: tuple[Path, Watched]) -> None:
+    record = json.loads((made[0] / "report.json").read_text())
+    tested = [line for each in record["certificates"] for line in each["tested"]]
+    assert tested
+    assert all(len(line["by_exit"]) == 2 for line in tested)
+    assert all(len(mode["by_exit"]) == 2 for mode in record["evaluation"]["modes"])
 
 
 def test_progress_promises_what_it_does(made: tuple[Path, Watched]) -> None:
@@ -160,15 +186,16 @@ def test_progress_promises_what_it_does(made: tuple[Path, Watched]) -> None:
 
 
 def test_the_same_seed_gives_the_same_bytes(
-    made: tuple[Path, Watched],
     checkpoint: Path,
     text_file: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
-    again = calibrate(options(checkpoint, text_file, tmp_path / "again"), SilentProgress())
-    for path in sorted(made[0].iterdir()):
+    asked = replace(options(checkpoint, text_file, tmp_path / "once"), drafting_exit="none")
+    once = calibrate(asked, SilentProgress())
+    again = calibrate(replace(asked, out=tmp_path / "again"), SilentProgress())
+    for path in sorted(once.iterdir()):
         assert (again / path.name).read_bytes() == path.read_bytes(), path.name
 
 
@@ -248,6 +275,7 @@ def test_evaluating_a_bundle_covers_its_modes(model: LoadedModel, text_file: Pat
     [
         ({"exits": (0, 3)}, CalibrationError, "no exit after block 3"),
         ({"exits": (-1,)}, CalibrationError, "no exit after block -1"),
+        ({"drafting_exit": 3}, CalibrationError, "no exit after block 3"),
         ({"linear_block": 4}, CalibrationError, "no block 4"),
         ({"group_size": 7}, CalibrationError, "group size is 7"),
         ({"data": "/nowhere/text.txt"}, CorpusError, "neither a file nor a folder"),
@@ -300,6 +328,31 @@ def test_exits_stand_where_the_depth_says(decoder: Decoder) -> None:
     assert exit_blocks(replace(spec, blocks=2), "auto") == (0,)
     assert exit_blocks(replace(spec, blocks=1), "auto") == ()
     assert exit_blocks(spec, (2, 0, 2)) == (0, 2)
+
+
+def test_drafts_may_come_from_early_exits_too(decoder: Decoder) -> None:
+    spec = decoder.spec
+    assert drafting_blocks(replace(spec, blocks=12), "auto", "auto") == (1, 2, 3, 5, 7, 9)
+    assert drafting_blocks(replace(spec, blocks=12), (8,), "auto") == (1, 2, 3, 8)
+    assert drafting_blocks(spec, (2,), "none") == ()
+    assert drafting_blocks(spec, "auto", 1) == (1,)
+    assert drafting_blocks(replace(spec, blocks=1), "auto", "auto") == ()
+
+
+def test_an_exit_is_chosen_to_draft_and_may_be_certified_too(
+    checkpoint: Path, text_file: Path, tmp_path: Path
+) -> None:
+    asked = replace(options(checkpoint, text_file, tmp_path / "b"), exits="auto", drafting_exit="auto")
+    made = open_bundle(calibrate(asked, SilentProgress()))
+    drafting = [each for each in made.manifest.exits if each.drafting]
+    record = json.loads((made.path / "report.json").read_text())
+    assert [each.name for each in drafting] == [record["drafting"]["exit"]]
+    best = max(record["drafting"]["candidates"], key=lambda each: each["speed"])
+    assert best["name"] == drafting[0].name
+    assert drafting[0].draft is not None
+    assert best["speed"] == drafting[0].draft.speed
+    assert any(each.certified for each in made.manifest.exits)
+    assert record["costs"]["in_units_of_a_block"]["gate"] > 0
 
 
 def test_devices_are_checked() -> None:

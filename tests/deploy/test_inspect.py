@@ -1,6 +1,7 @@
 """What `exeunt inspect` prints and its JSON form, on a small bundle."""
 
 import json
+import re
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from exeunt.compression.checkpoint_names import linear_names
 from exeunt.compression.manifest import (
     BaseModelRecord,
     CalibrationRecord,
+    DraftRecord,
     EvaluationRow,
     ExitRecord,
     LinearBlockRecord,
@@ -56,7 +58,17 @@ def _manifest(weights: tuple[WeightFormat, ...]) -> Manifest:
         weights=weights,
         kv_cache=("int4", "full"),
         int4_group_size=GROUP,
-        exits=(ExitRecord(block=1, name="block_1", agreement=0.625, auc=0.8, tokens=1000),),
+        exits=(
+            ExitRecord(
+                block=0,
+                name="block_0",
+                agreement=0.375,
+                certified=False,
+                drafting=True,
+                draft=DraftRecord(threshold=0.4, length=3, drafted=0.55, acceptance=0.725, speed=0.913),
+            ),
+            ExitRecord(block=1, name="block_1", agreement=0.625, auc=0.8, tokens=1000),
+        ),
         risk_table=(
             RiskEntry(
                 weights="int4", kv_cache="int4", linear_block=False, skipped_kv="propagate", targets=targets
@@ -172,7 +184,7 @@ def test_everything_is_shown(bundle: Bundle) -> None:
     text = _printed(bundle)
     for expected in (
         "tiny (llama, 3 blocks, 12,345 parameters)",
-        "int4 and full weights (groups of 16); int4 and full KV; 1 exit",
+        "int4 and full weights (groups of 16); int4 and full KV; 2 exits",
         "2026-01-02 03:04 UTC by Exeunt 0.1.0",
         "novels.txt, 3,000 tokens (fit 2,000, certify 1,000), seed 7; written by the model itself",
         "torch 2.13.0",
@@ -181,6 +193,8 @@ def test_everything_is_shown(bundle: Bundle) -> None:
         "2.67×",
         "2 of 3",
         "62.5 %",
+        "block_0 drafts up to 3 in a row where its gate says 0.4000: 55 % of the tokens, 72.5 % of them rightly",
+        "expected 0.91× the speed without drafts",
         "Thresholds certified at 95%, by target; in brackets what leaves (propagate)",
         "0.9312 (23 %)",
         "not certified: int4/int4, 1 %: only 12 tokens left early",
@@ -196,6 +210,12 @@ def test_the_linear_block_is_named_with_what_it_saves(bundle: Bundle) -> None:
     assert "block 1 as a linear map of rank 8 (R² 0.912, 544 for 10,304 parameters)" in _printed(
         with_block, 300
     )
+
+
+def test_an_exits_use_is_shown(bundle: Bundle) -> None:
+    lines = _printed(bundle).splitlines()
+    uses = {line.split()[0]: line.split()[1] for line in lines if re.match(r" *block_\d +\w+ +\d of 3", line)}
+    assert uses == {"block_0": "drafts", "block_1": "certified"}
 
 
 def test_a_narrow_terminal_is_enough(bundle: Bundle) -> None:

@@ -150,6 +150,11 @@ def test_settings_come_from_the_environment_too(bundle: Path, tmp_path: Path) ->
         (["bench", "x", "--concurrency", "0"], 2, ["--concurrency is 0", "at least 1"]),
         (["inspect"], 2, ["BUNDLE"]),
         (["calibrate", "x/x", "--out", "y", "--exits", "one"], 2, ["--exits", "one"]),
+        (
+            ["calibrate", "x/x", "--out", "y", "--drafting-exit", "one"],
+            2,
+            ["--drafting-exit is 'one'", "auto, none, or the number"],
+        ),
         (["calibrate", "x/x", "--out", "y", "--weights", "int2"], 2, ["--weights", "int2"]),
         (["inspect", "/nowhere"], 1, ["/nowhere", "does not exist"]),
         (["dance"], 2, ["no command dance; `exeunt --help`"]),
