@@ -55,7 +55,7 @@ def evaluate(
         threshold = loose_threshold(deployed, rows, progress, batch_tokens=options.batch_tokens)
         loose = dict.fromkeys(models, threshold)
     risk_table = model.manifest.risk_table if model.manifest is not None else ()
-    modes = modes_of(model.variants, _reference(model), risk_table, loose)
+    modes = modes_of(model.variants, _reference(model), model.default_variant, risk_table, loose)
     with progress.phase("Evaluating every mode", len(modes) * sum(map(len, rows))) as advance:
         return evaluate_modes(
             modes,

@@ -18,7 +18,7 @@ from exeunt.calibration.risk import percent
 from exeunt.calibration.sequence_batch import SequenceBatch, batches
 from exeunt.calibration.teacher_forcing import LOGITS_AT_ONCE, ForcedModel
 from exeunt.calibration.thresholds import text_blocks
-from exeunt.compression.manifest import EvaluationRow
+from exeunt.compression.manifest import EvaluationRow, SkippedKV
 from exeunt.compression.variant import Variant
 
 RESAMPLES: Final = 1000
@@ -36,6 +36,7 @@ class Mode:
     variant: Variant
     threshold: float | None = None
     target: float | None = None  # the certified target that the threshold was looked up for
+    skipped_kv: SkippedKV = "propagate"  # of no meaning with exits off
 
     @property
     def name(self) -> str:
@@ -45,6 +46,8 @@ class Mode:
             parts.append(f"exits {percent(self.target)} certified")
         elif self.threshold is not None:
             parts.append(f"exits at {self.threshold:.2f}, uncertified")
+        if self.threshold is not None and self.skipped_kv == "backfill":
+            parts[-1] += ", backfill"
         return " ".join(parts)
 
 
@@ -84,7 +87,7 @@ class ModeResult:
             kv_cache=self.mode.variant.kv_cache,
             linear_block=self.mode.variant.linear_block,
             early_exit="off" if self.mode.threshold is None else "approximate",
-            skipped_kv=None if self.mode.threshold is None else "propagate",
+            skipped_kv=None if self.mode.threshold is None else self.mode.skipped_kv,
             target=self.mode.target,
             threshold=self.mode.threshold,
             perplexity=self.perplexity.value,
@@ -196,10 +199,12 @@ def evaluate_modes(
     ):
         own = torch.from_numpy(where[start : start + batch.tokens])
         _add(scored, own, (batch.targets >= 0).double().cpu())
-        states = models[reference.variant].full_depth(batch)
+        states = models[reference.variant].full_depth_at_exits(batch)
         held = _reference(models[reference.variant], states[1])
         for variant, numbers in by_variant.items():
-            own_states = states if variant == reference.variant else models[variant].full_depth(batch)
+            own_states = (
+                states if variant == reference.variant else models[variant].full_depth_at_exits(batch)
+            )
             _run_variant(models[variant], own_states, modes, numbers, batch, own, held, sums)
             advance(batch.tokens * len(numbers))
         start += batch.tokens
@@ -223,7 +228,7 @@ def _reference(model: ForcedModel, final: Tensor) -> _Reference:
 @torch.inference_mode()
 def _run_variant(
     model: ForcedModel,
-    states: tuple[Tensor, Tensor],
+    states: tuple[tuple[Tensor, ...], Tensor],
     modes: Sequence[Mode],
     numbers: Sequence[int],
     batch: SequenceBatch,
@@ -232,7 +237,7 @@ def _run_variant(
     sums: Sequence[_Sums],
 ) -> None:
     """Add what every mode of one variant makes of a batch to its sums; they share the `states` at full depth."""
-    entry, final = states
+    at_exits, final = states
     own_top = torch.empty_like(batch.token_ids)
     counters = {n: _counter(model, batch, where, reference, own_top, sums[n]) for n in numbers}
     off = [counters[number] for number in numbers if modes[number].threshold is None]
@@ -245,8 +250,12 @@ def _run_variant(
     model.final(final, torch.arange(batch.tokens, device=final.device), at_full_depth)
     for number in numbers:
         threshold = modes[number].threshold
-        if threshold is not None:
-            model.with_exits(batch, threshold, entry, counters[number])
+        if threshold is None:
+            continue
+        if modes[number].skipped_kv == "backfill":
+            model.with_backfill(batch, threshold, at_exits, final, counters[number])
+        else:
+            model.with_exits(batch, threshold, at_exits[0], counters[number])
 
 
 def _counter(

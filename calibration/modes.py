@@ -13,7 +13,7 @@ from exeunt.calibration.progress import Advance, ProgressReport
 from exeunt.calibration.sequence_batch import SequenceBatch, batches
 from exeunt.calibration.teacher_forcing import ForcedModel
 from exeunt.calibration.thresholds import view_gates
-from exeunt.compression.manifest import RiskEntry
+from exeunt.compression.manifest import RiskEntry, SkippedKV
 from exeunt.compression.variant import Variant
 
 LOOSE_SHARE: Final = 0.15
@@ -23,30 +23,42 @@ LOOSE_SHARE: Final = 0.15
 def modes_of(
     variants: Sequence[Variant],
     reference: Variant,
+    deployed: Variant,
     risk_table: Sequence[RiskEntry],
     loose: Mapping[Variant, float],
 ) -> list[Mode]:
     """The modes to evaluate, the reference first.
 
-    Targets that share a threshold are one mode, the strictest's. A variant of which no certified target lets
-    `WORTHWHILE` of the tokens leave is also shown at its threshold in `loose`, where it has one.
+    Exits are shown with propagated keys and values for every variant, and for the `deployed` one also with backfill:
+    where both skip alike, more rows would say the same. The verified mode has no row: its output is that of exits off.
     """
-    entries = {entry.variant: entry for entry in risk_table if entry.skipped_kv == "propagate"}
-    ordered = [reference, *(variant for variant in variants if variant != reference)]
     modes = []
-    for variant in ordered:
+    for variant in [reference, *(variant for variant in variants if variant != reference)]:
         modes.append(Mode(variant))
-        lines = entries[variant].targets if variant in entries else ()
-        certified = [line for line in lines if line.certified and line.threshold is not None]
-        seen: set[float] = set()
-        for line in sorted(certified, key=lambda each: each.target):
-            if line.threshold is not None and line.threshold not in seen:
-                seen.add(line.threshold)
-                modes.append(Mode(variant, line.threshold, line.target))
-        worth = any((line.exit_rate or 0.0) >= WORTHWHILE for line in certified)
-        if not worth and variant in loose:
-            modes.append(Mode(variant, loose[variant]))
+        methods: tuple[SkippedKV, ...] = ("propagate", "backfill") if variant == deployed else ("propagate",)
+        for skipped_kv in methods:
+            modes += _with_exits(variant, skipped_kv, risk_table, loose.get(variant))
     return modes
+
+
+def _with_exits(
+    variant: Variant, skipped_kv: SkippedKV, risk_table: Sequence[RiskEntry], loose: float | None
+) -> list[Mode]:
+    """One mode for each certified target, of those that share a threshold the strictest.
+
+    Where no certified target lets `WORTHWHILE` of the tokens leave, there is also one at the `loose` threshold.
+    """
+    entries = {(entry.variant, entry.skipped_kv): entry for entry in risk_table}
+    found = entries.get((variant, skipped_kv))
+    modes: dict[float, Mode] = {}
+    certified = [line for line in found.targets if line.certified] if found is not None else []
+    for line in sorted(certified, key=lambda each: each.target):
+        if line.threshold is not None:
+            modes.setdefault(line.threshold, Mode(variant, line.threshold, line.target, skipped_kv))
+    shown = list(modes.values())
+    if loose is not None and not any((line.exit_rate or 0.0) >= WORTHWHILE for line in certified):
+        shown.append(Mode(variant, loose, None, skipped_kv))
+    return shown
 
 
 def loose_threshold(

@@ -231,7 +231,7 @@ def _evaluate(task: _Task, learned: _Learned, certified: tuple[CertifiedVariant,
         threshold = loose_threshold(deployed, rows, task.progress, batch_tokens=options.batch_tokens)
         loose = dict.fromkeys(stack.variants, threshold)
     risk_table = [each.entry(options.confidence) for each in certified]
-    modes = modes_of(stack.variants, stack.reference, risk_table, loose)
+    modes = modes_of(stack.variants, stack.reference, stack.deployed, risk_table, loose)
     with task.progress.phase("Evaluating every mode", len(modes) * sum(map(len, rows))) as advance:
         return evaluate_modes(
             modes,

@@ -61,7 +61,9 @@ def _fitting(load: Load, longest: int) -> Load:
 
 
 def _compression(mode: Mode) -> dict[str, Any]:
-    exits: Any = False if mode.threshold is None else {"mode": "approximate", "threshold": mode.threshold}
+    exits: Any = False
+    if mode.threshold is not None:
+        exits = {"mode": "approximate", "threshold": mode.threshold, "skipped_kv": mode.skipped_kv}
     return {**asdict(mode.variant), "early_exit": exits}
 
 

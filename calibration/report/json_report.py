@@ -57,6 +57,7 @@ def _mode(result: ModeResult) -> dict[str, Any]:
         **asdict(result.mode.variant),
         "threshold": result.mode.threshold,
         "target": result.mode.target,
+        "skipped_kv": None if result.mode.threshold is None else result.mode.skipped_kv,
     }
     return head | record
 

@@ -50,7 +50,9 @@ seed {{ data.seed }}.</p>
 fitted on. The change is in perplexity over the first row; KL is in nats per token against it, agreement of top tokens
 with it; the last column is the share of the tokens that left early whose top token differs from full depth of the
 same variant. In brackets 95 % intervals, bootstrapped over blocks of text, all modes on the same blocks. Where a
-mode's threshold was certified on the same split, its figures lean a little to the good side.</p>
+mode's threshold was certified on the same split, its figures lean a little to the good side. Skipped keys and values
+are propagated, or backfilled where a row says so. The verified mode has the figures of exits off: its output is the
+same.</p>
 <div class="wide"><table><tr>{% for head in table.HEADERS %}<th>{{ head }}</th>{% endfor %}</tr>
 {% for row in table.rows() %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</table></div>
@@ -60,7 +62,8 @@ mode's threshold was certified on the same split, its figures lean a little to t
 <h2>Certified exits</h2>
 <p>A target is certified where, with {{ "{:.0%}".format(confidence) }} confidence, among the tokens that leave
 early at most that share has another top token than full depth of the same variant, on text like the certify split.
-It says
+With backfill later tokens attend to the keys and values of full depth, with propagate to what tokens left behind
+where they left. It says
 nothing about sampled tokens. {{ tested }} thresholds were planned on other text and tested from strict to
 loose.</p>
 <div class="wide"><table><tr><th>combination</th><th>target</th><th>threshold</th><th>leave early</th>

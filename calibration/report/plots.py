@@ -132,21 +132,27 @@ def risk_plot(content: ReportContent) -> str:
 
 
 def trade_plot(content: ReportContent) -> str:
-    """Perplexity against mean depth for every mode."""
+    """Perplexity against mean depth for every mode, lines as in `risk_plot`."""
 
     def draw(axes: Axes) -> None:
         variants = list(dict.fromkeys(result.mode.variant for result in content.table.results))
         for number, variant in enumerate(variants):
-            own = [result for result in content.table.results if result.mode.variant == variant]
-            own.sort(key=lambda result: result.mean_depth.value)
-            axes.plot(
-                [result.mean_depth.value for result in own],
-                [result.perplexity.value for result in own],
-                "o-",
-                color=COLOURS[number % len(COLOURS)],
-                label=str(variant),
-                markersize=4,
-            )
+            for skipped_kv in ("propagate", "backfill"):
+                own = [
+                    result
+                    for result in content.table.results
+                    if result.mode.variant == variant
+                    and (result.mode.threshold is None or result.mode.skipped_kv == skipped_kv)
+                ]
+                own.sort(key=lambda result: result.mean_depth.value)
+                axes.plot(
+                    [result.mean_depth.value for result in own],
+                    [result.perplexity.value for result in own],
+                    "o-" if skipped_kv == "propagate" else ".:",
+                    color=COLOURS[number % len(COLOURS)],
+                    label=str(variant) if skipped_kv == "propagate" else None,
+                    markersize=4,
+                )
         axes.set(xlabel=f"mean depth in blocks, of {content.table.blocks}", ylabel="perplexity")
         axes.legend(fontsize=7)
 

@@ -62,10 +62,12 @@ def certificate_section(evaluations: Mapping[str, Any]) -> str:
 
 
 def _by_target(evaluation: Mapping[str, Any]) -> dict[float, Any]:
-    """The certified modes of the deployed variant, by target."""
+    """The certified modes of the deployed variant with propagated keys and values, by target."""
     deployed = {"weights": "int4", "kv_cache": "int4", "linear_block": False}
     return {
         mode["mode"]["target"]: mode
         for mode in evaluation["modes"]
-        if mode["mode"]["variant"] == deployed and mode["mode"]["target"] is not None
+        if mode["mode"]["variant"] == deployed
+        and mode["mode"]["target"] is not None
+        and mode["mode"].get("skipped_kv", "propagate") == "propagate"
     }

@@ -117,6 +117,24 @@ def test_backfill_needs_no_pass_per_threshold(decoder: Decoder) -> None:
     assert len(outcome.tested) == 3
 
 
+@pytest.mark.parametrize("kv", ["full", "int4"])
+def test_behind_one_exit_both_methods_leave_alike(decoder: Decoder, kv: KVFormat) -> None:
+    """What is skipped lies behind the only exit, so nothing that decides about leaving ever sees it."""
+    model = ForcedModel(decoder, kv, (random_exit(1, 2),))
+    full_depth = full_depth_pass(model, rows(), min(PLAN.thresholds), batch_tokens=200)
+    backfilled, propagated = certify_backfilled(full_depth, PLAN), certify_propagated(model, full_depth, PLAN)
+    assert backfilled.certificates == propagated.certificates
+    assert backfilled.by_exit == propagated.by_exit
+
+
+def test_behind_two_exits_they_differ(decoder: Decoder) -> None:
+    model = forced(decoder)
+    full_depth = full_depth_pass(model, rows(), min(PLAN.thresholds), batch_tokens=200)
+    backfilled, propagated = certify_backfilled(full_depth, PLAN), certify_propagated(model, full_depth, PLAN)
+    assert backfilled.by_exit != propagated.by_exit
+    assert [split[0] for _, split in backfilled.by_exit] == [split[0] for _, split in propagated.by_exit]
+
+
 def certified(share_wrong: float, target: float) -> Certification:
     """What is certified of 40,000 tokens of which half are sure to leave, a share of them wrongly."""
     g = np.random.default_rng(2)

@@ -12,7 +12,7 @@ from exeunt.calibration.progress import SilentProgress
 from exeunt.calibration.sequence_batch import batches
 from exeunt.calibration.teacher_forcing import ForcedModel
 from exeunt.compression.decoder import Decoder
-from exeunt.compression.manifest import RiskEntry, RiskTarget
+from exeunt.compression.manifest import RiskEntry, RiskTarget, SkippedKV
 from exeunt.compression.variant import Variant
 from tests.calibration.conftest import BLOCKS, VOCAB, random_exit
 
@@ -73,6 +73,35 @@ def test_figures_equal_a_plain_computation(decoder: Decoder) -> None:
     assert small.mean_depth.value == BLOCKS
 
 
+def test_with_backfill_who_stays_is_at_full_depth(decoder: Decoder) -> None:
+    modes = [Mode(FULL), Mode(FULL, 0.55), Mode(FULL, 0.55, None, "backfill")]
+    held = models(decoder)
+    _, propagated, backfilled = evaluate_modes(modes, held, rows(), text="t", batch_tokens=90, seed=0).results
+    (batch,) = batches(rows(), 1000)
+    model = held[FULL]
+    states, final = model.full_depth_at_exits(batch)
+    logits, depth = decoder.head(final), torch.full((batch.tokens,), float(BLOCKS))
+    may_leave = batch.positions > 0
+    backwards = zip(reversed(model.exits), reversed(states), strict=True)
+    for head, hidden in backwards:  # the first exit has the last word
+        gate = head.gate(hidden, torch.where(may_leave, 0.55, torch.inf), decoder.project_exit)
+        logits[gate.leaves] = gate.logits[gate.leaves[gate.projected]]
+        depth[gate.leaves] = float(head.depth)
+    assert backfilled.perplexity.value == pytest.approx(
+        math.exp(F.cross_entropy(logits, batch.targets, ignore_index=-1)), rel=1e-4
+    )
+    assert backfilled.mean_depth.value == pytest.approx(float(depth.mean()))
+    assert sum(backfilled.by_exit) == int((depth < BLOCKS).sum())
+    assert min(backfilled.by_exit) > 0
+    stayed = depth == BLOCKS
+    agreement = (logits.argmax(-1) == decoder.head(final).argmax(-1)).float()
+    assert agreement[stayed].min() == 1.0
+    assert backfilled.agreement.value == pytest.approx(float(agreement.mean()))
+    assert backfilled.agreement.value > propagated.agreement.value
+    assert backfilled.record().skipped_kv == "backfill"
+    assert backfilled.mode.name == "full/full exits at 0.55, uncertified, backfill"
+
+
 def test_intervals_hold_their_value_and_come_from_the_seed(decoder: Decoder) -> None:
     modes = [Mode(FULL), Mode(FULL, 0.55)]
 
@@ -102,32 +131,50 @@ def test_the_table_reads_and_the_records_are_valid(decoder: Decoder) -> None:
     assert table.results[0].record().early_exit == "off"
 
 
-def entry(variant: Variant, *lines: RiskTarget) -> RiskEntry:
+def entry(variant: Variant, skipped_kv: SkippedKV, *lines: RiskTarget) -> RiskEntry:
     return RiskEntry(
         weights=variant.weights,
         kv_cache=variant.kv_cache,
         linear_block=variant.linear_block,
-        skipped_kv="propagate",
+        skipped_kv=skipped_kv,
         targets=lines,
     )
 
 
-def test_every_certified_target_is_a_mode_and_a_loose_one_where_none_lets_many_leave() -> None:
-    def line(target: float, threshold: float, rate: float) -> RiskTarget:
-        return RiskTarget(target=target, certified=True, threshold=threshold, exit_rate=rate)
+def certified(target: float, threshold: float, rate: float) -> RiskTarget:
+    return RiskTarget(target=target, certified=True, threshold=threshold, exit_rate=rate)
 
+
+def test_every_certified_target_is_a_mode_and_a_loose_one_where_none_lets_many_leave() -> None:
     failed = RiskTarget(target=0.01, certified=False, reason="too few")
     table = [
-        entry(FULL, failed, line(0.05, 0.9, 0.2), line(0.1, 0.9, 0.2)),
-        entry(SMALL_KV, failed, line(0.05, 0.95, 0.03)),
+        entry(FULL, "propagate", failed, certified(0.05, 0.9, 0.2), certified(0.1, 0.9, 0.2)),
+        entry(SMALL_KV, "propagate", failed, certified(0.05, 0.95, 0.03)),
     ]
-    modes = modes_of([SMALL_KV, FULL], FULL, table, {FULL: 0.5, SMALL_KV: 0.6})
+    modes = modes_of([SMALL_KV, FULL], FULL, SMALL_KV, table, {FULL: 0.5, SMALL_KV: 0.6})
     assert modes == [
         Mode(FULL),
         Mode(FULL, 0.9, 0.05),
         Mode(SMALL_KV),
         Mode(SMALL_KV, 0.95, 0.05),
         Mode(SMALL_KV, 0.6),
+        Mode(SMALL_KV, 0.6, None, "backfill"),
+    ]
+
+
+def test_backfill_has_rows_for_the_deployed_variant_alone() -> None:
+    thresholds: dict[SkippedKV, float] = {"backfill": 0.8, "propagate": 0.9}
+    table = [
+        entry(variant, skipped_kv, certified(0.05, threshold, 0.2))
+        for variant in (FULL, SMALL_KV)
+        for skipped_kv, threshold in thresholds.items()
+    ]
+    assert modes_of([SMALL_KV, FULL], FULL, SMALL_KV, table, {}) == [
+        Mode(FULL),
+        Mode(FULL, 0.9, 0.05),
+        Mode(SMALL_KV),
+        Mode(SMALL_KV, 0.9, 0.05),
+        Mode(SMALL_KV, 0.8, 0.05, "backfill"),
     ]
 
 
