@@ -9,6 +9,7 @@ from typing import Final
 
 LENGTHS: Final = (4, 3, 2)  # tokens that must have stood there, the longest match first
 _FORGETTING: Final = 0.97  # what an outcome is worth after each later one
+_CAUTION: Final = 1.2  # what a token tried is taken to cost, over what was measured: estimates err both ways
 _PRIOR_RIGHT, _PRIOR_ALL = 1.0, 2.0  # at first every second guess is taken to be right
 
 
@@ -47,7 +48,7 @@ class LookUp:
         for count in range(1, available + 1):
             power *= self.acceptance
             bring += power
-            gain = bring * step - (step + count * each)
+            gain = bring * step - (step + count * each * _CAUTION)
             if gain > saved:
                 best, saved = count, gain
         return best, saved

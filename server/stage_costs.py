@@ -6,12 +6,12 @@ from typing import Final
 
 from exeunt.compression.variant import Variant
 
-MOST_TOKENS: Final = 128  # runs of more are prompts' chunks and say little about decode steps
+PROMPT_TOKENS: Final = 48  # runs of more are prompts' chunks: a token costs there what arithmetic costs
 _MEMORY: Final = 0.98  # what an observation is worth after each later one: some fifty count
 _PRIOR_TOKENS: Final = 0.5  # spread of token counts, in tokens², at which data outweighs the prior slope
-_PRIOR_SLOPE: Final = (
-    0.25  # of a token's mean cost: at first one more is taken to be cheap, so that it is tried
-)
+_PRIOR_SLOPE: Final = 0.25  # of a token's mean cost, as long as no prompt has shown what one more costs
+_OUTLIER: Final = 2.0  # a run that took so many times what was expected was held up by something else
+_KNOWN: Final = 8.0  # weight from which outliers are told
 
 
 @dataclass(slots=True)
@@ -21,11 +21,18 @@ class LinearCost:
     weight: float = 0.0
     tokens: float = 0.0  # weighted means
     seconds: float = 0.0
+    each: float | None = None  # seconds of one more token where many are computed together
     _spread: float = 0.0  # weighted sums of centred products
     _product: float = 0.0
 
     def learn(self, tokens: int, seconds: float) -> None:
         """One run took so long."""
+        if tokens > PROMPT_TOKENS:
+            each = seconds / tokens
+            self.each = each if self.each is None else min(0.8 * self.each + 0.2 * each, _OUTLIER * self.each)
+            return
+        if self.weight >= _KNOWN:
+            seconds = min(seconds, _OUTLIER * self.of(tokens))
         self.weight = self.weight * _MEMORY + 1.0
         off_tokens, off_seconds = tokens - self.tokens, seconds - self.seconds
         self.tokens += off_tokens / self.weight
@@ -42,7 +49,8 @@ class LinearCost:
         pull = _PRIOR_TOKENS / max(self.weight, 1.0)
         spread = self._spread / max(self.weight, 1.0)
         product = self._product / max(self.weight, 1.0)
-        slope = (product + pull * _PRIOR_SLOPE * each) / (spread + pull)
+        prior = _PRIOR_SLOPE * each if self.each is None else min(self.each, each)
+        slope = (product + pull * prior) / (spread + pull)
         return min(max(slope, 0.0), each)
 
     @property
@@ -81,13 +89,11 @@ class StageCosts:
 
     def ran(self, variant: Variant, stage: int, tokens: int, seconds: float) -> None:
         """A stage was run over so many tokens."""
-        if tokens <= MOST_TOKENS:
-            self.stages[variant, stage].learn(tokens, seconds)
+        self.stages[variant, stage].learn(tokens, seconds)
 
     def asked(self, variant: Variant, stage: int, rows: int, seconds: float) -> None:
         """A gate was asked about so many rows."""
-        if rows <= MOST_TOKENS:
-            self.gates[variant, stage].learn(rows, seconds)
+        self.gates[variant, stage].learn(rows, seconds)
 
     def ticked(self, rows: int, seconds: float) -> None:
         """A tick of so many rows took so much time besides its stages and gates."""
