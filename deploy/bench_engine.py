@@ -138,7 +138,10 @@ class EngineDriver:
                 trace.depths += sum(token.depth for token in event.tokens)
                 return
             if isinstance(event, FinishEvent):
-                trace.by_exit, trace.blocks = event.summary.depth.by_exit, event.summary.depth.blocks
+                depth = event.summary.depth
+                trace.by_exit, trace.blocks = depth.by_exit, depth.blocks
+                trace.block_passes = depth.block_passes
+                trace.drafts, trace.drafts_accepted = depth.drafts, depth.drafts_accepted
             ended.put(event if isinstance(event, FailureEvent) else None)
 
         self._engine.submit(request, on_event)

@@ -109,7 +109,10 @@ def _note(trace: Trace, event: Mapping[str, Any]) -> None:
     if "error" in event:
         raise BenchError(f"A request failed: {event['error']['message']}")
     if "depth" in event:
-        trace.by_exit, trace.blocks = event["depth"]["by_exit"], event["depth"]["blocks"]
+        depth = event["depth"]
+        trace.by_exit, trace.blocks = depth["by_exit"], depth["blocks"]
+        trace.block_passes = depth["block_passes"]
+        trace.drafts, trace.drafts_accepted = depth["drafts"], depth["drafts_accepted"]
         return
     trace.arrivals.extend([time.perf_counter()] * len(event["tokens"]))
     trace.depths += sum(token["depth"] for token in event["tokens"])

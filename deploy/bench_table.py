@@ -24,21 +24,33 @@ def measure(driver: Driver, modes: Sequence[BenchMode], load: Load) -> list[Mode
 def speed_table(speeds: Sequence[ModeSpeed]) -> Table:
     """One line a mode."""
     blocks = max((speed.blocks for speed in speeds), default=0)
-    caption = f"time to the first token and between tokens: median/p99; depth in blocks, of {blocks}"
+    caption = (
+        f"against: the same variant with exits off, in this run; time to the first token and between tokens: "
+        f"median/p99; depth in blocks, of {blocks}; saved: passes that no block had to make"
+    )
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption=caption, caption_justify="left")
     table.add_column("mode", no_wrap=True)
-    for name in ("tok/s", "first ms", "next ms", "exits", "depth"):
+    for name in ("tok/s", "against", "first ms", "next ms", "exits", "depth", "drafts right", "saved"):
         table.add_column(name, justify="right", no_wrap=True)
     for speed in speeds:
         table.add_row(
             speed.name,
             f"{speed.tokens_per_second:.0f}",
+            _ratio(speed),
             _milliseconds(speed.time_to_first_token_s),
             _milliseconds(speed.inter_token_latency_s),
             f"{speed.exit_rate:.1%}",
             f"{speed.mean_depth:.2f}",
+            f"{speed.drafts_accepted}/{speed.drafts}" if speed.drafts else "",
+            f"{speed.passes_saved:.1%}",
         )
     return table
+
+
+def _ratio(speed: ModeSpeed) -> str:
+    if speed.ratio is None:
+        return ""
+    return speed.ratio if isinstance(speed.ratio, str) else f"{speed.ratio:.2f}×"
 
 
 def _milliseconds(quantiles: Mapping[str, float]) -> str:

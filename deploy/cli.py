@@ -137,6 +137,8 @@ def serve(
     exit_guard: Annotated[
         bool | None, typer.Option("--exit-guard", help=setting_help("exit_guard"), show_default=False)
     ] = None,
+    scheduling: Annotated[str | None, setting("scheduling", "POLICY")] = None,
+    longest_wait: Annotated[str | None, setting("longest_wait", "SECONDS")] = None,
     request_timeout: Annotated[str | None, setting("request_timeout", "SECONDS")] = None,
     shutdown_timeout: Annotated[str | None, setting("shutdown_timeout", "SECONDS")] = None,
     max_body_bytes: Annotated[str | None, setting("max_body_bytes", "BYTES")] = None,
@@ -334,7 +336,7 @@ def bench(
         Path | None, typer.Option("--json", help="Also write it as JSON to this file.")
     ] = None,
 ) -> None:
-    """Measure the speed of every mode: tokens/s, time to first token, inter-token latency, exits and depth."""
+    """Measure the speed of every mode: tokens/s, also against exits off, latencies, exits, drafts and depth."""
     from exeunt.deploy.bench import Load, bench_record, modes_of
     from exeunt.deploy.bench_table import measure, speed_table
 

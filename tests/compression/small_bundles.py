@@ -1,9 +1,9 @@
 """Small bundles of random models, made without calibration: what loading and serving need, none of the quality."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from tokenizers import Tokenizer, models
@@ -23,6 +23,7 @@ from exeunt.compression.manifest import (
     Manifest,
     RiskEntry,
     RiskTarget,
+    SkippedKV,
 )
 from exeunt.compression.norm import Norm
 from exeunt.compression.variant import WeightFormat
@@ -31,6 +32,10 @@ from exeunt.kernels.int4_linear import quantize
 from .reference_models import build_model, save
 
 GROUP = 16
+_THRESHOLDS: Final[dict[SkippedKV, dict[float, float]]] = {
+    "backfill": {0.1: 0.79},
+    "propagate": {0.05: 0.93, 0.1: 0.81},
+}
 
 
 def small_checkpoint(directory: Path, family: str = "llama", shard: str = "1GB", **changes: Any) -> Path:
@@ -82,20 +87,23 @@ def _exit(block: int, hidden: int) -> ExitHead:
     return ExitHead(block, norm, torch.randn(hidden, hidden) / 9, probe, torch.randn(4), 0.5)
 
 
+def _risk_target(target: float, certified: Mapping[float, float]) -> RiskTarget:
+    if target in certified:
+        return RiskTarget(target=target, certified=True, threshold=certified[target])
+    return RiskTarget(target=target, certified=False, reason="only 12 tokens left")
+
+
 def _manifest(sha256: str, weights: tuple[WeightFormat, ...], hidden: int) -> Manifest:
     table = tuple(
         RiskEntry(
             weights=weights[0],
             kv_cache="int4",
             linear_block=linear,
-            skipped_kv="propagate",
-            targets=(
-                RiskTarget(target=0.01, certified=False, reason="only 12 tokens left"),
-                RiskTarget(target=0.05, certified=not linear, threshold=0.93),
-                RiskTarget(target=0.1, certified=not linear, threshold=0.81),
-            ),
+            skipped_kv=skipped_kv,
+            targets=tuple(_risk_target(target, {} if linear else certified) for target in (0.01, 0.05, 0.1)),
         )
         for linear in (False, True)
+        for skipped_kv, certified in _THRESHOLDS.items()
     )
     return Manifest(
         created=datetime(2026, 1, 2, tzinfo=UTC),

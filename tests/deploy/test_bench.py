@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from exeunt.calibration.risk import percent
 from exeunt.compression.bundle import file_sha256, open_bundle
 from exeunt.compression.model import load_bundle
-from exeunt.deploy.bench import BenchError, Load, bench, modes_of
+from exeunt.deploy.bench import BenchError, BenchMode, Load, Trace, bench, modes_of
 from exeunt.deploy.bench_engine import engine_driver
+from exeunt.deploy.bench_table import speed_table
 from exeunt.deploy.bench_text import cut_prompts
 from exeunt.deploy.cli import run
 from tests.deploy.server_process import BLOCKS, byte_bundle, serving
@@ -31,18 +33,75 @@ def test_every_mode_of_a_bundle_is_measured_on_the_same_work(bundle: Path) -> No
         speeds = list(bench(driver, modes, LOAD))
     finally:
         driver.close()
-    assert len(modes) == 8 + 2  # every variant, and the certified targets of one
+    assert len(modes) == 8 * 2 + 3  # every variant, off and verified, and the certified targets of one
     assert [speed.name for speed in speeds] == [mode.name for mode in modes]
-    assert "int4/int4 exits 5%" in [mode.name for mode in modes]
+    assert {speed.name for speed in speeds} > {
+        *("int4/int4", "int4/int4 verified", "int4/int4 exits 10% backfill"),
+        *("int4/int4 exits 5% propagate", "int4/int4 exits 10% propagate"),
+    }
     for speed in speeds:
         assert speed.tokens == 18
         assert speed.tokens_per_second == pytest.approx(18 / speed.seconds)
         assert set(speed.time_to_first_token_s) == set(speed.inter_token_latency_s) == {"p50", "p90", "p99"}
         assert 0 < speed.time_to_first_token_s["p50"] <= speed.time_to_first_token_s["p99"]
         assert speed.blocks == BLOCKS
-        if "exits" not in speed.name:
-            assert (speed.exit_rate, speed.mean_depth) == (0, BLOCKS)
+        if speed.compression["early_exit"] is False:
+            assert (speed.exit_rate, speed.mean_depth, speed.passes_saved) == (0, BLOCKS, 0)
+            assert speed.ratio is None
+        else:
+            assert speed.against == speed.name.partition(" verified")[0].partition(" exits")[0]
         assert speed.mean_depth <= BLOCKS
+
+
+class Scripted:
+    """Answers at once: of ten tokens each, as many leave early and are drafted as its mode says."""
+
+    def prompts(self, count: int, tokens: int) -> list[list[int]]:
+        return [[1] * tokens] * count
+
+    def run(self, prompts: Any, compression: Any, load: Load) -> list[Trace]:
+        early, drafts = compression["early"], compression["drafts"]
+        by_exit = {"final": 10 - early, "block_1": early}
+        one = Trace(0.0, [0.1] * 10, by_exit, 10 * BLOCKS, BLOCKS, 8 * BLOCKS, drafts, early)
+        return [one for _ in prompts]
+
+
+def test_compared_modes_take_turns() -> None:
+    asked: list[tuple[str, int]] = []
+
+    class Noting(Scripted):
+        def run(self, prompts: Any, compression: Any, load: Load) -> list[Trace]:
+            asked.append((compression["name"], len(prompts)))
+            return super().run(prompts, compression, load)
+
+    modes = [
+        BenchMode(name, {"name": name, "early": 0, "drafts": 0}, against)
+        for name, against in (("a", None), ("a fast", "a"), ("b", None))
+    ]
+    load = Load(concurrency=2, requests=9)
+    assert [speed.tokens for speed in bench(Noting(), modes, load)] == [90] * 3  # type: ignore[arg-type]
+    turns = [("a", 3), ("a fast", 3)] * 3
+    assert asked == [("a", 2), ("a fast", 2), *turns, ("b", 2), *[("b", 3)] * 3]
+
+
+@pytest.mark.parametrize(
+    ("early", "drafts", "informative"), [(0, 0, False), (1, 0, True), (0, 1, True), (3, 5, True)]
+)
+def test_a_ratio_needs_tokens_that_leave_or_are_drafted(early: int, drafts: int, informative: bool) -> None:
+    modes = [
+        BenchMode("off", {"early": 0, "drafts": 0}),
+        BenchMode("mode", {"early": early, "drafts": drafts}, "off"),
+        BenchMode("alone", {"early": early, "drafts": drafts}, "what was not measured"),
+    ]
+    off, mode, alone = bench(Scripted(), modes, LOAD)  # type: ignore[arg-type]
+    assert off.ratio is alone.ratio is None
+    assert mode.ratio == (mode.tokens_per_second / off.tokens_per_second if informative else "uninformative")
+    assert mode.passes_saved == pytest.approx(0.2)
+    assert (mode.drafts, mode.drafts_accepted) == (3 * drafts, 3 * early)
+    console = Console(width=200)
+    with console.capture() as shown:
+        console.print(speed_table([off, mode]))
+    assert ("uninformative" in shown.get()) != informative
 
 
 def test_prompts_have_their_length_and_differ() -> None:
@@ -67,9 +126,20 @@ def test_a_server_is_measured_over_http(
     assert record["model"]["server_versions"]["torch"] == record["machine"]["torch"]
     assert_names_the_bundle(record, bundle)
     modes = {mode["name"]: mode for mode in record["modes"]}
-    assert set(modes) >= {"int4/full", "int4/int4", "int4/int4 exits 10%", "int4/int4 linear"}
+    assert set(modes) >= {
+        "int4/full",
+        "int4/int4",
+        "int4/int4 exits 10% backfill",
+        "int4/int4 linear verified",
+    }
+    assert modes["int4/int4"]["ratio"] is None
+    verified = modes["int4/int4 verified"]
+    assert verified["against"] == "int4/int4"
+    assert verified["ratio"] == "uninformative" or verified["ratio"] > 0
+    assert 0 <= verified["drafts_accepted"] <= verified["drafts"]
+    assert modes["int4/int4 exits 10% backfill"]["passes_saved"] >= 0
     assert all(mode["tokens"] == 8 for mode in modes.values())
-    assert "int4/int4 exits 10%" in capsys.readouterr().out
+    assert "int4/int4 exits 10% backfill" in capsys.readouterr().out
 
 
 def assert_names_the_bundle(record: dict[str, Any], bundle: Path) -> None:
@@ -146,8 +216,6 @@ def test_no_token_is_an_error_not_a_division() -> None:
 
         def run(self, *_: object) -> list[object]:
             return []
-
-    from exeunt.deploy.bench import BenchMode
 
     with pytest.raises(BenchError, match="No token"):
         list(bench(Silent(), [BenchMode("mode", {})], LOAD))  # type: ignore[arg-type]

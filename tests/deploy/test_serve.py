@@ -28,7 +28,11 @@ from tests.deploy.server_process import (
     serving,
 )
 
-APPROXIMATE = {"early_exit": {"mode": "approximate", "threshold": 0.3}}
+APPROXIMATE = {"early_exit": {"mode": "approximate", "threshold": 0.3, "skipped_kv": "propagate"}}
+BACKFILL = {"early_exit": {"mode": "approximate", "threshold": 0.3, "skipped_kv": "backfill"}}
+VERIFIED = {"early_exit": {"mode": "verified"}}
+OFF = {"early_exit": {"mode": "off"}}
+UNTIMED = ("blocks", "blocks_executed", "blocks_skipped")
 
 
 @pytest.fixture(scope="module")
@@ -68,10 +72,70 @@ def test_an_answer_adds_up(server: ServerProcess) -> None:
 
 def test_tokens_leave_early_only_where_asked(server: ServerProcess) -> None:
     asked = {"prompt": "abc", "max_new_tokens": 24, "ignore_eos": True}
-    assert server.generate(**asked)["depth"]["by_exit"] == {"final": 24}
-    loose = {"early_exit": {"mode": "approximate", "threshold": 0.0}}
-    by_exit = server.generate(**asked, compression=loose)["depth"]["by_exit"]
-    assert by_exit == {"final": 1, "block_1": 23}  # the prompt, and with it the first token, goes all the way
+    assert server.generate(**asked, compression=OFF)["depth"]["by_exit"] == {"final": 24}
+    for skipped_kv in ("propagate", "backfill"):
+        loose = {"early_exit": {"mode": "approximate", "threshold": 0.0, "skipped_kv": skipped_kv}}
+        by_exit = server.generate(**asked, compression=loose)["depth"]["by_exit"]
+        assert by_exit == {
+            "final": 1,
+            "block_1": 23,
+        }  # the prompt, and with it the first token, goes all the way
+
+
+def test_verified_answers_are_those_of_exits_off_and_add_up(server: ServerProcess) -> None:
+    """Prompts that repeat themselves, so that what is looked up is right at times and wrong at others."""
+    drafts = accepted = 0
+    for number in range(6):
+        sampling = {"temperature": 0.4, "seed": number} if number % 2 else {}
+        asked = {
+            "prompt": "ab abc ab abd " * (3 + number),
+            "max_new_tokens": 60,
+            "ignore_eos": True,
+            **sampling,
+        }
+        off = server.generate(**asked, compression=OFF)
+        verified = server.generate(**asked)
+        assert verified["compression"]["early_exit"] == {"mode": "verified"}
+        assert verified["text"] == off["text"]
+        pairs = zip(verified["tokens"], off["tokens"], strict=True)
+        assert all(a["id"] == b["id"] and a["logprob"] == pytest.approx(b["logprob"]) for a, b in pairs)
+        tokens, depth = verified["tokens"], verified["depth"]
+        assert depth["blocks_executed"] == 60 * BLOCKS
+        assert depth["blocks_skipped"] == 0
+        assert {(t["exit"], t["depth"]) for t in tokens} <= {("final", BLOCKS), ("block_1", 2), ("lookup", 0)}
+        assert depth["mean"] == sum(token["depth"] for token in tokens) / 60
+        assert depth["by_exit"] == {name: sum(t["exit"] == name for t in tokens) for name in depth["by_exit"]}
+        assert depth["drafts_accepted"] == 60 - depth["by_exit"]["final"]
+        assert depth["exit_rate"] == depth["drafts_accepted"] / 60
+        if depth["drafts"] == depth["drafts_accepted"] and depth["by_exit"].keys() <= {"final", "lookup"}:
+            assert depth["blocks_wasted"] == 0
+        drafts, accepted = drafts + depth["drafts"], accepted + depth["drafts_accepted"]
+    assert 0 < accepted < drafts
+
+
+def test_backfill_computes_what_propagation_skips(server: ServerProcess) -> None:
+    answers = {
+        skipped_kv: server.generate(
+            prompt="It was a dark night",
+            max_new_tokens=40,
+            ignore_eos=True,
+            compression={"early_exit": {"mode": "approximate", "threshold": 0.3, "skipped_kv": skipped_kv}},
+        )
+        for skipped_kv in ("backfill", "propagate")
+    }
+    for skipped_kv, answer in answers.items():
+        depth = answer["depth"]
+        assert answer["compression"]["early_exit"]["skipped_kv"] == skipped_kv
+        assert depth["exit_rate"] > 0.1
+        assert depth["blocks_executed"] + depth["blocks_skipped"] == 40 * BLOCKS
+        assert depth["block_passes"] < 40 * BLOCKS
+        assert depth["drafts"] == 0
+    owed = 8 * (BLOCKS - 2)  # what the answer's last tokens may still have owed when it ended
+    assert answers["backfill"]["depth"]["blocks_skipped"] <= owed
+    assert (
+        answers["propagate"]["depth"]["blocks_skipped"]
+        == 2 * answers["propagate"]["depth"]["by_exit"]["block_1"]
+    )
 
 
 def test_a_certified_target_names_its_threshold(server: ServerProcess) -> None:
@@ -80,9 +144,13 @@ def test_a_certified_target_names_its_threshold(server: ServerProcess) -> None:
     assert answer["compression"]["early_exit"] == {
         "mode": "approximate",
         "max_disagreement": 0.1,
-        "threshold": 0.81,
-        "skipped_kv": "propagate",
+        "threshold": 0.79,
+        "skipped_kv": "backfill",
     }
+    exits["early_exit"]["max_disagreement"] = 0.05  # not certified for backfill
+    answer = server.generate(prompt="abc", max_new_tokens=2, compression=exits)
+    assert answer["compression"]["early_exit"]["threshold"] == 0.93
+    assert answer["compression"]["early_exit"]["skipped_kv"] == "propagate"
 
 
 def test_every_variant_answers_and_says_so(server: ServerProcess) -> None:
@@ -91,10 +159,11 @@ def test_every_variant_answers_and_says_so(server: ServerProcess) -> None:
             for linear_block in (True, False):
                 asked = {"weights": weights, "kv_cache": kv_cache, "linear_block": linear_block}
                 answer = server.generate(prompt="abc", max_new_tokens=3, compression=asked)
-                assert answer["compression"] == {**asked, "early_exit": {"mode": "off"}}
+                assert answer["compression"] == {**asked, "early_exit": {"mode": "verified"}}
 
 
-def test_streams_say_what_whole_answers_say(server: ServerProcess) -> None:
+@pytest.mark.parametrize("compression", [APPROXIMATE, BACKFILL, VERIFIED])
+def test_streams_say_what_whole_answers_say(server: ServerProcess, compression: dict[str, Any]) -> None:
     asked: dict[str, Any] = {
         "prompt": "Über den Fluß",
         "max_new_tokens": 40,
@@ -102,7 +171,7 @@ def test_streams_say_what_whole_answers_say(server: ServerProcess) -> None:
         "seed": 5,
         "n": 2,
         "ignore_eos": True,
-        "compression": APPROXIMATE,
+        "compression": compression,
     }
     whole = server.generate(**asked)
     text = ["", ""]
@@ -116,19 +185,24 @@ def test_streams_say_what_whole_answers_say(server: ServerProcess) -> None:
         tokens[step["index"]] += step["tokens"]
     for index, choice in enumerate(whole["choices"]):
         assert text[index] == choice["text"]
-        assert tokens[index] == choice["tokens"]
-        assert summary["choices"][index]["depth"] == choice["depth"]
+        shown = ("id", "text", "logprob") if compression is VERIFIED else choice["tokens"][0]
+        for told, same in zip(tokens[index], choice["tokens"], strict=True):
+            assert [told[field] for field in shown] == [same[field] for field in shown]
+        for field in (
+            UNTIMED if compression is VERIFIED else choice["depth"]
+        ):  # when to draft is a matter of time
+            assert summary["choices"][index]["depth"][field] == choice["depth"][field], field
     assert text[0] != text[1]
 
 
 def test_a_seeded_answer_does_not_depend_on_the_crowd(server: ServerProcess) -> None:
     bodies = [
         {"prompt": f"Prompt {i}" * (i + 1), "max_new_tokens": 12, "temperature": 0.8, "seed": i, "ignore_eos": True,
-         "compression": {"weights": ("int4", "full")[i % 2], **(APPROXIMATE if i % 3 else {})}}
-        for i in range(8)
+         "compression": {"weights": ("int4", "full")[i % 2], **(APPROXIMATE, BACKFILL, VERIFIED)[i % 3]}}
+        for i in range(12)
     ]  # fmt: skip
     alone = [server.generate(**body)["text"] for body in bodies]
-    with ThreadPoolExecutor(8) as pool:
+    with ThreadPoolExecutor(12) as pool:
         together = list(pool.map(lambda body: server.generate(**body)["text"], bodies))
     assert together == alone
 
@@ -144,10 +218,14 @@ def test_scores_are_those_of_generation(server: ServerProcess) -> None:
     assert scored["tokens"][0]["logprob"] is None
 
 
-def test_what_answers_say_and_what_metrics_count_is_the_same(server: ServerProcess) -> None:
+@pytest.mark.parametrize("compression", [APPROXIMATE, BACKFILL, VERIFIED])
+def test_what_answers_say_and_what_metrics_count_is_the_same(
+    server: ServerProcess, compression: dict[str, Any]
+) -> None:
+    mode = compression["early_exit"]["mode"]
     before = server.metrics()
     answers = [
-        server.generate(prompt="x" * n, max_new_tokens=10 + n, ignore_eos=True, compression=APPROXIMATE)
+        server.generate(prompt="x" * n, max_new_tokens=10 + n, ignore_eos=True, compression=compression)
         for n in (1, 5)
     ]
     after = server.metrics()
@@ -159,15 +237,23 @@ def test_what_answers_say_and_what_metrics_count_is_the_same(server: ServerProce
         return float(sum(answer["depth"][field] for answer in answers))
 
     tokens = sum(answer["usage"]["completion_tokens"] for answer in answers)
-    assert grown("generation_tokens_total{mode=approximate}") == tokens
+    assert grown(f"generation_tokens_total{{mode={mode}}}") == tokens
     assert grown("prompt_tokens_total") == 6
-    for name in ("blocks_executed", "blocks_skipped", "blocks_wasted", "block_passes"):
+    counters = (
+        "blocks_executed",
+        "blocks_skipped",
+        "blocks_wasted",
+        "block_passes",
+        "drafts",
+        "drafts_accepted",
+    )
+    for name in counters:
         assert grown(f"{name}_total") == total(name), name
-    for name in ("block_1", "final"):
+    for name in ("block_1", "final", "lookup"):
         counted = sum(answer["depth"]["by_exit"].get(name, 0) for answer in answers)
-        assert grown(f"exit_tokens_total{{exit={name},mode=approximate}}") == counted
+        assert grown(f"exit_tokens_total{{exit={name},mode={mode}}}") == counted
     nll = -sum(token["logprob"] for answer in answers for token in answer["tokens"])
-    assert grown("token_nll_total{mode=approximate}") == pytest.approx(nll)
+    assert grown(f"token_nll_total{{mode={mode}}}") == pytest.approx(nll)
     assert grown("token_depth_ratio_count") == tokens
     assert grown("request_success_total{finish_reason=length}") == 2
     assert grown("compression_requests_total{enabled=true,method=early_exit}") == 2
@@ -229,16 +315,23 @@ def test_info_says_what_the_bundle_holds(server: ServerProcess) -> None:
     assert info["bundle"]["weights"] == ["int4", "full"]
     assert info["modes"]["weights"] == ["full", "int4"]
     assert info["modes"]["linear_block"] == [False, True]
-    assert info["modes"]["early_exit"] == ["off", "approximate"]
+    assert info["modes"]["early_exit"] == ["off", "verified", "approximate"]
+    assert info["modes"]["skipped_kv"] == ["backfill", "propagate"]
+    assert info["defaults"]["early_exit"] == {"mode": "verified"}
     assert info["exits"] == ["block_1"]
     assert info["limits"]["max_model_len"] == CONTEXT
     lines = [line for line in info["risk_table"] if not line["linear_block"]]
-    assert [(line["target"], line["certified"], line["threshold"]) for line in lines] == [
-        (0.01, False, None),
-        (0.05, True, 0.93),
-        (0.1, True, 0.81),
-    ]
-    assert server.metrics()["exit_threshold{target=0.1}"] == 0.81
+    found = {
+        skipped_kv: [
+            (x["target"], x["certified"], x["threshold"]) for x in lines if x["skipped_kv"] == skipped_kv
+        ]
+        for skipped_kv in ("backfill", "propagate")
+    }
+    assert found == {
+        "backfill": [(0.01, False, None), (0.05, False, None), (0.1, True, 0.79)],
+        "propagate": [(0.01, False, None), (0.05, True, 0.93), (0.1, True, 0.81)],
+    }
+    assert server.metrics()["exit_threshold{target=0.1}"] == 0.79
 
 
 def test_the_requests_that_the_pages_show_are_answered_as_shown(server: ServerProcess) -> None:
