@@ -171,6 +171,8 @@ def engine_limits(shape: Shape, settings: Settings) -> EngineConfig:
         max_num_batched_tokens=settings.max_num_batched_tokens,
         kv_cache_bytes=cache,
         audit_share=settings.audit_share,
+        scheduling=settings.scheduling,
+        longest_wait_s=settings.longest_wait,
     )
 
 

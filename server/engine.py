@@ -32,7 +32,6 @@ from exeunt.server.request import (
 )
 from exeunt.server.runner import Runner, StageRun
 from exeunt.server.scheduler import Scheduler
-from exeunt.server.stage_choice import SchedulingPolicy
 from exeunt.server.stage_costs import DraftCosts, StageCosts
 from exeunt.server.stages import StagePlan
 
@@ -92,13 +91,10 @@ class Engine:
         config: EngineConfig,
         metrics: Metrics,
         *,
-        policy: SchedulingPolicy = "run-through",
         new_drafter: Callable[[GenerationRequest], Drafter] | None = None,
         guard: ExitGuard | None = None,
     ) -> None:
-        """`policy` as in `Scheduler`.
-
-        `new_drafter` makes what decides on drafts for one answer of a request in the verified mode, None: what pays.
+        """`new_drafter` makes what decides on drafts for one answer of a request in the verified mode, None: what pays.
         `guard` hears of every audit and has its say on thresholds, None: they stay as calibrated.
         """
         self._config, self._metrics = config, metrics
@@ -126,8 +122,9 @@ class Engine:
             self._pool,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
-            policy=policy,
+            policy=config.scheduling,
             costs=self._costs,
+            longest_wait=config.longest_wait_s,
         )
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._loop, name="exeunt-engine", daemon=True)
@@ -287,9 +284,9 @@ class Engine:
     def _adaptive_drafter(self, request: GenerationRequest) -> Drafter:
         variant = request.variant
         worth = self._exit_worth.setdefault(variant, ExitWorth())
-        return AdaptiveDrafter(lambda: self._draft_costs(variant), worth)
+        return AdaptiveDrafter(lambda: self.draft_costs(variant), worth)
 
-    def _draft_costs(self, variant: Variant) -> DraftCosts:
+    def draft_costs(self, variant: Variant) -> DraftCosts:
         """The costs of drafting as they stood within the last few ticks: they change slowly and are asked often."""
         costs = self._drafting.get(variant)
         if costs is None or not costs.seen:

@@ -1,6 +1,9 @@
 """The limits an engine runs under: plain data, no torch."""
 
 from dataclasses import dataclass, fields
+from typing import get_args
+
+from exeunt.server.stage_choice import SchedulingPolicy
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,13 +21,23 @@ class EngineConfig:
     max_num_batched_tokens: int = 512  # tokens of one tick; longer prompts are cut into chunks of it
     kv_cache_bytes: int = 512 * 2**20  # bytes of the page arena that all sequences share
     audit_share: float = 0.0  # of the tokens that leave early in the approximate mode, in [0, 1]
+    scheduling: SchedulingPolicy = "run-through"
+    longest_wait_s: float = (
+        0.05  # with "queues": a row that waited so long in front of a stage has it run next
+    )
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.audit_share <= 1.0:
             raise ValueError(f"audit_share is {self.audit_share}; it must be in [0, 1].")
+        if self.longest_wait_s <= 0:
+            raise ValueError(f"longest_wait_s is {self.longest_wait_s}; it must be above 0.")
+        if self.scheduling not in get_args(SchedulingPolicy):
+            raise ValueError(
+                f"scheduling is {self.scheduling!r}; it must be one of {get_args(SchedulingPolicy)}."
+            )
         for item in fields(self):
             value = getattr(self, item.name)
-            if item.name != "audit_share" and value < 1:
+            if item.type is int and value < 1:
                 raise ValueError(f"{item.name} is {value}; it must be at least 1.")
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ValueError(

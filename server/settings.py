@@ -15,6 +15,7 @@ from pydantic_settings import (
 from exeunt.server.api.schemas import CompressionOptions
 from exeunt.server.api.validation import requirement, shown
 from exeunt.server.audit import DEFAULT_SHARE
+from exeunt.server.stage_choice import SchedulingPolicy
 
 ENV_PREFIX: Final = "EXEUNT_"
 _OTHERS: Final = frozenset(
@@ -102,6 +103,16 @@ class Settings(BaseSettings):
     )
     exit_guard: bool = Field(
         default=False, description="Raise a target's threshold while audits disagree more than the target."
+    )
+    scheduling: SchedulingPolicy = Field(
+        default="run-through",
+        description="run-through: a step runs all stages; queues: rows wait at exits until enough have gathered.",
+    )
+    longest_wait: float = Field(
+        default=0.05,
+        gt=0,
+        allow_inf_nan=False,
+        description="With queues, seconds after which a waiting row's stage runs next.",
     )
     request_timeout: float = Field(
         default=600.0, gt=0, allow_inf_nan=False, description="Seconds a request may take."

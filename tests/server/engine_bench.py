@@ -136,15 +136,13 @@ def running(
     metrics = Metrics(registry, "tiny", [str(i) for i in range(len(exits) + 1)], exits)
     page_bytes = page_bytes_for(model.spec, model.dtype)
     settings = {"max_model_len": 512, "max_num_batched_tokens": 128, **limits}
-    config = EngineConfig(kv_cache_bytes=pages * page_bytes, audit_share=audit_share, **settings)
-    engine = Engine(
-        model,
-        config,
-        metrics,
-        policy="run-through" if run_through else "queues",
-        new_drafter=new_drafter,
-        guard=guard,
+    config = EngineConfig(
+        kv_cache_bytes=pages * page_bytes,
+        audit_share=audit_share,
+        scheduling="run-through" if run_through else "queues",
+        **settings,
     )
+    engine = Engine(model, config, metrics, new_drafter=new_drafter, guard=guard)
     engine.start()
     try:
         yield Bench(engine, registry)
