@@ -29,9 +29,10 @@ check: $(STAMP) ## format, lint, types, tests, README commands
 check-fast: $(STAMP) ## format, lint and types only
 	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/check fast
 
-bench: $(STAMP) ## measure the packaged model beside transformers, then the parts of a step; JSON in benchmarks/results/
+bench: $(STAMP) ## measure the packaged model beside transformers, the parts of a step, exits by mode; JSON in benchmarks/results/
 	$(BIN)/python -m scripts.bench
 	$(BIN)/python -m scripts.bench_parts
+	$(BIN)/python -m scripts.bench_adaptive
 
 clean: ## remove the virtual environment, caches and build leftovers
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -8,6 +8,7 @@ from typing import Any
 
 from exeunt.compression.kv_format import page_bytes_for
 from exeunt.compression.model import LoadedModel
+from exeunt.compression.variant import Variant
 from exeunt.deploy.bench import BenchError, Load, Trace
 from exeunt.deploy.bench_text import cut_prompts
 from exeunt.deploy.loading import SettingsError, engine_config
@@ -28,9 +29,13 @@ from exeunt.server.request import (
     StepEvent,
 )
 from exeunt.server.settings import given_settings
+from exeunt.server.stage_choice import SchedulingPolicy
+from exeunt.server.stage_costs import DraftCosts
 
 
-def engine_driver(model: LoadedModel, load: Load) -> "EngineDriver":
+def engine_driver(
+    model: LoadedModel, load: Load, scheduling: SchedulingPolicy = "run-through"
+) -> "EngineDriver":
     """An engine with room for the load. Raises SettingsError where the model has not."""
     longest = load.prompt_tokens + load.max_new_tokens
     if longest > model.spec.max_position_embeddings:
@@ -44,6 +49,7 @@ def engine_driver(model: LoadedModel, load: Load) -> "EngineDriver":
             "max_num_seqs": load.concurrency,
             "max_num_queued_reqs": load.concurrency,
             "max_num_batched_tokens": max(512, load.concurrency),
+            "scheduling": scheduling,
         }
     )
     config = engine_config(model, settings)
@@ -79,6 +85,10 @@ class EngineDriver:
     def model(self) -> MeasuredModel:
         """Which model the engine runs. Raises BundleError where a plain checkpoint's files cannot be read."""
         return measured_model(self._model)
+
+    def draft_costs(self, variant: Variant) -> DraftCosts:
+        """What the engine takes drafting to cost, by what it has seen."""
+        return self._engine.draft_costs(variant)
 
     def offer(self) -> Offer:
         """What the model offers."""

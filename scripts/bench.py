@@ -114,12 +114,12 @@ def _exits(ours: EngineRuns, variant: Variant, prompts: Prompts) -> list[tuple[s
     found: list[tuple[str, dict[str, Any]]] = []
     if certified := ours.certified(variant):
         target = max(certified)
-        early_exit = {"mode": "approximate", "max_disagreement": target}
+        early_exit = {"mode": "approximate", "max_disagreement": target, "skipped_kv": "propagate"}
         found.append((f"at the certified target {target:g}", early_exit))
         if ours.at_once(prompts, variant, early_exit).exit_rate >= INFORMATIVE:
             return found
     for threshold in (0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5, 0.4, 0.3):
-        early_exit = {"mode": "approximate", "threshold": threshold}
+        early_exit = {"mode": "approximate", "threshold": threshold, "skipped_kv": "propagate"}
         if ours.at_once(prompts, variant, early_exit).exit_rate >= INFORMATIVE:
             found.append((f"at threshold {threshold:g} (not certified)", early_exit))
             break

@@ -90,7 +90,11 @@ class _Steps:
 
     def measure(self, repeats: int) -> StepTimes:
         """Medians over the repeats."""
-        exits = {"mode": "approximate", "max_disagreement": self._target} if self._target else OFF
+        exits = (
+            {"mode": "approximate", "max_disagreement": self._target, "skipped_kv": "propagate"}
+            if self._target
+            else OFF
+        )
         self._run(OFF)
         pairs = [(self._run(OFF), self._run(exits)) for _ in range(repeats)]
         rate = statistics.median(on.exit_rate for _, on in pairs)

@@ -2,9 +2,10 @@
 
 import json
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +18,9 @@ from exeunt.deploy.bench import Load, machine
 from exeunt.deploy.bench_engine import EngineDriver, engine_driver
 from exeunt.deploy.measured_model import measured_model
 from exeunt.deploy.packaged import packaged_bundle
+from exeunt.server.request import SkippedKV
+from exeunt.server.stage_choice import SchedulingPolicy
+from exeunt.server.stage_costs import DraftCosts
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 VARIANTS = {"full weights": Variant(), "INT4 weights and KV": Variant("int4", "int4")}
@@ -45,7 +49,11 @@ class Run:
     tokens: int
     seconds: float
     exit_rate: float = 0.0
-    skipped: float = 0.0  # the share of block × token pairs that were never computed
+    skipped: float = 0.0  # the share of the blocks behind a token's exit, of all block × token pairs
+    passes_share: float = 1.0  # blocks that requests took part in, of tokens × blocks
+    drafts: int = 0
+    drafts_accepted: int = 0
+    by_exit: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def speed(self) -> float:
@@ -65,9 +73,13 @@ class EngineRuns:
         """The first `count` of the prompts, the same in every benchmark of the same sizes."""
         return self._prompts[:count]
 
-    def certified(self, variant: Variant) -> dict[float, float]:
+    def certified(self, variant: Variant, skipped_kv: SkippedKV = "propagate") -> dict[float, float]:
         """The certified targets of a variant and their thresholds."""
-        return self._driver.offer().certified(variant, "propagate")
+        return self._driver.offer().certified(variant, skipped_kv)
+
+    def draft_costs(self, variant: Variant) -> DraftCosts:
+        """What the engine takes drafting to cost, by what it has seen."""
+        return self._driver.draft_costs(variant)
 
     def at_once(self, prompts: Prompts, variant: Variant, early_exit: Mapping[str, Any] = OFF) -> Run:
         """Submit all prompts together and wait for the last token."""
@@ -76,18 +88,27 @@ class EngineRuns:
         traces = self._driver.run(prompts, compression, self._load)
         seconds = time.perf_counter() - began
         tokens = sum(sum(trace.by_exit.values()) for trace in traces)
-        final = sum(trace.by_exit.get("final", 0) for trace in traces)
-        passed = sum(trace.depths for trace in traces)
-        return Run(tokens, seconds, 1 - final / tokens, 1 - passed / (tokens * traces[0].blocks))
+        by_exit: Counter[str] = sum((Counter(trace.by_exit) for trace in traces), Counter())
+        pairs = tokens * traces[0].blocks
+        return Run(
+            tokens,
+            seconds,
+            exit_rate=1 - by_exit["final"] / tokens,
+            skipped=1 - sum(trace.depths for trace in traces) / pairs,
+            passes_share=sum(trace.block_passes for trace in traces) / pairs,
+            drafts=sum(trace.drafts for trace in traces),
+            drafts_accepted=sum(trace.drafts_accepted for trace in traces),
+            by_exit=dict(by_exit),
+        )
 
 
 @contextmanager
-def packaged_runs(sizes: Sizes) -> Iterator[EngineRuns]:
+def packaged_runs(sizes: Sizes, scheduling: SchedulingPolicy = "run-through") -> Iterator[EngineRuns]:
     """An engine on the packaged bundle, greedy, float32, with room for `MANY` times the streams."""
     model = load_bundle(packaged_bundle(), device="cpu", dtype=torch.float32, weights="both")
     many = MANY * sizes.streams
     load = Load(many, sizes.prompt_tokens, sizes.new_tokens, many, temperature=0.0)
-    driver = engine_driver(model, load)
+    driver = engine_driver(model, load, scheduling)
     try:
         yield EngineRuns(model, driver, load)
     finally:
