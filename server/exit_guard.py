@@ -23,8 +23,10 @@ LAST_STEP: Final = 10
 """At it no token of such a request leaves; the step before has 90 times the calibrated odds."""
 WINDOW: Final = 10_000
 """Audited tokens after which evidence is gathered afresh: what traffic was like long ago must not outweigh today."""
-FIRST_REST: Final = 100
-MOST_REST: Final = 10_000
+FIRST_REST: Final = 1000
+"""Requests without one audit, after which no token can be said to leave: at an early token for each and one audit in a
+hundred, ten would have come."""
+MOST_REST: Final = 64_000
 _LOOSEST_ODDS: Final = (
     0.01  # steps from a calibrated threshold below this begin here: log-odds of 0 are no place to start
 )
@@ -45,12 +47,13 @@ def threshold_at(calibrated: float, step: int) -> float | None:
 
 @dataclass(slots=True)
 class _Watch:
-    """One target: its step, what the audits at this step say, and how long it rests at the last one."""
+    """One target: its step, what the audits at this step say, and how long it rests where there are none."""
 
     step: int = 0
     evidence: RateEvidence = field(default_factory=RateEvidence)
-    rest: int = 0  # requests to come before the last step is left
-    next_rest: int = FIRST_REST
+    quiet: int = 0  # requests since the last audit at this step
+    rest: int = FIRST_REST  # of them that end in a trial of the step before
+    on_trial: bool = False
 
 
 class ExitGuard:
@@ -64,8 +67,8 @@ class ExitGuard:
       would be taken back and forth;
     - begin afresh, after `WINDOW` tokens.
 
-    Where no token leaves none can be audited, so the last step is left for the one before on trial: after FIRST_REST
-    requests, and after twice as many each time that it has failed.
+    Where no token leaves none can be audited. After `FIRST_REST` requests without an audit the step before is tried,
+    and after twice as many when that has failed.
 
     `on_change` is told the thresholds of the combination that `calibrated` is of, whenever one changes: infinity where
     no token leaves.
@@ -87,10 +90,10 @@ class ExitGuard:
             return exits
         with self._lock:
             watch = self._watch(exits.target)
-            if watch.step == LAST_STEP:
-                watch.rest -= 1
-                if watch.rest <= 0:
-                    self._move(exits.target, watch, LAST_STEP - 1, "on trial after a rest")
+            watch.quiet += 1
+            if watch.step and watch.quiet > watch.rest:
+                self._move(exits.target, watch, watch.step - 1, f"on trial after {watch.rest} requests")
+                watch.on_trial = True
             step = watch.step
         return replace(exits, threshold=threshold_at(exits.threshold, step), guard_step=step)
 
@@ -103,11 +106,13 @@ class ExitGuard:
             watch = self._watch(target)
             if exits.guard_step != watch.step:
                 return  # admitted before the last change: another threshold
+            watch.quiet = 0
             evidence = watch.evidence
             evidence.add(hit=not agreed)
-            if evidence.exceeds(target) and watch.step < LAST_STEP:
+            # a bound moves up with a disagreement only, and down without one
+            if not agreed and watch.step < LAST_STEP and evidence.exceeds(target):
                 self._raise(target, watch)
-            elif watch.step and evidence.stays_below(target * math.exp(-STEP)):
+            elif agreed and watch.step and evidence.stays_below(target * math.exp(-STEP)):
                 self._relax(target, watch)
             elif evidence.tokens >= WINDOW:
                 watch.evidence = RateEvidence()
@@ -116,16 +121,13 @@ class ExitGuard:
         return self._watches.setdefault(target, _Watch())
 
     def _raise(self, target: float, watch: _Watch) -> None:
-        step = watch.step + 1
-        if step == LAST_STEP:
-            watch.rest, watch.next_rest = watch.next_rest, min(2 * watch.next_rest, MOST_REST)
-        self._move(target, watch, step, f"disagreement of at least {watch.evidence.lower():.4f}")
+        if watch.on_trial:
+            watch.rest = min(2 * watch.rest, MOST_REST)
+        self._move(target, watch, watch.step + 1, f"disagreement of at least {watch.evidence.lower():.4f}")
 
     def _relax(self, target: float, watch: _Watch) -> None:
-        step = watch.step - 1
-        if step < LAST_STEP - 1:
-            watch.next_rest = FIRST_REST
-        self._move(target, watch, step, f"disagreement of at most {watch.evidence.upper():.4f}")
+        watch.rest = FIRST_REST
+        self._move(target, watch, watch.step - 1, f"disagreement of at most {watch.evidence.upper():.4f}")
 
     def _move(self, target: float, watch: _Watch, step: int, why: str) -> None:
         evidence = watch.evidence
@@ -141,7 +143,7 @@ class ExitGuard:
             evidence.tokens,
             CONFIDENCE,
         )
-        watch.step, watch.evidence = step, RateEvidence()
+        watch.step, watch.evidence, watch.quiet, watch.on_trial = step, RateEvidence(), 0, False
         calibrated = self._calibrated.get(target)
         if calibrated is not None:
             threshold = threshold_at(calibrated, step)

@@ -22,7 +22,10 @@ MAY_IMPORT = {
     "server": {"kernels", "compression", "server"},
     "deploy": set(LAYERS),
 }
-WITHOUT_TORCH = ("pages", "scheduler", "sequence", "stages", "request", "engine_config", "metrics")
+WITHOUT_TORCH = (
+    *("pages", "scheduler", "sequence", "stages", "request", "engine_config", "metrics"),
+    *("audit", "exit_guard", "rate_evidence"),
+)
 # Packages whose types and errors a declared dependency hands out: they come and go with it.
 PARTS = {
     "starlette": "fastapi",

@@ -61,6 +61,7 @@ def test_what_the_calibrated_packaged_model_may_hold_is_let_through(checkpoint: 
         ({"kv_cache_memory": "1kB"}, "--kv-cache-memory is 1000 bytes, which hold 0 tokens"),
         ({"max_num_seqs": 600}, "--max-num-batched-tokens is 512"),
         ({"device": "cuda:77"}, "--device is cuda:77"),
+        ({"exit_guard": True, "audit_share": 0.0}, "--exit-guard judges by audits, and --audit-share is 0"),
         (
             compression(early_exit={"mode": "verified", "threshold": 0.5}),
             "--default-compression: .*threshold has no use in mode 'verified'",

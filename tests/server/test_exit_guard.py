@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from exeunt.server.exit_guard import FIRST_REST, LAST_STEP, MOST_REST, STEP, WINDOW, ExitGuard, threshold_at
+from exeunt.server.metrics import Metrics, new_registry
 from exeunt.server.request import ExitPolicy
 
 POLICY = ExitPolicy("approximate", threshold=0.8, target=0.02, skipped_kv="backfill")
@@ -128,42 +129,83 @@ def test_it_relaxes_when_little_disagrees_and_never_beyond_the_calibrated_thresh
 
 
 def test_what_was_long_ago_does_not_outweigh_today() -> None:
+    """Ten times the target is seen within a tenth of the window at the latest, however long all was well before."""
     watched = guard()
-    feed(watched, POLICY, rate=0.0, most=WINDOW + WINDOW // 2)
+    feed(watched, POLICY, rate=0.0, most=2 * WINDOW)
     assert feed(watched, POLICY, rate=0.2, most=500) < 200
+    watched = guard()
+    feed(watched, POLICY, rate=0.0, most=WINDOW // 2)
+    assert feed(watched, POLICY, rate=0.2, most=2000) < WINDOW // 10
+
+
+def closed(exported: Exported | None = None) -> ExitGuard:
+    """A guard that lets no token leave."""
+    watched = guard(exported)
+    for _ in range(LAST_STEP):
+        feed(watched, POLICY, rate=1.0, most=50)
+    return watched
+
+
+def rest(watched: ExitGuard) -> int:
+    """Requests without an audit until the step changes."""
+    step, asked = watched.applied(POLICY).guard_step, 1
+    while watched.applied(POLICY).guard_step == step:
+        asked += 1
+    return asked
 
 
 def test_where_no_token_leaves_it_tries_again_after_a_rest_that_grows() -> None:
     exported = Exported()
-    watched = guard(exported)
-    for _ in range(LAST_STEP):
-        feed(watched, POLICY, rate=1.0, most=50)
+    watched = closed(exported)
+    assert watched.applied(POLICY).threshold is None
+    assert exported.heard[-1] == {0.02: math.inf}
     rests = []
-    for _ in range(9):
-        asked = 1
-        while watched.applied(POLICY).threshold is None:
-            asked += 1
-        rests.append(asked)
+    for _ in range(8):
+        rests.append(rest(watched))
         feed(watched, POLICY, rate=1.0, most=50)
-    # `feed` itself asks once more, with the step it has just reached
-    assert rests == [min(FIRST_REST * 2**n, MOST_REST) - 1 for n in range(9)]
-    assert exported.heard[LAST_STEP - 1] == {0.02: math.inf}
+    expected = [min(FIRST_REST * 2**n, MOST_REST) for n in range(8)]
+    assert all(0 <= most - found <= 2 for most, found in zip(expected, rests, strict=True))
+    assert rests[-1] < MOST_REST < FIRST_REST * 2**7
+
+
+def test_a_silent_step_is_left_like_the_last_and_without_failing_the_rest_does_not_grow() -> None:
+    watched = closed()
+    for step in range(LAST_STEP - 1, -1, -1):
+        assert rest(watched) <= FIRST_REST
+        assert watched.applied(POLICY).guard_step == step
+    for _ in range(3 * FIRST_REST):
+        assert watched.applied(POLICY) == POLICY
+
+
+def test_where_audits_come_a_step_is_not_left_for_want_of_them() -> None:
+    watched = guard()
+    feed(watched, POLICY, rate=0.5, most=200)
+    applied = watched.applied(POLICY)
+    for number in range(5 * FIRST_REST):
+        assert watched.applied(POLICY) == applied
+        if number % (FIRST_REST // 2) == 0:
+            watched.observe(applied, agreed=True)
 
 
 def test_a_trial_that_goes_well_is_followed_by_the_way_back() -> None:
-    watched = guard()
-    for _ in range(LAST_STEP):
-        feed(watched, POLICY, rate=1.0, most=50)
-    for _ in range(FIRST_REST):
-        watched.applied(POLICY)
+    watched = closed()
+    rest(watched)
     for step in range(LAST_STEP - 1, 0, -1):
         assert watched.applied(POLICY).guard_step == step
         feed(watched, POLICY, rate=0.0, most=5000)
     assert watched.applied(POLICY) == POLICY
 
 
-@settings(max_examples=40)
-@given(st.integers(0, 2**32), st.lists(st.floats(0, 1), min_size=1, max_size=30), st.floats(0.01, 0.999))
+def test_the_gauge_follows() -> None:
+    metrics = Metrics(new_registry(), "tiny", ["0"], [], [0.02, 0.05])
+    watched = ExitGuard({0.02: 0.8, 0.05: None}, metrics.exit_thresholds)
+    feed(watched, POLICY, rate=0.5, most=200)
+    label = {"model_name": "tiny", "target": "0.02"}
+    assert metrics.registry.get_sample_value("exeunt_exit_threshold", label) == threshold_at(0.8, 1)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**32), st.lists(st.floats(0, 1), min_size=1, max_size=12), st.floats(0.01, 0.999))
 def test_whatever_happens_nobody_gets_a_looser_threshold(
     seed: int, rates: list[float], calibrated: float
 ) -> None:

@@ -5,7 +5,7 @@ import random
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -51,6 +51,7 @@ def test_coverage_of_rates_that_drift_and_of_bursts(above: bool) -> None:
     assert broken.mean() <= 0.05 + 2 * math.sqrt(0.05 * 0.95 / runs)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 3000), st.floats(0, 1))
 def test_never_tighter_than_the_exact_bound_of_one_look(tokens: int, share: float) -> None:
     """Clopper and Pearson's is the tightest for a number of observations that is fixed beforehand."""
@@ -62,6 +63,7 @@ def test_never_tighter_than_the_exact_bound_of_one_look(tokens: int, share: floa
     assert evidence.upper() >= exact_high - 1e-5
 
 
+@settings(deadline=None)
 @given(st.integers(0, 5000), st.integers(0, 5000), st.floats(0.0, 1.0))
 def test_bounds_agree_with_the_yes_or_no_questions(hits: int, misses: int, rate: float) -> None:
     evidence = RateEvidence(hits + misses, hits)

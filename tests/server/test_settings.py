@@ -63,6 +63,8 @@ def test_the_key_is_not_printed() -> None:
         ({"log_json": "perhaps"}, '--log-json is "perhaps"; it must be true or false.'),
         ({"port": "65536"}, '--port is "65536"; it must be at most 65535'),
         ({"request_timeout": "nan"}, '--request-timeout is "nan"; it must be a finite number'),
+        ({"audit_share": "1.5"}, '--audit-share is "1.5"; it must be at most 1'),
+        ({"audit_share": "nan"}, '--audit-share is "nan"; it must be a finite number'),
         ({"request_timeout": "0"}, '--request-timeout is "0"; it must be above 0'),
         ({"weights": "int8"}, "--weights is \"int8\"; it must be 'int4', 'full' or 'both'"),
         ({"default_compression": '{"kv": 1}'}, "--default-compression (kv) is 1; "),
