@@ -61,10 +61,17 @@ def certify_variants(
             model, own, min(plan.thresholds), batch_tokens=batch_tokens, advance=advance
         )
         backfilled = certify_backfilled(full_depth, plan, confidence=confidence)
-        propagated = certify_propagated(model, full_depth, plan, confidence=confidence, advance=advance)
+        propagated = backfilled  # what is skipped lies behind a single exit: it decides nothing there
+        if len(exits) > 1:
+            propagated = certify_propagated(model, full_depth, plan, confidence=confidence, advance=advance)
         outcomes.append(CertifiedVariant(variant, "backfill", backfilled))
         outcomes.append(CertifiedVariant(variant, "propagate", propagated))
     return tuple(outcomes)
+
+
+def certify_passes(exits: Sequence[ExitHead], plan: ThresholdPlan) -> int:
+    """The most passes over a variant's rows that certifying it takes."""
+    return 1 + (len(plan.thresholds) if len(exits) > 1 else 0)
 
 
 def rows_for(variant: Variant, stack: ModelStack, rows: Sequence[Tensor]) -> Sequence[Tensor]:

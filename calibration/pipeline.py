@@ -15,7 +15,7 @@ from torch import Tensor
 from exeunt.calibration.activations import BlockVisitor, Scratch, StateKeeper, stream_blocks
 from exeunt.calibration.block_choice import BlockChoice, BlockFitter, choose_block
 from exeunt.calibration.bundle_manifest import CorpusRecord, build_manifest, data_name
-from exeunt.calibration.certificates import CertifiedVariant, certify_variants, rows_for
+from exeunt.calibration.certificates import CertifiedVariant, certify_passes, certify_variants, rows_for
 from exeunt.calibration.corpus import Corpus, Splits, read_corpus, split_corpus
 from exeunt.calibration.evaluation import EvaluationTable, evaluate_modes
 from exeunt.calibration.exit_fit import ExitData, FittedExit, fit_exits, top_tokens
@@ -196,15 +196,15 @@ def _choose_block(task: _Task, stack: ModelStack, fitter: BlockFitter) -> BlockC
 
 
 def _certify(task: _Task, learned: _Learned) -> tuple[CertifiedVariant, ...]:
-    exits, plan = learned.selection.certified, learned.selection.plan
-    if not exits:
+    heads, plan = [each.head for each in learned.selection.certified], learned.selection.plan
+    if not heads:
         return ()
-    rows, passes = task.splits.certify, 1 + len(plan.thresholds)
+    rows, passes = task.splits.certify, certify_passes(heads, plan)
     tokens = sum(sum(map(len, rows_for(variant, learned.stack, rows))) for variant in learned.stack.variants)
     with task.progress.phase("Certifying thresholds", passes * tokens) as advance:
         certified = certify_variants(
             learned.stack,
-            [each.head for each in exits],
+            heads,
             rows,
             plan,
             batch_tokens=task.options.batch_tokens,
