@@ -8,8 +8,8 @@ SchedulingPolicy = Literal["run-through", "queues"]
 """run-through: a tick runs all stages, rows dropping out where they leave. queues: it runs one stage, and the next one
 is chosen by what has gathered where."""
 
-_AS_GOOD: Final = (
-    0.95  # of two batches used about as well the deeper one runs: a pass begun is finished first
+_MARGIN: Final = (
+    0.05  # of what running both would cost: by less a shallower stage does not go before a deeper one
 )
 
 
@@ -31,22 +31,21 @@ def choose_stage(
 ) -> int:
     """Return the stage to run, of those with rows.
 
-    A row that has waited for `longest_wait` seconds has its stage run first. Else the batch that is used best: with
-    c(n) = `cost(stage, n)` seconds for n rows and N = `everyone`, n rows do their work at the share (c(N) / N) / (c(n)
-    / n) of what it would cost each with all rows together. Where weights are read from memory c hardly grows with n,
-    and a small batch waits for company; where arithmetic decides, each row costs the same and nothing is gained by
-    waiting.
+    A row that has waited for `longest_wait` seconds, or would while all other stages run first, has its stage run, the
+    longest waiting first. Else the stage runs that wastes least: with c(n) = `cost(stage, n)` seconds for n rows and
+    N = `everyone`, n rows run now waste c(n) - n c(N) / N over what they would cost with all rows together. Where
+    weights are read from memory c hardly grows with n, and a small deep batch waits for company; where arithmetic
+    decides, each row costs the same and nothing is gained by waiting: then a pass that has begun is finished first.
+    (The simulation in docs/simulation.md compares this with other rules.)
     """
-    overdue = [queue for queue in queues if now - queue.oldest >= longest_wait]
-    if overdue:
-        return min(overdue, key=lambda queue: queue.oldest).stage
-    used = {queue.stage: _utilisation(queue, everyone, cost) for queue in queues}
-    enough = _AS_GOOD * max(used.values())
-    return max(stage for stage, share in used.items() if share >= enough)
-
-
-def _utilisation(queue: StageQueue, everyone: int, cost: Callable[[int, int], float]) -> float:
-    alone = cost(queue.stage, queue.rows)
-    if alone <= 0.0:  # not run yet: any batch is as good as another
-        return 1.0
-    return queue.rows * cost(queue.stage, everyone) / (everyone * alone)
+    costs = {queue.stage: cost(queue.stage, queue.rows) for queue in queues}
+    total = sum(costs.values())
+    due = [queue for queue in queues if now - queue.oldest + total - costs[queue.stage] >= longest_wait]
+    if due:
+        return min(due, key=lambda queue: queue.oldest).stage
+    waste = {q.stage: costs[q.stage] - q.rows * cost(q.stage, everyone) / everyone for q in queues}
+    best = max(waste)
+    for stage in sorted(waste, reverse=True):
+        if waste[best] - waste[stage] > _MARGIN * (costs[best] + costs[stage]):
+            best = stage
+    return best
