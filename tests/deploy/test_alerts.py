@@ -96,6 +96,11 @@ FIRES: dict[str, tuple[dict[str, str], int]] = {
             _series("exeunt_exit_tokens_total", 'mode="approximate", exit="block_2"'): (
                 f"{_rate(400, DAY)} {_rate(20, 240, 400 * DAY)}"
             ),
+            # drafting less is the server's own choice, and no alert
+            _series("exeunt_generation_tokens_total", 'mode="verified"'): _rate(1000, DAY + 240),
+            _series("exeunt_exit_tokens_total", 'mode="verified", exit="lookup"'): (
+                f"{_rate(400, DAY)} {_rate(0, 240, 400 * DAY)}"
+            ),
         },
         DAY + 180,
     ),

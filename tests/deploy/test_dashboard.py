@@ -33,7 +33,10 @@ def _substituted(expression: str) -> str:
 
 
 # Every mode and saving at once, so that ratios are defined; thresholds at which some tokens leave and some stay.
+LOOP = "ab abc ab abc ab abc "  # what is looked up in it is right at times
 REQUESTS: tuple[dict[str, Any], ...] = (
+    {"prompt": LOOP, "max_new_tokens": 64},
+    {"compression": {"early_exit": {"mode": "approximate", "threshold": 0.0, "skipped_kv": "propagate"}}},
     {"compression": {"early_exit": {"mode": "approximate", "threshold": 0.3}}},
     {"compression": {"early_exit": {"mode": "approximate", "threshold": 0.0}, "linear_block": True}},
     {"compression": {"weights": "full", "kv_cache": "full", "early_exit": False}, "n": 2},
@@ -48,7 +51,8 @@ def _load(server: ServerProcess) -> Iterator[None]:
     def ask() -> None:
         while not done.is_set():
             for request in REQUESTS:
-                server.generate(prompt="It was a dark night", max_new_tokens=16, ignore_eos=True, **request)
+                body = {"prompt": "It was a dark night", "max_new_tokens": 16, "ignore_eos": True, **request}
+                server.generate(**body)
 
     thread = threading.Thread(target=ask)
     thread.start()
@@ -60,7 +64,8 @@ def _load(server: ServerProcess) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
     folder = tmp_path_factory.mktemp("dashboard")
-    with serving(str(byte_bundle(folder / "bundle")), log=folder / "serve.log") as server:
+    bundle = str(byte_bundle(folder / "bundle"))
+    with serving(bundle, "--audit-share", "0.5", log=folder / "serve.log") as server:
         target = str(server.client.base_url).removeprefix("http://").strip("/")
         with running_prometheus(target, folder) as found, _load(server):
             yield found
@@ -111,6 +116,7 @@ class TestDocument:
                 "Compute saved",
                 "Perplexity by mode",
             ),
+            *("Draft acceptance", "Audited agreement", "Passes saved", "Drafts", "Audits"),
             *("Tokens per second", "Time to first token", "Inter-token latency", "Request latency"),
             *("Requests", "KV cache use", "Preemptions", "Failures and refusals"),
         }
