@@ -145,8 +145,7 @@ def render(bundle: Bundle) -> RenderableType:
     ]
     if manifest.exits:
         parts.append(_exits_table(manifest))
-    kinds = sorted({(entry.confidence, entry.skipped_kv) for entry in manifest.risk_table})
-    parts += [_certificates(manifest.risk_table, *kind) for kind in kinds]
+    parts += [_certificates(*kind) for kind in _kinds(manifest.risk_table)]
     if manifest.evaluation:
         parts.append(_evaluation_table(manifest.evaluation))
     return Group(*(part for each in parts for part in (each, Text())))
@@ -251,11 +250,23 @@ def _expected(name: str, draft: DraftRecord) -> str:
     )
 
 
-def _certificates(risk_table: Iterable[RiskEntry], confidence: float, skipped_kv: str) -> RenderableType:
+def _kinds(risk_table: Iterable[RiskEntry]) -> list[tuple[float, str, list[RiskEntry]]]:
+    """The entries of each confidence and skipped-KV method; those of both methods once where they say the same."""
+    kinds: dict[tuple[float, str], list[RiskEntry]] = {}
+    for entry in risk_table:
+        kinds.setdefault((entry.confidence, entry.skipped_kv), []).append(entry)
+    found: list[tuple[float, str, list[RiskEntry]]] = []
+    for (confidence, skipped_kv), entries in sorted(kinds.items(), key=lambda kind: kind[0]):
+        said = [(entry.variant, entry.targets) for entry in entries]
+        if found and found[-1][0] == confidence and said == [(e.variant, e.targets) for e in found[-1][2]]:
+            found[-1] = (confidence, f"{found[-1][1]} or {skipped_kv}", entries)
+        else:
+            found.append((confidence, skipped_kv, entries))
+    return found
+
+
+def _certificates(confidence: float, skipped_kv: str, entries: list[RiskEntry]) -> RenderableType:
     """One line a variant: each target's threshold and the share of tokens that leave; below it what is missing."""
-    entries = [
-        entry for entry in risk_table if (entry.confidence, entry.skipped_kv) == (confidence, skipped_kv)
-    ]
     targets = sorted({line.target for entry in entries for line in entry.targets})
     title = f"Thresholds certified at {confidence:.0%}, by target; in brackets what leaves ({skipped_kv})"
     table = _table("", "weights/KV", right=tuple(_percent(target) for target in targets))

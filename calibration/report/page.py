@@ -1,5 +1,6 @@
 """The report for people: `report.html`, one file with everything in it, light or dark as the reader's system asks."""
 
+from collections.abc import Sequence
 from typing import Any, Final
 
 from jinja2 import Environment, StrictUndefined
@@ -15,6 +16,7 @@ from exeunt.calibration.report.plots import (
     trade_plot,
 )
 from exeunt.calibration.risk import Certificate
+from exeunt.compression.variant import Variant
 
 _PAGE: Final = """<!doctype html>
 <html lang="en">
@@ -148,9 +150,7 @@ def _values(content: ReportContent) -> dict[str, Any]:
         "table": content.table,
         "confidence": entries[0].confidence if entries else 0.0,
         "tested": len(content.selection.plan.thresholds),
-        "certificates": [
-            (f"{each.variant} skipped_kv={each.skipped_kv}", _lines(each)) for each in content.certified
-        ],
+        "certificates": _certificates(content.certified),
         "exits": _exit_rows(content),
         "drafting": _draft_rows(content),
         "choice": choice,
@@ -158,6 +158,25 @@ def _values(content: ReportContent) -> dict[str, Any]:
         "replacements": _replacements(content),
         "weight_errors": _weight_errors(content),
     }
+
+
+def _certificates(certified: Sequence[CertifiedVariant]) -> list[tuple[str, list[dict[str, object]]]]:
+    """Every combination's name and lines; both ways of skipped KV under the variant's name where they say the same."""
+    by_variant: dict[Variant, list[CertifiedVariant]] = {}
+    for each in certified:
+        by_variant.setdefault(each.variant, []).append(each)
+    shown = []
+    for variant, several in by_variant.items():
+        if len(several) > 1 and len({each.certification.certificates for each in several}) == 1:
+            shown.append(
+                (
+                    f"{variant} skipped_kv={' or '.join(each.skipped_kv for each in several)}",
+                    _lines(several[0]),
+                )
+            )
+        else:
+            shown += [(f"{variant} skipped_kv={each.skipped_kv}", _lines(each)) for each in several]
+    return shown
 
 
 def _lines(each: CertifiedVariant) -> list[dict[str, object]]:

@@ -244,6 +244,23 @@ def test_what_it_is_comes_first_and_certificates_take_a_line_a_variant(bundle: B
     assert sum("full/int4 linear" in line for line in shown) == 2  # its thresholds, and why one is missing
 
 
+def test_certificates_that_say_the_same_are_shown_once(bundle: Bundle) -> None:
+    (entry,) = bundle.manifest.risk_table
+    alike = entry.model_copy(update={"skipped_kv": "backfill"})
+    other = alike.model_copy(update={"targets": entry.targets[1:]})
+
+    def shown(*table: RiskEntry) -> str:
+        return _printed(Bundle(bundle.path, bundle.manifest.model_copy(update={"risk_table": table})))
+
+    once = shown(alike, entry)
+    assert "(backfill or propagate)" in once
+    assert once.count("0.9312") == 1
+    twice = shown(other, entry)
+    assert "(backfill)" in twice
+    assert "(propagate)" in twice
+    assert twice.count("0.9312") == 2
+
+
 def test_the_json_form_holds_the_same(bundle: Bundle) -> None:
     described = json.loads(json.dumps(describe(bundle)))
     assert described["manifest"]["risk_table"][0]["targets"][1]["threshold"] == 0.9312
