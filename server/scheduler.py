@@ -16,6 +16,7 @@ from exeunt.server.stage_costs import StageCosts
 from exeunt.server.stages import StagePlan
 
 MAX_OVERTAKEN: Final = 8  # a sequence that waits for pages is passed by so many smaller ones, and no more
+LEAST_CHUNK: Final = 8  # tokens of a prompt that a tick takes in at least, whoever waits for it
 _LOOKAHEAD: Final = 16  # how far down the queue a smaller one is looked for
 
 
@@ -117,6 +118,9 @@ class Scheduler:
     the first boundary at which one of its rows may leave, those that stay wait there, and `choose_stage` says which
     stage of the variant runs next, by `costs` and with nobody waiting longer than `longest_wait` seconds for a turn of
     its variant.
+
+    A long prompt is computed in chunks beside the decode steps, each small enough, by `costs`, to make such a step
+    about twice as long as it is alone.
 
     A token that left early and still owes its keys and values to deeper blocks waits in front of the next stage until
     a pass of its sequence comes by; when `max_owed` wait, or drafts can be taken no further, the next pass goes deep
@@ -314,8 +318,8 @@ class Scheduler:
         """Decode steps first, then chunks of prompts with what the token budget leaves (never nothing)."""
         rows: list[Row] = []
         taken: set[Sequence] = set()
-        for ready, budget in ((lane.decoding, self._budget), (lane.prefilling, None)):
-            left = max(self._budget - len(rows), 1) if budget is None else budget
+        for ready in (lane.decoding, lane.prefilling):
+            left = self._budget if ready is lane.decoding else self._prompt_room(rows)
             for sequence in list(ready):
                 if left <= 0:
                     break
@@ -330,6 +334,18 @@ class Scheduler:
                 left -= row.tokens
                 rows.append(row)
         return rows
+
+    def _prompt_room(self, rows: list[Row]) -> int:
+        """Tokens of prompts that may share a tick with these decode steps: about as many as take as long as they do."""
+        room = max(self._budget - len(rows), 1)
+        if not rows:
+            return room
+        tokens, variant = sum(row.tokens for row in rows), rows[0].sequence.variant
+        stages = [self._costs.stages[variant, stage] for stage in range(self._plan.stages)]
+        if any(cost.each is None or not cost.weight for cost in stages):
+            return room
+        step = sum(cost.of(tokens) for cost in stages)
+        return min(room, max(int(step / sum(cost.each or 0.0 for cost in stages)), LEAST_CHUNK))
 
     def _next_row(self, sequence: Sequence, most: int) -> Row:
         """The next pass of a sequence: up to `most` tokens of its prefill, or a decode step."""

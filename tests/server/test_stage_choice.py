@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from exeunt.compression.variant import Variant
 from exeunt.server.pages import PagePool, PageTable
 from exeunt.server.request import ExitPolicy
-from exeunt.server.scheduler import Row, Scheduler
+from exeunt.server.scheduler import LEAST_CHUNK, Row, Scheduler
 from exeunt.server.sequence import Sequence
 from exeunt.server.stage_choice import StageQueue, choose_stage
 from exeunt.server.stage_costs import StageCosts
@@ -96,3 +96,31 @@ def _advance(scheduler: Scheduler, plan: StagePlan, row: Row, stage: int, leaves
     else:
         sequence.put_back(stage + 1, positions)
         scheduler.move_on(row, stage + 1)
+
+
+def test_a_long_prompt_is_computed_beside_decode_steps_in_chunks_that_cost_what_they_do() -> None:
+    plan, costs, pool = StagePlan(9, (4,)), StageCosts(), PagePool(4096)
+    for stage in range(plan.stages):
+        costs.ran(FULL, stage, 4, 4e-3)
+    scheduler = Scheduler(plan, pool, max_num_seqs=8, max_num_batched_tokens=512, costs=costs)
+    for i in range(4):
+        scheduler.add(Sequence(f"{i}", FULL, ExitPolicy(), [1], 1, PageTable(pool, 16)))
+    scheduler.add(Sequence("long", FULL, ExitPolicy(), [1] * 3000, 3000, PageTable(pool, 16)))
+    first = scheduler.next_tick()
+    assert first is not None
+    assert first.tokens == 512  # nobody decodes yet
+    for row in first.rows:
+        if row.sequence.name != "long":
+            row.sequence.tokens.append(1)
+            row.sequence.left_at.append(plan.last)
+        row.sequence.computed = row.stop
+        scheduler.finish_pass(row.sequence)
+    for each, chunk in ((1e-5, 400), (1e-4, 40), (1e-2, LEAST_CHUNK)):
+        for stage in range(plan.stages):
+            costs.stages[FULL, stage].each = each
+        tick = scheduler.next_tick()
+        assert tick is not None
+        assert sorted(len(row.positions) for row in tick.rows) == [1, 1, 1, 1, chunk]
+        for row in tick.rows:
+            row.sequence.computed = row.stop if row.sequence.name == "long" else row.sequence.computed
+            scheduler.finish_pass(row.sequence)
