@@ -166,7 +166,7 @@ def _compared(modes: Sequence[BenchMode]) -> Iterator[list[BenchMode]]:
 
 
 def _ratio(speed: ModeSpeed, found: Mapping[str, ModeSpeed]) -> float | Literal["uninformative"] | None:
-    if speed.against not in found:
+    if speed.against is None or speed.against not in found:
         return None
     if not speed.informative:
         return "uninformative"
