@@ -108,7 +108,11 @@ class Bench:
     def held(self) -> Iterator[None]:
         """Let the engine begin with what is asked inside only when all of it is asked."""
         asked = threading.Event()
-        self.engine._commands.put(lambda: asked.wait(WAIT_S) and None)
+
+        def wait() -> None:
+            asked.wait(WAIT_S)
+
+        self.engine._commands.put(wait)
         yield
         asked.set()
 
