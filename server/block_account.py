@@ -43,6 +43,10 @@ class BlockAccount:
         self._totals.block_passes += blocks
         self._metrics.work(wasted=blocks, passes=blocks)
 
+    def yielded(self) -> None:
+        """What was run has yielded a token, though its pass may go on: it was not in vain."""
+        self._settle_pairs(self._open)
+
     def confirm(self) -> None:
         """One more token became certain by what was run since the last `settle`."""
         executed = self._totals.blocks

@@ -16,8 +16,8 @@ from exeunt.server.stage_costs import DraftCosts
 LOOKUP: Final = -1  # in place of a stage: the token was looked up in the text, no stage proposed it
 MOST_LOOKED_UP: Final = 7  # tokens proposed at once
 _PATIENCE: Final = 16  # asks before the exit's drafts are given up where they do not pay
-_FIRST_PAUSE: Final = 256  # steps until they are tried again; doubles each time they did not pay
-_LONGEST_PAUSE: Final = 1 << 14
+_FIRST_PAUSE: Final = 64  # ticks until they are tried again; doubles each time they did not pay
+_LONGEST_PAUSE: Final = 1 << 13
 _MEMORY: Final = 0.95  # what the outcome of an ask is worth after each later one
 _ENOUGH_ASKS: Final = (1.0 - _MEMORY**_PATIENCE) / (1.0 - _MEMORY)  # what so many weigh together
 _SURE_ENOUGH: Final = 0.99  # a gate that would have to be surer than this is not asked
@@ -43,7 +43,7 @@ class Drafter(Protocol):
         ...
 
     def settled(self, stages: Items[int], accepted: int) -> None:
-        """The drafts of these stages were judged: the first `accepted` were right."""
+        """The model's end was reached: of the drafts of these stages, perhaps none, the first `accepted` were right."""
         ...
 
 
@@ -70,31 +70,31 @@ class ExitWorth:
 
     gain: float = 0.0  # weighted mean of what an ask brought, seconds
     _asks: float = 0.0
-    _steps: int = 0
+    _ticks: int = 0
     _silent_until: int = 0
     _pause: int = _FIRST_PAUSE
 
-    def may_ask(self) -> bool:
-        """Called for every step of a sequence: whether the exit is to be asked."""
-        self._steps += 1
-        return self._steps > self._silent_until
+    def ticked(self) -> None:
+        """A tick of the engine has passed."""
+        self._ticks += 1
 
-    def asked(self, seconds: float) -> None:
-        """A gate was asked, which took so long; what its draft brings is told later."""
-        self._asks = self._asks * _MEMORY + 1.0
-        self.gain -= (seconds + self.gain) / self._asks
+    def may_ask(self) -> bool:
+        """Whether the exit is to be asked at present."""
+        return self._ticks >= self._silent_until
+
+    def judged(self, asks: int, seconds: float) -> None:
+        """What became of so many asks is known: together they saved so much, or cost it."""
+        for _ in range(asks):
+            self._asks = self._asks * _MEMORY + 1.0
+            self.gain += (seconds / asks - self.gain) / self._asks
         if self._asks < _ENOUGH_ASKS:
             return
         if self.gain > 0.0:
             self._pause = _FIRST_PAUSE
         else:
-            self._silent_until = self._steps + self._pause
+            self._silent_until = self._ticks + self._pause
             self._pause = min(2 * self._pause, _LONGEST_PAUSE)
             self._asks = self.gain = 0.0
-
-    def brought(self, seconds: float) -> None:
-        """A draft was judged, and saved so much, or cost it."""
-        self.gain += seconds / max(self._asks, 1.0)
 
 
 @dataclass(slots=True)
@@ -112,6 +112,7 @@ class AdaptiveDrafter:
     looked_up: LookUp = field(default_factory=LookUp)
     _right: float = 0.0
     _judged: float = 0.0
+    _open_asks: int = 0  # since drafts were judged last
 
     def propose(self, tokens: Items[int], drafted: int, room: int) -> Proposal:
         costs = self.costs()
@@ -127,11 +128,12 @@ class AdaptiveDrafter:
         threshold = self._threshold(costs)
         if not asks or threshold > _SURE_ENOUGH:
             return Proposal()
-        self.worth.asked(costs.gate)
+        self._open_asks += 1
         return Proposal(threshold=threshold)
 
     def settled(self, stages: Items[int], accepted: int) -> None:
         costs = self.costs()
+        saved = 0.0
         for index, stage in enumerate(stages[: accepted + 1]):
             right = index < accepted
             if stage == LOOKUP:
@@ -139,7 +141,10 @@ class AdaptiveDrafter:
             else:
                 self._right = self._right * _MEMORY + right
                 self._judged = self._judged * _MEMORY + 1.0
-                self.worth.brought(costs.deep if right else -_loss(costs))
+                saved += costs.deep if right else -_loss(costs)
+        if self._open_asks:
+            self.worth.judged(self._open_asks, saved - self._open_asks * costs.gate)
+            self._open_asks = 0
 
     def _threshold(self, costs: DraftCosts) -> float:
         """The confidence to ask for: 1 - doubt, the doubt shrunk where this request's drafts fared worse than that."""

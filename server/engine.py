@@ -307,6 +307,8 @@ class Engine:
                     self._lives.run(tick)
                     self._costs.ticked(len(tick.rows), time.perf_counter() - began - self._stage_seconds)
                     self._ticks += 1
+                    for worth in self._exit_worth.values():
+                        worth.ticked()
                     if self._ticks % _COSTS_KEPT == 0:
                         self._drafting.clear()
                 self._lives.set_gauges(force=tick is None)

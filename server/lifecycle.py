@@ -199,15 +199,11 @@ class Lifecycle:
 
     def _apply(self, result: RowResult) -> None:
         row, sequence = result.row, result.row.sequence
-        if result.error is not None:
-            self._fail(self._answers[sequence].owner, RuntimeError(result.error))
-            return
         if sequence.scoring:
             self._note_scores(sequence, result)
         else:
-            self._answers[sequence].account.ran(
-                sequence, result.pairs, result.passes, ended=result.waits_at is None
-            )
+            ended = result.waits_at is None and all(draw.error is None for draw in result.draws)
+            self._answers[sequence].account.ran(sequence, result.pairs, result.passes, ended=ended)
             self._answers[sequence].account.audited(result.audit_blocks)
             for audit in result.audits:
                 self._audits.note(sequence.exits, audit)
@@ -229,7 +225,11 @@ class Lifecycle:
         sequence, draws = answer.sequence, result.draws
         if sequence.exits.mode != "verified":
             for draw in draws:
+                if draw.error is None:
+                    answer.account.yielded()
                 self._emit(answer, draw)
+        elif draws[0].error is not None:
+            self._fail(answer.owner, RuntimeError(draws[0].error))
         elif draws[0].stage != self._plan.last:
             sequence.tokens.append(draws[0].token)
             sequence.drafts.append(draws[0].stage)
@@ -240,12 +240,14 @@ class Lifecycle:
         """The full model has spoken about the drafts: emit what is certain and drop the rest."""
         sequence = answer.sequence
         certain, accepted = confirmed_draws(sequence.tokens[sequence.confirmed :], sequence.drafts, draws)
-        if sequence.drafts and sequence.drafter is not None:
+        if sequence.drafter is not None:
             sequence.drafter.settled(tuple(sequence.drafts), accepted)
+        if sequence.drafts:
             answer.account.judged(len(sequence.drafts), accepted)
         sequence.reject_drafts(0)
         for draw in certain:
-            answer.account.confirm()
+            if draw.error is None:
+                answer.account.confirm()
             self._emit(answer, draw)
             if sequence.status is not Status.RUNNING:
                 return
@@ -255,6 +257,9 @@ class Lifecycle:
 
     def _emit(self, answer: Answer, draw: Draw) -> None:
         """A new token: record where it left, tell the caller, and see whether the answer ends here."""
+        if draw.error is not None:
+            self._fail(answer.owner, RuntimeError(draw.error))
+            return
         sequence, request, now = answer.sequence, answer.owner.request, time.monotonic()
         depth, name = self._plan.stop(draw.stage), self._plan.exit_name(draw.stage)
         token = EmittedToken(draw.token, self._piece(draw.token), draw.logprob, depth, name)
@@ -367,6 +372,8 @@ class Lifecycle:
 
     def _end_job(self, job: Job, failure: FailureEvent) -> None:
         for answer in job.answers:
+            if answer.sequence.status is not Status.FINISHED:
+                answer.account.close(answer.sequence.generated)
             self._release(answer)
         self._closed(job.request.id)
         self._metrics.flush()

@@ -9,6 +9,7 @@ from typing import Final
 
 LENGTHS: Final = (4, 3, 2)  # tokens that must have stood there, the longest match first
 _FORGETTING: Final = 0.97  # what an outcome is worth after each later one
+_INDEXED_AT_ONCE: Final = 512  # tokens: a long prompt is taken in over some steps and holds nobody up
 _CAUTION: Final = 1.2  # what a token tried is taken to cost, over what was measured: estimates err both ways
 _PRIOR_RIGHT, _PRIOR_ALL = 1.0, 2.0  # at first every second guess is taken to be right
 
@@ -60,6 +61,7 @@ class LookUp:
 
     def _index(self, tokens: Items[int], certain: int) -> None:
         """Take in the certain tokens that are new; the last one's runs wait until something follows them."""
+        certain = min(certain, self._known + _INDEXED_AT_ONCE)
         for end in range(max(self._known, 1), certain):
             for length in LENGTHS:
                 if end >= length:

@@ -47,10 +47,8 @@ class RowResult:
     waits_at: int | None = None
     draws: tuple[Draw, ...] = ()
     scores: list[Score] = field(default_factory=list)
-    error: str | None = None
     pairs: int = 0
     passes: int = 0
-    left: set[int] = field(default_factory=set)  # positions whose logits came from an exit
     audits: list[Audit] = field(default_factory=list)
     audit_blocks: int = 0  # that were run for audits alone
 
@@ -255,9 +253,7 @@ class Runner:
         self._auditor.arrive(batch, decoder)
         tokens = batch.tokens()
         wanted = [
-            i
-            for i, (row, p) in enumerate(tokens)
-            if row.sequence.wants_logits(p) and p not in run.results[row].left
+            i for i, (row, p) in enumerate(tokens) if row.sequence.wants_logits(p) and p not in row.left
         ]
         if not wanted:
             return
@@ -295,7 +291,7 @@ class Runner:
         if row.threshold is None or not self._plan.asks(sequence.exits.mode, stage):
             return False
         last = sequence.scoring or position == len(sequence.tokens) - 1
-        return last and position not in run.results[row].left
+        return last and position not in row.left
 
     def _wait_here(self, stage: int, batch: TickBatch, left: set[Row]) -> list[int]:
         """Have the rows that left wait in front of the next stage, with the tokens they took along, and name these."""
@@ -332,7 +328,7 @@ class Runner:
         logits = gate.logits if every else gate.logits[integers(chosen, self._device)]
         for i in leaving:
             row, position = tokens[i]
-            run.results[row].left.add(position)
+            row.left.add(position)
         self._emit([tokens[i] for i in leaving], logits, stage, run)
         return leaving, logits
 
@@ -379,9 +375,7 @@ class Runner:
         for (row, position), stage, token, logprob, error in zip(
             tokens, stages, drawn.ids, drawn.logprobs, drawn.errors, strict=True
         ):
-            if error is not None:
-                run.results[row].error = error
-            found.setdefault(row, []).append(Draw(token, logprob, stage, position))
+            found.setdefault(row, []).append(Draw(token, logprob, stage, position, error))
         for row, draws in found.items():
             run.results[row].draws = tuple(sorted(draws, key=lambda draw: draw.position))
 
@@ -390,8 +384,9 @@ class Runner:
 
         def emitted(row: Row, position: int) -> int | None:
             known = row.sequence.tokens[position + 1 : position + 2]
-            drawn = [draw.token for draw in run.results[row].draws if draw.position == position]
-            return None if run.results[row].error is not None else (known + drawn)[0]
+            draws = [d for d in run.results[row].draws if d.position == position and d.error is None]
+            found = [*known, *(draw.token for draw in draws)]
+            return found[0] if found else None
 
         outcome = self._auditor.end_tick(emitted)
         for row, audit in outcome.found:

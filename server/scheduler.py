@@ -35,6 +35,7 @@ class Row:
     deep: bool = False
     threshold: float | None = None  # the confidence at which its token leaves; None: it asks no gate
     since: float = 0.0  # when it came to its stage, on the scheduler's clock
+    left: set[int] = field(default_factory=set)  # positions whose logits came from an exit
 
     @property
     def tokens(self) -> int:
@@ -78,6 +79,7 @@ class _Lane:
     prefilling: dict[Sequence, float] = field(default_factory=dict)
     deeper: list[dict[Sequence, Row]] = field(default_factory=list)  # [stage - 1]
     served_s: float = 0.0  # time this variant has had; the least served variant runs next
+    running: int = 0  # sequences admitted and not ended
 
     def deepest(self) -> int | None:
         """The deepest stage at which a row waits, None when nothing does."""
@@ -186,8 +188,7 @@ class Scheduler:
         if sequence.status is Status.WAITING:
             self._waiting.remove(sequence)
         elif sequence.status is Status.RUNNING:
-            self._running.pop(sequence)
-            self._lanes[sequence.variant].remove(sequence)
+            self._leave_lane(sequence)
         sequence.status = Status.FINISHED
         sequence.table.clear()
 
@@ -237,6 +238,7 @@ class Scheduler:
         sequence.order = self._admissions = self._admissions + 1
         self._running[sequence] = None
         self._newly_admitted.append(sequence)
+        self._enter_lane(sequence)
         self._start_pass(sequence)
 
     def next_tick(self) -> Tick | None:
@@ -295,11 +297,15 @@ class Scheduler:
             lane = self._lanes[variant] = _Lane(deeper=[{} for _ in range(self._plan.stages - 1)])
         return lane
 
-    def _start_pass(self, sequence: Sequence) -> None:
+    def _enter_lane(self, sequence: Sequence) -> None:
         lane = self._lane(sequence.variant)
-        if lane.deepest() is None:  # idle until now: what it did not use then is no credit
-            busy = [other.served_s for other in self._lanes.values() if other.deepest() is not None]
+        if not lane.running:  # idle until now: what it did not use then is no credit
+            busy = [other.served_s for other in self._lanes.values() if other.running]
             lane.served_s = max([lane.served_s, *([min(busy)] if busy else [])])
+        lane.running += 1
+
+    def _start_pass(self, sequence: Sequence) -> None:
+        lane = self._lanes[sequence.variant]
         (lane.prefilling if sequence.prefilling else lane.decoding)[sequence] = self._clock()
 
     def _take_deeper(self, lane: _Lane, stage: int) -> list[Row]:
@@ -326,6 +332,9 @@ class Scheduler:
                 if sequence not in ready:  # preempted while this tick was put together
                     continue
                 row = self._next_row(sequence, left)
+                if rows and row.tokens > left:  # it takes others along; in the next tick it comes first
+                    sequence.reject_drafts(sequence.looked_up_from)
+                    break
                 if not self._make_room(sequence, row.stop, taken):
                     sequence.reject_drafts(sequence.looked_up_from)
                     continue
@@ -337,15 +346,17 @@ class Scheduler:
 
     def _prompt_room(self, rows: list[Row]) -> int:
         """Tokens of prompts that may share a tick with these decode steps: about as many as take as long as they do."""
-        room = max(self._budget - len(rows), 1)
+        tokens = sum(row.tokens for row in rows)
+        room = max(self._budget - tokens, 1)
         if not rows:
             return room
-        tokens, variant = sum(row.tokens for row in rows), rows[0].sequence.variant
+        variant = rows[0].sequence.variant
         stages = [self._costs.stages[variant, stage] for stage in range(self._plan.stages)]
         if any(cost.each is None or not cost.weight for cost in stages):
             return room
         step = sum(cost.of(tokens) for cost in stages)
-        return min(room, max(int(step / sum(cost.each or 0.0 for cost in stages)), LEAST_CHUNK))
+        each = max(sum(cost.each or 0.0 for cost in stages), 1e-9)
+        return min(room, max(int(step / each), LEAST_CHUNK))
 
     def _next_row(self, sequence: Sequence, most: int) -> Row:
         """The next pass of a sequence: up to `most` tokens of its prefill, or a decode step."""
@@ -354,20 +365,27 @@ class Scheduler:
             threshold = sequence.exits.threshold if sequence.scoring else None
             return Row(sequence, positions, positions[-1] + 1, threshold=threshold)
         if sequence.drafter is not None:
-            return self._drafting_row(sequence, sequence.drafter)
+            return self._drafting_row(sequence, sequence.drafter, most)
         positions = list(sequence.next_positions(1))
         deep = sequence.owes >= self._max_owed
         threshold = sequence.exits.threshold if positions[0] >= sequence.prompt_tokens else None
         return Row(sequence, positions, positions[-1] + 1, deep=deep, threshold=threshold)
 
-    def _drafting_row(self, sequence: Sequence, drafter: Drafter) -> Row:
-        """The next step of a sequence whose exits are drafts; drafts that were looked up are taken in."""
+    def _drafting_row(self, sequence: Sequence, drafter: Drafter, most: int) -> Row:
+        """The next step of a sequence whose exits are drafts; drafts that were looked up are taken in.
+
+        These are guesses: they get what is left of the tick's `most` tokens and of the free pages, and displace nobody.
+        """
         room, owes = sequence.room, sequence.owes
         if room <= 0:  # nothing more can follow: what waits is to be confirmed
             return Row(sequence, [], sequence.computed, stage=min(sequence.pending), deep=True)
         proposal = _GO_DEEP
         if room > 1 and owes < self._max_owed and len(sequence.tokens) > sequence.prompt_tokens:
             proposal = drafter.propose(sequence.tokens, len(sequence.drafts), room - 1)
+            if proposal.tokens:
+                proposal = Proposal(proposal.tokens[: max(most - owes - 1, 0)])
+            if sequence.table.missing(len(sequence.tokens) + len(proposal.tokens)) > self._pool.free:
+                proposal = Proposal(threshold=proposal.threshold)
         start = len(sequence.tokens) - 1
         sequence.tokens += proposal.tokens
         sequence.drafts += [LOOKUP] * len(proposal.tokens)
@@ -394,9 +412,14 @@ class Scheduler:
             else:
                 return True
 
-    def _preempt(self, sequence: Sequence) -> None:
+    def _leave_lane(self, sequence: Sequence) -> None:
         self._running.pop(sequence)
-        self._lanes[sequence.variant].remove(sequence)
+        lane = self._lanes[sequence.variant]
+        lane.remove(sequence)
+        lane.running -= 1
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._leave_lane(sequence)
         sequence.drop_computed()
         sequence.status = Status.WAITING
         sequence.preemptions += 1
@@ -404,6 +427,8 @@ class Scheduler:
         self._preempted.append(sequence)
 
     def _last_stage(self, stage: int, rows: list[Row]) -> int:
+        if any(row.stage > stage for row in rows):
+            return self._plan.last  # a row that only confirms begins deeper: the tick goes on to where it is
         if self._policy == "queues" and any(row.may_leave for row in rows):
             return stage
         return self._plan.last

@@ -22,6 +22,7 @@ class LinearCost:
     tokens: float = 0.0  # weighted means
     seconds: float = 0.0
     each: float | None = None  # seconds of one more token where many are computed together
+    _warm: bool = False
     _spread: float = 0.0  # weighted sums of centred products
     _product: float = 0.0
 
@@ -30,6 +31,9 @@ class LinearCost:
         if tokens > PROMPT_TOKENS:
             each = seconds / tokens
             self.each = each if self.each is None else min(0.8 * self.each + 0.2 * each, _OUTLIER * self.each)
+            return
+        if not self._warm:  # a first run fills caches and tables
+            self._warm = True
             return
         if self.weight >= _KNOWN:
             seconds = min(seconds, _OUTLIER * self.of(tokens))

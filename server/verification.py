@@ -15,6 +15,7 @@ class Draw:
     logprob: float
     stage: int
     position: int
+    error: str | None = None  # why no token could be chosen
 
 
 def confirmed_draws(drafts: Items[int], stages: Items[int], truths: Items[Draw]) -> tuple[list[Draw], int]:

@@ -128,11 +128,14 @@ def test_at_most_so_many_tokens_owe_and_the_totals_add_up(tiny_model: LoadedMode
     assert passes == depth.block_passes < 60 * blocks / 2
 
 
-def test_scoring_with_backfill_reads_exits_over_exact_keys(tiny_model: LoadedModel) -> None:
+@pytest.mark.parametrize("run_through", [True, False])
+def test_scoring_with_backfill_reads_exits_over_exact_keys(
+    tiny_model: LoadedModel, run_through: bool
+) -> None:
     """What leaves early changes nothing behind it: every token left to the end scores as with exits off."""
     dice = random.Random(2)
     text = tuple(dice.randrange(256) for _ in range(120))
-    with running(tiny_model, max_num_batched_tokens=50, max_num_seqs=4) as bench:
+    with running(tiny_model, run_through=run_through, max_num_batched_tokens=50, max_num_seqs=4) as bench:
         plain = score(bench, text, OFF)
         backfilled = score(bench, text, BACKFILL)
         propagated = score(bench, text, ExitPolicy("approximate", threshold=0.5))
@@ -143,8 +146,9 @@ def test_scoring_with_backfill_reads_exits_over_exact_keys(tiny_model: LoadedMod
     assert any(backfilled[i].logprob != propagated[i].logprob for i in final)
 
 
-def test_backfilled_answers_repeat_when_scored(tiny_model: LoadedModel) -> None:
-    with running(tiny_model) as bench:
+@pytest.mark.parametrize("run_through", [True, False])
+def test_backfilled_answers_repeat_when_scored(tiny_model: LoadedModel, run_through: bool) -> None:
+    with running(tiny_model, run_through=run_through) as bench:
         start = next(t for t in range(256) if score(bench, (t, 0), BACKFILL)[1].exit == "final")
         heard = bench.answer(prompt=(start,), exits=BACKFILL, max_new_tokens=60)
         tokens = [t for e in heard.events if isinstance(e, StepEvent) for t in e.tokens]

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from exeunt.compression.variant import Variant
-from exeunt.server.drafting import LOOKUP, AdaptiveDrafter, Proposal
+from exeunt.server.drafting import LOOKUP, AdaptiveDrafter, ExitWorth, Proposal
 from exeunt.server.lookup import LookUp
 from exeunt.server.stage_costs import DraftCosts, LinearCost, StageCosts
 
@@ -45,8 +45,9 @@ def test_the_draft_costs_split_the_model_at_the_drafting_exit() -> None:
     for stage, seconds in enumerate((1e-3, 2e-3, 4e-3)):
         for tokens in (1, 3) * 100:
             costs.ran(variant, stage, tokens, seconds)  # costs do not depend on the size: all of it is fixed
-    costs.ticked(1, 5e-4)
-    costs.asked(variant, 1, 1, 1e-4)
+    for _ in range(2):  # a first run is not counted
+        costs.ticked(1, 5e-4)
+        costs.asked(variant, 1, 1, 1e-4)
     drafting = costs.drafting(variant, 1, 2)
     assert drafting.seen
     assert drafting.deep == pytest.approx(4e-3 / 2, rel=0.1)  # shared by two tokens
@@ -82,11 +83,11 @@ def outcome(costs: DraftCosts, right: float, steps: int = 2000) -> tuple[Adaptiv
     dice, drafter, asks = random.Random(3), AdaptiveDrafter(lambda: costs), 0
     tokens = [dice.randrange(1000) for _ in range(10)]
     for _ in range(steps):
+        drafter.worth.ticked()
         proposal = drafter.propose(tokens, 0, 10)
-        if proposal.threshold is not None:
-            asks += 1
-            if right >= proposal.threshold:
-                drafter.settled([1], int(dice.random() < right))
+        drafted = proposal.threshold is not None and right >= proposal.threshold
+        asks += proposal.threshold is not None
+        drafter.settled([1] if drafted else [], int(drafted and dice.random() < right))
         tokens.append(dice.randrange(1_000_000))
     return drafter, asks
 
@@ -108,3 +109,30 @@ def test_looked_up_tokens_are_taken_where_they_promise_more() -> None:
         drafter.settled([LOOKUP], 0)
     assert drafter.propose(text, 0, 10).tokens == ()
     assert AdaptiveDrafter(lambda: DraftCosts(seen=False)).propose(text, 0, 10) == Proposal()
+
+
+@pytest.mark.parametrize("streams", [1, 2, 4, 16])
+def test_right_drafts_are_kept_up_by_any_number_of_streams(streams: int) -> None:
+    """Outcomes come some steps after the asks; what many streams have asked meanwhile is no verdict."""
+    worth = ExitWorth()
+    drafters = [AdaptiveDrafter(lambda: CHEAP_ROWS, worth) for _ in range(streams)]
+    open_drafts, asks = [0] * streams, 0
+    for step in range(400):
+        worth.ticked()
+        for index, drafter in enumerate(drafters):
+            text = list(range(1000 * index, 1000 * index + step + 10))  # nothing to look up
+            proposal = drafter.propose(text, open_drafts[index], 10) if open_drafts[index] < 8 else Proposal()
+            if proposal.threshold is None:
+                drafter.settled([0] * open_drafts[index], open_drafts[index])
+                open_drafts[index] = 0
+            else:
+                asks, open_drafts[index] = asks + 1, open_drafts[index] + 1
+    assert asks > 0.8 * 400 * streams
+
+
+def test_wrong_drafts_are_given_up() -> None:
+    worth = ExitWorth()
+    for _ in range(40):
+        worth.ticked()
+        worth.judged(1, -1e-4)
+    assert not worth.may_ask()

@@ -70,7 +70,7 @@ def crowd(bench: Bench) -> list[Heard]:
                     top_k=dice.choice((0, 20)),
                     repetition_penalty=dice.choice((1.0, 1.2)),
                     seed=i,
-                    max_new_tokens=dice.choice((5, 20, 90)),
+                    max_new_tokens=dice.choice((5, 60, 90)),
                 )
             )
     return asked

@@ -1,7 +1,9 @@
 """Verified exits equal exits off, whatever is drafted, whoever is beside, however the work is cut."""
 
+import math
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -9,8 +11,9 @@ from hypothesis import strategies as st
 
 from exeunt.compression.model import LoadedModel
 from exeunt.compression.variant import Variant
-from exeunt.server.drafting import Drafter, FixedDrafter, Proposal
+from exeunt.server.drafting import LOOKUP, Drafter, FixedDrafter, Proposal
 from exeunt.server.request import ExitPolicy, GenerationRequest, StepEvent
+from exeunt.server.verification import Draw, confirmed_draws
 from tests.server.engine_bench import (
     BACKFILL,
     FULL,
@@ -222,3 +225,42 @@ def test_random_cancellations_of_drafting_answers_leave_nothing_behind(tiny_mode
                 bench.engine.cancel(f"r{dice.randint(1, i + 1)}")
         for heard in asked:
             heard.wait()
+
+
+@pytest.mark.parametrize("run_through", [True, False])
+@pytest.mark.parametrize("drafting", [0, 1])
+def test_a_drafted_end_of_text_is_confirmed_before_anything_follows(
+    tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch, run_through: bool, drafting: int
+) -> None:
+    """Texts may end at many tokens, so that exits often draft an end, right or wrong; others run beside them."""
+    model = replace(tiny_model, spec=replace(tiny_model.spec, eos_token_ids=tuple(range(0, 256, 6))))
+    monkeypatch.setattr(LoadedModel, "drafting_exit", property(lambda _: drafting))
+
+    def run(exits: ExitPolicy) -> list[tuple[list[int], str, str, list[float]]]:
+        with running(model, run_through=run_through, new_drafter=lambda _: FixedDrafter(0.0, 4)) as bench:
+            with bench.held():
+                asked = [
+                    bench.ask(prompt=PROMPT[i:], exits=exits, temperature=1.0, seed=i, ignore_eos=False)
+                    for i in range(6)
+                ]
+                beside = [bench.ask(exits=each, max_new_tokens=40) for each in (OFF, LEAVE)]
+            for one in beside:
+                assert len(one.wait().ids()) == 40
+            if exits is VERIFIED:
+                names = {f"block_{(1, 3)[drafting]}", "final"}
+                assert set().union(*(one.wait().finish.summary.depth.by_exit for one in asked)) <= names
+            return [told(one.wait()) for one in asked]
+
+    assert run(VERIFIED) == run(OFF)
+
+
+def test_what_full_depth_cannot_judge_behind_a_wrong_draft_is_no_error() -> None:
+    """A guess that makes no sense may give logits of no use; the answer does not contain it."""
+    truths = [Draw(5, -0.1, 2, 10), Draw(7, -0.2, 2, 11), Draw(-1, math.nan, 2, 12, "NaN")]
+    certain, accepted = confirmed_draws([5, 6], [0, LOOKUP], truths)
+    assert [(draw.token, draw.stage, draw.error) for draw in certain] == [(5, 0, None), (7, 2, None)]
+    assert accepted == 1
+    reached, accepted = confirmed_draws([5, 7], [0, LOOKUP], truths)
+    assert [draw.error for draw in reached] == [None, None, "NaN"]
+    assert accepted == 2
+    assert confirmed_draws([5, 7], [0, LOOKUP], truths[:2])[0][-1].stage == LOOKUP
