@@ -27,6 +27,12 @@ class ExitCosts:
     skipped_kv: float  # keys and values of one skipped block
 
 
+LEAST_SAVING: Final = 0.005
+"""Share of the blocks below which exits pay for nothing but themselves."""
+
+_NOTHING: Final = ExitCosts(0.0, 0.0, 0.0)
+
+
 @dataclass(frozen=True, slots=True)
 class ExitChoice:
     """The exits kept, by their place among the candidates, and what every single one would save by itself."""
@@ -70,11 +76,12 @@ def choose_exits(
 ) -> ExitChoice:
     """The one or two exits that save most on average over `targets`, each at its loosest threshold that looks safe.
 
-    Where none saves anything the deepest is kept, so that the bundle has an exit to be asked for. `depths` are the
+    Where none saves `LEAST_SAVING` the one that skips most blocks is kept, whatever it costs, so that the bundle has an
+    exit to be asked for, and the same one on every such machine. `depths` are the
     blocks passed at each exit of `view`, ascending. `advance` is told each of the `exit_sets` when it is judged.
     """
 
-    def saving(places: tuple[int, ...]) -> float:
+    def saving(places: tuple[int, ...], costs: ExitCosts = costs) -> float:
         seen = view.only(places)
         forecast = forecast_of(seen, certify_tokens, confidence)
         at = [depths[place] for place in places]
@@ -91,6 +98,6 @@ def choose_exits(
         advance(1)
     alone = tuple(savings[place,] for place in range(len(depths)))
     kept = max(savings, key=lambda several: savings[several])
-    if savings[kept] <= 0.0:
-        kept = (len(depths) - 1,)
+    if savings[kept] < LEAST_SAVING:  # the costs decide nothing any more, so their noise must not
+        kept = max(((place,) for place in range(len(depths))), key=lambda one: saving(one, _NOTHING))
     return ExitChoice(kept, savings[kept], alone)

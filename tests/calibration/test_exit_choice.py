@@ -57,8 +57,10 @@ def test_two_exits_are_kept_where_both_pay() -> None:
     assert choice.saving > max(choice.alone)
 
 
-def test_the_deepest_is_kept_where_none_pays() -> None:
-    seen = view((0.05, 0.5), (0.05, 0.5))
-    choice = choose_exits(seen, (3, 8), BLOCKS, ExitCosts(5.0, 5.0, 0.1), TARGETS, 2 * TOKENS, 0.95)
-    assert choice.kept == (1,)
-    assert choice.saving == 0.0
+@pytest.mark.parametrize("late", [0.3, 0.9])
+def test_where_none_pays_the_one_that_skips_most_is_kept_whatever_the_costs(late: float) -> None:
+    seen = view((0.3, 0.0), (late, 0.0))
+    dear = (ExitCosts(gate, 5.0, 0.1) for gate in (5.0, 6.0, 7.0))
+    chosen = [choose_exits(seen, (3, 8), BLOCKS, costs, TARGETS, 2 * TOKENS, 0.95) for costs in dear]
+    assert {choice.kept for choice in chosen} == {(0,) if late == 0.3 else (1,)}
+    assert {choice.saving for choice in chosen} == {0.0}
