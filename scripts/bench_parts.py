@@ -149,7 +149,7 @@ class _Batch:
             "own head": lambda: decoder.head(hidden),
             "draw": self._draw(decoder.head(hidden)),
         }
-        for head in self._model.exits[-1:]:
+        for head in [self._model.exits[place] for place in self._model.certified_exits][-1:]:
             parts |= self._exit_parts(decoder, head, hidden, blocks)
         return _in_turn(parts)
 
