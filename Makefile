@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check check-fast bench clean
+.PHONY: help serve test check check-fast bench gpu-check clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -33,6 +33,10 @@ bench: $(STAMP) ## measure the packaged model beside transformers, the parts of 
 	$(BIN)/python -m scripts.bench
 	$(BIN)/python -m scripts.bench_parts
 	$(BIN)/python -m scripts.bench_adaptive
+
+gpu-check: $(STAMP) ## on a machine with a CUDA GPU: the tests that need one, tokens against transformers, speed; JSON
+	$(BIN)/python -m pytest -q tests/server/test_sampling.py
+	$(BIN)/python -m scripts.gpu_check
 
 clean: ## remove the virtual environment, caches and build leftovers
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

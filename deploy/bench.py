@@ -57,6 +57,7 @@ class Trace:
 
     sent: float
     arrivals: list[float] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)  # where the tokens' own are known
     by_exit: dict[str, int] = field(default_factory=dict)
     depths: float = 0.0  # sum over tokens, blocks
     blocks: int = 0

@@ -145,6 +145,7 @@ class EngineDriver:
         def on_event(event: Event) -> None:
             if isinstance(event, StepEvent):
                 trace.arrivals.extend([time.perf_counter()] * len(event.tokens))
+                trace.ids.extend(token.id for token in event.tokens)
                 trace.depths += sum(token.depth for token in event.tokens)
                 return
             if isinstance(event, FinishEvent):
