@@ -57,13 +57,13 @@ class Trace:
 
     sent: float
     arrivals: list[float] = field(default_factory=list)
-    ids: list[int] = field(default_factory=list)  # where the tokens' own are known
     by_exit: dict[str, int] = field(default_factory=dict)
     depths: float = 0.0  # sum over tokens, blocks
     blocks: int = 0
     block_passes: int = 0  # block × pass pairs, as in the answer's `depth`
     drafts: int = 0
     drafts_accepted: int = 0
+    ids: list[int] = field(default_factory=list)  # the tokens', where the engine tells them
 
 
 @dataclass(frozen=True, slots=True)
