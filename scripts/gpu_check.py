@@ -85,7 +85,9 @@ def _speeds(driver: EngineDriver, reference: Any) -> dict[str, float]:
         driver.run(prompts, {"early_exit": OFF}, load)
         began = time.perf_counter()
         driver.run(prompts, {"early_exit": OFF}, load)
-        speeds[f"{streams} stream{'s' if streams > 1 else ''}"] = streams * TOKENS / (time.perf_counter() - began)
+        speeds[f"{streams} stream{'s' if streams > 1 else ''}"] = (
+            streams * TOKENS / (time.perf_counter() - began)
+        )
     ids = torch.tensor([driver.prompts(1, 64)[0]], device=reference.device)
     for _ in range(2):
         began = time.perf_counter()
