@@ -23,7 +23,7 @@ BUNDLE_SIGNS: Final = (
     "exits.safetensors",
     "linear_block.safetensors",
 )
-_HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")  # old models have no owner: gpt2
+_HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _FILE_ENDINGS: Final = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".json", ".zip", ".tar", ".gz")
 _MOST_DEFAULT_CACHE: Final = 2**30  # bytes, on a CPU: more must be asked for
 _SHARE_OF_MEMORY: Final = 0.25  # of a CPU machine's free memory that the cache takes unasked
