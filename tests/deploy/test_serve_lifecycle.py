@@ -216,8 +216,9 @@ def test_a_truncated_bundle_is_refused(bundle: Path, tmp_path: Path) -> None:
 
 
 def test_settings_that_do_not_fit_the_model_are_refused_before_serving(bundle: Path) -> None:
-    ended = run_to_end("serve", str(bundle), "--port", "0", "--default-compression", '{"early_exit": true}')
+    uncertified = '{"early_exit": {"mode": "approximate", "max_disagreement": 0.001}}'
+    ended = run_to_end("serve", str(bundle), "--port", "0", "--default-compression", uncertified)
     assert ended.returncode == 2, ended.stderr
     assert ended.stderr.count("\n") == 1, ended.stderr
     assert "--default-compression" in ended.stderr
-    assert "'verified'" in ended.stderr
+    assert "0.001" in ended.stderr
