@@ -1,8 +1,10 @@
 """The tensors of audits: exits' logits that wait for the full model's, passes run for an audit alone, comparisons."""
 
+import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Items
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +16,8 @@ from exeunt.server.audit import Audit, is_audited
 from exeunt.server.scheduler import Row
 from exeunt.server.sequence import Sequence
 from exeunt.server.tick_batch import Part, TickBatch, geometry_of, integers
+
+log = logging.getLogger("exeunt.engine")
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,59 +96,79 @@ class Auditor:
         chosen = [n for n, (_, row, position) in enumerate(leaving) if self._chooses(row.sequence, position)]
         if not chosen:
             return
-        began = time.perf_counter()
-        deeper = []
-        for n in chosen:
-            _, row, position = leaving[n]
-            if row.sequence.replays_exits:
-                deeper.append(n)
-            else:
-                self._held.setdefault(row.sequence, {})[position] = logits[n].clone()
-        if deeper:
-            parts = [Part(row, [position]) for _, row, position in (leaving[n] for n in deeper)]
-            states = batch.hidden[integers([leaving[n][0] for n in deeper], self._device)]
-            geometry = geometry_of(parts, self._device)
-            full = decoder.head(decoder.run_blocks(states, geometry, pages, blocks.start, blocks.stop))
-            for part, n, row_logits in zip(parts, deeper, full, strict=True):
-                self._comparisons.append(_Comparison(part.row, part.positions[0], logits[n], row_logits))
-                self._blocks.append((part.row, len(blocks)))
-        self._seconds += time.perf_counter() - began
+        with self._aside():
+            deeper = []
+            for n in chosen:
+                _, row, position = leaving[n]
+                if row.sequence.replays_exits:
+                    deeper.append(n)
+                else:
+                    self._held.setdefault(row.sequence, {})[position] = logits[n].clone()
+            if deeper:
+                exits = logits[integers(deeper, self._device)]
+                self._look_deeper([leaving[n] for n in deeper], exits, batch, decoder, pages, blocks)
+
+    def _look_deeper(
+        self,
+        leaving: Items[tuple[int, Row, int]],
+        exits: Tensor,
+        batch: TickBatch,
+        decoder: Decoder,
+        pages: KVPages,
+        blocks: range,
+    ) -> None:
+        """Run the blocks that tokens skip, for their audits alone; `exits` [leaving, vocab] are their logits."""
+        parts = [Part(row, [position]) for _, row, position in leaving]
+        states = batch.hidden[integers([index for index, _, _ in leaving], self._device)]
+        geometry = geometry_of(parts, self._device)
+        self._blocks += [(part.row, len(blocks)) for part in parts]
+        full = decoder.head(decoder.run_blocks(states, geometry, pages, blocks.start, blocks.stop))
+        for part, exit_logits, full_logits in zip(parts, exits, full, strict=True):
+            self._comparisons.append(_Comparison(part.row, part.positions[0], exit_logits, full_logits))
 
     def arrive(self, batch: TickBatch, decoder: Decoder) -> None:
         """The batch has passed all blocks: ask the model's own head about those of its tokens that wait for it."""
         if not self._held:
             return
-        began = time.perf_counter()
-        index, waited = [], []
-        for i, (row, position) in enumerate(batch.tokens()):
-            held = self._held.get(row.sequence)
-            if held is not None and position in held:
-                index.append(i)
-                waited.append((row, position, held.pop(position)))
-                if not held:
-                    del self._held[row.sequence]
-        if index:
-            full = decoder.head(batch.hidden[integers(index, self._device)])
-            self._comparisons += [
-                _Comparison(row, position, logits, row_logits)
-                for (row, position, logits), row_logits in zip(waited, full, strict=True)
-            ]
-        self._seconds += time.perf_counter() - began
+        with self._aside():
+            index, waited = [], []
+            for i, (row, position) in enumerate(batch.tokens()):
+                held = self._held.get(row.sequence)
+                if held is not None and position in held:
+                    index.append(i)
+                    waited.append((row, position, held.pop(position)))
+                    if not held:
+                        del self._held[row.sequence]
+            if index:
+                full = decoder.head(batch.hidden[integers(index, self._device)])
+                self._comparisons += [
+                    _Comparison(row, position, logits, row_logits)
+                    for (row, position, logits), row_logits in zip(waited, full, strict=True)
+                ]
 
     def end_tick(self, emitted: Callable[[Row, int], int | None]) -> TickAudits:
         """The tick's outcome. `emitted` says which token followed from a position, None where drawing it failed."""
-        comparisons, tokens = [], []
-        for each in self._comparisons:
-            token = emitted(each.row, each.position)
-            if token is not None:
-                comparisons.append(each)
-                tokens.append(token)
-        if not comparisons:
+        if not self._comparisons:
             return TickAudits([], self._blocks)
-        began = time.perf_counter()
-        found = _compare(comparisons, tokens)
-        self._seconds += time.perf_counter() - began
+        found: list[tuple[Row, Audit]] = []
+        with self._aside():
+            drawn = [(each, emitted(each.row, each.position)) for each in self._comparisons]
+            compared = [(each, token) for each, token in drawn if token is not None]
+            if compared:
+                found = _compare([each for each, _ in compared], [token for _, token in compared])
         return TickAudits(found, self._blocks)
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """Work that is timed apart, and whose failure costs audits and no answer."""
+        began = time.perf_counter()
+        try:
+            yield
+        except Exception as error:
+            log.error("a tick's audits are given up", exc_info=error)
+            self._comparisons = []
+        finally:
+            self._seconds += time.perf_counter() - began
 
     def _chooses(self, sequence: Sequence, position: int) -> bool:
         """Drafts of the verified mode are all compared anyway, and a scored text is nobody's answer."""

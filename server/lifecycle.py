@@ -32,6 +32,7 @@ from exeunt.server.runner import RowResult, Runner, Sampler
 from exeunt.server.scheduler import Scheduler, Tick
 from exeunt.server.sequence import Sequence, Status
 from exeunt.server.stages import StagePlan
+from exeunt.server.tolerant_drafter import TolerantDrafter
 from exeunt.server.verification import Draw, confirmed_draws
 
 log = logging.getLogger("exeunt.engine")
@@ -163,7 +164,7 @@ class Lifecycle:
             sequence.limit = min(len(tokens) + sampling.max_new_tokens, self._config.max_model_len)
             sequence.ends = frozenset() if sampling.ignore_eos else frozenset(self._model.spec.eos_token_ids)
             if request.exits.mode == "verified":
-                sequence.drafter = self._new_drafter(request)
+                sequence.drafter = TolerantDrafter(self._new_drafter(request), name)
         return sequence
 
     def note_scheduling(self) -> None:
@@ -194,8 +195,15 @@ class Lifecycle:
         self._scheduler.served(tick.variant, time.perf_counter() - began)
         for result in results:
             if result.row.sequence.status is Status.RUNNING:
-                self._apply(result)
+                self._apply_or_fail(result)
         self._metrics.flush()
+
+    def _apply_or_fail(self, result: RowResult) -> None:
+        owner = self._owner(result.row.sequence)
+        try:
+            self._apply(result)
+        except Exception as error:  # noqa: BLE001 - a bug met by one row is no trouble of the others
+            self._fail(owner, error)
 
     def _apply(self, result: RowResult) -> None:
         row, sequence = result.row, result.row.sequence
@@ -384,19 +392,21 @@ class Lifecycle:
         error_id = uuid.uuid4().hex[:12]
         log.error("request %s failed (error id %s)", job.request.id, error_id, exc_info=error)
         failure = FailureEvent("The request failed inside the server.", "internal", error_id)
+        if job.request.id not in self._jobs:
+            return
         if isinstance(job, ScoreJob):
             self._drop_score(job)
             self._tell_scores(job, failure)
-        elif job.request.id in self._jobs:
+        else:
             self._end_job(job, failure)
 
     def _fail_tick(self, tick: Tick, error: Exception) -> None:
         for row in tick.rows:
-            sequence = row.sequence
-            if sequence.status is Status.RUNNING:
-                self._fail(
-                    self._scoring[sequence] if sequence.scoring else self._answers[sequence].owner, error
-                )
+            if row.sequence.status is Status.RUNNING:
+                self._fail(self._owner(row.sequence), error)
+
+    def _owner(self, sequence: Sequence) -> Job | ScoreJob:
+        return self._scoring[sequence] if sequence.scoring else self._answers[sequence].owner
 
     def expire(self) -> None:
         """End the requests whose time is over."""

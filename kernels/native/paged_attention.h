@@ -251,8 +251,9 @@ Head new_head(const Q* query, int64_t n, float scale, vf* to, vf* mixed, int64_t
   return Head{to, mixed, vf{}, vf{}, -INFINITY, sum(total), 0, 0};
 }
 
+// Returns whether all it has written is finite.
 template <class KV, class Q>
-void finish_head(const Head& head, int64_t n, int64_t vectors, vf* ordered, Q* out) {
+bool finish_head(const Head& head, int64_t n, int64_t vectors, vf* ordered, Q* out) {
   const float inverse = 1.0f / sum(head.total), minimum = sum(head.minimum);
   for (int64_t i = 0; i < vectors; i++)
     head.mixed[i] = (KV::INT4 ? head.mixed[i] + minimum : head.mixed[i]) * inverse;
@@ -261,7 +262,12 @@ void finish_head(const Head& head, int64_t n, int64_t vectors, vf* ordered, Q* o
     join_pairs((const float*)x, n, (float*)ordered);
     x = ordered;
   }
-  for (int64_t i = 0; i < n; i += LANES) store(out + i, x[i / LANES], int(n - i < LANES ? n - i : LANES));
+  vf odd{};  // NaN where a value is not finite; what pads the last vector is 0
+  for (int64_t i = 0; i < n; i += LANES) {
+    store(out + i, x[i / LANES], int(n - i < LANES ? n - i : LANES));
+    odd += x[i / LANES] - x[i / LANES];
+  }
+  return sum(odd) == 0.0f;
 }
 
 template <class KV>
@@ -308,9 +314,12 @@ struct Attention {
       find_block<KV>(pages, table, kv_head, start, first, last, &block);
       attend_block<KV>(block, shape, state, all);
     }
+    bool finite = true;
     for (int64_t i = 0; i < all; i++)
-      finish_head<KV>(state[i], n, vectors, scratch.ordered.data(),
-                      out + ((token + i / group) * heads + kv_head * group + i % group) * n);
+      finite &= finish_head<KV>(state[i], n, vectors, scratch.ordered.data(),
+                                out + ((token + i / group) * heads + kv_head * group + i % group) * n);
+    // A value of a later token that is not finite has weight 0 for an earlier one, and 0 × NaN is NaN: each alone then.
+    for (int64_t i = 0; !finite && count > 1 && i < count; i++) attend_tokens(token + i, 1, row, kv_head, scratch);
   }
 
   // Tokens `token` to `last` - 1, cut where a row ends or positions jump.

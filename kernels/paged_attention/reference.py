@@ -70,14 +70,18 @@ def _attend(
         within, tables, torch.zeros_like(tables)
     )  # entries past the row's end may be anything
     keys, values = gather_kv(block, tables, context)  # [rows, kv_heads, context, head_dim]
-    # What no query sees may be unwritten memory, and 0 × NaN is NaN.
-    values = values.masked_fill(~seen.any(1)[:, None, :, None], 0.0)
+    # What a query does not see may be unwritten memory or a later token's overflow, and 0 × NaN is NaN: what is not
+    # finite is left out of the sum, and told to those that do see it.
+    finite = values.isfinite().all(-1)  # [rows, kv_heads, context]
+    values = values.masked_fill(~finite[..., None], 0.0)
+    broken = (seen[:, :, None] & ~finite[:, None]).any(-1)  # [rows, chunk, kv_heads]
     row_count, kv_heads = keys.shape[:2]
     heads, head_dim = inputs.shape[1:]
     grouped = inputs[tokens].reshape(row_count, -1, kv_heads, heads // kv_heads, head_dim)
     scores = torch.einsum("rqhgd,rhkd->rhgqk", grouped, keys) * scale
     scores = scores.masked_fill(~seen[:, None, None], float("-inf"))
     mixed = torch.einsum("rhgqk,rhkd->rqhgd", scores.softmax(-1), values)
+    mixed = mixed.masked_fill(broken[..., None, None], float("nan"))
     return mixed.reshape(row_count, -1, heads, head_dim)
 
 

@@ -11,7 +11,7 @@ from exeunt.kernels.native.library import native_library
 from exeunt.kernels.paged_attention import paged_attention
 from exeunt.kernels.paged_attention.reference import gather_kv, paged_attention_reference
 from exeunt.kernels.paged_batch import PagedBatch
-from exeunt.kernels.write_kv import rotate
+from exeunt.kernels.write_kv import rotate, write_kv
 
 Make = Callable[..., Any]
 ROWS = [[0, 1, 2, 3, 4], [33], [15, 16, 31, 40], [0], [47]]
@@ -129,6 +129,20 @@ def test_one_and_two_threads_agree(paged_problem: Make, int4: bool) -> None:
         assert torch.equal(paged_attention(problem.queries, problem.block, problem.batch, 0.2, None), alone)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("int4", [False, True])
+@pytest.mark.parametrize("attend", [paged_attention, paged_attention_reference])
+def test_what_a_later_token_wrote_reaches_no_earlier_one(
+    paged_problem: Make, attend: Callable[..., torch.Tensor], int4: bool
+) -> None:
+    problem = paged_problem([[4, 5, 6, 7, 8, 9]], heads=6, kv_heads=2, head_dim=48, int4=int4)
+    before = attend(problem.queries, problem.block, problem.batch, 0.2, None)
+    overflown = torch.full_like(problem.keys[0][7:8], torch.inf)
+    write_kv(overflown, overflown, problem.batch.slots[3:4], problem.block)
+    after = attend(problem.queries, problem.block, problem.batch, 0.2, None)
+    assert torch.equal(after[:3], before[:3])
+    assert not after[3:].isfinite().any()
 
 
 @pytest.mark.parametrize("int4", [False, True])

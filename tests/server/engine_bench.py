@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -158,15 +159,26 @@ def running(
         engine.stop()
 
 
-def score(bench: Bench, text: tuple[int, ...], exits: ExitPolicy) -> list[ScoredToken]:
-    done = threading.Event()
-    got: list[list[ScoredToken] | Event] = []
+def ask_score(
+    bench: Bench, text: tuple[int, ...], exits: ExitPolicy, variant: Variant = FULL
+) -> Future[list[ScoredToken]]:
+    """Have a text scored; the future fails where the engine reports a failure."""
+    found: Future[list[ScoredToken]] = Future()
 
     def on_done(outcome: list[ScoredToken] | Event) -> None:
-        got.append(outcome)
-        done.set()
+        if isinstance(outcome, list):
+            found.set_result(outcome)
+        else:
+            found.set_exception(ScoreError(outcome))
 
-    bench.engine.score(ScoreRequest("s", text, FULL, exits), on_done)
-    assert done.wait(WAIT_S)
-    assert isinstance(got[0], list)
-    return got[0]
+    bench.count += 1
+    bench.engine.score(ScoreRequest(f"s{bench.count}", text, variant, exits), on_done)
+    return found
+
+
+class ScoreError(Exception):
+    """A text could not be scored; holds the event that said so."""
+
+
+def score(bench: Bench, text: tuple[int, ...], exits: ExitPolicy) -> list[ScoredToken]:
+    return ask_score(bench, text, exits).result(WAIT_S)

@@ -1,9 +1,12 @@
 """Audits: what they say is true, what they count adds up, and nothing else changes by them."""
 
+import inspect
+
 import pytest
 import torch
 from torch import Tensor
 
+from exeunt.compression.decoder import Decoder
 from exeunt.compression.kv_format import KVPages, page_bytes_for
 from exeunt.compression.model import LoadedModel
 from exeunt.compression.variant import Variant
@@ -298,3 +301,27 @@ def test_cancelled_answers_leave_no_logits_behind(tiny_model: LoadedModel) -> No
             bench.engine.cancel(f"r{number}")
         for heard in asked:
             heard.wait()
+
+
+@pytest.mark.parametrize("where", ["_look_deeper", "arrive"])
+def test_a_failing_audit_costs_no_answer(
+    tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, where: str
+) -> None:
+    """No memory for the second opinion: the answers are as without audits, and so is what is kept afterwards."""
+    exits = LEAVE if where == "_look_deeper" else BACKFILL
+    with running(tiny_model, max_num_seqs=4) as bench:
+        plain = spoken(mixed(bench, exits))
+    decoder = type(tiny_model.decoder(FULL))
+    head = decoder.head
+
+    def fails(self: Decoder, hidden: Tensor) -> Tensor:
+        frames = {frame.function for frame in inspect.stack(0)}
+        if where in frames:
+            raise MemoryError("no room for a second opinion")
+        return head(self, hidden)
+
+    monkeypatch.setattr(decoder, "head", fails)
+    with running(tiny_model, max_num_seqs=4, audit_share=1.0) as bench:
+        assert spoken(mixed(bench, exits)) == plain
+        assert counted(bench).audited_tokens == 0
+    assert "audits are given up" in caplog.text

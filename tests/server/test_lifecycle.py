@@ -6,6 +6,7 @@ import time
 import pytest
 
 from exeunt.compression.model import LoadedModel
+from exeunt.server.lifecycle import Lifecycle
 from exeunt.server.request import (
     Event,
     FailureEvent,
@@ -16,7 +17,18 @@ from exeunt.server.request import (
 )
 from exeunt.server.runner import RowResult, Runner
 from exeunt.server.scheduler import Tick
-from tests.server.engine_bench import FULL, INT4_KV, LEAVE, LINEAR, OFF, PROMPT, WAIT_S, running, score
+from tests.server.engine_bench import (
+    FULL,
+    INT4_KV,
+    LEAVE,
+    LINEAR,
+    OFF,
+    PROMPT,
+    WAIT_S,
+    ScoreError,
+    running,
+    score,
+)
 
 
 def test_totals_are_the_block_calls_that_happened(tiny_model: LoadedModel) -> None:
@@ -171,6 +183,34 @@ def test_an_exception_in_a_tick_fails_its_requests_and_the_engine_lives_on(
         assert failure.kind == "internal"
         monkeypatch.undo()
         assert len(bench.answer().ids()) == 24
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_an_exception_in_what_follows_a_tick_fails_one_request_alone(
+    tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """A bug that only some rows meet: the others of their ticks go on, and nothing is kept of those that met it."""
+    apply = Lifecycle._apply
+
+    def meets_it(lives: Lifecycle, result: RowResult) -> None:
+        chosen = result.row.sequence.name in ("r2/0", "s4")
+        if chosen and when == "before":
+            raise LookupError("a bug")
+        apply(lives, result)
+        if chosen:
+            raise LookupError("a bug")
+
+    monkeypatch.setattr(Lifecycle, "_apply", meets_it)
+    with running(tiny_model, max_num_seqs=4) as bench:
+        with bench.held():
+            asked = [bench.ask(seed=i, temperature=1.0) for i in range(3)]
+        assert [len(asked[i].wait().ids()) for i in (0, 2)] == [24, 24]
+        failure = asked[1].wait().events[-1]
+        assert isinstance(failure, FailureEvent)
+        assert failure.error_id
+        if when == "before":
+            with pytest.raises(ScoreError, match="internal"):
+                score(bench, PROMPT, OFF)
 
 
 def test_a_caller_that_raises_loses_only_its_own_request(tiny_model: LoadedModel) -> None:

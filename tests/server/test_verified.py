@@ -254,6 +254,40 @@ def test_a_drafted_end_of_text_is_confirmed_before_anything_follows(
     assert run(VERIFIED) == run(OFF)
 
 
+class Broken:
+    """Drafts well until one of its two ways fails it."""
+
+    def __init__(self, inner: Drafter, fails: str) -> None:
+        self._inner, self._fails, self._left = inner, fails, 5
+
+    def _use(self, what: str) -> None:
+        self._left -= what == self._fails
+        if self._left == 0:
+            raise ZeroDivisionError(what)
+
+    def propose(self, tokens: Sequence[int], drafted: int, room: int) -> Proposal:
+        self._use("propose")
+        return self._inner.propose(tokens, drafted, room)
+
+    def settled(self, stages: Sequence[int], accepted: int) -> None:
+        self._use("settled")
+        self._inner.settled(stages, accepted)
+
+
+@pytest.mark.parametrize("fails", ["propose", "settled"])
+def test_a_drafter_that_fails_ends_drafting_and_no_answer(
+    tiny_model: LoadedModel, fails: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with running(tiny_model) as bench:
+        plain = bench.answer(max_new_tokens=60)
+    text = [*PROMPT, *plain.ids()]
+    with running(tiny_model, new_drafter=lambda _: Broken(Oracle(text, 4), fails)) as bench:
+        drafted = bench.answer(exits=VERIFIED, max_new_tokens=60)
+    assert told(drafted) == told(plain)
+    assert 0 < drafted.finish.summary.depth.drafts < 30
+    assert caplog.text.count("is drafted for no more") == 1
+
+
 def test_what_full_depth_cannot_judge_behind_a_wrong_draft_is_no_error() -> None:
     """A guess that makes no sense may give logits of no use; the answer does not contain it."""
     truths = [Draw(5, -0.1, 2, 10), Draw(7, -0.2, 2, 11), Draw(-1, math.nan, 2, 12, "NaN")]

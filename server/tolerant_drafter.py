@@ -1,0 +1,38 @@
+"""A drafter whose faults end its drafting and nothing else: drafts never change an answer, so none can be missed."""
+
+import logging
+from collections.abc import Sequence as Items
+
+from exeunt.server.drafting import Drafter, Proposal
+
+log = logging.getLogger("exeunt.engine")
+
+
+class TolerantDrafter:
+    """Does as `drafter` does until that raises; from then on it drafts nothing."""
+
+    def __init__(self, drafter: Drafter, name: str) -> None:
+        """`name` is that of the sequence, for the log."""
+        self._drafter: Drafter | None = drafter
+        self._name = name
+
+    def propose(self, tokens: Items[int], drafted: int, room: int) -> Proposal:
+        if self._drafter is None:
+            return Proposal()
+        try:
+            return self._drafter.propose(tokens, drafted, room)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the answer does not need it
+            self._give_up(error)
+            return Proposal()
+
+    def settled(self, stages: Items[int], accepted: int) -> None:
+        if self._drafter is None:
+            return
+        try:
+            self._drafter.settled(stages, accepted)
+        except Exception as error:  # noqa: BLE001 - as above
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        self._drafter = None
+        log.error("%s is drafted for no more: its drafter has failed", self._name, exc_info=error)
