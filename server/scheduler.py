@@ -333,10 +333,8 @@ class Scheduler:
                     continue
                 row = self._next_row(sequence, left)
                 if rows and row.tokens > left:  # it takes others along; in the next tick it comes first
-                    sequence.reject_drafts(sequence.looked_up_from)
                     break
                 if not self._make_room(sequence, row.stop, taken):
-                    sequence.reject_drafts(sequence.looked_up_from)
                     continue
                 del ready[sequence]
                 taken.add(sequence)
@@ -375,6 +373,7 @@ class Scheduler:
         """The next step of a sequence whose exits are drafts; drafts that were looked up are taken in.
 
         These are guesses: they get what is left of the tick's `most` tokens and of the free pages, and displace nobody.
+        So a row with guesses always finds room, and the tick that asked for it runs it.
         """
         room, owes = sequence.room, sequence.owes
         if room <= 0:  # nothing more can follow: what waits is to be confirmed

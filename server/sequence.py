@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from exeunt.compression.variant import Variant
-from exeunt.server.drafting import LOOKUP, Drafter
+from exeunt.server.drafting import Drafter
 from exeunt.server.pages import PageTable
 from exeunt.server.request import DepthTotals, ExitPolicy
 
@@ -107,14 +107,6 @@ class Sequence:
     def put_back(self, stage: int, positions: Items[int]) -> None:
         """Note that `positions` wait in front of `stage` (their states are the runner's)."""
         self.pending.setdefault(stage, []).extend(positions)
-
-    @property
-    def looked_up_from(self) -> int:
-        """How many drafts come before those, at the end, that no stage has seen yet."""
-        count = len(self.drafts)
-        while count and self.drafts[count - 1] == LOOKUP:
-            count -= 1
-        return count
 
     def reject_drafts(self, kept: int) -> None:
         """Drop all drafts but the first `kept`, with what was computed of them and after them."""

@@ -66,6 +66,13 @@ def test_look_up_finds_what_followed_the_longest_match() -> None:
     assert LookUp().find([5, 6, 7, 5, 6], 3, 4) == ()
 
 
+def test_look_up_takes_in_nothing_that_may_be_rejected() -> None:
+    look_up = LookUp()
+    assert look_up.find([1, 2, 3, 7, 8], 2, 5) == ()
+    assert look_up.find([1, 2, 3, 4, 3, 7], 0, 5) == ()  # 3 7 stood there as a draft only
+    assert look_up.find([1, 2, 3, 4, 3, 7, 1, 2], 0, 3) == (3, 4, 3)
+
+
 def test_look_up_learns_how_long_a_guess_pays() -> None:
     look = LookUp()
     for _ in range(60):

@@ -297,3 +297,15 @@ def test_a_sequence_admitted_first_is_never_preempted_by_a_later_one() -> None:
     while stage.step() is not None:
         pass
     assert first.preemptions == 0
+
+
+def test_who_waits_longest_is_judged_by_the_stage_that_it_waits_at() -> None:
+    stage = Stage(max_num_seqs=2)
+    stage.dice.random = lambda: 1.0  # type: ignore[method-assign]  # nobody leaves
+    row, came = Row(stage.add(1, 9, exits=LEAVE), [], 0), 0.0
+    while row.stage != 1 and (tick := stage.step()) is not None:
+        row, came = tick.rows[0], stage.now
+    assert (row.stage, row.since) == (1, came)
+    stage.step()
+    assert (row.stage, row.since) == (2, stage.now)
+    assert row.since > came

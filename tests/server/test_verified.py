@@ -11,8 +11,11 @@ from hypothesis import strategies as st
 
 from exeunt.compression.model import LoadedModel
 from exeunt.compression.variant import Variant
+from exeunt.server.answer import Answer
 from exeunt.server.drafting import LOOKUP, Drafter, FixedDrafter, Proposal
+from exeunt.server.lifecycle import Lifecycle
 from exeunt.server.request import ExitPolicy, GenerationRequest, StepEvent
+from exeunt.server.scheduler import Tick
 from exeunt.server.verification import Draw, confirmed_draws
 from tests.server.engine_bench import (
     BACKFILL,
@@ -252,6 +255,45 @@ def test_a_drafted_end_of_text_is_confirmed_before_anything_follows(
             return [told(one.wait()) for one in asked]
 
     assert run(VERIFIED) == run(OFF)
+
+
+@pytest.mark.parametrize("run_through", [True, False])
+def test_drafts_owe_no_more_than_early_tokens_may(
+    tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch, run_through: bool
+) -> None:
+    """A drafter without end: the eighth position that owes makes the next pass a deep one."""
+    owed: list[int] = []
+    run = Lifecycle.run
+
+    def watched(lives: Lifecycle, tick: Tick) -> None:
+        run(lives, tick)
+        owed.extend(row.sequence.owes for row in tick.rows)
+
+    monkeypatch.setattr(Lifecycle, "run", watched)
+    with running(tiny_model, run_through=run_through, new_drafter=lambda _: FixedDrafter(0.0, 99)) as bench:
+        bench.answer(exits=VERIFIED, max_new_tokens=80)
+    assert max(owed) == 8
+
+
+def test_a_rejected_drafts_pages_are_given_back(
+    tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once full depth has judged, a sequence holds pages for its certain tokens only."""
+    spare: list[int] = []
+    verify = Lifecycle._verify
+
+    def watched(lives: Lifecycle, answer: Answer, draws: tuple[Draw, ...], stop: int) -> None:
+        verify(lives, answer, draws, stop)
+        table, tokens = answer.sequence.table, len(answer.sequence.tokens)
+        if table.pages:
+            spare.append(len(table.pages) - -(-tokens // table.page_tokens))
+
+    monkeypatch.setattr(Lifecycle, "_verify", watched)
+    wrong = [*PROMPT, *[1] * 60]
+    with running(tiny_model, new_drafter=lambda _: Oracle(wrong, 1)) as bench:
+        bench.answer(exits=VERIFIED, max_new_tokens=60)
+    assert len(spare) > 20
+    assert max(spare) == 0
 
 
 class Broken:
