@@ -13,7 +13,7 @@ from torch import Tensor
 from exeunt.compression.decoder import Decoder
 from exeunt.compression.kv_format import KVPages
 from exeunt.server.audit import Audit, is_audited
-from exeunt.server.scheduler import Row
+from exeunt.server.row import Row
 from exeunt.server.sequence import Sequence
 from exeunt.server.tick_batch import Part, TickBatch, geometry_of, integers
 

@@ -29,9 +29,10 @@ from exeunt.server.request import (
     StepEvent,
 )
 from exeunt.server.runner import RowResult, Runner, Sampler
-from exeunt.server.scheduler import Scheduler, Tick
+from exeunt.server.scheduler import Scheduler
 from exeunt.server.sequence import Sequence, Status
 from exeunt.server.stages import StagePlan
+from exeunt.server.tick import Tick
 from exeunt.server.tolerant_drafter import TolerantDrafter
 from exeunt.server.verification import Draw, confirmed_draws
 

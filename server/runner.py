@@ -18,10 +18,11 @@ from exeunt.compression.variant import Variant
 from exeunt.server.audit import Audit
 from exeunt.server.auditor import Auditor
 from exeunt.server.request import SamplingParams
+from exeunt.server.row import Row
 from exeunt.server.sampling import RowSampling, sample
-from exeunt.server.scheduler import Row, Tick
 from exeunt.server.sequence import Sequence
 from exeunt.server.stages import StagePlan
+from exeunt.server.tick import Tick
 from exeunt.server.tick_batch import Part, TickBatch, geometry_of, integers, without
 from exeunt.server.verification import Draw
 

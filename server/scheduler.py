@@ -3,108 +3,23 @@
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from itertools import islice
 from typing import Final
 
 from exeunt.compression.variant import Variant
-from exeunt.server.drafting import LOOKUP, Drafter, Proposal
+from exeunt.server.lane import Lane
 from exeunt.server.pages import OutOfPagesError, PagePool
+from exeunt.server.row import Row
+from exeunt.server.row_choice import next_row
 from exeunt.server.sequence import Sequence, Status
-from exeunt.server.stage_choice import SchedulingPolicy, StageQueue, choose_stage
+from exeunt.server.stage_choice import SchedulingPolicy, choose_stage
 from exeunt.server.stage_costs import StageCosts
 from exeunt.server.stages import StagePlan
+from exeunt.server.tick import Tick
 
 MAX_OVERTAKEN: Final = 8  # a sequence that waits for pages is passed by so many smaller ones, and no more
 LEAST_CHUNK: Final = 8  # tokens of a prompt that a tick takes in at least, whoever waits for it
 _LOOKAHEAD: Final = 16  # how far down the queue a smaller one is looked for
-
-
-@dataclass(slots=True, eq=False)
-class Row:
-    """One pass of one sequence: its next token(s), with what of it waits in front of the stages on the way.
-
-    `positions` begin at stage 0; a row that begins deeper has none and takes up what waits there. A `deep` row goes to
-    the model's end and takes everything along; at exits it passes its token may still be emitted.
-    """
-
-    sequence: Sequence
-    positions: list[int]
-    stop: int  # one past the last position of the pass
-    stage: int = 0
-    deep: bool = False
-    threshold: float | None = None  # the confidence at which its token leaves; None: it asks no gate
-    since: float = 0.0  # when it came to its stage, on the scheduler's clock
-    left: set[int] = field(default_factory=set)  # positions whose logits came from an exit
-
-    @property
-    def tokens(self) -> int:
-        """Tokens that the row brings to its stage, or, if it is deep, to the deepest."""
-        sequence = self.sequence
-        if self.deep:
-            return len(self.positions) + sequence.owes
-        return len(self.positions) + len(sequence.pending.get(self.stage, ()))
-
-    @property
-    def yields_token(self) -> bool:
-        """Whether a token follows from the pass."""
-        return not self.positions or self.sequence.yields_token(self.positions)
-
-    @property
-    def may_leave(self) -> bool:
-        """Whether a token of this row may leave at an exit: a decode step, a text to score, or exits to replay."""
-        sequence = self.sequence
-        return self.threshold is not None or (sequence.replays_exits and bool(sequence.left_at))
-
-
-@dataclass(frozen=True, slots=True)
-class Tick:
-    """A batch of rows of one variant that run stages up to `last_stage` together, each from its own stage on."""
-
-    variant: Variant
-    first_stage: int
-    last_stage: int
-    rows: tuple[Row, ...]
-
-    @property
-    def tokens(self) -> int:
-        return sum(row.tokens for row in self.rows)
-
-
-@dataclass(slots=True)
-class _Lane:
-    """The rows and sequences of one variant: who is ready to start a pass, and who waits at each deeper stage."""
-
-    decoding: dict[Sequence, float] = field(default_factory=dict)  # since when, on the scheduler's clock
-    prefilling: dict[Sequence, float] = field(default_factory=dict)
-    deeper: list[dict[Sequence, Row]] = field(default_factory=list)  # [stage - 1]
-    served_s: float = 0.0  # time this variant has had; the least served variant runs next
-    running: int = 0  # sequences admitted and not ended
-
-    def deepest(self) -> int | None:
-        """The deepest stage at which a row waits, None when nothing does."""
-        for stage in range(len(self.deeper), 0, -1):
-            if self.deeper[stage - 1]:
-                return stage
-        return 0 if self.decoding or self.prefilling else None
-
-    def queues(self) -> list[StageQueue]:
-        """The stages in front of which rows wait; each holds its rows in the order in which they came."""
-        found = []
-        ready = len(self.decoding) + len(self.prefilling)
-        if ready:
-            oldest = min(next(iter(some.values())) for some in (self.decoding, self.prefilling) if some)
-            found.append(StageQueue(0, ready, oldest))
-        for stage, waiting in enumerate(self.deeper, start=1):
-            if waiting:
-                found.append(StageQueue(stage, len(waiting), next(iter(waiting.values())).since))
-        return found
-
-    def remove(self, sequence: Sequence) -> None:
-        self.decoding.pop(sequence, None)
-        self.prefilling.pop(sequence, None)
-        for waiting in self.deeper:
-            waiting.pop(sequence, None)
 
 
 class Scheduler:
@@ -153,7 +68,7 @@ class Scheduler:
         self._budget = max(max_num_batched_tokens, 1)
         self._waiting: deque[Sequence] = deque()
         self._running: dict[Sequence, None] = {}  # in admission order, the youngest last
-        self._lanes: dict[Variant, _Lane] = {}
+        self._lanes: dict[Variant, Lane] = {}
         self._admissions = 0
         self._preempted: list[Sequence] = []
         self._newly_admitted: list[Sequence] = []
@@ -263,7 +178,7 @@ class Scheduler:
                 return Tick(variant, stage, self._last_stage(stage, rows), tuple(rows))
         return None
 
-    def _next_stage(self, variant: Variant, lane: _Lane) -> int:
+    def _next_stage(self, variant: Variant, lane: Lane) -> int:
         queues = lane.queues()
         if len(queues) == 1:
             return queues[0].stage
@@ -291,10 +206,10 @@ class Scheduler:
     def _served(self, variant: Variant) -> float:
         return self._lanes[variant].served_s
 
-    def _lane(self, variant: Variant) -> _Lane:
+    def _lane(self, variant: Variant) -> Lane:
         lane = self._lanes.get(variant)
         if lane is None:
-            lane = self._lanes[variant] = _Lane(deeper=[{} for _ in range(self._plan.stages - 1)])
+            lane = self._lanes[variant] = Lane(deeper=[{} for _ in range(self._plan.stages - 1)])
         return lane
 
     def _enter_lane(self, sequence: Sequence) -> None:
@@ -308,7 +223,7 @@ class Scheduler:
         lane = self._lanes[sequence.variant]
         (lane.prefilling if sequence.prefilling else lane.decoding)[sequence] = self._clock()
 
-    def _take_deeper(self, lane: _Lane, stage: int) -> list[Row]:
+    def _take_deeper(self, lane: Lane, stage: int) -> list[Row]:
         rows: list[Row] = []
         budget = self._budget
         waiting = lane.deeper[stage - 1]
@@ -320,7 +235,7 @@ class Scheduler:
             rows.append(waiting.pop(sequence))
         return rows
 
-    def _take_ready(self, lane: _Lane) -> list[Row]:
+    def _take_ready(self, lane: Lane) -> list[Row]:
         """Decode steps first, then chunks of prompts with what the token budget leaves (never nothing)."""
         rows: list[Row] = []
         taken: set[Sequence] = set()
@@ -331,7 +246,7 @@ class Scheduler:
                     break
                 if sequence not in ready:  # preempted while this tick was put together
                     continue
-                row = self._next_row(sequence, left)
+                row = next_row(sequence, left, max_owed=self._max_owed, free_pages=self._pool.free)
                 if rows and row.tokens > left:  # it takes others along; in the next tick it comes first
                     break
                 if not self._make_room(sequence, row.stop, taken):
@@ -355,42 +270,6 @@ class Scheduler:
         step = sum(cost.of(tokens) for cost in stages)
         each = max(sum(cost.each or 0.0 for cost in stages), 1e-9)
         return min(room, max(int(step / each), LEAST_CHUNK))
-
-    def _next_row(self, sequence: Sequence, most: int) -> Row:
-        """The next pass of a sequence: up to `most` tokens of its prefill, or a decode step."""
-        if sequence.prefilling or sequence.scoring:
-            positions = list(sequence.next_positions(most))
-            threshold = sequence.exits.threshold if sequence.scoring else None
-            return Row(sequence, positions, positions[-1] + 1, threshold=threshold)
-        if sequence.drafter is not None:
-            return self._drafting_row(sequence, sequence.drafter, most)
-        positions = list(sequence.next_positions(1))
-        deep = sequence.owes >= self._max_owed
-        threshold = sequence.exits.threshold if positions[0] >= sequence.prompt_tokens else None
-        return Row(sequence, positions, positions[-1] + 1, deep=deep, threshold=threshold)
-
-    def _drafting_row(self, sequence: Sequence, drafter: Drafter, most: int) -> Row:
-        """The next step of a sequence whose exits are drafts; drafts that were looked up are taken in.
-
-        These are guesses: they get what is left of the tick's `most` tokens and of the free pages, and displace nobody.
-        So a row with guesses always finds room, and the tick that asked for it runs it.
-        """
-        room, owes = sequence.room, sequence.owes
-        if room <= 0:  # nothing more can follow: what waits is to be confirmed
-            return Row(sequence, [], sequence.computed, stage=min(sequence.pending), deep=True)
-        proposal = _GO_DEEP
-        if room > 1 and owes < self._max_owed and len(sequence.tokens) > sequence.prompt_tokens:
-            proposal = drafter.propose(sequence.tokens, len(sequence.drafts), room - 1)
-            if proposal.tokens:
-                proposal = Proposal(proposal.tokens[: max(most - owes - 1, 0)])
-            if sequence.table.missing(len(sequence.tokens) + len(proposal.tokens)) > self._pool.free:
-                proposal = Proposal(threshold=proposal.threshold)
-        start = len(sequence.tokens) - 1
-        sequence.tokens += proposal.tokens
-        sequence.drafts += [LOOKUP] * len(proposal.tokens)
-        positions = list(range(start, len(sequence.tokens)))
-        threshold = None if proposal.tokens else proposal.threshold
-        return Row(sequence, positions, positions[-1] + 1, deep=threshold is None, threshold=threshold)
 
     def _make_room(self, sequence: Sequence, tokens: int, taken: set[Sequence]) -> bool:
         """Get pages for a sequence's first `tokens` positions, preempting younger ones; False if it must wait."""
@@ -431,9 +310,6 @@ class Scheduler:
         if self._policy == "queues" and any(row.may_leave for row in rows):
             return stage
         return self._plan.last
-
-
-_GO_DEEP: Final = Proposal()
 
 
 def _missing(sequence: Sequence) -> int:

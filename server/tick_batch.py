@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from exeunt.kernels.paged_batch import PagedBatch
-from exeunt.server.scheduler import Row
+from exeunt.server.row import Row
 
 
 @dataclass(slots=True, eq=False)

@@ -166,7 +166,7 @@ def noted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Audit]]:
 def full_logits(model: LoadedModel, tokens: list[int]) -> Tensor:
     """Logits [tokens, vocab] of a full-depth pass, without an engine."""
     from exeunt.server.pages import PagePool, PageTable
-    from exeunt.server.scheduler import Row
+    from exeunt.server.row import Row
 
     size = page_bytes_for(model.spec, model.dtype)
     layout = model.kv_layout(FULL, size)

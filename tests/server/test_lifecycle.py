@@ -16,7 +16,7 @@ from exeunt.server.request import (
     StepEvent,
 )
 from exeunt.server.runner import RowResult, Runner
-from exeunt.server.scheduler import Tick
+from exeunt.server.tick import Tick
 from tests.server.engine_bench import (
     FULL,
     INT4_KV,

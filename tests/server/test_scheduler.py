@@ -9,9 +9,11 @@ from hypothesis import strategies as st
 from exeunt.compression.variant import Variant
 from exeunt.server.pages import PagePool, PageTable
 from exeunt.server.request import ExitPolicy
-from exeunt.server.scheduler import MAX_OVERTAKEN, Row, Scheduler, Tick
+from exeunt.server.row import Row
+from exeunt.server.scheduler import MAX_OVERTAKEN, Scheduler
 from exeunt.server.sequence import Sequence, Status
 from exeunt.server.stages import StagePlan
+from exeunt.server.tick import Tick
 
 FULL, SMALL = Variant(), Variant("int4", "int4")
 PAGE_TOKENS = {FULL: 4, SMALL: 12}

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from exeunt.compression.variant import Variant
 from exeunt.server.pages import PagePool, PageTable
 from exeunt.server.request import ExitPolicy
-from exeunt.server.scheduler import LEAST_CHUNK, Row, Scheduler
+from exeunt.server.row import Row
+from exeunt.server.scheduler import LEAST_CHUNK, Scheduler
 from exeunt.server.sequence import Sequence
 from exeunt.server.stage_choice import StageQueue, choose_stage
 from exeunt.server.stage_costs import StageCosts

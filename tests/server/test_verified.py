@@ -15,7 +15,7 @@ from exeunt.server.answer import Answer
 from exeunt.server.drafting import LOOKUP, Drafter, FixedDrafter, Proposal
 from exeunt.server.lifecycle import Lifecycle
 from exeunt.server.request import ExitPolicy, GenerationRequest, StepEvent
-from exeunt.server.scheduler import Tick
+from exeunt.server.tick import Tick
 from exeunt.server.verification import Draw, confirmed_draws
 from tests.server.engine_bench import (
     BACKFILL,
