@@ -18,9 +18,7 @@ from exeunt.server.audit import DEFAULT_SHARE
 from exeunt.server.stage_choice import SchedulingPolicy
 
 ENV_PREFIX: Final = "EXEUNT_"
-_OTHERS: Final = frozenset(
-    {"EXEUNT_NATIVE", "EXEUNT_SHARED", "EXEUNT_PUBLISHED_PORT"}
-)  # of kernels, tests, compose
+_OTHERS: Final = frozenset({"EXEUNT_NATIVE", "EXEUNT_PUBLISHED_PORT"})  # of kernels, compose
 
 
 def _comma_separated(value: Any) -> Any:

@@ -24,7 +24,7 @@ def one_thread() -> Iterator[None]:
 
 def _shared() -> Path:
     beside = Path(__file__).resolve().parents[2] / "shared"
-    return Path(os.environ.get("EXEUNT_SHARED", beside))
+    return Path(os.environ.get("SHARED_FOLDER", beside))
 
 
 @pytest.fixture(scope="session")
@@ -32,7 +32,7 @@ def shared_models() -> Path:
     """The folder of small real checkpoints, where there is one."""
     folder = _shared() / "models"
     if not folder.is_dir():
-        pytest.skip("needs the folder of small real checkpoints (set EXEUNT_SHARED to its parent)")
+        pytest.skip("needs the folder of small real checkpoints (set SHARED_FOLDER to its parent)")
     return folder
 
 
@@ -41,5 +41,5 @@ def shared_data() -> Path:
     """The folder of real texts, where there is one."""
     folder = _shared() / "data"
     if not folder.is_dir():
-        pytest.skip("needs the folder of real texts (set EXEUNT_SHARED to its parent)")
+        pytest.skip("needs the folder of real texts (set SHARED_FOLDER to its parent)")
     return folder

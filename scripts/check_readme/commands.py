@@ -58,10 +58,7 @@ def _check_variable(name: str) -> None:
         return
     from exeunt.server.settings import Settings
 
-    known = {f"EXEUNT_{field.upper()}" for field in Settings.model_fields} | {
-        "EXEUNT_NATIVE",
-        "EXEUNT_SHARED",
-    }
+    known = {f"EXEUNT_{field.upper()}" for field in Settings.model_fields} | {"EXEUNT_NATIVE"}
     if name not in known:
         raise ShownWrongError(f"there is no variable {name}")
 
