@@ -176,6 +176,21 @@ def token_text(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
     return _decode(tokenizer, [token_id], skip_special_tokens=False)
 
 
+class TokenPieces:
+    """Each token's own text (`token_text`), worked out once and kept."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._pieces: dict[int, str] = {}
+
+    def of(self, token_id: int) -> str:
+        """The token as it is printed alone."""
+        piece = self._pieces.get(token_id)
+        if piece is None:
+            piece = self._pieces[token_id] = token_text(self._tokenizer, token_id)
+        return piece
+
+
 _SPELLINGS: WeakKeyDictionary[PreTrainedTokenizerBase, Spelling | None] = WeakKeyDictionary()
 
 

@@ -1,7 +1,6 @@
 """Requests' lives: begun, run tick by tick, finished, cancelled, timed out or failed. All on the engine's thread."""
 
 import copy
-import heapq
 import logging
 import time
 import uuid
@@ -12,9 +11,10 @@ from exeunt.compression.model import LoadedModel
 from exeunt.server.answer import Answer, Job, ScoreJob
 from exeunt.server.audit import AuditBook
 from exeunt.server.block_account import BlockAccount
-from exeunt.server.detokenizer import StreamDetokenizer, token_text
+from exeunt.server.detokenizer import StreamDetokenizer, TokenPieces
 from exeunt.server.drafting import Drafter
 from exeunt.server.engine_config import EngineConfig
+from exeunt.server.jobs import Jobs
 from exeunt.server.metrics import Metrics
 from exeunt.server.pages import PagePool, PageTable
 from exeunt.server.request import (
@@ -30,6 +30,7 @@ from exeunt.server.request import (
 )
 from exeunt.server.runner import RowResult, Runner, Sampler
 from exeunt.server.scheduler import Scheduler
+from exeunt.server.scores import Scores
 from exeunt.server.sequence import Sequence, Status
 from exeunt.server.stages import StagePlan
 from exeunt.server.tick import Tick
@@ -38,9 +39,8 @@ from exeunt.server.verification import Draw, confirmed_draws
 
 log = logging.getLogger("exeunt.engine")
 
-_GAUGE_INTERVAL_S = (
-    0.05  # scrapes come every few seconds; setting gauges every tick would cost more than it shows
-)
+# Scrapes come every few seconds; setting gauges every tick would cost more than it shows.
+_GAUGE_INTERVAL_S = 0.05
 
 
 class Lifecycle:
@@ -67,61 +67,37 @@ class Lifecycle:
         self._model, self._config, self._metrics = model, config, metrics
         self._plan, self._scheduler, self._runner, self._pool = plan, scheduler, runner, pool
         self._new_drafter, self._audits = new_drafter, audits
-        self._on_started, self._on_ended = on_started, on_ended
-        self._tokenizer = copy.deepcopy(
-            model.tokenizer
-        )  # not safe to share, and the API's threads use the model's
-        self._jobs: dict[str, Job | ScoreJob] = {}
+        # a tokenizer is not safe to share, and the API's threads use the model's
+        self._tokenizer = copy.deepcopy(model.tokenizer)
+        self._pieces = TokenPieces(self._tokenizer)
+        self._jobs = Jobs(on_started, on_ended)
         self._answers: dict[Sequence, Answer] = {}
-        self._scoring: dict[Sequence, ScoreJob] = {}
-        self._deadlines: list[tuple[float, str]] = []
-        self._pieces: dict[int, str] = {}
+        self._scores = Scores(plan, self._jobs, scheduler, runner, pool, self._pieces)
         self._gauges_at = 0.0
-        self._running = 0  # requests under way that have left the queue
 
     @property
     def holds_nothing(self) -> bool:
         """Whether no request is under way and nothing of one is kept."""
         return (
-            not (self._jobs or self._answers or self._scoring or self._pool.used)
+            not (self._jobs or self._answers or self._scores or self._pool.used)
             and self._runner.holds_nothing
         )
 
     @property
     def under_way(self) -> bool:
+        """Whether a request is between its submission and its end."""
         return bool(self._jobs)
 
     def next_deadline(self) -> float | None:
         """When the next request times out, on the `time.monotonic` clock."""
-        return self._deadlines[0][0] if self._deadlines else None
-
-    def _closed(self, request_id: str) -> None:
-        job = self._jobs.pop(request_id, None)
-        if job is None:
-            return
-        if job.started:
-            self._running -= 1
-        else:
-            self._on_started()  # it leaves the queue without having run
-        while self._deadlines and self._deadlines[0][1] not in self._jobs:
-            heapq.heappop(self._deadlines)
-        self._on_ended()
-
-    def _starts(self, job: Job | ScoreJob) -> bool:
-        """Note that a request runs; false where it did before, and was preempted."""
-        if job.started:
-            return False
-        job.started = True
-        self._running += 1
-        self._on_started()
-        return True
+        return self._jobs.next_deadline()
 
     def begin(self, request: GenerationRequest, on_event: Callable[[Event], None]) -> None:
         """Queue a request's answers."""
         job = Job(request, on_event)
-        self._jobs[request.id] = job
+        self._jobs.add(job)
         for choice in range(request.n):
-            sequence = self._sequence(f"{request.id}/{choice}", request, list(request.prompt_token_ids))
+            sequence = self._sequence(request, choice)
             detokenizer = StreamDetokenizer(self._tokenizer, request.sampling.stop, request.prompt_token_ids)
             account = BlockAccount(sequence.totals, self._metrics)
             answer = Answer(job, sequence, choice, detokenizer, account)
@@ -131,54 +107,37 @@ class Lifecycle:
             self._runner.enter(sequence, Sampler(request.sampling, choice))
             self._scheduler.add(sequence)
         self._metrics.compression_request(request)
-        if request.deadline is not None:
-            heapq.heappush(self._deadlines, (request.deadline, request.id))
 
     def begin_score(
         self, request: ScoreRequest, on_done: Callable[[list[ScoredToken] | Event], None]
     ) -> None:
-        sequence = self._sequence(request.id, request, list(request.token_ids), scoring=True)
-        job = ScoreJob(request, on_done, sequence)
-        self._jobs[request.id] = job
-        self._scoring[sequence] = job
-        self._scheduler.add(sequence)
+        """Queue a text to be scored; `on_done` gets its tokens, or a FailureEvent."""
         self._metrics.compression_request(request)
-        if len(request.token_ids) < 2:  # nothing to predict
-            self._finish_score(job)
-            return
-        if request.deadline is not None:
-            heapq.heappush(self._deadlines, (request.deadline, request.id))
+        self._scores.begin(request, on_done)
 
-    def _sequence(
-        self,
-        name: str,
-        request: GenerationRequest | ScoreRequest,
-        tokens: list[int],
-        *,
-        scoring: bool = False,
-    ) -> Sequence:
+    def _sequence(self, request: GenerationRequest, choice: int) -> Sequence:
+        sampling, tokens = request.sampling, list(request.prompt_token_ids)
+        name = f"{request.id}/{choice}"
         table = PageTable(self._pool, self._runner.page_tokens(request.variant))
-        sequence = Sequence(name, request.variant, request.exits, tokens, len(tokens), table, scoring)
+        sequence = Sequence(name, request.variant, request.exits, tokens, len(tokens), table)
         sequence.totals.blocks = self._plan.blocks
-        if isinstance(request, GenerationRequest):
-            sampling = request.sampling
-            sequence.limit = min(len(tokens) + sampling.max_new_tokens, self._config.max_model_len)
-            sequence.ends = frozenset() if sampling.ignore_eos else frozenset(self._model.spec.eos_token_ids)
-            if request.exits.mode == "verified":
-                sequence.drafter = TolerantDrafter(self._new_drafter(request), name)
+        sequence.limit = min(len(tokens) + sampling.max_new_tokens, self._config.max_model_len)
+        sequence.ends = frozenset() if sampling.ignore_eos else frozenset(self._model.spec.eos_token_ids)
+        if request.exits.mode == "verified":
+            sequence.drafter = TolerantDrafter(self._new_drafter(request), name)
         return sequence
 
     def note_scheduling(self) -> None:
         """Tell the metrics what the scheduler has just admitted and preempted."""
         for sequence in self._scheduler.take_admitted():
-            if sequence in self._scoring:
-                self._starts(self._scoring[sequence])
+            if sequence.scoring:
+                self._jobs.starts(self._scores.job(sequence))
                 continue
             answer, now = self._answers[sequence], time.monotonic()
             if answer.started is None:
                 answer.started = now
             request = answer.owner.request
-            if self._starts(answer.owner):
+            if self._jobs.starts(answer.owner):
                 self._metrics.started(now - request.arrival, len(request.prompt_token_ids))
         for sequence in self._scheduler.take_preempted():
             self._runner.forget_states(sequence)
@@ -187,6 +146,7 @@ class Lifecycle:
             self._metrics.preempted()
 
     def run(self, tick: Tick) -> None:
+        """Run a tick and carry out what it comes to. A row that fails takes its own request with it, no other."""
         began = time.perf_counter()
         try:
             results = self._runner.run(tick)
@@ -209,7 +169,7 @@ class Lifecycle:
     def _apply(self, result: RowResult) -> None:
         row, sequence = result.row, result.row.sequence
         if sequence.scoring:
-            self._note_scores(sequence, result)
+            self._scores.note(result)
         else:
             ended = result.waits_at is None and all(draw.error is None for draw in result.draws)
             self._answers[sequence].account.ran(sequence, result.pairs, result.passes, ended=ended)
@@ -225,7 +185,7 @@ class Lifecycle:
         if result.waits_at is not None:
             self._scheduler.move_on(row, result.waits_at)
         elif sequence.scoring and not sequence.prefilling:
-            self._finish_score(self._scoring[sequence])
+            self._scores.finish(self._scores.job(sequence))
         else:
             self._scheduler.finish_pass(sequence)
 
@@ -271,7 +231,7 @@ class Lifecycle:
             return
         sequence, request, now = answer.sequence, answer.owner.request, time.monotonic()
         depth, name = self._plan.stop(draw.stage), self._plan.exit_name(draw.stage)
-        token = EmittedToken(draw.token, self._piece(draw.token), draw.logprob, depth, name)
+        token = EmittedToken(draw.token, self._pieces.of(draw.token), draw.logprob, depth, name)
         sequence.tokens.append(draw.token)
         sequence.left_at.append(draw.stage)
         answer.count(token)
@@ -296,12 +256,6 @@ class Lifecycle:
             return ""
         return answer.detokenizer.push(token_id)
 
-    def _piece(self, token_id: int) -> str:
-        piece = self._pieces.get(token_id)
-        if piece is None:
-            piece = self._pieces[token_id] = token_text(self._tokenizer, token_id)
-        return piece
-
     def _finish(self, answer: Answer, reason: FinishReason) -> None:
         job = answer.owner
         answer.account.close(answer.sequence.generated)
@@ -311,7 +265,7 @@ class Lifecycle:
         if job.running == 0:
             tokens = sum(other.sequence.generated for other in job.answers)
             self._metrics.finished(tokens, summary.total_s)
-            self._closed(job.request.id)
+            self._jobs.close(job.request.id)
         self._metrics.flush()  # whoever has the answer finds it counted
         self._tell(job, FinishEvent(answer.choice, answer.detokenizer.finish(), summary))
 
@@ -320,32 +274,6 @@ class Lifecycle:
             self._scheduler.remove(answer.sequence)
         self._runner.leave(answer.sequence)
         self._answers.pop(answer.sequence, None)
-
-    def _note_scores(self, sequence: Sequence, result: RowResult) -> None:
-        job = self._scoring[sequence]
-        for score in result.scores:
-            at = score.position + 1
-            token_id = sequence.tokens[at]
-            stage = score.stage
-            job.scores[at] = ScoredToken(
-                token_id,
-                self._piece(token_id),
-                score.logprob,
-                self._plan.stop(stage),
-                self._plan.exit_name(stage),
-            )
-
-    def _finish_score(self, job: ScoreJob) -> None:
-        tokens = job.request.token_ids
-        first = [ScoredToken(tokens[0], self._piece(tokens[0]), None, None, None)] if tokens else []
-        self._drop_score(job)
-        self._tell_scores(job, first + [job.scores[at] for at in range(1, len(tokens))])
-
-    def _drop_score(self, job: ScoreJob) -> None:
-        self._scheduler.remove(job.sequence)
-        self._runner.leave(job.sequence)
-        self._scoring.pop(job.sequence, None)
-        self._closed(job.request.id)
 
     def _tell(self, job: Job, event: Event) -> None:
         try:
@@ -356,12 +284,6 @@ class Lifecycle:
                 job.on_event = _ignore
                 self.cancel(job.request.id, FinishReason.CANCELLED)
 
-    def _tell_scores(self, job: ScoreJob, outcome: list[ScoredToken] | Event) -> None:
-        try:
-            job.on_done(outcome)
-        except Exception:  # noqa: BLE001 - a caller that is gone is no trouble of the others
-            log.warning("the caller of %s is gone", job.request.id)
-
     def cancel(self, request_id: str, reason: FinishReason) -> None:
         """End a request as it stands: its answers finish with `reason`, a text being scored fails."""
         job = self._jobs.get(request_id)
@@ -369,22 +291,25 @@ class Lifecycle:
             return
         kind: Literal["timeout", "cancelled"] = "timeout" if reason is FinishReason.TIMEOUT else "cancelled"
         if isinstance(job, ScoreJob):
-            self._drop_score(job)
-            self._tell_scores(job, FailureEvent(f"The request was {_ENDED[reason]}.", kind))
+            self._scores.fail(job, FailureEvent(f"The request was {_ENDED[reason]}.", kind))
             return
         if reason is FinishReason.TIMEOUT and not job.spoken:
-            self._end_job(job, FailureEvent("The request timed out before its first token.", "timeout"))
+            self._let_go(job, FailureEvent("The request timed out before its first token.", "timeout"))
             return
         for answer in list(job.answers):
             if answer.sequence.status is not Status.FINISHED:
                 self._finish(answer, reason)
 
-    def _end_job(self, job: Job, failure: FailureEvent) -> None:
+    def _let_go(self, job: Job | ScoreJob, failure: FailureEvent) -> None:
+        """End a request with a failure, free what it holds, and tell its caller."""
+        if isinstance(job, ScoreJob):
+            self._scores.fail(job, failure)
+            return
         for answer in job.answers:
             if answer.sequence.status is not Status.FINISHED:
                 answer.account.close(answer.sequence.generated)
             self._release(answer)
-        self._closed(job.request.id)
+        self._jobs.close(job.request.id)
         self._metrics.flush()
         self._tell(job, failure)
 
@@ -395,11 +320,7 @@ class Lifecycle:
         failure = FailureEvent("The request failed inside the server.", "internal", error_id)
         if job.request.id not in self._jobs:
             return
-        if isinstance(job, ScoreJob):
-            self._drop_score(job)
-            self._tell_scores(job, failure)
-        else:
-            self._end_job(job, failure)
+        self._let_go(job, failure)
 
     def _fail_tick(self, tick: Tick, error: Exception) -> None:
         for row in tick.rows:
@@ -407,25 +328,20 @@ class Lifecycle:
                 self._fail(self._owner(row.sequence), error)
 
     def _owner(self, sequence: Sequence) -> Job | ScoreJob:
-        return self._scoring[sequence] if sequence.scoring else self._answers[sequence].owner
+        return self._scores.job(sequence) if sequence.scoring else self._answers[sequence].owner
 
     def expire(self) -> None:
         """End the requests whose time is over."""
-        now = time.monotonic()
-        while self._deadlines and self._deadlines[0][0] <= now:
-            _, request_id = heapq.heappop(self._deadlines)
+        for request_id in self._jobs.expired(time.monotonic()):
             self.cancel(request_id, FinishReason.TIMEOUT)
 
     def abandon(self, failure: FailureEvent) -> None:
         """Fail every request under way, and hold nothing any more."""
-        for job in list(self._jobs.values()):
-            if isinstance(job, ScoreJob):
-                self._drop_score(job)
-                self._tell_scores(job, failure)
-            else:
-                self._end_job(job, failure)
+        for job in self._jobs:
+            self._let_go(job, failure)
 
     def set_gauges(self, *, force: bool) -> None:
+        """Export what is running and held now; without `force` only where that was done some time ago."""
         now = time.monotonic()
         if not force and now - self._gauges_at < _GAUGE_INTERVAL_S:
             return
@@ -434,8 +350,8 @@ class Lifecycle:
         for sequence in self._scheduler.running_sequences():
             used[sequence.variant.kv_cache] += len(sequence.table.pages)
         self._metrics.gauges(
-            self._running,
-            len(self._jobs) - self._running,
+            self._jobs.running,
+            self._jobs.waiting,
             self._scheduler.rows_waiting(),
             {name: pages / self._pool.num_pages for name, pages in used.items()},
         )
