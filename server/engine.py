@@ -15,7 +15,8 @@ from exeunt.compression.kv_format import page_bytes_for
 from exeunt.compression.model import LoadedModel
 from exeunt.compression.variant import Variant
 from exeunt.server.audit import AuditBook, AuditTotals
-from exeunt.server.drafting import AdaptiveDrafter, Drafter, ExitWorth
+from exeunt.server.drafters import AdaptiveDrafters
+from exeunt.server.drafting import Drafter
 from exeunt.server.engine_config import EngineConfig
 from exeunt.server.exit_guard import ExitGuard
 from exeunt.server.lifecycle import Lifecycle
@@ -36,8 +37,6 @@ from exeunt.server.stage_costs import DraftCosts, StageCosts
 from exeunt.server.stages import StagePlan
 
 log = logging.getLogger("exeunt.engine")
-
-_COSTS_KEPT = 16  # ticks
 
 
 class QueueFullError(Exception):
@@ -104,36 +103,15 @@ class Engine:
             certified=model.certified_exits,
             drafting=model.drafting_exit,
         )
-        page_bytes = page_bytes_for(model.spec, model.dtype)
-        count = max(config.kv_cache_bytes // page_bytes, 1)
-        arena = torch.zeros(count * page_bytes, dtype=torch.uint8, device=model.device)
-        self._page_bytes = page_bytes
+        self._page_bytes = page_bytes_for(model.spec, model.dtype)
+        self._pool = PagePool(max(config.kv_cache_bytes // self._page_bytes, 1))
         self._costs = StageCosts()
         self._stage_seconds = 0.0  # of the tick under way
-        self._ticks = 0
-        self._drafting: dict[Variant, DraftCosts] = {}
-        self._exit_worth: dict[Variant, ExitWorth] = {}
-        self._pool = PagePool(count)
-        self._runner = Runner(model, self.plan, arena, page_bytes, self._note_stages, config.audit_share)
+        self._scheduler = self._new_scheduler()
+        self._runner = self._new_runner(model)
         self._guard = guard
         self._audits = AuditBook(metrics, None if guard is None else guard.observe)
-        self._scheduler = Scheduler(
-            self.plan,
-            self._pool,
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-            policy=config.scheduling,
-            costs=self._costs,
-            longest_wait=config.longest_wait_s,
-        )
-        self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._loop, name="exeunt-engine", daemon=True)
-        self._lock = threading.Lock()
-        self._queued = 0  # requests submitted whose first sequence has not started; guarded by the lock
-        self._accepting = True
-        self._stopping = False
-        self._open = 0  # requests accepted and not ended; guarded by the lock
-        self._failed = False
+        self._drafters = AdaptiveDrafters(self.plan, self._costs)
         self._lives = Lifecycle(
             model,
             config,
@@ -142,11 +120,36 @@ class Engine:
             self._scheduler,
             self._runner,
             self._pool,
-            new_drafter=new_drafter or self._adaptive_drafter,
+            new_drafter=new_drafter or self._drafters.new,
             on_started=self._unqueue,
             on_ended=self._close,
             audits=self._audits,
         )
+        self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._loop, name="exeunt-engine", daemon=True)
+        self._lock = threading.Lock()
+        self._queued = 0  # requests submitted whose first sequence has not started; guarded by the lock
+        self._open = 0  # requests accepted and not ended; guarded by the lock
+        self._accepting = True
+        self._stopping = False
+        self._failed = False
+
+    def _new_scheduler(self) -> Scheduler:
+        config = self._config
+        return Scheduler(
+            self.plan,
+            self._pool,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            policy=config.scheduling,
+            costs=self._costs,
+            longest_wait=config.longest_wait_s,
+        )
+
+    def _new_runner(self, model: LoadedModel) -> Runner:
+        arena = torch.zeros(self._pool.num_pages * self._page_bytes, dtype=torch.uint8, device=model.device)
+        share = self._config.audit_share
+        return Runner(model, self.plan, arena, self._page_bytes, self._note_stages, share)
 
     # -- any thread --
 
@@ -202,6 +205,10 @@ class Engine:
     def audit_totals(self) -> AuditTotals:
         """Sums over all audits so far."""
         return self._audits.totals
+
+    def draft_costs(self, variant: Variant) -> DraftCosts:
+        """What drafting costs at present, by what was seen of this variant; for reports, and exact when idle."""
+        return self._drafters.costs(variant)
 
     def drain(self, timeout_s: float) -> bool:
         """Take no more requests and wait until those taken are finished; False if some were left at the time-out."""
@@ -281,20 +288,6 @@ class Engine:
             self._costs.asked(run.variant, run.stages[-1], run.gated, run.gate_seconds)
         self._stage_seconds += run.seconds
 
-    def _adaptive_drafter(self, request: GenerationRequest) -> Drafter:
-        variant = request.variant
-        worth = self._exit_worth.setdefault(variant, ExitWorth())
-        return AdaptiveDrafter(lambda: self.draft_costs(variant), worth)
-
-    def draft_costs(self, variant: Variant) -> DraftCosts:
-        """The costs of drafting as they stood within the last few ticks: they change slowly and are asked often."""
-        costs = self._drafting.get(variant)
-        if costs is None or not costs.seen:
-            costs = self._drafting[variant] = self._costs.drafting(
-                variant, self.plan.drafting or 0, self.plan.last
-            )
-        return costs
-
     def _loop(self) -> None:
         try:
             while not self._stopping:
@@ -306,11 +299,7 @@ class Engine:
                 if tick is not None:
                     self._lives.run(tick)
                     self._costs.ticked(len(tick.rows), time.perf_counter() - began - self._stage_seconds)
-                    self._ticks += 1
-                    for worth in self._exit_worth.values():
-                        worth.ticked()
-                    if self._ticks % _COSTS_KEPT == 0:
-                        self._drafting.clear()
+                    self._drafters.ticked()
                 self._lives.set_gauges(force=tick is None)
         except Exception as error:  # noqa: BLE001 - callers must hear of it, or they wait for ever
             self._give_up(error)
