@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import BeforeValidator, ByteSize, Field, SecretStr, ValidationError
-from pydantic_core import PydanticUndefined, from_json
+from pydantic_core import PydanticUndefined
 from pydantic_settings import (
     BaseSettings,
     NoDecode,
@@ -13,6 +13,7 @@ from pydantic_settings import (
 )
 
 from exeunt.server.api.schemas import CompressionOptions
+from exeunt.server.api.strict_json import RepeatedKeyError, parse_json
 from exeunt.server.api.validation import requirement, shown
 from exeunt.server.audit import DEFAULT_SHARE
 from exeunt.server.stage_choice import SchedulingPolicy
@@ -29,7 +30,9 @@ def _comma_separated(value: Any) -> Any:
 
 def _json_object(value: Any) -> Any:
     try:
-        return from_json(value) if isinstance(value, str) else value
+        return parse_json(value) if isinstance(value, str) else value
+    except RepeatedKeyError:
+        raise
     except ValueError as error:
         raise ValueError('it must be a JSON object such as {"kv_cache": "full"}') from error
 

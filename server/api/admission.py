@@ -18,7 +18,7 @@ async def generation_request(body: GenerateBody, service: Service) -> Generation
     _check_sampling(body, service)
     compression = applied_compression(body.compression, service)
     prompt = await _tokens(service, body.prompt, body.prompt_token_ids, "prompt", "prompt_token_ids")
-    _check_length(len(prompt), body.max_new_tokens, service.config.max_model_len)
+    _check_length(len(prompt), body.max_new_tokens, service.config.max_model_len, _prompt_field(body))
     return GenerationRequest(
         id=f"gen-{secrets.token_hex(12)}",
         prompt_token_ids=tuple(prompt),
@@ -51,7 +51,7 @@ async def score_request(body: ScoreBody, service: Service) -> ScoreRequest:
         raise bad_request(
             f"The text has {len(tokens)} tokens; the limit is {limit}, score it in parts.",
             code="too_long",
-            param="text",
+            param=text_field(body),
         )
     return ScoreRequest(
         f"score-{secrets.token_hex(12)}", tuple(tokens), compression.variant, compression.exits, deadline
@@ -67,8 +67,16 @@ def applied_compression(options: CompressionOptions | None, service: Service) ->
     return AppliedCompression(found.variant, service.engine.guarded(found.exits))
 
 
-def admit(submit: Callable[[], None]) -> None:
-    """Hand a request to the engine; its refusals become 429, 503 and 400."""
+def text_field(body: ScoreBody) -> str:
+    """The name of the field that holds the text to score."""
+    return "text" if body.token_ids is None else "token_ids"
+
+
+def admit(submit: Callable[[], None], *, param: str) -> None:
+    """Hand a request to the engine; its refusals become 429, 503 and 400.
+
+    `param` names the field to blame for a request that needs more memory than there is.
+    """
     try:
         submit()
     except QueueFullError as error:
@@ -76,7 +84,7 @@ def admit(submit: Callable[[], None]) -> None:
     except EngineStoppedError as error:
         raise draining() from error
     except RequestTooLargeError as error:
-        raise bad_request(str(error), code="too_long", param="max_new_tokens") from error
+        raise bad_request(str(error), code="too_long", param=param) from error
 
 
 def failure(event: FailureEvent) -> ApiError:
@@ -138,6 +146,11 @@ def check_ids(ids: Sequence[int], vocab_size: int, name: str) -> None:
             )
 
 
+def _prompt_field(body: GenerateBody) -> str:
+    """The name of the field that holds the prompt."""
+    return "prompt" if body.prompt_token_ids is None else "prompt_token_ids"
+
+
 def _check_sampling(body: GenerateBody, service: Service) -> None:
     if body.min_new_tokens > body.max_new_tokens:
         raise bad_request(
@@ -151,12 +164,12 @@ def _check_sampling(body: GenerateBody, service: Service) -> None:
         )
 
 
-def _check_length(prompt_tokens: int, max_new_tokens: int, limit: int) -> None:
+def _check_length(prompt_tokens: int, max_new_tokens: int, limit: int, field: str) -> None:
     if prompt_tokens >= limit:
         raise bad_request(
             f"The prompt has {prompt_tokens} tokens; the limit for prompt and answer together is {limit}: shorten it.",
             code="too_long",
-            param="prompt",
+            param=field,
         )
     if prompt_tokens + max_new_tokens > limit:
         raise bad_request(

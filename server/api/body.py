@@ -8,12 +8,12 @@ from typing import Any, Final
 
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
-from pydantic_core import from_json
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from exeunt.server.api.errors import CLIENT_CLOSED_REQUEST, ApiError
 from exeunt.server.api.outcome import outcome_of
+from exeunt.server.api.strict_json import parse_json
 
 DISCARD_S: Final = 2.0  # how long a body that is refused is read on
 DISCARD_TIMES: Final = 4  # and how much of it, in limits
@@ -64,7 +64,7 @@ class BodyLimit:
 
 
 class StrictJSONRequest(Request):
-    """A request whose JSON is parsed with limits: depth, length of numbers, valid Unicode."""
+    """A request whose JSON is parsed as `strict_json` does."""
 
     async def body(self) -> bytes:
         """The whole body; raises ApiError where the client left before it had sent it, which is counted as that."""
@@ -80,7 +80,7 @@ class StrictJSONRequest(Request):
         """The parsed body; raises JSONDecodeError."""
         body = await self.body()
         try:
-            return from_json(body)
+            return parse_json(body)
         except ValueError as error:
             raise json.JSONDecodeError(str(error), "", 0) from error
 

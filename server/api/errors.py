@@ -95,14 +95,16 @@ def bad_request(message: str, *, code: str = "invalid_value", param: str | None 
 def internal_error(error_id: str) -> ApiError:
     """A 500 that names the id under which the log has the details."""
     return ApiError(
-        500, f"The server has a bug; its log has the details under {error_id}.", code="internal_error"
+        500,
+        f"The server has a bug; its log has the details under error id {error_id}.",
+        code="internal_error",
     )
 
 
 def log_bug(error: BaseException, where: str) -> str:
     """Log an unexpected exception and return the id it is logged under."""
-    error_id = f"err-{uuid.uuid4().hex[:12]}"
-    logger.error("%s: %s failed: %r", error_id, where, error, exc_info=error)
+    error_id = uuid.uuid4().hex[:12]
+    logger.error("%s failed (error id %s)", where, error_id, exc_info=error)
     return error_id
 
 

@@ -79,7 +79,7 @@ class LiveGeneration:
 
     def submit(self) -> None:
         """Queue the request; raises ApiError 400, 429 or 503."""
-        admit(lambda: self.service.engine.submit(self.request, self._inbox.put))
+        admit(lambda: self.service.engine.submit(self.request, self._inbox.put), param="max_new_tokens")
 
     def attend(self, http: Request) -> Attendance:
         """Notice from now on when the client leaves."""

@@ -8,7 +8,7 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
-from exeunt.server.api.admission import admit, failure, score_request, timed_out
+from exeunt.server.api.admission import admit, failure, score_request, text_field, timed_out
 from exeunt.server.api.answers import applied, perplexity, score_depth
 from exeunt.server.api.body import StrictJSONRoute
 from exeunt.server.api.compression import AppliedCompression
@@ -43,7 +43,7 @@ async def score(
     outcome = outcome_of(http.scope)
     request = await score_request(body, service)
     inbox: Inbox[Outcome] = Inbox()
-    admit(lambda: service.engine.score(request, inbox.put))
+    admit(lambda: service.engine.score(request, inbox.put), param=text_field(body))
     try:
         with Attendance(http.receive, inbox):
             tokens = await _outcome(inbox, request)

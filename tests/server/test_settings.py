@@ -67,6 +67,10 @@ def test_the_key_is_not_printed() -> None:
         ({"audit_share": "nan"}, '--audit-share is "nan"; it must be a finite number'),
         ({"request_timeout": "0"}, '--request-timeout is "0"; it must be above 0'),
         ({"weights": "int8"}, "--weights is \"int8\"; it must be 'int4', 'full' or 'both'"),
+        (
+            {"default_compression": '{"kv_cache": "int4", "kv_cache": "full"}'},
+            r'--default-compression is "{\"kv_cache\": \"int4\", \"kv_cache\": \"full\"}"; the key "kv_cache" is given twice',
+        ),
         ({"default_compression": '{"kv": 1}'}, "--default-compression (kv) is 1; "),
         ({"default_compression": '{"linear_block": 1}'}, "--default-compression (linear_block) is 1; "),
     ],

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import time
 from collections.abc import Callable
 from typing import Any
@@ -210,6 +211,7 @@ def test_a_request_beyond_the_cache_is_a_400(client: httpx.Client, engine: Any) 
     response = client.post("/generate", json={"prompt": "x"})
     assert response.status_code == 400
     assert "32" in error_of(response)["message"]
+    assert error_of(response)["param"] == "max_new_tokens"
 
 
 @pytest.mark.parametrize(
@@ -267,6 +269,6 @@ def test_a_bug_is_a_500_with_an_id_that_is_in_the_log(
     assert response.status_code == 500
     message = error_of(response)["message"]
     error_id = message.rstrip(".").split()[-1]
-    assert error_id.startswith("err-")
+    assert re.fullmatch(r"[0-9a-f]{12}", error_id), "as the engine's own ids are"
     assert error_id in caplog.text
     assert "secret" not in message

@@ -9,6 +9,9 @@ from typing import Any
 import httpx
 import pytest
 
+from exeunt.server.engine import RequestTooLargeError
+
+JSON = {"Content-Type": "application/json"}
 Serve = Callable[..., AbstractContextManager[httpx.Client]]
 
 
@@ -50,6 +53,7 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
         ({"prompt": "x", "max_new_tokens": -5}, "max_new_tokens", ["-5"]),
         ({"prompt": "x", "max_new_tokens": 99}, "max_new_tokens", ["2 tokens", "99", "100", "at most 98"]),
         ({"prompt": "x" * 200}, "prompt", ["201 tokens", "100"]),
+        ({"prompt_token_ids": [1] * 200}, "prompt_token_ids", ["200 tokens", "100"]),
         ({"prompt": "x", "min_new_tokens": 9, "max_new_tokens": 8}, "min_new_tokens", ["9", "8"]),
         ({"prompt": "x", "temperature": -0.1}, "temperature", ["-0.1", "0"]),
         ({"prompt": "x", "temperature": 1e-9}, "temperature", ["1e-09", "0.01"]),
@@ -140,6 +144,44 @@ def test_a_body_that_is_no_proper_json(client: httpx.Client, content: bytes, cod
     assert response.status_code == 400, response.text
     assert error_of(response)["code"] == code
     assert len(error_of(response)["message"]) < 2000
+
+
+@pytest.mark.parametrize(
+    ("content", "key"),
+    [
+        (b'{"prompt": "x", "prompt": "y"}', "prompt"),
+        (b'{"prompt": "x", "pr\\u006fmpt": "x"}', "prompt"),
+        (b'{"prompt": "x", "compression": {"kv_cache": "int4", "kv_cache": "full"}}', "kv_cache"),
+        (b'{"prompt": "x", "stop": [{"a": 1, "b": {}, "a": 1}]}', "a"),
+    ],
+)
+def test_a_key_that_is_given_twice_is_named(client: httpx.Client, content: bytes, key: str) -> None:
+    response = client.post("/generate", content=content, headers={"Content-Type": "application/json"})
+    assert response.status_code == 400, response.text
+    error = error_of(response)
+    assert error["code"] == "malformed_json"
+    assert f'the key "{key}" is given twice' in error["message"]
+
+
+def test_keys_may_be_alike_in_objects_apart(client: httpx.Client) -> None:
+    content = b'{"prompt": "x", "max_new_tokens": 2, "compression": {"early_exit": {"mode": "off"}, "weights": null}}'
+    same = b'[{"a": 1}, {"a": 1}, {"b": {"a": 1}, "a": 1}]'
+    assert client.post("/generate", content=content, headers=JSON).status_code == 200
+    response = client.post("/generate", content=same, headers=JSON)
+    assert error_of(response)["code"] == "invalid_value", "it is JSON, and no object"
+
+
+@pytest.mark.parametrize(
+    ("body", "field"), [({"text": "x" * 200}, "text"), ({"token_ids": [1] * 200}, "token_ids")]
+)
+def test_a_text_that_is_too_long_is_blamed_on_the_field_it_came_in(
+    client: httpx.Client, engine: Any, body: dict[str, Any], field: str
+) -> None:
+    error = error_of(client.post("/score", json=body))
+    assert (error["code"], error["param"]) == ("too_long", field)
+    engine.refuse = RequestTooLargeError(99, 32)
+    error = error_of(client.post("/score", json={name: value[:3] for name, value in body.items()}))
+    assert (error["code"], error["param"]) == ("too_long", field)
 
 
 def test_another_content_type_is_named(client: httpx.Client) -> None:

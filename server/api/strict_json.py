@@ -1,0 +1,40 @@
+"""JSON as it is accepted: with limits, and with every key of an object once."""
+
+import json
+from typing import Any
+
+from pydantic_core import from_json
+
+from exeunt.server.api.validation import shown
+
+
+class RepeatedKeyError(ValueError):
+    """An object has a key twice, of which one value would be ignored."""
+
+
+def parse_json(text: bytes | str) -> Any:
+    """What `text` says; of bytes, UTF-8. Depth and the length of numbers are limited, and Unicode must be valid.
+
+    Raises ValueError with what is wrong, half a sentence: RepeatedKeyError for a key that is there twice.
+    """
+    value = from_json(text)
+    # A second reading for the keys alone: numbers are left as they are written, so that none is too long for it.
+    json.loads(
+        text.decode() if isinstance(text, bytes) else text,
+        object_pairs_hook=_unique,
+        parse_int=str,
+        parse_float=str,
+        parse_constant=str,
+    )
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> None:
+    """Raise RepeatedKeyError for a key that is there twice."""
+    if len(pairs) < 2:
+        return
+    seen = set()
+    for key, _ in pairs:
+        if key in seen:
+            raise RepeatedKeyError(f"the key {shown(key)} is given twice, keep one")
+        seen.add(key)
