@@ -2,7 +2,7 @@
 
 A draft costs a shallow pass where it is wrong and saves the fixed part of a deep pass where it is right, so whether it
 pays is a question of the stages' costs on this machine, of how often drafts were right for this very request, and of
-how sure the exit is of this very token. None of it changes what is generated, only when.
+how sure the exit is of this very token. None of it changes what is generated, only when. Plain Python, no torch.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The requests under way, whether they still queue, and when their time is over. Only the engine's thread asks."""
+"""The requests under way, whether they still queue, and when their time is over. No torch."""
 
 import heapq
 from collections.abc import Callable, Iterator
@@ -7,7 +7,9 @@ from exeunt.server.answer import Job, ScoreJob
 
 
 class Jobs:
-    """Every request between its submission and its end, by id. Deadlines are seconds on the `time.monotonic` clock.
+    """Every request between its submission and its end, by id. Only the engine's thread asks.
+
+    Deadlines are seconds on the `time.monotonic` clock.
 
     `on_started` is called when a request leaves the queue (however), `on_ended` when it is over.
     """

@@ -1,7 +1,7 @@
 """Every metric the server exports, in one place: what is counted, under which names, with which labels.
 
 All children exist from the start, so that rates and ratios are defined before the first request. Label sets
-are closed: no label ever takes a value from a request.
+are closed: no label ever takes a value from a request. No torch.
 """
 
 from collections import defaultdict

@@ -1,4 +1,4 @@
-"""One sequence on its way through the engine: its tokens, its pages, and what of it has passed which stage."""
+"""One sequence on its way through the engine: its tokens, its pages, and what has passed which stage. No torch."""
 
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field

@@ -1,4 +1,7 @@
-"""A drafter whose faults end its drafting and nothing else: drafts never change an answer, so none can be missed."""
+"""A drafter whose faults end its drafting and nothing else. Plain Python, no torch.
+
+Drafts never change an answer, so none can be missed.
+"""
 
 import logging
 from collections.abc import Sequence as Items
@@ -17,6 +20,7 @@ class TolerantDrafter:
         self._name = name
 
     def propose(self, tokens: Items[int], drafted: int, room: int) -> Proposal:
+        """What the drafter proposes (see `Drafter`); nothing, and the model's own end, once it has failed."""
         if self._drafter is None:
             return Proposal()
         try:
@@ -26,6 +30,7 @@ class TolerantDrafter:
             return Proposal()
 
     def settled(self, stages: Items[int], accepted: int) -> None:
+        """Tell the drafter what became of its drafts, unless it has failed."""
         if self._drafter is None:
             return
         try:

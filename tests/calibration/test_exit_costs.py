@@ -11,8 +11,7 @@ from exeunt.calibration.drafting_choice import DEEP_TOKENS
 from exeunt.calibration.exit_choice import ExitCosts
 from exeunt.calibration.teacher_forcing import ForcedModel
 from exeunt.compression.decoder import Decoder
-
-from .conftest import BLOCKS, random_exit
+from tests.calibration.conftest import BLOCKS, random_exit
 
 
 def test_every_part_runs_and_costs_something(decoder: Decoder) -> None:

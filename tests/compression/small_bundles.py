@@ -28,8 +28,7 @@ from exeunt.compression.manifest import (
 from exeunt.compression.norm import Norm
 from exeunt.compression.variant import WeightFormat
 from exeunt.kernels.int4_linear import quantize
-
-from .reference_models import build_model, save
+from tests.compression.reference_models import build_model, save
 
 GROUP = 16
 _THRESHOLDS: Final[dict[SkippedKV, dict[float, float]]] = {

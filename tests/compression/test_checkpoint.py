@@ -21,10 +21,9 @@ from exeunt.compression.decoder import Decoder
 from exeunt.compression.linear import FullLinear, Int4Linear
 from exeunt.compression.weights import CanonicalWeights, WeightError
 from exeunt.kernels.int4_linear import quantize
-
-from .decoder_twin import twin
-from .paged_generation import chunked_logits
-from .reference_models import build_model, save
+from tests.compression.decoder_twin import twin
+from tests.compression.paged_generation import chunked_logits
+from tests.compression.reference_models import build_model, save
 
 TOKENS = torch.arange(3, 20)
 Tensors = dict[str, Tensor]

@@ -14,10 +14,9 @@ from exeunt.compression.linear import FullLinear, Int4Linear
 from exeunt.compression.linear_block import LinearBlock
 from exeunt.kernels.int4_linear import quantize
 from exeunt.kernels.native.library import native_library
-
-from .decoder_twin import twin
-from .paged_generation import Sequences, assert_same_kv, chunked_logits, kv_tensors, written
-from .reference_models import build_model, save
+from tests.compression.decoder_twin import twin
+from tests.compression.paged_generation import Sequences, assert_same_kv, chunked_logits, kv_tensors, written
+from tests.compression.reference_models import build_model, save
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "gpt2": {},

@@ -8,9 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from exeunt.compression.decoder import Decoder
-
-from .paged_generation import chunked_logits, forced_logits, greedy
-from .reference_models import build_model, reference_greedy, reference_logits, save
+from tests.compression.paged_generation import chunked_logits, forced_logits, greedy
+from tests.compression.reference_models import build_model, reference_greedy, reference_logits, save
 
 _LLAMA3 = {
     "rope_type": "llama3",

@@ -5,8 +5,7 @@ import torch
 
 from exeunt.compression.kv_format import KVLayout, KVLayoutError, KVPages, page_bytes_for
 from exeunt.compression.variant import KVFormat
-
-from .specs import tiny_spec
+from tests.compression.specs import tiny_spec
 
 
 def _layout(format: KVFormat, blocks: tuple[int, ...] = (0, 1, 2), **changes: object) -> KVLayout:

@@ -23,9 +23,8 @@ from exeunt.compression.model import (
 )
 from exeunt.compression.variant import Variant
 from exeunt.kernels.int4_linear import dequantize, quantize
-
-from .paged_generation import chunked_logits
-from .small_bundles import GROUP, small_bundle, small_checkpoint
+from tests.compression.paged_generation import chunked_logits
+from tests.compression.small_bundles import GROUP, small_bundle, small_checkpoint
 
 TEXT = torch.tensor([1, 5, 9, 100, 3, 3, 77])
 

@@ -14,10 +14,9 @@ from exeunt.compression.linear_block import LinearBlock
 from exeunt.compression.variant import KVFormat
 from exeunt.kernels.int4_linear import quantize
 from exeunt.kernels.native.library import native_library
-
-from .decoder_twin import twin
-from .paged_generation import Sequences, assert_same_kv, kv_tensors
-from .reference_models import build_model, save
+from tests.compression.decoder_twin import twin
+from tests.compression.paged_generation import Sequences, assert_same_kv, kv_tensors
+from tests.compression.reference_models import build_model, save
 
 pytestmark = pytest.mark.skipif(
     native_library() is None, reason="needs the native kernels (a C++ compiler, and EXEUNT_NATIVE not 0)"

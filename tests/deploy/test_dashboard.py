@@ -129,7 +129,9 @@ class TestDocument:
         }
         assert asked
         assert asked <= exported
-        own = {re.sub(r"_(bucket|sum|count|created)$", "", name) for name in exported if name[:7] == "exeunt_"}
+        own = {
+            re.sub(r"_(bucket|sum|count|created)$", "", name) for name in exported if name[:7] == "exeunt_"
+        }
         shown = {re.sub(r"_(bucket|sum|count)$", "", name) for name in asked}
         assert own - shown <= {"exeunt_build_info"}, "a metric without a panel"
 
