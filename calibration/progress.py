@@ -1,4 +1,4 @@
-"""How calibration tells a person where it stands: a protocol, a silent form and a terminal form."""
+"""How calibration tells a person where it stands: a protocol and a terminal form."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -28,18 +28,6 @@ class ProgressReport(Protocol):
     def note(self, message: str) -> None:
         """A decision that was made, in one line."""
         ...
-
-
-class SilentProgress:
-    """Reports nothing: for tests and for callers with their own log."""
-
-    @contextmanager
-    def phase(self, title: str, total: int) -> Iterator[Advance]:
-        """A phase that nobody sees."""
-        yield lambda _units: None
-
-    def note(self, message: str) -> None:
-        """Forget `message`."""
 
 
 class TerminalProgress:

@@ -5,7 +5,6 @@ It keeps no state of any sequence: what a batch's tokens are and where their key
 stand in `torch.inference_mode()`, which saves a tenth of a small model's time per call.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -56,7 +55,6 @@ class Decoder:
         exit_output: Linear | None = None,
         linear_block: LinearBlock | None = None,
         kv_projection: KVProjection | None = None,
-        revision: list[int] | None = None,
     ) -> None:
         """Put together from parts that are on one device; most callers want `load` or `from_weights`."""
         self.spec = spec
@@ -70,10 +68,8 @@ class Decoder:
         self._blocks = blocks
         self._rope = rope
         self._kv_projection = kv_projection or KVProjection(blocks)
-        # counts replaced linears; decoders that share `_blocks` share it too
-        self._revision = revision if revision is not None else [0]
         self._native: NativeBlocks | None = None
-        self._described = -1  # the revision that `_native` describes
+        self._described = False  # whether `_native` is known
 
     @classmethod
     def load(
@@ -149,21 +145,7 @@ class Decoder:
             exit_output=self._project_exit.linear,
             linear_block=linear_block,
             kv_projection=self._kv_projection,
-            revision=self._revision,
         )
-
-    def block_linears(self, block: int) -> dict[str, Linear]:
-        """One block's linears by canonical name, in the order in which a token passes them."""
-        return self._blocks[block].linears()
-
-    def replace_linears(self, block: int, linears: Mapping[str, Linear]) -> None:
-        """Put other linears in a block's place, in this decoder and all that `with_linear_block` made from it.
-
-        A wrapper that records what a linear is given is a linear too; with one the blocks run without the native call.
-        """
-        self._blocks[block] = self._blocks[block].with_linears(linears)
-        self._kv_projection.reset()
-        self._revision[0] += 1
 
     def embed(self, token_ids: Tensor, positions: Tensor) -> Tensor:
         """The state in front of block 0, [tokens, hidden], of int64 token ids and positions [tokens]."""
@@ -253,10 +235,10 @@ class Decoder:
         return sizes
 
     def _native_blocks(self) -> NativeBlocks | None:
-        """The blocks for the native kernel, described anew when a linear has been replaced."""
-        if self._described != self._revision[0]:
+        """The blocks for the native kernel, described when they are first asked for."""
+        if not self._described:
             self._native = native_blocks(self.spec, self._blocks, self.linear_block, self.device, self.dtype)
-            self._described = self._revision[0]
+            self._described = True
         return self._native
 
     def _run_blocks(self, hidden: Tensor, batch: PagedBatch, pages: KVPages, start: int, stop: int) -> Tensor:

@@ -45,11 +45,6 @@ class ExitProbe:
     output_weight: Tensor  # [P]
     output_bias: Tensor  # []
 
-    def __call__(self, state: Tensor) -> Tensor:
-        """The probe's logit for each row of `state` [T, H]: [T] float32."""
-        units = F.gelu(F.linear(state.float(), self.hidden_weight, self.hidden_bias))
-        return torch.addmv(self.output_bias, units, self.output_weight)
-
 
 @dataclass(frozen=True, slots=True)
 class GateResult:

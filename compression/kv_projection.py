@@ -52,10 +52,6 @@ class KVProjection:
             keys = rms_norm(keys, self._key_norms[start - self._first : stop - self._first], spec.norm_eps)
         return keys, heads[:, :, 1]
 
-    def reset(self) -> None:
-        """Forget the stack: a block's linears have changed."""
-        self._first, self._weight, self._bias, self._key_norms = len(self._blocks), None, None, None
-
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in (self._weight, self._bias) if tensor is not None)

@@ -47,20 +47,6 @@ class Drafter(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class FixedDrafter:
-    """Drafts where the exit is at least so sure, at most so many in a row."""
-
-    threshold: float = 0.6
-    most: int = 4
-
-    def propose(self, tokens: Items[int], drafted: int, room: int) -> Proposal:
-        return Proposal(threshold=self.threshold if drafted < self.most and room > 0 else None)
-
-    def settled(self, stages: Items[int], accepted: int) -> None:
-        """Nothing is learned."""
-
-
 @dataclass(slots=True)
 class ExitWorth:
     """Whether asking the drafting exit pays, learned from all answers of a variant together.

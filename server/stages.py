@@ -55,7 +55,3 @@ class StagePlan:
         if stage == LOOKUP:
             return LOOKUP_EXIT
         return f"block_{self.exit_blocks[stage]}" if stage < self.last else FINAL_EXIT
-
-    @property
-    def exit_names(self) -> tuple[str, ...]:
-        return tuple(self.exit_name(stage) for stage in range(self.stages))

@@ -8,13 +8,13 @@ import torch.nn.functional as F
 
 from exeunt.calibration.evaluation import Mode, evaluate_modes
 from exeunt.calibration.modes import loose_threshold, modes_of
-from exeunt.calibration.progress import SilentProgress
 from exeunt.calibration.sequence_batch import batches
 from exeunt.calibration.teacher_forcing import ForcedModel
 from exeunt.compression.decoder import Decoder
 from exeunt.compression.manifest import RiskEntry, RiskTarget, SkippedKV
 from exeunt.compression.variant import Variant
 from tests.calibration.conftest import BLOCKS, VOCAB, random_exit
+from tests.calibration.silent_progress import SilentProgress
 
 FULL, SMALL_KV = Variant("full", "full", False), Variant("full", "int4", False)
 

@@ -16,7 +16,7 @@ from exeunt.calibration.exit_training import HeadTraining
 from exeunt.calibration.gate_training import ProbeTraining
 from exeunt.calibration.options import CalibrationOptions, drafting_blocks, exit_blocks, resolve_device
 from exeunt.calibration.pipeline import calibrate
-from exeunt.calibration.progress import Advance, SilentProgress
+from exeunt.calibration.progress import Advance
 from exeunt.compression.bundle import FULL_WEIGHTS, INT4_WEIGHTS, BundleError, open_bundle
 from exeunt.compression.checkpoint import CheckpointError
 from exeunt.compression.checkpoint_names import linear_names
@@ -24,6 +24,7 @@ from exeunt.compression.decoder import Decoder
 from exeunt.compression.model import LoadedModel, load_bundle
 from exeunt.compression.variant import Variant
 from tests.calibration.conftest import EOS, VOCAB, byte_tokenizer
+from tests.calibration.silent_progress import SilentProgress
 
 
 def options(checkpoint: Path, text_file: Path, out: Path) -> CalibrationOptions:

@@ -18,10 +18,10 @@ from exeunt.compression.architecture import UnsupportedModelError
 from exeunt.compression.checkpoint import CheckpointError, open_checkpoint
 from exeunt.compression.checkpoint_names import block_shapes, shared_shapes
 from exeunt.compression.decoder import Decoder
-from exeunt.compression.linear import FullLinear, Int4Linear
+from exeunt.compression.linear import FullLinear, Int4Linear, Linear
 from exeunt.compression.weights import CanonicalWeights, WeightError
 from exeunt.kernels.int4_linear import quantize
-from tests.compression.decoder_twin import twin
+from tests.compression.decoder_twin import block_linears, twin
 from tests.compression.paged_generation import chunked_logits
 from tests.compression.reference_models import build_model, save
 
@@ -256,21 +256,20 @@ def test_canonical_files_rebuild_full_and_int4_decoders(family: str, tmp_path: P
     assert {name: tuple(tensor.shape) for name, tensor in shared.items()} == shared_shapes(spec)
     full, int4 = dict(shared), dict[str, Tensor]()
     decoder = Decoder.load(tmp_path / "model")
-    expected = twin(decoder)
+    quantised: dict[int, dict[str, Linear]] = {}
     for block in range(spec.blocks):
         tensors = dict(weights.block(block))
         assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == block_shapes(spec)
         full |= {f"blocks.{block}.{name}": tensor.contiguous() for name, tensor in tensors.items()}
-        quantised = {}
-        for name, linear in decoder.block_linears(block).items():
+        quantised[block] = {}
+        for name, linear in block_linears(decoder, block).items():
             assert isinstance(linear, FullLinear)
             packed = quantize(linear.weight, 16)
             int4 |= {
                 f"blocks.{block}.{name}.{part}": getattr(packed, part)
                 for part in ("codes", "scales", "offsets")
             }
-            quantised[name] = Int4Linear(packed, linear.bias)
-        expected.replace_linears(block, quantised)
+            quantised[block][name] = Int4Linear(packed, linear.bias)
     save_file(full, tmp_path / "full.safetensors")
     save_file(int4, tmp_path / "int4.safetensors")
 
@@ -279,7 +278,7 @@ def test_canonical_files_rebuild_full_and_int4_decoders(family: str, tmp_path: P
     source = CanonicalWeights([tmp_path / "full.safetensors", tmp_path / "int4.safetensors"])
     alone = Decoder.from_weights(spec, source, dtype=torch.float32, int4_group_size=16)
     beside = Decoder.from_weights(spec, source, dtype=torch.float32, int4_group_size=16, share_with=again)
-    wanted = chunked_logits(expected, TOKENS, [17])
+    wanted = chunked_logits(twin(decoder, quantised), TOKENS, [17])
     assert torch.equal(chunked_logits(alone, TOKENS, [17]), wanted)
     assert torch.equal(chunked_logits(beside, TOKENS, [17]), wanted)
     assert beside._embedding is again._embedding

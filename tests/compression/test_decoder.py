@@ -10,11 +10,11 @@ from torch import Tensor
 import exeunt.compression.decoder
 from exeunt.compression.checkpoint_names import linear_shapes
 from exeunt.compression.decoder import Decoder
-from exeunt.compression.linear import FullLinear, Int4Linear
+from exeunt.compression.linear import FullLinear, Int4Linear, Linear
 from exeunt.compression.linear_block import LinearBlock
 from exeunt.kernels.int4_linear import quantize
 from exeunt.kernels.native.library import native_library
-from tests.compression.decoder_twin import twin
+from tests.compression.decoder_twin import block_linears, twin
 from tests.compression.paged_generation import Sequences, assert_same_kv, chunked_logits, kv_tensors, written
 from tests.compression.reference_models import build_model, save
 
@@ -34,19 +34,18 @@ def _decoder(family: str, directory: Path, dtype: torch.dtype = torch.float32) -
 
 
 def _quantised(decoder: Decoder) -> Decoder:
-    """A twin whose linears are INT4, made block by block, in place."""
-    quantised = twin(decoder)
+    """A twin whose linears are INT4."""
+    quantised: dict[int, dict[str, Linear]] = {}
     for block in range(decoder.spec.blocks):
-        linears = decoder.block_linears(block)
+        linears = block_linears(decoder, block)
         assert {
             name: (each.out_features, each.in_features) for name, each in linears.items()
         } == linear_shapes(decoder.spec)
-        replaced = {}
+        quantised[block] = {}
         for name, linear in linears.items():
             assert isinstance(linear, FullLinear)
-            replaced[name] = Int4Linear(quantize(linear.weight, GROUP), linear.bias)
-        quantised.replace_linears(block, replaced)
-    return quantised
+            quantised[block][name] = Int4Linear(quantize(linear.weight, GROUP), linear.bias)
+    return twin(decoder, quantised)
 
 
 def _linear_block(decoder: Decoder, index: int) -> LinearBlock:
@@ -195,20 +194,6 @@ def test_an_int4_layer_cut_out_of_a_packed_one_gives_its_bits() -> None:
         tolerance: dict[str, Any] = {"rtol": 0, "atol": 0} if ROW_INVARIANT else {}
         torch.testing.assert_close(part(x), whole[:, start:stop], **tolerance)
         torch.testing.assert_close(part.rows(0, 1)(x), whole[:, start : start + 1], **tolerance)
-
-
-def test_replacing_a_blocks_linears_reaches_the_projection_of_its_kv(tmp_path: Path) -> None:
-    decoder = _decoder("llama", tmp_path)
-    pages = Sequences(decoder)
-    batch = pages.batch([range(5)])
-    hidden = decoder.embed(_tokens(5), batch.positions)
-    decoder.project_kv(hidden, batch, pages.pages, 1, 4)
-    qkv = decoder.block_linears(2)["qkv"]
-    assert isinstance(qkv, FullLinear)
-    decoder.replace_linears(2, {"qkv": FullLinear(torch.zeros_like(qkv.weight))})
-    decoder.project_kv(hidden, batch, pages.pages, 1, 4)
-    assert all(written(tensor, batch.slots).abs().max() == 0 for tensor in kv_tensors(pages, 2))
-    assert all(written(tensor, batch.slots).abs().max() > 0 for tensor in kv_tensors(pages, 3))
 
 
 @pytest.mark.skipif(

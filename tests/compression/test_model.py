@@ -23,6 +23,7 @@ from exeunt.compression.model import (
 )
 from exeunt.compression.variant import Variant
 from exeunt.kernels.int4_linear import dequantize, quantize
+from tests.compression.decoder_twin import block_linears
 from tests.compression.paged_generation import chunked_logits
 from tests.compression.small_bundles import GROUP, small_bundle, small_checkpoint
 
@@ -97,7 +98,7 @@ def test_full_weights_are_the_checkpoints(model: LoadedModel, checkpoint: Path) 
 def test_int4_weights_are_the_checkpoints_rounded(model: LoadedModel, checkpoint: Path) -> None:
     rounded = Decoder.load(checkpoint)
     for block in range(rounded.spec.blocks):
-        for linear in rounded.block_linears(block).values():
+        for linear in block_linears(rounded, block).values():
             weight = linear.weight  # type: ignore[attr-defined]
             weight.copy_(dequantize(quantize(weight, GROUP), torch.float32))
     output = rounded._output.weight  # type: ignore[attr-defined]

@@ -9,12 +9,12 @@ import torch
 
 import exeunt.compression.decoder
 from exeunt.compression.decoder import Decoder
-from exeunt.compression.linear import FullLinear, Int4Linear
+from exeunt.compression.linear import FullLinear, Int4Linear, Linear
 from exeunt.compression.linear_block import LinearBlock
 from exeunt.compression.variant import KVFormat
 from exeunt.kernels.int4_linear import quantize
 from exeunt.kernels.native.library import native_library
-from tests.compression.decoder_twin import twin
+from tests.compression.decoder_twin import block_linears, twin
 from tests.compression.paged_generation import Sequences, assert_same_kv, kv_tensors
 from tests.compression.reference_models import build_model, save
 
@@ -40,12 +40,12 @@ def _decoder(name: str, directory: Path, dtype: torch.dtype, int4: bool, linear_
     family, changes = MODELS[name]
     decoder = Decoder.load(save(build_model(family, dtype, **changes), directory), dtype=dtype)
     if int4:
-        for block in range(decoder.spec.blocks):
-            linears = {}
-            for part, linear in decoder.block_linears(block).items():
+        linears: dict[int, dict[str, Linear]] = {block: {} for block in range(decoder.spec.blocks)}
+        for block, packed in linears.items():
+            for part, linear in block_linears(decoder, block).items():
                 assert isinstance(linear, FullLinear)
-                linears[part] = Int4Linear(quantize(linear.weight, 16), linear.bias)
-            decoder.replace_linears(block, linears)
+                packed[part] = Int4Linear(quantize(linear.weight, 16), linear.bias)
+        decoder = twin(decoder, linears)
     if linear_block:
         hidden = decoder.spec.hidden_size
         down, up = torch.randn(3, hidden) / 7, torch.randn(hidden, 3)
@@ -138,21 +138,6 @@ def test_a_token_has_the_same_bits_in_any_company(
         assert torch.equal(got, together[span])
 
 
-def test_a_replaced_linear_is_seen(tmp_path: Path) -> None:
-    decoder = _decoder("llama", tmp_path, torch.float32, False, False)
-    with_block = decoder.with_linear_block(
-        LinearBlock(0, torch.zeros(1, 48), torch.zeros(48, 1), torch.zeros(48))
-    )
-    sequence = Sequences(decoder)
-    batch = sequence.batch([range(5)])
-    hidden = decoder.embed(torch.arange(5), batch.positions)
-    before = with_block.run_blocks(hidden, batch, sequence.pages, 1, 2)
-    down = decoder.block_linears(1)["down"]
-    assert isinstance(down, FullLinear)
-    decoder.replace_linears(1, {"down": FullLinear(torch.zeros_like(down.weight))})
-    assert not torch.equal(with_block.run_blocks(hidden, batch, sequence.pages, 1, 2), before)
-
-
 class _Recording(FullLinear):
     """A linear that notes what it is given."""
 
@@ -165,11 +150,10 @@ class _Recording(FullLinear):
 
 def test_a_linear_of_another_kind_is_called(tmp_path: Path) -> None:
     decoder = _decoder("llama", tmp_path, torch.float32, False, False)
-    up = decoder.block_linears(1)["gate_up"]
+    up = block_linears(decoder, 1)["gate_up"]
     assert isinstance(up, FullLinear)
     recording = _Recording(up.weight, up.bias)
-    decoder.replace_linears(1, {"gate_up": recording})
-    Sequences(decoder).run(torch.arange(6), 0)
+    Sequences(twin(decoder, {1: {"gate_up": recording}})).run(torch.arange(6), 0)
     assert recording.seen.shape == (6, 48)
 
 
@@ -239,6 +223,6 @@ def test_matrices_of_other_sizes_are_refused(tmp_path: Path) -> None:
     sequence = Sequences(decoder)
     batch = sequence.batch([range(2)])
     hidden = decoder.embed(torch.arange(2), batch.positions)
-    decoder.replace_linears(1, {"down": FullLinear(torch.zeros(96, decoder.spec.intermediate_size))})
+    odd = twin(decoder, {1: {"down": FullLinear(torch.zeros(96, decoder.spec.intermediate_size))}})
     with pytest.raises(ValueError, match=r"block 1: down has .* 96 outputs, expected"):
-        decoder.run_blocks(hidden, batch, sequence.pages, 0, 2)
+        odd.run_blocks(hidden, batch, sequence.pages, 0, 2)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from exeunt.calibration.progress import ProgressReport, SilentProgress
+from exeunt.calibration.progress import ProgressReport
 from exeunt.deploy import serve as serving
 from exeunt.deploy.cli import run
 from exeunt.deploy.signals import (
@@ -25,6 +25,7 @@ from exeunt.deploy.signals import (
 )
 from exeunt.server.api.service import Availability
 from exeunt.server.settings import given_settings
+from tests.calibration.silent_progress import SilentProgress
 from tests.deploy.server_process import environment
 
 IMPORTING = """

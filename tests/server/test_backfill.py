@@ -9,7 +9,6 @@ from torch import Tensor
 from exeunt.compression.model import LoadedModel
 from exeunt.compression.variant import Variant
 from exeunt.server.answer import Answer
-from exeunt.server.drafting import FixedDrafter
 from exeunt.server.lifecycle import Lifecycle
 from exeunt.server.request import ExitPolicy, StepEvent
 from tests.server.engine_bench import (
@@ -25,6 +24,7 @@ from tests.server.engine_bench import (
     running,
     score,
 )
+from tests.server.fixed_drafter import FixedDrafter
 
 
 class Pages:

@@ -8,7 +8,6 @@ import pytest
 
 from exeunt.compression.model import LoadedModel
 from exeunt.compression.variant import Variant
-from exeunt.server.drafting import FixedDrafter
 from exeunt.server.request import ExitPolicy, FinishEvent, ScoredToken, StepEvent
 from tests.server.engine_bench import (
     FULL,
@@ -21,6 +20,7 @@ from tests.server.engine_bench import (
     ask_score,
     running,
 )
+from tests.server.fixed_drafter import FixedDrafter
 
 INT4_BOTH = Variant(kv_cache="int4", linear_block=True)
 VARIANTS = (FULL, Variant(kv_cache="int4"), LINEAR, INT4_BOTH)

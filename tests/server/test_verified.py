@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from exeunt.compression.model import LoadedModel
 from exeunt.compression.variant import Variant
 from exeunt.server.answer import Answer
-from exeunt.server.drafting import LOOKUP, Drafter, FixedDrafter, Proposal
+from exeunt.server.drafting import LOOKUP, Drafter, Proposal
 from exeunt.server.lifecycle import Lifecycle
 from exeunt.server.request import ExitPolicy, GenerationRequest, StepEvent
 from exeunt.server.tick import Tick
@@ -30,6 +30,7 @@ from tests.server.engine_bench import (
     Heard,
     running,
 )
+from tests.server.fixed_drafter import FixedDrafter
 
 
 class WildDrafter:
