@@ -37,10 +37,10 @@ class PagedBatch:
     def take(self, rows: Tensor) -> "PagedBatch":
         """Some rows [n] int64 of a batch in which every row has one token, as in a decode step."""
         return PagedBatch(
-            self.positions[rows],
-            self.slots[rows],
+            self.positions.index_select(0, rows),
+            self.slots.index_select(0, rows),
             self.query_starts[: len(rows) + 1],
-            self.page_tables[rows],
+            self.page_tables.index_select(0, rows),
             self.max_context,
         )
 

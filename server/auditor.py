@@ -15,7 +15,7 @@ from exeunt.compression.kv_format import KVPages
 from exeunt.server.audit import Audit, is_audited
 from exeunt.server.row import Row
 from exeunt.server.sequence import Sequence
-from exeunt.server.tick_batch import Part, TickBatch, geometry_of, integers
+from exeunt.server.tick_batch import Part, TickBatch, geometry_of, integers, selected
 
 log = logging.getLogger("exeunt.engine")
 
@@ -105,7 +105,7 @@ class Auditor:
                 else:
                     self._held.setdefault(row.sequence, {})[position] = logits[n].clone()
             if deeper:
-                exits = logits[integers(deeper, self._device)]
+                exits = selected(logits, deeper)
                 self._look_deeper([leaving[n] for n in deeper], exits, batch, decoder, pages, blocks)
 
     def _look_deeper(
@@ -119,7 +119,7 @@ class Auditor:
     ) -> None:
         """Run the blocks that tokens skip, for their audits alone; `exits` [leaving, vocab] are their logits."""
         parts = [Part(row, [position]) for _, row, position in leaving]
-        states = batch.hidden[integers([index for index, _, _ in leaving], self._device)]
+        states = selected(batch.hidden, [index for index, _, _ in leaving])
         geometry = geometry_of(parts, self._device)
         self._blocks += [(part.row, len(blocks)) for part in parts]
         full = decoder.head(decoder.run_blocks(states, geometry, pages, blocks.start, blocks.stop))
@@ -140,7 +140,7 @@ class Auditor:
                     if not held:
                         del self._held[row.sequence]
             if index:
-                full = decoder.head(batch.hidden[integers(index, self._device)])
+                full = decoder.head(selected(batch.hidden, index))
                 self._comparisons += [
                     _Comparison(row, position, logits, row_logits)
                     for (row, position, logits), row_logits in zip(waited, full, strict=True)

@@ -28,7 +28,8 @@ from exeunt.server.request import (
     ScoreRequest,
     StepEvent,
 )
-from exeunt.server.runner import RowResult, Runner, Sampler
+from exeunt.server.row_result import RowResult
+from exeunt.server.runner import Runner, Sampler
 from exeunt.server.scheduler import Scheduler
 from exeunt.server.scores import Scores
 from exeunt.server.sequence import Sequence, Status

@@ -5,7 +5,7 @@ It knows nothing of queues or of requests' lives: the scheduler says which rows 
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -15,53 +15,16 @@ from exeunt.compression.decoder import Decoder
 from exeunt.compression.kv_format import KVPages
 from exeunt.compression.model import LoadedModel
 from exeunt.compression.variant import Variant
-from exeunt.server.audit import Audit
 from exeunt.server.auditor import Auditor
 from exeunt.server.request import SamplingParams
 from exeunt.server.row import Row
+from exeunt.server.row_result import RowResult, Score
 from exeunt.server.sampling import RowSampling, sample
 from exeunt.server.sequence import Sequence
 from exeunt.server.stages import StagePlan
 from exeunt.server.tick import Tick
-from exeunt.server.tick_batch import Part, TickBatch, geometry_of, integers, without
+from exeunt.server.tick_batch import Part, TickBatch, geometry_of, integers, selected, without
 from exeunt.server.verification import Draw
-
-
-@dataclass(frozen=True, slots=True)
-class Score:
-    """The log-probability of a given text's token at `position` + 1, and the stage at which the pass left."""
-
-    position: int
-    logprob: float
-    stage: int
-
-
-@dataclass(slots=True)
-class RowResult:
-    """What became of one row. `waits_at` is the stage it goes on with, None when the pass is over.
-
-    `draws` are in the order of their positions. `pairs` counts the block × token pairs that were run for positions
-    whose pass yields a token, `passes` the blocks that the row took part in for them.
-    """
-
-    row: Row
-    waits_at: int | None = None
-    draws: tuple[Draw, ...] = ()
-    scores: list[Score] = field(default_factory=list)
-    pairs: int = 0
-    passes: int = 0
-    audits: list[Audit] = field(default_factory=list)
-    audit_blocks: int = 0  # that were run for audits alone
-
-    def count(self, positions: list[int], blocks: int) -> None:
-        """Count `blocks` blocks run over these positions; those of a prompt but its last count nowhere."""
-        sequence = self.row.sequence
-        if sequence.scoring or positions[-1] < sequence.prompt_tokens - 1:
-            return
-        first = sequence.prompt_tokens - 1
-        counted = len(positions) if positions[0] >= first else sum(p >= first for p in positions)
-        self.pairs += counted * blocks
-        self.passes += blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,7 +221,7 @@ class Runner:
         ]
         if not wanted:
             return
-        states = batch.hidden if len(wanted) == len(tokens) else batch.hidden[integers(wanted, self._device)]
+        states = selected(batch.hidden, wanted)
         self._emit([tokens[i] for i in wanted], decoder.head(states), self._plan.last, run)
 
     def _after_exit(
@@ -315,7 +278,7 @@ class Runner:
     ) -> tuple[list[int], Tensor]:
         """Ask the exit's gate about the tokens `gated`; emit those that leave and say which, with their logits."""
         began = time.perf_counter()
-        states = hidden if len(gated) == hidden.shape[0] else hidden[integers(gated, self._device)]
+        states = selected(hidden, gated)
         thresholds = [tokens[i][0].threshold for i in gated]
         asked = torch.from_numpy(np.array(thresholds, dtype=np.float32)).to(self._device)
         gate = self._model.exits[stage].gate(states, asked, decoder.project_exit)
@@ -325,8 +288,7 @@ class Runner:
         if not chosen:
             return [], gate.logits[:0]
         leaving = [gated[projected[number]] for number in chosen]
-        every = len(chosen) == len(projected)
-        logits = gate.logits if every else gate.logits[integers(chosen, self._device)]
+        logits = selected(gate.logits, chosen)
         for i in leaving:
             row, position = tokens[i]
             row.left.add(position)
@@ -340,9 +302,10 @@ class Runner:
         hidden, geometry = batch.hidden, batch.geometry
         if len(left) < hidden.shape[0]:
             index = integers(left, self._device)
-            hidden = hidden[index]
+            hidden = hidden.index_select(0, index)
             # nothing attends here, so whose rows the tokens are does not matter
-            geometry = replace(geometry, positions=geometry.positions[index], slots=geometry.slots[index])
+            positions, slots = geometry.positions.index_select(0, index), geometry.slots.index_select(0, index)
+            geometry = replace(geometry, positions=positions, slots=slots)
         decoder.project_kv(hidden, geometry, pages, self._plan.stop(stage), self._plan.blocks)
 
     def _emit(self, wanted: list[tuple[Row, int]], logits: Tensor, stage: int, run: "_TickRun") -> None:
@@ -350,11 +313,9 @@ class Runner:
         scored = [i for i, (row, _) in enumerate(wanted) if row.sequence.scoring]
         drawn = [i for i, (row, _) in enumerate(wanted) if not row.sequence.scoring]
         if scored:
-            rows = logits if not drawn else logits[integers(scored, self._device)]
-            self._score([wanted[i] for i in scored], rows, stage, run)
+            self._score([wanted[i] for i in scored], selected(logits, scored), stage, run)
         if drawn:
-            rows = logits if not scored else logits[integers(drawn, self._device)]
-            run.undrawn.append(_Undrawn([wanted[i] for i in drawn], rows, stage))
+            run.undrawn.append(_Undrawn([wanted[i] for i in drawn], selected(logits, drawn), stage))
 
     def _score(self, wanted: list[tuple[Row, int]], logits: Tensor, stage: int, run: "_TickRun") -> None:
         targets = integers([row.sequence.tokens[position + 1] for row, position in wanted], self._device)

@@ -120,9 +120,9 @@ def processed_scores(
     for start in range(0, len(cut), together):
         some = cut[start : start + together]
         index = _index(some, scores)
-        part = scores[index]
+        part = scores.index_select(0, index)
         kept = _truncated_softmax(part, [rows[i].params for i in some]) > 0
-        scores[index] = part.masked_fill_(~kept, -torch.inf)
+        scores.index_copy_(0, index, part.masked_fill_(~kept, -torch.inf))
     return scores
 
 
@@ -175,9 +175,9 @@ def _truncated_softmax(scores: Tensor, params: Sequence[SamplingParams]) -> Tens
     if any(limits):
         index = _index([i for i, limit in enumerate(limits) if limit], scores)
         ks = _index([limit for limit in limits if limit], scores)[:, None]
-        rows = scaled[index]
+        rows = scaled.index_select(0, index)
         kth = rows.topk(max(limits), dim=-1).values.gather(1, ks - 1)
-        scaled[index] = rows.masked_fill_(rows < kth, -torch.inf)
+        scaled.index_copy_(0, index, rows.masked_fill_(rows < kth, -torch.inf))
     probs = scaled.softmax(dim=-1)
     nuclei = [i for i, p in enumerate(params) if p.top_p < 1.0]
     if nuclei:
@@ -185,7 +185,7 @@ def _truncated_softmax(scores: Tensor, params: Sequence[SamplingParams]) -> Tens
         mass = torch.tensor([params[i].top_p for i in nuclei], dtype=torch.float64, device=scores.device)[
             :, None
         ]
-        probs[index] = _nucleus(probs[index], mass)
+        probs.index_copy_(0, index, _nucleus(probs.index_select(0, index), mass))
     return probs
 
 
@@ -237,16 +237,20 @@ def _index(values: list[int], like: Tensor) -> Tensor:
 
 
 def row_keys(rows: Sequence[RowSampling]) -> Tensor:
-    """What the rows' noise is keyed by, [rows, 2] int32: a hash of (seed, choice, position)."""
-    return torch.from_numpy(np.array([_row_key(row) for row in rows], dtype=np.int32))
+    """What the rows' noise is keyed by, [rows, 2] int32: a hash of (seed, choice, position); 0 where greedy."""
+    return torch.from_numpy(np.array([(0, 0) if row.greedy else _row_key(row) for row in rows], np.int32))
 
 
 def _row_key(row: RowSampling) -> tuple[int, int]:
     """Two int32 keys from (seed, choice, position)."""
-    key = _mix64(row.params.seed & _MASK64)
-    key = _mix64(key ^ (row.choice & _MASK64))
-    key = _mix64(key ^ (row.position & _MASK64))
+    key = _mix64(_answer_key(row.params.seed, row.choice) ^ (row.position & _MASK64))
     return _signed32(key & 0xFFFFFFFF), _signed32(key >> 32)
+
+
+@lru_cache(maxsize=4096)
+def _answer_key(seed: int, choice: int) -> int:
+    """The part of the hash that all tokens of an answer share."""
+    return _mix64(_mix64(seed & _MASK64) ^ (choice & _MASK64))
 
 
 def _mix64(value: int) -> int:

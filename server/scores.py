@@ -8,7 +8,8 @@ from exeunt.server.detokenizer import TokenPieces
 from exeunt.server.jobs import Jobs
 from exeunt.server.pages import PagePool, PageTable
 from exeunt.server.request import Event, FailureEvent, ScoredToken, ScoreRequest
-from exeunt.server.runner import RowResult, Runner
+from exeunt.server.row_result import RowResult
+from exeunt.server.runner import Runner
 from exeunt.server.scheduler import Scheduler
 from exeunt.server.sequence import Sequence
 from exeunt.server.stages import StagePlan

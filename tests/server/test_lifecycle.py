@@ -15,7 +15,8 @@ from exeunt.server.request import (
     SamplingParams,
     StepEvent,
 )
-from exeunt.server.runner import RowResult, Runner
+from exeunt.server.row_result import RowResult
+from exeunt.server.runner import Runner
 from exeunt.server.tick import Tick
 from tests.server.engine_bench import (
     FULL,
