@@ -15,8 +15,8 @@ from exeunt.calibration.model_stack import ModelStack
 from exeunt.calibration.risk import Certificate
 from exeunt.calibration.thresholds import ThresholdPlan
 from exeunt.compression.exits import ExitHead
-from exeunt.compression.manifest import RiskEntry, RiskTarget, SkippedKV
-from exeunt.compression.variant import Variant
+from exeunt.compression.manifest import RiskEntry, RiskTarget
+from exeunt.compression.variant import SkippedKV, Variant
 
 
 @dataclass(frozen=True, slots=True)

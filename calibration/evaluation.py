@@ -18,8 +18,8 @@ from exeunt.calibration.risk import percent
 from exeunt.calibration.sequence_batch import SequenceBatch, batches
 from exeunt.calibration.teacher_forcing import LOGITS_AT_ONCE, ForcedModel
 from exeunt.calibration.thresholds import text_blocks
-from exeunt.compression.manifest import EvaluationRow, SkippedKV
-from exeunt.compression.variant import Variant
+from exeunt.compression.manifest import EvaluationRow
+from exeunt.compression.variant import SkippedKV, Variant
 
 RESAMPLES: Final = 1000
 WORTHWHILE: Final = 0.10

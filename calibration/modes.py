@@ -13,8 +13,8 @@ from exeunt.calibration.progress import Advance, ProgressReport
 from exeunt.calibration.sequence_batch import SequenceBatch, batches
 from exeunt.calibration.teacher_forcing import ForcedModel
 from exeunt.calibration.thresholds import view_gates
-from exeunt.compression.manifest import RiskEntry, SkippedKV
-from exeunt.compression.variant import Variant
+from exeunt.compression.manifest import RiskEntry
+from exeunt.compression.variant import SkippedKV, Variant
 
 LOOSE_SHARE: Final = 0.15
 """Tokens that leave at the looser, uncertified threshold, by the gates' view of full-depth states."""

@@ -14,7 +14,7 @@ from typing import Annotated, Final, Literal, Self
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from exeunt.compression.variant import KVFormat, Variant, WeightFormat
+from exeunt.compression.variant import KVFormat, SkippedKV, Variant, WeightFormat
 
 FORMAT_VERSION: Final = 2
 """2: an exit may be there for drafts alone. A reader of 1 would let tokens of the approximate mode leave at it."""
@@ -23,8 +23,6 @@ BUNDLE_KIND: Final = "exeunt-bundle"
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=0)]
-SkippedKV = Literal["backfill", "propagate"]
-"""What becomes of the keys and values of blocks that a token skips: computed later, or from its state at the exit."""
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 

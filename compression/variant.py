@@ -1,10 +1,12 @@
-"""A variant: which compressed form of the model a request runs through."""
+"""A variant: which compressed form of the model a request runs through; and the names of the formats."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 WeightFormat = Literal["int4", "full"]
 KVFormat = Literal["int4", "full"]
+SkippedKV = Literal["backfill", "propagate"]
+"""What becomes of the keys and values of blocks that a token skips: computed later, or from its state at the exit."""
 
 
 @dataclass(frozen=True, slots=True, order=True)

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from exeunt.compression.variant import Variant
+from exeunt.deploy.bench import INFORMATIVE
 from exeunt.deploy.packaged_model import path as checkpoint
 from scripts.bench_runs import (
     MANY,
@@ -28,11 +29,10 @@ from scripts.bench_runs import (
     Prompts,
     Run,
     Sizes,
+    in_turn,
     packaged_runs,
     write_result,
 )
-
-INFORMATIVE = 0.10  # a share of tokens that left below this says nothing about the speed of exits
 
 console = Console()
 
@@ -127,19 +127,8 @@ def _exits(ours: EngineRuns, variant: Variant, prompts: Prompts) -> list[tuple[s
 
 
 def _pair(ours: Callable[[], Run], theirs: Callable[[], Run], repeats: int) -> dict[str, Any]:
-    """Both in turn, `repeats` times after a warm-up of each; medians, and the median of the pairwise ratios."""
-    ours()
-    theirs()
-    pairs = [(ours(), theirs()) for _ in range(repeats)]
-    ratios = [a.speed / b.speed for a, b in pairs]
-    mine = [a for a, _ in pairs]
-    row: dict[str, Any] = {
-        "tokens_per_s": statistics.median(a.speed for a in mine),
-        "against_tokens_per_s": statistics.median(b.speed for _, b in pairs),
-        "ratio": statistics.median(ratios),
-        "ratio_min": min(ratios),
-        "ratio_max": max(ratios),
-    }
+    """Both in turn; where tokens left early, also how many, and what it gained for the blocks it saved."""
+    row, mine = in_turn(ours, theirs, repeats)
     if mine[0].exit_rate:
         skipped = statistics.median(a.skipped for a in mine)
         row |= {"exit_rate": statistics.median(a.exit_rate for a in mine), "blocks_skipped_share": skipped}

@@ -6,7 +6,7 @@ says "uninformative" instead.
 """
 
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from exeunt.compression.variant import Variant
+from exeunt.deploy.bench import INFORMATIVE
 from scripts.bench_runs import (
     OFF,
     RESULTS,
@@ -25,11 +26,11 @@ from scripts.bench_runs import (
     Out,
     Run,
     Sizes,
+    in_turn,
     packaged_runs,
     write_result,
 )
 
-INFORMATIVE = 0.10
 STREAMS = (1, 4, 16)
 
 console = Console()
@@ -57,7 +58,7 @@ def _verified(ours: EngineRuns, repeats: int) -> dict[str, Any]:
     for streams in STREAMS:
         for label, variant in VARIANTS.items():
             prompts = ours.prompts(streams)
-            row, mine = _pair(
+            row, mine = in_turn(
                 partial(ours.at_once, prompts, variant, {"mode": "verified"}),
                 partial(ours.at_once, prompts, variant, OFF),
                 repeats,
@@ -92,7 +93,7 @@ def _approximate(ours: EngineRuns, repeats: int) -> dict[str, Any]:
         for method in ("propagate", "backfill"):
             for target in sorted(ours.certified(variant, method)):
                 asked = {"mode": "approximate", "max_disagreement": target, "skipped_kv": method}
-                row, mine = _pair(
+                row, mine = in_turn(
                     partial(ours.at_once, prompts, variant, asked),
                     partial(ours.at_once, prompts, variant, OFF),
                     repeats,
@@ -108,7 +109,7 @@ def _scheduling(ours: EngineRuns, queued: EngineRuns, repeats: int) -> dict[str,
         prompts = ours.prompts(streams)
         for label, variant in VARIANTS.items():
             for name, asked in _modes(ours, variant):
-                row, mine = _pair(
+                row, mine = in_turn(
                     partial(queued.at_once, prompts, variant, asked),
                     partial(ours.at_once, prompts, variant, asked),
                     repeats,
@@ -134,24 +135,6 @@ def _left(runs: list[Run]) -> dict[str, Any]:
         "block_passes_share": statistics.median(run.passes_share for run in runs),
         "informative": rate >= INFORMATIVE,
     }
-
-
-def _pair(
-    ours: Callable[[], Run], theirs: Callable[[], Run], repeats: int
-) -> tuple[dict[str, Any], list[Run]]:
-    """Both in turn after a warm-up of each: medians, the median of the pairwise ratios, and our runs."""
-    ours()
-    theirs()
-    pairs = [(ours(), theirs()) for _ in range(repeats)]
-    ratios = [a.speed / b.speed for a, b in pairs]
-    row = {
-        "tokens_per_s": statistics.median(a.speed for a, _ in pairs),
-        "against_tokens_per_s": statistics.median(b.speed for _, b in pairs),
-        "ratio": statistics.median(ratios),
-        "ratio_min": min(ratios),
-        "ratio_max": max(ratios),
-    }
-    return row, [a for a, _ in pairs]
 
 
 def _print(name: str, rows: Mapping[str, Any]) -> None:

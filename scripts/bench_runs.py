@@ -1,9 +1,10 @@
 """Timed generations of the packaged model by the engine, and the file that holds a benchmark's result."""
 
 import json
+import statistics
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,12 +14,11 @@ import torch
 import typer
 
 from exeunt.compression.model import LoadedModel, load_bundle
-from exeunt.compression.variant import Variant
+from exeunt.compression.variant import SkippedKV, Variant
 from exeunt.deploy.bench import Load, machine
 from exeunt.deploy.bench_engine import EngineDriver, engine_driver
 from exeunt.deploy.measured_model import measured_model
 from exeunt.deploy.packaged import packaged_bundle
-from exeunt.server.request import SkippedKV
 from exeunt.server.stage_choice import SchedulingPolicy
 from exeunt.server.stage_costs import DraftCosts
 
@@ -100,6 +100,24 @@ class EngineRuns:
             drafts_accepted=sum(trace.drafts_accepted for trace in traces),
             by_exit=dict(by_exit),
         )
+
+
+def in_turn(
+    ours: Callable[[], Run], theirs: Callable[[], Run], repeats: int
+) -> tuple[dict[str, Any], list[Run]]:
+    """Both in turn, `repeats` times after a warm-up of each: medians, the median of the pairwise ratios, our runs."""
+    ours()
+    theirs()
+    pairs = [(ours(), theirs()) for _ in range(repeats)]
+    ratios = [a.speed / b.speed for a, b in pairs]
+    row = {
+        "tokens_per_s": statistics.median(a.speed for a, _ in pairs),
+        "against_tokens_per_s": statistics.median(b.speed for _, b in pairs),
+        "ratio": statistics.median(ratios),
+        "ratio_min": min(ratios),
+        "ratio_max": max(ratios),
+    }
+    return row, [a for a, _ in pairs]
 
 
 @contextmanager

@@ -5,7 +5,7 @@ A certificate speaks of text like the calibration text; audits say what holds fo
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Protocol
 
 from exeunt.server.request import ExitPolicy
@@ -43,9 +43,9 @@ class AuditTotals:
         return AuditTotals(
             self.audited_tokens + 1,
             self.audit_agreements + int(audit.agreed),
-            self.audit_kl + max(audit.kl, 0.0),  # rounding can make sums of nothing a hair negative
-            self.audit_nll_full + max(audit.nll_full, 0.0),
-            self.audit_nll_exit + max(audit.nll_exit, 0.0),
+            self.audit_kl + audit.kl,
+            self.audit_nll_full + audit.nll_full,
+            self.audit_nll_exit + audit.nll_exit,
         )
 
 
@@ -70,10 +70,17 @@ class AuditBook:
 
     def note(self, exits: ExitPolicy, audit: Audit) -> None:
         """Count one audit of a token of a request with this policy."""
+        audit = _not_negative(audit)
         self.totals = self.totals.plus(audit)
         self._metrics.audit(audit.agreed, audit.kl, audit.nll_full, audit.nll_exit)
         if self._on_audit is not None:
             self._on_audit(exits, audit.agreed)
+
+
+def _not_negative(audit: Audit) -> Audit:
+    """The audit without what rounding does: it can make sums of nothing a hair negative, and counters only grow."""
+    kl, nll_full, nll_exit = (max(0.0, value) for value in (audit.kl, audit.nll_full, audit.nll_exit))
+    return replace(audit, kl=kl, nll_full=nll_full, nll_exit=nll_exit)
 
 
 def is_audited(name: str, position: int, share: float) -> bool:

@@ -125,7 +125,7 @@ class Metrics:
         self._generation_tokens = self._by_label("generation_tokens", "Generated tokens.", "mode", modes)
         exit_tokens = Counter(
             "exeunt_exit_tokens",
-            "Generated tokens, by the exit whose head emitted them.",
+            "Generated tokens by the exit that emitted them, drafts by what proposed them (lookup: the text).",
             ("model_name", "exit", "mode"),
             registry=self.registry,
         )
@@ -138,7 +138,9 @@ class Metrics:
         self._skipped = self._counter("blocks_skipped", "Block x token pairs never computed.")
         self._wasted = self._counter("blocks_wasted", "Block x token pairs that no answer used.")
         self._passes = self._counter("block_passes", "Block x pass pairs of generating requests.")
-        self._drafts = self._counter("drafts", "Tokens proposed by an early exit for confirmation.")
+        self._drafts = self._counter(
+            "drafts", "Tokens that an early exit or a look-up proposed for confirmation."
+        )
         self._drafts_accepted = self._counter(
             "drafts_accepted", "Proposed tokens that the full model confirmed."
         )
@@ -147,7 +149,7 @@ class Metrics:
         )
         self._audited = self._counter("audited_tokens", "Early tokens compared with the full model's logits.")
         self._audit_agreements = self._counter(
-            "audit_agreements", "Audited tokens equal to the full model's."
+            "audit_agreements", "Audited tokens at which exit and full model have the same most likely token."
         )
         self._audit_kl = self._counter("audit_kl", "Sum of KL(full || exit) over the audited tokens, nats.")
         self._audit_nll_full = self._counter(
@@ -278,18 +280,25 @@ class Metrics:
         pending[self._passes] += passes
 
     def drafts(self, proposed: int, accepted: int) -> None:
-        """An early exit proposed tokens and the full model confirmed some of them."""
+        """Exits and look-ups proposed so many tokens, of which the full model confirmed some; see `flush`."""
         self._pending[self._drafts] += proposed
         self._pending[self._drafts_accepted] += accepted
 
     def audit(self, agreed: bool, kl: float, nll_full: float, nll_exit: float) -> None:
-        """An early token was compared with the full model's logits; in nats, `kl` is KL(full || exit). See `flush`."""
+        """An early token was compared with the full model's logits; see `flush`.
+
+        Args:
+            agreed: exit and full model have the same most likely token.
+            kl: KL(full || exit), nats, not negative.
+            nll_full: -logprob of the emitted token under the full model, nats, not negative.
+            nll_exit: the same under the exit.
+        """
         pending = self._pending
         pending[self._audited] += 1
         pending[self._audit_agreements] += int(agreed)
-        pending[self._audit_kl] += max(0.0, kl)  # rounding can make sums of nothing a hair negative
-        pending[self._audit_nll_full] += max(0.0, nll_full)
-        pending[self._audit_nll_exit] += max(0.0, nll_exit)
+        pending[self._audit_kl] += kl
+        pending[self._audit_nll_full] += nll_full
+        pending[self._audit_nll_exit] += nll_exit
 
     def started(self, queue_s: float, prompt_tokens: int) -> None:
         """A request left the queue after `queue_s` seconds."""

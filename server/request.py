@@ -4,10 +4,9 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Literal
 
-from exeunt.compression.variant import Variant
+from exeunt.compression.variant import SkippedKV, Variant
 
 ExitMode = Literal["off", "verified", "approximate"]
-SkippedKV = Literal["backfill", "propagate"]
 FINAL_EXIT = "final"  # the name of the model's own head among exits
 LOOKUP_EXIT = "lookup"  # the name of no head: a confirmed token that had been looked up in the text
 

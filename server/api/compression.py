@@ -4,10 +4,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
-from exeunt.compression.variant import Variant
+from exeunt.compression.variant import SkippedKV, Variant
 from exeunt.server.api.offer import SKIPPED_KV, Offer
 from exeunt.server.api.schemas import CompressionOptions, EarlyExitOptions
-from exeunt.server.request import ExitMode, ExitPolicy, SkippedKV
+from exeunt.server.request import ExitMode, ExitPolicy
 
 DEFAULT_TARGET: Final = 0.02  # the smallest certified target from here on is used where a request names none
 _WHY_UNUSED: Final = {

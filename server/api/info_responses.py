@@ -4,9 +4,9 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
-from exeunt.compression.variant import KVFormat, WeightFormat
+from exeunt.compression.variant import KVFormat, SkippedKV, WeightFormat
 from exeunt.server.api.responses import CompressionApplied
-from exeunt.server.request import ExitMode, SkippedKV
+from exeunt.server.request import ExitMode
 
 
 class ModelCard(BaseModel):

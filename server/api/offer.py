@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from exeunt.compression.model import LoadedModel
-from exeunt.compression.variant import Variant
-from exeunt.server.request import ExitMode, SkippedKV
+from exeunt.compression.variant import SkippedKV, Variant
+from exeunt.server.request import ExitMode
 
 SKIPPED_KV: Final[tuple[SkippedKV, ...]] = ("backfill", "propagate")  # the first is taken where both would do
 

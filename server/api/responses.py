@@ -4,8 +4,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field
 
-from exeunt.compression.variant import KVFormat, WeightFormat
-from exeunt.server.request import ExitMode, FinishReason, SkippedKV
+from exeunt.compression.variant import KVFormat, SkippedKV, WeightFormat
+from exeunt.server.request import ExitMode, FinishReason
 
 RequestId = Annotated[str, Field(description="The request's id.")]
 ServedName = Annotated[str, Field(description="The served model's name.")]

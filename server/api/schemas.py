@@ -5,8 +5,8 @@ from typing import Annotated, Any, Final
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
-from exeunt.compression.variant import KVFormat, WeightFormat
-from exeunt.server.request import ExitMode, SkippedKV
+from exeunt.compression.variant import KVFormat, SkippedKV, WeightFormat
+from exeunt.server.request import ExitMode
 
 MAX_CHOICES: Final = 16
 MAX_STOP_STRINGS: Final = 16

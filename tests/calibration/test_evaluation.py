@@ -11,8 +11,8 @@ from exeunt.calibration.modes import loose_threshold, modes_of
 from exeunt.calibration.sequence_batch import batches
 from exeunt.calibration.teacher_forcing import ForcedModel
 from exeunt.compression.decoder import Decoder
-from exeunt.compression.manifest import RiskEntry, RiskTarget, SkippedKV
-from exeunt.compression.variant import Variant
+from exeunt.compression.manifest import RiskEntry, RiskTarget
+from exeunt.compression.variant import SkippedKV, Variant
 from tests.calibration.conftest import BLOCKS, VOCAB, random_exit
 from tests.calibration.silent_progress import SilentProgress
 

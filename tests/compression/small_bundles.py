@@ -23,10 +23,9 @@ from exeunt.compression.manifest import (
     Manifest,
     RiskEntry,
     RiskTarget,
-    SkippedKV,
 )
 from exeunt.compression.norm import Norm
-from exeunt.compression.variant import WeightFormat
+from exeunt.compression.variant import SkippedKV, WeightFormat
 from exeunt.kernels.int4_linear import quantize
 from tests.compression.reference_models import build_model, save
 

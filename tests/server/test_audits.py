@@ -11,9 +11,10 @@ from exeunt.compression.kv_format import KVPages, page_bytes_for
 from exeunt.compression.model import LoadedModel
 from exeunt.compression.variant import Variant
 from exeunt.server.answer import Answer
-from exeunt.server.audit import Audit, AuditTotals, is_audited
+from exeunt.server.audit import Audit, AuditBook, AuditTotals, is_audited
 from exeunt.server.auditor import Auditor
 from exeunt.server.lifecycle import Lifecycle
+from exeunt.server.metrics import Metrics, new_registry
 from exeunt.server.request import ExitPolicy, StepEvent
 from exeunt.server.sequence import Sequence
 from exeunt.server.tick_batch import Part, geometry_of, integers
@@ -48,6 +49,14 @@ def mixed(bench: Bench, exits: ExitPolicy, variant: Variant = FULL, new_tokens: 
         for i in range(6)
     ]
     return [heard.wait() for heard in asked]
+
+
+def test_what_rounding_makes_negative_adds_nothing() -> None:
+    metrics = Metrics(new_registry(), "tiny", ["0"], [])
+    book = AuditBook(metrics)
+    book.note(ExitPolicy("approximate"), Audit(3, True, kl=-1e-9, nll_full=-1e-9, nll_exit=-1e-9))
+    metrics.flush()  # a counter would refuse to go down
+    assert book.totals == AuditTotals(audited_tokens=1, audit_agreements=1)
 
 
 def spoken(answers: list[Heard]) -> list[list[tuple[int, float, str]]]:

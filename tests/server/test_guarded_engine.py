@@ -16,8 +16,9 @@ from transformers import LlamaForCausalLM
 
 from exeunt.compression.exits import ExitHead, ExitNorm, ExitProbe
 from exeunt.compression.model import LoadedModel, load_plain_model
+from exeunt.compression.variant import SkippedKV
 from exeunt.server.exit_guard import ExitGuard, threshold_at
-from exeunt.server.request import ExitPolicy, SkippedKV
+from exeunt.server.request import ExitPolicy
 from tests.server.conftest import EOS, HIDDEN, byte_tokenizer
 from tests.server.engine_bench import Bench, Heard, running
 

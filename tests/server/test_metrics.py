@@ -124,7 +124,7 @@ def test_requests_and_steps(metrics: Metrics) -> None:
     metrics.client_disconnected()
     metrics.drafts(proposed=5, accepted=3)
     metrics.audit(True, 0.25, 1.0, 1.5)
-    metrics.audit(False, -1e-9, 2.0, 0.5)
+    metrics.audit(False, 0.0, 2.0, 0.5)
     metrics.flush()
     assert value(metrics, "step_batch_size_sum", stage="1") == 3
     assert value(metrics, "step_duration_seconds_count", stage="0") == 0

@@ -3,11 +3,11 @@
 import pytest
 from pydantic import ValidationError
 
-from exeunt.compression.variant import Variant
+from exeunt.compression.variant import SkippedKV, Variant
 from exeunt.server.api.compression import NotOfferedError, describe_applied, resolve
 from exeunt.server.api.offer import Certificate, Offer
 from exeunt.server.api.schemas import CompressionOptions
-from exeunt.server.request import ExitPolicy, SkippedKV
+from exeunt.server.request import ExitPolicy
 
 APPROXIMATE = '"mode": "approximate"'
 INT4 = Variant(weights="int4", kv_cache="int4")
