@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from exeunt.calibration.errors import CorpusError
+from exeunt.calibration.separators import documents_of
 
 SplitName = Literal["fit", "select", "certify"]
 SHARES: Final[dict[SplitName, float]] = {"fit": 0.48, "select": 0.17, "certify": 0.35}
@@ -77,7 +78,8 @@ class Splits:
 def read_corpus(source: str, separator: str | None) -> Corpus:
     """The documents of `source`: a text file, a JSONL file, a folder of `.txt`, or `hf:NAME[:SPLIT]`.
 
-    `separator` is the tokenizer's end-of-text, which stands between the documents of one text file.
+    `separator` is the tokenizer's end-of-text, which stands between the documents of one text file (see
+    `separators.documents_of` for files made with another one).
 
     Raises CorpusError where there is nothing there, or nothing that can be read as text.
     """
@@ -106,12 +108,15 @@ def _file_documents(path: Path, separator: str | None) -> list[str]:
         return [
             _json_text(path, number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()
         ]
-    return text.split(separator) if separator else [text]
+    return documents_of(text, separator)
 
 
 def _decoded(path: Path) -> str:
-    with path.open("rb") as file:
-        data = file.read(_MOST_CHARACTERS)
+    try:
+        with path.open("rb") as file:
+            data = file.read(_MOST_CHARACTERS)
+    except OSError as error:
+        raise CorpusError(f"{path} cannot be read: {(error.strerror or str(error)).lower()}.") from error
     if (at := data.find(b"\0")) >= 0:
         raise CorpusError(f"{path} is not a text file: byte {at} is zero; give UTF-8 text.")
     whole = len(data) < _MOST_CHARACTERS
@@ -212,12 +217,16 @@ def split_corpus(
     return splits
 
 
-def rows_of(corpus: Corpus, encoding: TextEncoding, *, tokens: int, row_tokens: int) -> tuple[Tensor, ...]:
-    """Rows of at most `row_tokens` tokens from all of the corpus's documents, `tokens` in all at most.
+def rows_of(
+    corpus: Corpus, encoding: TextEncoding, *, tokens: int, row_tokens: int, seed: int
+) -> tuple[Tensor, ...]:
+    """Rows of at most `row_tokens` tokens from the corpus's documents, `tokens` in all at most.
 
-    Raises CorpusError where the text gives fewer than two tokens in a row.
+    Documents come in an order drawn from `seed`: neighbours in a file are often alike, and its beginning need not be
+    like the rest. Of a single document it is the beginning. Raises CorpusError where no row has `LEAST_ROW` tokens.
     """
-    rows = _rows(corpus.documents, encoding, quota=tokens, row_tokens=row_tokens)
+    order = np.random.default_rng(seed).permutation(len(corpus.documents))
+    rows = _rows([corpus.documents[i] for i in order], encoding, quota=tokens, row_tokens=row_tokens)
     if not rows:
         raise CorpusError(f"{corpus.name} gives no row of {LEAST_ROW} tokens; give more text.")
     return tuple(rows)

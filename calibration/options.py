@@ -8,7 +8,7 @@ from typing import Final, Literal
 import torch
 
 from exeunt.calibration.corpus import LEAST_TOKENS
-from exeunt.calibration.errors import CalibrationError
+from exeunt.calibration.errors import OptionError
 from exeunt.calibration.exit_training import HeadTraining
 from exeunt.calibration.gate_training import ProbeTraining
 from exeunt.compression.architecture import Architecture
@@ -60,20 +60,18 @@ class CalibrationOptions:
 
     def __post_init__(self) -> None:
         if self.tokens < self.least_tokens:
-            raise CalibrationError(
+            raise OptionError(
                 f"Calibration was allowed {self.tokens:,} tokens; it needs at least {self.least_tokens:,}."
             )
         for target in self.risk:
             if not 0.0 < target < 1.0:
-                raise CalibrationError(f"The risk target {target} must be above 0 and below 1 (0.05 is 5 %).")
+                raise OptionError(f"The risk target {target} must be above 0 and below 1 (0.05 is 5 %).")
         if not self.risk:
-            raise CalibrationError("Give at least one risk target, 0.05 for 5 %.")
+            raise OptionError("Give at least one risk target, 0.05 for 5 %.")
         if not 0.5 <= self.confidence < 1.0:
-            raise CalibrationError(
-                f"The confidence is {self.confidence}; it must be at least 0.5 and below 1."
-            )
+            raise OptionError(f"The confidence is {self.confidence}; it must be at least 0.5 and below 1.")
         if self.row_tokens < 16 or self.batch_tokens < self.row_tokens:
-            raise CalibrationError(
+            raise OptionError(
                 f"Rows of {self.row_tokens} tokens in batches of {self.batch_tokens} cannot be run; rows need at "
                 "least 16 tokens and batches at least one row."
             )
@@ -85,13 +83,13 @@ class CalibrationOptions:
 
 
 def exit_blocks(spec: Architecture, asked: Literal["auto"] | tuple[int, ...]) -> tuple[int, ...]:
-    """The blocks that exits may be certified behind, ascending. Raises CalibrationError for any that cannot be."""
+    """The blocks that exits may be certified behind, ascending. Raises OptionError for any that cannot be."""
     if asked == "auto":
         return _blocks_at(spec, EXIT_DEPTHS)
     last = spec.blocks - 2
     wrong = [block for block in asked if not 0 <= block <= last]
     if wrong:
-        raise CalibrationError(
+        raise OptionError(
             f"There can be no exit after block {wrong[0]}: the model's {spec.blocks} blocks are counted from 0, and "
             f"the last block is followed by the model's own head; give blocks 0 to {last}."
         )
@@ -103,7 +101,7 @@ def drafting_blocks(
     exits: Literal["auto"] | tuple[int, ...],
     asked: Literal["auto", "none"] | int,
 ) -> tuple[int, ...]:
-    """The blocks that the drafting exit may follow, ascending. Raises CalibrationError for any that cannot be."""
+    """The blocks that the drafting exit may follow, ascending. Raises OptionError for any that cannot be."""
     if asked == "none":
         return ()
     if asked == "auto":
@@ -118,11 +116,11 @@ def _blocks_at(spec: Architecture, shares: Sequence[float]) -> tuple[int, ...]:
 
 
 def wanted_linear_block(spec: Architecture, asked: Literal["auto", "none"] | int) -> int | None:
-    """The block asked for; None where calibration chooses. Raises CalibrationError for one that there is not."""
+    """The block asked for; None where calibration chooses. Raises OptionError for one that there is not."""
     if isinstance(asked, str):
         return None
     if not 0 <= asked < spec.blocks:
-        raise CalibrationError(
+        raise OptionError(
             f"There is no block {asked} to replace by a linear map: the model's {spec.blocks} blocks are counted "
             "from 0."
         )
@@ -130,8 +128,8 @@ def wanted_linear_block(spec: Architecture, asked: Literal["auto", "none"] | int
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device to calibrate on; "auto" is a CUDA device where there is one. Raises CalibrationError."""
+    """The device to calibrate on; "auto" is a CUDA device where there is one. Raises OptionError."""
     try:
         return find_device(name)
     except DeviceError as error:
-        raise CalibrationError(f"The device is {name!r}; {error}.") from error
+        raise OptionError(f"The device is {name!r}; {error}.") from error

@@ -20,6 +20,7 @@ from exeunt.calibration.corpus import Corpus, Splits, read_corpus, split_corpus
 from exeunt.calibration.evaluation import EvaluationTable, evaluate_modes
 from exeunt.calibration.exit_fit import ExitData, FittedExit, fit_exits, top_tokens
 from exeunt.calibration.exit_selection import ExitSelection, select_exits
+from exeunt.calibration.kernel_compilation import compile_kernels
 from exeunt.calibration.model_stack import ModelStack, final_exit_norm
 from exeunt.calibration.modes import loose_threshold, modes_of
 from exeunt.calibration.options import (
@@ -73,14 +74,15 @@ class _Learned:
 def calibrate(options: CalibrationOptions, progress: ProgressReport) -> Path:
     """Make the bundle that `options` asks for and return where it stands.
 
-    Raises CalibrationError (CorpusError for the text), BundleError for the target, and CheckpointError, ConfigError,
-    UnsupportedModelError, WeightError or ModelLoadError for the model. Whatever is raised, KeyboardInterrupt
-    included, leaves no bundle, and an older bundle at the target as it was.
+    Raises CalibrationError (OptionError for the options, CorpusError for the text), BundleError for the target, and
+    CheckpointError, ConfigError, UnsupportedModelError, WeightError or ModelLoadError for the model. Whatever is
+    raised, KeyboardInterrupt included, leaves no bundle, and an older bundle at the target as it was.
     """
     target = check_target(options.out)
     task = _prepare(options, progress)
     int4 = _quantized(task)
     dtype = options.dtype or default_dtype(task.checkpoint.spec, task.device)
+    compile_kernels(task.device, progress)
     with progress.phase("Loading the model", 1 if int4 is None else 2) as advance:
         stack = ModelStack.build(
             task.checkpoint,

@@ -11,11 +11,16 @@ from exeunt.compression.weights import CheckpointWeights
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]  # config, tokenizer, index
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")  # the oldest models have no owner: gpt2
+_FILE_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".json", ".zip", ".tar", ".gz")
 
 
 class CheckpointError(ValueError):
     """There is no usable checkpoint at the name given; the message says what is missing."""
+
+
+class NoCheckpointError(CheckpointError):
+    """There is nothing at the name given, neither on this machine nor on the Hub: the name is likely wrong."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,17 +37,22 @@ class Checkpoint:
         return CheckpointWeights(self.files, self.spec)
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether `name` could be a model's id on the Hub: `owner/name`, or `name` alone, and not that of a file."""
+    return _HUB_ID.fullmatch(name) is not None and not name.endswith(_FILE_ENDINGS)
+
+
 def open_checkpoint(model: str | Path) -> Checkpoint:
     """The checkpoint in a local directory, or downloaded from the Hub (only the files that are needed).
 
-    The config is read, and refused, before any weights are downloaded. Raises CheckpointError, and ConfigError or
-    UnsupportedModelError for what the config says.
+    The config is read, and refused, before any weights are downloaded. Raises CheckpointError (NoCheckpointError where
+    the name is likely wrong), and ConfigError or UnsupportedModelError for what the config says.
     """
     path = Path(model)
     if path.is_dir():
         return Checkpoint(str(model), path, load_architecture(path), _weight_files(path))
-    if path.exists() or isinstance(model, Path) or not _HUB_ID.fullmatch(str(model)):
-        raise CheckpointError(
+    if path.exists() or isinstance(model, Path) or not is_hub_id(str(model)):
+        raise NoCheckpointError(
             f"{model} is neither a checkpoint directory nor a Hugging Face id like owner/name."
         )
     directory = _download(str(model), _SMALL_FILES)
@@ -89,12 +99,38 @@ def _shards(index: Path) -> tuple[Path, ...]:
 def _download(model: str, patterns: list[str]) -> Path:
     from httpx import HTTPError
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     try:
         return Path(snapshot_download(model, allow_patterns=patterns, ignore_patterns=["*/*"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, HTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(
-            f"{model!r} is no local directory, and the Hugging Face Hub did not give it either: {reason}"
-        ) from error
+    except GatedRepoError as error:
+        raise _not_given(model, error) from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise _nowhere(model, error) from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, HTTPError, OSError) as error:
+        # A name without an owner is that of a folder, misspelt, far more often than an old model's.
+        raise (_not_given if "/" in model else _nowhere)(model, error) from error
+
+
+def _not_given(model: str, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{model!r} is no local directory, and the Hugging Face Hub did not give it either: {_reason(error)}"
+    )
+
+
+def _nowhere(model: str, error: Exception) -> NoCheckpointError:
+    return NoCheckpointError(
+        f"There is no folder {model}, and the Hugging Face Hub gives no model of that id either ({_reason(error).rstrip('.')}); "
+        "give the folder of a bundle or of a checkpoint, or an id such as owner/name."
+    )
+
+
+def _reason(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -3,11 +3,13 @@
 import re
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, Final
 
 import typer
 
 from exeunt.server.settings import setting_help
+
+LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 
 
 class UsageError(Exception):
@@ -57,6 +59,11 @@ def block(flag: str, text: str) -> Any:
     if not (text.isdecimal() and text.isascii()):
         raise UsageError(f"{flag} is {text!r}; it must be auto, none, or the number of a block.")
     return int(text)
+
+
+def is_address(target: str) -> bool:
+    """Whether `target` is the address of a server, and not a folder or a model's id."""
+    return target.startswith(("http://", "https://"))
 
 
 def misused(error: Any, arguments: Sequence[str]) -> str:

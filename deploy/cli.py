@@ -1,26 +1,33 @@
 """The command line: `exeunt calibrate`, `serve`, `eval`, `bench` and `inspect`.
 
 Errors are one line that says what was wrong and what to do, with exit status 2 for wrong usage and 1 for everything
-else; `--log-level debug` (or EXEUNT_LOG_LEVEL=debug) adds the traceback. What a command needs is imported by that
-command alone, so that `--help` answers at once.
+else (`exeunt.deploy.failures`); `--log-level debug` (or EXEUNT_LOG_LEVEL=debug) adds the traceback. What a command
+needs is imported by that command alone, so that `--help` answers at once.
 """
 
-import json
 import logging
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from importlib import import_module
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
 
-from exeunt.deploy.arguments import UsageError, block, misused, numbers, one_of, setting, whole
-from exeunt.deploy.signals import Interrupted, InterruptibleProgress, end_at_once, interruptible, leave_to
+from exeunt.deploy.arguments import LOG_LEVELS, UsageError, block, is_address, numbers, one_of, setting, whole
+from exeunt.deploy.failures import told
+from exeunt.deploy.json_file import JSONFile
+from exeunt.deploy.signals import (
+    Interrupted,
+    InterruptibleProgress,
+    end_at_once,
+    interruptible,
+    leave_to,
+)
 from exeunt.server.settings import setting_help
 
 app = typer.Typer(
@@ -32,14 +39,48 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-USAGE_ERROR: Final = 2
 _PIPE_COLUMNS: Final = 180
-_BUNDLE = typer.Argument(metavar="BUNDLE", help="A bundle's directory, as `exeunt calibrate --out` wrote it.")
+
+
+@dataclass(slots=True)
+class _Wishes:
+    """What is asked of the command line itself, whichever command it is."""
+
+    tracebacks: bool = False
 
 
 def _count(flag: str, least: int, text: str) -> Any:
     """The option `flag`, a whole number from `least` on."""
     return typer.Option(metavar="N", help=text, parser=whole(flag, least))
+
+
+def _note_level(context: typer.Context, level: str | None) -> str | None:
+    """Take down that tracebacks are wanted, before the other options are looked at: those may be wrong."""
+    if level == "debug" and isinstance(context.obj, _Wishes):
+        context.obj.tracebacks = True
+    return level
+
+
+_BUNDLE = typer.Argument(metavar="BUNDLE", help="A bundle's directory, as `exeunt calibrate --out` wrote it.")
+_DEVICE = typer.Option(help="auto, cpu, cuda or cuda:N.")
+_JSON = typer.Option("--json", help="Also write it as JSON to this file.")
+_LEVEL = typer.Option(
+    metavar="LEVEL",
+    help="What to log: debug (with tracebacks of errors), info, warning or error.",
+    envvar="EXEUNT_LOG_LEVEL",
+    show_envvar=False,
+    is_eager=True,
+    callback=_note_level,
+)
+_SERVER_LEVEL = typer.Option(
+    metavar="LEVEL",
+    help=setting_help("log_level"),
+    show_default=False,
+    envvar="EXEUNT_LOG_LEVEL",
+    show_envvar=False,
+    is_eager=True,
+    callback=_note_level,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -59,39 +100,19 @@ def run(arguments: list[str]) -> int:
 
     No command at all is a wish for help: on standard output, with status 0, as `--help`.
     """
+    wishes = _Wishes()
     try:
-        status = app(arguments or ["--help"], prog_name="exeunt", standalone_mode=False)
+        status = app(arguments or ["--help"], prog_name="exeunt", standalone_mode=False, obj=wishes)
     except Interrupted as interruption:  # everything is cleaned up: a half-made bundle, temporary files
         words = f"{interruption.word} before it was done; nothing was written"
         return _complain(words, 128 + interruption.number)
     except KeyboardInterrupt:
         return _complain("interrupted", 130)
     except Exception as error:  # noqa: BLE001 - the outermost boundary: a line instead of a traceback
-        if _debugging(arguments):
+        if wishes.tracebacks:
             traceback.print_exc()
-        return _complain(*_told(error, arguments))
+        return _complain(*told(error, arguments))
     return status if isinstance(status, int) else 0
-
-
-def _told(error: Exception, arguments: Sequence[str]) -> tuple[str, int]:
-    """What to say of an error, and the exit status."""
-    usage_errors: tuple[type[Exception], ...] = (UsageError,)
-    settings_error = sys.modules.get("exeunt.deploy.loading")
-    if settings_error is not None:
-        usage_errors += (settings_error.SettingsError,)
-    parser_error: Any = typer.BadParameter.__mro__[1]  # the usage error of whichever click typer builds on
-    if isinstance(error, parser_error):
-        return misused(error, arguments), USAGE_ERROR
-    if type(error).__name__ == "Abort":
-        return "interrupted", 130
-    if isinstance(error, usage_errors):
-        return str(error), USAGE_ERROR
-    if isinstance(error, OSError | ValueError | RuntimeError) or type(error).__module__.startswith("exeunt."):
-        return str(error) or type(error).__name__, 1
-    return (
-        f"{type(error).__name__}: {error} (a bug: run again with EXEUNT_LOG_LEVEL=debug for the traceback)",
-        1,
-    )
 
 
 def _complain(message: str, status: int) -> int:
@@ -100,13 +121,11 @@ def _complain(message: str, status: int) -> int:
     return status
 
 
-def _debugging(arguments: Sequence[str]) -> bool:
-    words = " ".join(arguments)
-    return (
-        "--log-level debug" in words
-        or "--log-level=debug" in words
-        or os.environ.get("EXEUNT_LOG_LEVEL") == "debug"
-    )
+def _log_from(level: str) -> None:
+    """Log what is of `level` or graver. Raises UsageError for a level that there is not."""
+    from exeunt.deploy.logs import configure_logging
+
+    configure_logging(one_of("--log-level", level, *LOG_LEVELS), as_json=False)
 
 
 @app.command()
@@ -143,7 +162,7 @@ def serve(
     shutdown_timeout: Annotated[str | None, setting("shutdown_timeout", "SECONDS")] = None,
     max_body_bytes: Annotated[str | None, setting("max_body_bytes", "BYTES")] = None,
     allowed_origins: Annotated[str | None, setting("allowed_origins", "LIST")] = None,
-    log_level: Annotated[str | None, setting("log_level", "LEVEL")] = None,
+    log_level: Annotated[str | None, _SERVER_LEVEL] = None,
     log_json: Annotated[
         bool | None, typer.Option("--log-json", help=setting_help("log_json"), show_default=False)
     ] = None,
@@ -152,8 +171,11 @@ def serve(
 
     Every option is also an environment variable: --max-num-seqs is EXEUNT_MAX_NUM_SEQS.
     """
-    given = {name: value for name, value in locals().items() if value is not None}
-    settings = _settings(given)
+    return _serve(_settings({name: value for name, value in locals().items() if value is not None}))
+
+
+def _serve(settings: Any) -> int:
+    """Log as the settings say, take the address, and serve until told to stop; the exit status."""
     from exeunt.deploy.logs import configure_logging
     from exeunt.server.settings import unknown_variables
 
@@ -162,11 +184,10 @@ def serve(
         logging.getLogger("exeunt.settings").warning(
             "%s is no setting; `exeunt serve --help` lists what there is.", name
         )
-    from exeunt.deploy.serve import bind
-    from exeunt.deploy.serve import serve as serve_until_stopped
+    from exeunt.deploy.serve import bind, serve
 
     with bind(settings.host, settings.port) as sock:
-        return serve_until_stopped(settings, sock)
+        return serve(settings, sock)
 
 
 def _settings(given: dict[str, Any]) -> Any:
@@ -209,7 +230,7 @@ def calibrate(
     risk: Annotated[
         str, typer.Option(help="Disagreement targets of approximate exits.")
     ] = "0.01,0.02,0.05,0.1",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: Annotated[str, _DEVICE] = "auto",
     seed: Annotated[
         int,
         _count(
@@ -218,18 +239,19 @@ def calibrate(
             "Same seed, same bundle, if `--exits` names exits and `--drafting-exit` is none: which pay is measured.",
         ),
     ] = 0,
+    log_level: Annotated[str, _LEVEL] = "warning",
 ) -> None:
     """Make a bundle from a model: INT4 weights, a linear block, exits with certified thresholds."""
-    from exeunt.calibration.errors import CalibrationError
+    _log_from(log_level)
     from exeunt.calibration.options import CalibrationOptions
-    from exeunt.calibration.pipeline import calibrate as make_bundle
-    from exeunt.calibration.progress import TerminalProgress
-    from exeunt.deploy.loading import find_folder, resolve_device
+    from exeunt.deploy.calibrate import calibration_data, check_checkpoint, check_out, make_bundle
+    from exeunt.deploy.loading import resolve_device
 
     resolve_device(device)
-    find_folder(model)
-    try:
-        options = CalibrationOptions(
+    check_checkpoint(model)
+    check_out(out)
+    make_bundle(
+        CalibrationOptions(
             model=model,
             out=out,
             tokens=tokens,
@@ -241,44 +263,46 @@ def calibrate(
             risk=numbers("--risk", risk, float),
             device=device,
             seed=seed,
-            data=_calibration_data(model, data),
+            data=calibration_data(model, data),
         )
-    except CalibrationError as error:
-        raise UsageError(str(error)) from error
-    with interruptible() as interruption:
-        path = make_bundle(options, InterruptibleProgress(TerminalProgress(), interruption))
-        print(f"{path} is ready: exeunt inspect {path}; exeunt serve {path}")
-
-
-def _calibration_data(model: str, data: str | None) -> str:
-    """The text to calibrate on; the packaged one is the packaged model's own and certifies nothing about another."""
-    if data is not None:
-        return data
-    from exeunt.deploy import packaged_model
-    from exeunt.deploy.packaged import CALIBRATION_TEXT
-
-    folder = packaged_model.path()
-    if Path(model).resolve() != folder.resolve():
-        raise UsageError(
-            f"Give --data: a text of the kind that {model} will serve (a file, a folder, hf:NAME)."
-        )
-    return str(folder / CALIBRATION_TEXT)
+    )
 
 
 @app.command()
 def inspect(
     bundle: Annotated[Path, _BUNDLE],
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Also write it as JSON to this file.")
-    ] = None,
+    json_file: Annotated[Path | None, _JSON] = None,
+    log_level: Annotated[str, _LEVEL] = "warning",
 ) -> None:
     """Show what is inside a bundle, its sizes, how it was made, and its risk table."""
+    _log_from(log_level)
+    target = _json_target(json_file)
     from exeunt.compression.bundle import open_bundle
     from exeunt.deploy.inspect import describe, render
 
-    opened = open_bundle(bundle)
+    _check_bundle(bundle)
+    with _verifying():
+        opened = open_bundle(bundle)
     _show(render(opened))
-    _write_json(json_file, describe(opened))
+    if target is not None:
+        target.write(describe(opened))
+
+
+def _check_bundle(path: Path) -> None:
+    """Raise UsageError or SettingsError where there is no bundle at `path`, intact or not."""
+    from exeunt.deploy.loading import find_source
+
+    if not path.exists():
+        raise UsageError(f"{path} does not exist; give the folder that `exeunt calibrate --out` wrote.")
+    if not find_source(str(path)).is_bundle:
+        raise UsageError(f"{path} is a checkpoint; give the folder that `exeunt calibrate --out` wrote.")
+
+
+def _verifying() -> Any:
+    """A bar for the reading of large files, where a person looks on."""
+    from exeunt.calibration.progress import TerminalProgress
+
+    return TerminalProgress().phase("Verifying the bundle", 1) if sys.stderr.isatty() else nullcontext()
 
 
 def _show(table: Any) -> None:
@@ -289,11 +313,9 @@ def _show(table: Any) -> None:
     (console if console.is_terminal else Console(width=_PIPE_COLUMNS)).print(table)
 
 
-def _write_json(path: Path | None, content: object) -> None:
-    if path is not None:
-        path.write_text(
-            json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8"
-        )
+def _json_target(path: Path | None) -> JSONFile | None:
+    """The file of `--json`, if one is wanted. Raises UsageError where it cannot be written, before any work."""
+    return None if path is None else JSONFile.checked(path)
 
 
 @app.command(name="eval")
@@ -303,20 +325,24 @@ def evaluate(
         str, typer.Option(help="Text: a file (txt or JSONL), a folder, or hf:NAME.", show_default=False)
     ],
     tokens: Annotated[int, _count("--tokens", 16, "Use so many tokens of it.")] = 16_000,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: Annotated[str, _DEVICE] = "auto",
     speed: Annotated[bool, typer.Option(help="Also measure every mode's tokens/s.")] = True,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Also write it as JSON to this file.")
-    ] = None,
+    json_file: Annotated[Path | None, _JSON] = None,
+    log_level: Annotated[str, _LEVEL] = "warning",
 ) -> None:
     """Measure perplexity, KL, agreement, depth and speed of every mode on a text."""
+    _log_from(log_level)
+    target = _json_target(json_file)
+    from exeunt.calibration.progress import TerminalProgress
     from exeunt.deploy.evaluation import evaluate_and_time, evaluation_table
+    from exeunt.deploy.preparation import load_to_measure
 
-    with interruptible():
-        model = _load(bundle, device)
+    with interruptible() as interruption:
+        model = load_to_measure(bundle, device, InterruptibleProgress(TerminalProgress(), interruption))
         evaluated = evaluate_and_time(model, data, tokens=tokens, speed=speed)
         _show(evaluation_table(evaluated))
-        _write_json(json_file, evaluated.record(model.name))
+        if target is not None:
+            target.write(evaluated.record(model.name))
 
 
 @app.command()
@@ -331,49 +357,28 @@ def bench(
     prompt_tokens: Annotated[int, _count("--prompt-tokens", 1, "Length of every prompt.")] = 64,
     max_new_tokens: Annotated[int, _count("--max-new-tokens", 2, "Length of every answer.")] = 64,
     requests: Annotated[int | None, _count("--requests", 1, "Requests per mode. [4 × concurrency]")] = None,
-    device: Annotated[str, typer.Option(help="For a bundle: auto, cpu, cuda or cuda:N.")] = "auto",
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Also write it as JSON to this file.")
+    device: Annotated[
+        str | None, typer.Option(help="For a bundle: auto, cpu, cuda or cuda:N. [auto]")
     ] = None,
+    json_file: Annotated[Path | None, _JSON] = None,
+    log_level: Annotated[str, _LEVEL] = "warning",
 ) -> None:
     """Measure the speed of every mode: tokens/s, also against exits off, latencies, exits, drafts and depth."""
+    _log_from(log_level)
+    if is_address(target) and device is not None:
+        raise UsageError(
+            f"--device is {device} and {target} is a server, which has its device; leave --device out."
+        )
+    file = _json_target(json_file)
     from exeunt.deploy.bench import Load, bench_record, modes_of
     from exeunt.deploy.bench_table import measure, speed_table
+    from exeunt.deploy.bench_target import driver
 
     load = Load(concurrency, prompt_tokens, max_new_tokens, requests or 4 * concurrency)
-    import_module("exeunt.deploy.bench_http" if _is_address(target) else "exeunt.deploy.bench_engine")
-    with interruptible():
-        with _driver(target, load, device) as driver:
-            model = driver.model()
-            speeds = measure(driver, modes_of(driver.offer()), load)
+    with interruptible() as interruption:
+        with driver(target, load, device or "auto", interruption) as asked:
+            model = asked.model()
+            speeds = measure(asked, modes_of(asked.offer()), load)
         _show(speed_table(speeds))
-        _write_json(json_file, bench_record(target, model, load, speeds))
-
-
-def _is_address(target: str) -> bool:
-    return target.startswith(("http://", "https://"))
-
-
-@contextmanager
-def _driver(target: str, load: Any, device: str) -> Iterator[Any]:
-    if _is_address(target):
-        from exeunt.deploy.bench_http import HTTPDriver
-
-        driver: Any = HTTPDriver(target, concurrency=load.concurrency)
-    else:
-        from exeunt.deploy.bench_engine import engine_driver
-
-        driver = engine_driver(_load(target, device), load)
-    try:
-        yield driver
-    finally:
-        driver.close()
-
-
-def _load(name: str, device: str) -> Any:
-    """A bundle or plain model, loaded for measuring: a server's environment variables have no part in it."""
-    from exeunt.deploy.loading import find_source, load_model, resolve_device
-    from exeunt.server.settings import given_settings
-
-    resolve_device(device)
-    return load_model(find_source(name), given_settings({"device": device}))
+        if file is not None:
+            file.write(bench_record(target, model, load, speeds))

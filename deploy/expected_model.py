@@ -14,6 +14,7 @@ from exeunt.deploy.loading import (
     check_batch,
     check_guard,
     check_plain,
+    check_waiting,
     default_variant,
     engine_limits,
     resolve_device,
@@ -47,6 +48,7 @@ def check_settings(source: Source | None, settings: Settings) -> None:
     device = resolve_device(settings.device)
     check_batch(settings)
     check_guard(settings)
+    check_waiting(settings)
     if source is None:
         if bundle_folder().exists():
             return
@@ -60,6 +62,7 @@ def check_settings(source: Source | None, settings: Settings) -> None:
             return
         model = expected_plain(folder)
     check_defaults(settings.default_compression, model.offer)
+    check_guarded(settings, model.offer)
     dtype = resolve_dtype(settings.dtype) or default_dtype(model.spec, device)
     default = default_variant(model.offer.default, settings)
     block = 0 if default.linear_block else None  # any: the KV of all blocks is alike in size
@@ -72,6 +75,16 @@ def check_defaults(defaults: CompressionOptions, offer: Offer) -> None:
         resolve(defaults, CompressionOptions(), offer)
     except NotOfferedError as error:
         raise SettingsError(f"--default-compression: {error}") from error
+
+
+def check_guarded(settings: Settings, offer: Offer) -> None:
+    """Raise SettingsError where the exit guard is asked for and there is no certified target that it could guard."""
+    certified = any(offer.certified(variant, method) for variant in offer.variants for method in SKIPPED_KV)
+    if settings.exit_guard and not certified:
+        raise SettingsError(
+            "--exit-guard raises the thresholds of certified targets, and this model has none: leave it out, or serve "
+            "a bundle whose risk table has some (`exeunt inspect` shows it)."
+        )
 
 
 def expected_bundle(folder: Path, settings: Settings) -> ExpectedModel:

@@ -1,6 +1,5 @@
 """Finds the model that the settings name, loads it, and sizes the engine for it."""
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -9,6 +8,7 @@ import torch
 
 from exeunt.compression.architecture import Architecture
 from exeunt.compression.bundle import is_bundle
+from exeunt.compression.checkpoint import is_hub_id
 from exeunt.compression.device import DeviceError, find_device
 from exeunt.compression.kv_format import kv_layout, page_bytes_for
 from exeunt.compression.model import LoadedModel, load_bundle, load_plain_model
@@ -23,8 +23,6 @@ BUNDLE_SIGNS: Final = (
     "exits.safetensors",
     "linear_block.safetensors",
 )
-_HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_FILE_ENDINGS: Final = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".json", ".zip", ".tar", ".gz")
 _MOST_DEFAULT_CACHE: Final = 2**30  # bytes, on a CPU: more must be asked for
 _SHARE_OF_MEMORY: Final = 0.25  # of a CPU machine's free memory that the cache takes unasked
 _SHARE_OF_GPU: Final = 0.8  # of a GPU's free memory, once the weights are there
@@ -77,13 +75,16 @@ def find_source(model: str) -> Source:
 
 
 def find_folder(model: str) -> Path | None:
-    """The folder that `model` names; None for the id of a model on the Hugging Face Hub. Raises SettingsError."""
+    """The folder that `model` names; None for what may be a model's id on the Hugging Face Hub. Raises SettingsError.
+
+    A name without an owner may be an old model's (gpt2) or a misspelt folder's: the Hub alone can tell.
+    """
     path = Path(model).expanduser()
     if path.is_dir():
         return path
     if path.exists():
         raise SettingsError(f"{model} is a file; give the folder of a bundle or of a checkpoint.")
-    if _HUB_ID.fullmatch(model) and not model.endswith(_FILE_ENDINGS):
+    if is_hub_id(model):
         return None
     raise SettingsError(
         f"There is no folder {model}; give the folder of a bundle or of a checkpoint, or a Hugging Face id such as "
@@ -181,6 +182,15 @@ def check_guard(settings: Settings) -> None:
     if settings.exit_guard and settings.audit_share == 0:
         raise SettingsError(
             "--exit-guard judges by audits, and --audit-share is 0: raise it or leave the guard out."
+        )
+
+
+def check_waiting(settings: Settings) -> None:
+    """Raise SettingsError where a longest wait is given and no row ever waits."""
+    if "longest_wait" in settings.model_fields_set and settings.scheduling == "run-through":
+        raise SettingsError(
+            f"--longest-wait is {settings.longest_wait:g} and --scheduling run-through, in which no row waits: give "
+            "--scheduling queues or leave --longest-wait out."
         )
 
 

@@ -1,14 +1,12 @@
 """The packaged model, calibrated on first use: the bundle is kept in the user's cache under what it was made from."""
 
 import errno
-import fcntl
 import hashlib
 import logging
 import os
 import shutil
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +16,7 @@ from exeunt.calibration.progress import ProgressReport, TerminalProgress
 from exeunt.compression.bundle import BundleError, open_bundle
 from exeunt.compression.manifest import FORMAT_VERSION
 from exeunt.deploy import packaged_model
+from exeunt.deploy.bundle_cache import alone, remove_superseded
 from exeunt.deploy.loading import SettingsError
 
 if TYPE_CHECKING:
@@ -38,8 +37,6 @@ _ORIGIN: Final = "written by the packaged model itself, see its MODEL_CARD.md"
 EVALUATION_TOKENS: Final = 2_000
 """Every mode is evaluated on so many tokens before the first start can serve; `exeunt calibrate` takes 6,000."""
 
-_ASK_AGAIN_S: Final = 0.25  # how soon a lock that another process holds is asked for again
-
 
 def packaged_bundle(
     *,
@@ -51,6 +48,7 @@ def packaged_bundle(
     """The bundle of the packaged model, calibrated now, on `device`, if it never was; `on_calibration` is told before.
 
     One process at a time calibrates; others wait for its bundle, and call `while_waiting` again and again meanwhile.
+    Once the new bundle stands, those that another version made are removed.
 
     Raises FileNotFoundError where the package does not lie on disk, SettingsError where nothing can be kept in the
     cache folder, and what `calibrate` raises.
@@ -60,7 +58,7 @@ def packaged_bundle(
         return open_bundle(target).path
     progress = progress or TerminalProgress()
     _make_room(target.parent)
-    with _alone(target.with_name(f"{target.name}.lock"), progress, while_waiting):
+    with alone(target, progress, while_waiting):
         if target.exists():  # spoilt, or made by another process meanwhile
             try:
                 return open_bundle(target).path
@@ -70,39 +68,8 @@ def packaged_bundle(
         on_calibration()
         progress.note(f"Calibrating the packaged model, once; the bundle is kept in {target}.")
         _calibrate(folder, target, device, progress)
+    remove_superseded(target)
     return target
-
-
-@contextmanager
-def _alone(lock: Path, progress: ProgressReport, while_waiting: Callable[[], None]) -> Iterator[None]:
-    """Hold `lock`, which the system gives back when this process ends, however it ends.
-
-    Asked for again and again, not waited for in one call: a signal whose exception is lost then takes effect.
-    """
-    waited = False
-    with lock.open("a") as file:
-        while not _locked(file.fileno()):
-            if not waited:
-                progress.note(
-                    f"Another process is calibrating the packaged model; waiting for its bundle ({lock} is locked)."
-                )
-            waited = True
-            while_waiting()
-            time.sleep(_ASK_AGAIN_S)
-        yield
-
-
-def _locked(file: int) -> bool:
-    """Whether this process has the lock on `file` now. Where the file system has no locks, nobody waits."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        logger.warning(
-            "Files cannot be locked here (%s): others may calibrate the same at once.", error.strerror
-        )
-    return True
 
 
 def calibration_options(folder: Path, target: Path, device: str = "auto") -> "CalibrationOptions":

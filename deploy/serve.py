@@ -17,7 +17,7 @@ import uvicorn
 
 from exeunt.calibration.progress import ProgressReport, TerminalProgress
 from exeunt.compression.model import LoadedModel
-from exeunt.deploy.expected_model import check_defaults, check_settings
+from exeunt.deploy.expected_model import check_defaults, check_guarded, check_settings
 from exeunt.deploy.loading import (
     Source,
     default_variant,
@@ -283,6 +283,7 @@ def start_service(model: LoadedModel, settings: Settings) -> Service:
     """The loaded model behind a started engine, as the API needs it. Raises SettingsError."""
     offer = offer_of(model)
     check_defaults(settings.default_compression, offer)
+    check_guarded(settings, offer)
     config = engine_config(model, settings)
     name = settings.served_model_name or model.name
     stages = [str(stage) for stage in range(len(model.exits) + 1)]

@@ -71,6 +71,11 @@ def cached_library(compiler: str, flags: tuple[str, ...]) -> Path:
         return own / name
 
 
+def is_cached(compiler: str, flags: tuple[str, ...]) -> bool:
+    """Whether this machine has compiled the library already."""
+    return (cache_folder() / f"{_fingerprint(compiler, flags)}.so").is_file()
+
+
 def cache_folder() -> Path:
     """Return the folder of compiled libraries; it need not exist."""
     home = os.environ.get("XDG_CACHE_HOME")

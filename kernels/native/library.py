@@ -15,7 +15,13 @@ from pathlib import Path
 
 import torch
 
-from exeunt.kernels.native.build import FLAG_CHOICES, NativeBuildError, cached_library, find_compiler
+from exeunt.kernels.native.build import (
+    FLAG_CHOICES,
+    NativeBuildError,
+    cached_library,
+    find_compiler,
+    is_cached,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -79,8 +85,23 @@ def native_library() -> NativeLibrary | None:
     return _loaded[0]
 
 
+def is_compiled() -> bool:
+    """Whether `native_library` returns at once: compiled on this machine before, or never to be."""
+    compiler = find_compiler()
+    if _loaded or not _wanted() or compiler is None:
+        return True
+    try:
+        return any(is_cached(compiler, flags) for flags in FLAG_CHOICES)
+    except OSError:  # a compiler that does not run, a cache that cannot be read: `native_library` says so
+        return True
+
+
+def _wanted() -> bool:
+    return os.environ.get("EXEUNT_NATIVE", "1") != "0"
+
+
 def _load() -> NativeLibrary | None:
-    if os.environ.get("EXEUNT_NATIVE", "1") == "0":
+    if not _wanted():
         return None
     compiler = find_compiler()
     if compiler is None:

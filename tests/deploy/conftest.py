@@ -1,5 +1,6 @@
 """A real Prometheus, configured as deploy/prometheus is but for its target and its pace."""
 
+import logging
 import shutil
 import socket
 import subprocess
@@ -15,6 +16,18 @@ import pytest
 import yaml
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_before() -> Iterator[None]:
+    """Put back the process's logging, which every command that is run in it takes over."""
+    named = (None, "exeunt", "uvicorn", "uvicorn.error", "uvicorn.access")
+    loggers = [logging.getLogger(name) for name in named]
+    before = [(each, each.level, each.handlers[:], each.filters[:]) for each in loggers]
+    yield
+    for each, level, handlers, filters in before:
+        each.setLevel(level)
+        each.handlers[:], each.filters[:] = handlers, filters
 
 
 @dataclass(frozen=True)

@@ -242,8 +242,36 @@ def test_eval_prints_every_mode_with_its_speed(
 
 
 def test_eval_of_a_missing_text_is_one_line(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["eval", str(bundle), "--data", "/nowhere.txt"]) == 1
-    assert capsys.readouterr().err.count("\n") == 1
+    assert run(["eval", str(bundle), "--data", "/nowhere.txt"]) == 2
+    assert capsys.readouterr().err.count("exeunt: /nowhere.txt is neither a file nor a folder") == 1
+
+
+def test_loading_and_compiling_are_phases_of_their_own(
+    bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[str] = []
+    monkeypatch.setattr("exeunt.calibration.kernel_compilation.is_compiled", lambda: bool(compiled))
+    monkeypatch.setattr(
+        "exeunt.calibration.kernel_compilation.native_library", lambda: compiled.append("once")
+    )
+    for _ in range(2):
+        assert run(["bench", str(bundle), "--device", "cpu", "--prompt-tokens", "5000"]) == 2
+    told = capsys.readouterr().err
+    assert told.index("Compiling the CPU kernels, once") < told.index("Loading the model")
+    assert told.count("Compiling the CPU kernels") == len(compiled) == 1
+    assert told.count("Loading the model") == 2
+
+
+@pytest.mark.parametrize("command", ["eval", "bench", "inspect"])
+def test_a_result_that_has_no_place_is_refused_before_the_work(
+    command: str, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["--data", "z"] if command == "eval" else []
+    assert run([command, str(bundle), *more, "--json", str(tmp_path)]) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err.count("\n") == 1
+    assert f"--json is {tmp_path}" in told.err
 
 
 def test_inspect_prints_and_writes(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

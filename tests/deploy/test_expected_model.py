@@ -13,7 +13,7 @@ from exeunt.deploy.expected_model import check_settings, expected_bundle
 from exeunt.deploy.loading import SettingsError, Source
 from exeunt.deploy.packaged import bundle_folder, calibration_options
 from exeunt.server.api.offer import SKIPPED_KV
-from exeunt.server.settings import given_settings
+from exeunt.server.settings import given_settings, load_settings
 from tests.compression.small_bundles import small_checkpoint
 from tests.deploy.server_process import environment
 
@@ -43,6 +43,8 @@ def compression(**given: Any) -> dict[str, Any]:
         compression(weights="full", kv_cache="full", early_exit={"mode": "approximate", "threshold": 0.5}),
         {"weights": "full", **compression(early_exit=False)},
         compression(early_exit=True),
+        {"exit_guard": True},
+        {"longest_wait": 0.1, "scheduling": "queues"},
         compression(early_exit={"mode": "approximate", "skipped_kv": "backfill"}),
     ],
 )
@@ -61,6 +63,7 @@ def test_what_the_calibrated_packaged_model_may_hold_is_let_through(checkpoint: 
         ({"kv_cache_memory": "1kB"}, "--kv-cache-memory is 1000 bytes, which hold 0 tokens"),
         ({"max_num_seqs": 600}, "--max-num-batched-tokens is 512"),
         ({"device": "cuda:77"}, "--device is cuda:77"),
+        ({"longest_wait": 0.05}, "--longest-wait is 0.05 and --scheduling run-through"),
         ({"exit_guard": True, "audit_share": 0.0}, "--exit-guard judges by audits, and --audit-share is 0"),
         (
             compression(early_exit={"mode": "verified", "threshold": 0.5}),
@@ -93,6 +96,10 @@ def test_what_is_expected_is_what_calibration_is_asked_for(checkpoint: Path, tmp
     [
         ({"weights": "int4"}, "--weights is int4 .*exeunt calibrate"),
         ({"max_model_len": LONGEST + 1}, "--max-model-len"),
+        (
+            {"exit_guard": True},
+            "--exit-guard raises the thresholds of certified targets, and this model has none",
+        ),
         (compression(linear_block=True), "no linear block"),
         (compression(early_exit={"mode": "approximate"}), "'approximate' and the loaded model has no exits"),
     ],
@@ -103,6 +110,14 @@ def test_a_plain_model_is_looked_at_before_it_is_loaded(checkpoint: Path, given:
     (checkpoint / "model.safetensors").unlink()
     with pytest.raises(SettingsError, match=words):
         check_settings(source, given_settings(given))
+
+
+def test_a_wait_from_the_environment_is_given_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = Source("owner/name", is_bundle=False)
+    check_settings(source, load_settings({}))
+    monkeypatch.setenv("EXEUNT_LONGEST_WAIT", "0.05")
+    with pytest.raises(SettingsError, match="--longest-wait"):
+        check_settings(source, load_settings({}))
 
 
 def test_what_only_loading_can_tell_is_left_to_it(tmp_path: Path) -> None:

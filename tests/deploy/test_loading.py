@@ -33,7 +33,8 @@ def model(bundle: Path) -> LoadedModel:
 def test_a_source_is_a_bundle_a_checkpoint_or_a_hub_id(bundle: Path, tmp_path: Path) -> None:
     assert find_source(str(bundle)) == Source(str(bundle), is_bundle=True)
     assert not find_source(str(bundle.parent / "checkpoint")).is_bundle
-    assert find_source("owner/name") == Source("owner/name", is_bundle=False)
+    for name in ("owner/name", "gpt2"):
+        assert find_source(name) == Source(name, is_bundle=False)
     (tmp_path / "exits.safetensors").touch()
     assert find_source(str(tmp_path)).is_bundle  # opening it says what it lacks
 
@@ -41,8 +42,17 @@ def test_a_source_is_a_bundle_a_checkpoint_or_a_hub_id(bundle: Path, tmp_path: P
 @pytest.mark.parametrize(
     "gone",
     [
-        *("/nowhere", "./nowhere", "../owner/name", "~/nowhere", "a/b/c", "nowhere", "owner/", "owner/na me"),
-        *("owner/weights.safetensors", "owner/model.gguf"),
+        *(
+            "/nowhere",
+            "./nowhere",
+            "../owner/name",
+            "~/nowhere",
+            "a/b/c",
+            "nowhere/",
+            "owner/",
+            "owner/na me",
+        ),
+        *("owner/weights.safetensors", "owner/model.gguf", "model.gguf"),
     ],
 )
 def test_what_is_no_folder_and_no_hub_id_is_not_looked_up(gone: str) -> None:

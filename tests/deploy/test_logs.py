@@ -34,22 +34,6 @@ def test_text_lines_have_a_time_in_utc() -> None:
     assert TextFormatter().format(line) == "1970-01-01T00:00:00Z WARNING exeunt.test: hello you"
 
 
-@pytest.fixture
-def _restored() -> object:
-    """Put back the process's logging, which the function under test replaces."""
-    root = logging.getLogger()
-    loggers = [
-        root,
-        *(logging.getLogger(name) for name in ("exeunt", "uvicorn", "uvicorn.error", "uvicorn.access")),
-    ]
-    before = [(each, each.level, each.handlers[:], each.filters[:]) for each in loggers]
-    yield
-    for each, level, handlers, filters in before:
-        each.setLevel(level)
-        each.handlers[:], each.filters[:] = handlers, filters
-
-
-@pytest.mark.usefixtures("_restored")
 @pytest.mark.parametrize(("level", "shown"), [("info", ["/generate"]), ("debug", ["/generate", "/ready"])])
 def test_probes_are_logged_only_where_everything_is(
     level: str, shown: list[str], capsys: pytest.CaptureFixture[str]

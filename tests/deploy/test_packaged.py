@@ -2,13 +2,20 @@
 
 import errno
 import fcntl
+import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from exeunt.calibration.options import CalibrationOptions
+from exeunt.calibration.progress import TerminalProgress
+from exeunt.compression.model import load_bundle
 from exeunt.deploy import packaged_model
+from exeunt.deploy.bench import Load
+from exeunt.deploy.bench_engine import EngineDriver, engine_driver
+from exeunt.deploy.bundle_cache import alone, lock_of
 from exeunt.deploy.loading import SettingsError
 from exeunt.deploy.packaged import (
     CALIBRATION_TEXT,
@@ -55,6 +62,84 @@ def test_another_content_is_another_bundle(model: Path, made: list[CalibrationOp
     (model / CALIBRATION_TEXT).write_text("same size")
     assert packaged_bundle() != before
     assert len(made) == 2
+
+
+def test_the_bundles_that_the_new_one_supersedes_go(
+    model: Path, made: list[CalibrationOptions], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "exeunt.packaged")
+    old = packaged_bundle()
+    folder = old.parent
+    others = [folder / name for name in ("packaged-mine", "packaged-0123456789abcdeF", "of-my-own")]
+    for other in others:
+        other.mkdir()
+    locked, lock_alone = folder / f"packaged-{'a' * 16}", folder / f"packaged-{'b' * 16}.lock"
+    locked.mkdir()
+    lock_alone.touch()
+    (model / CALIBRATION_TEXT).write_text("another")
+    with locked.with_name(f"{locked.name}.lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        new = packaged_bundle()
+    kept = {new, new.with_name(f"{new.name}.lock"), locked, Path(held.name), *others}
+    assert set(folder.iterdir()) == kept
+    assert f"Removed {old}" in caplog.text
+    assert packaged_bundle() == new
+
+
+def test_nothing_is_removed_for_a_bundle_that_was_not_made(
+    model: Path, made: list[CalibrationOptions], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = packaged_bundle()
+    (model / CALIBRATION_TEXT).write_text("another")
+
+    def fail(options: CalibrationOptions, progress: object) -> Path:
+        raise RuntimeError("no")
+
+    monkeypatch.setattr("exeunt.calibration.pipeline.calibrate", fail)
+    with pytest.raises(RuntimeError):
+        packaged_bundle()
+    assert old.is_dir()
+
+
+def test_a_lock_that_is_removed_while_it_is_waited_for_is_asked_for_anew(tmp_path: Path) -> None:
+    bundle = tmp_path / "bundle"
+    lock = lock_of(bundle)
+    with lock.open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+
+        def removed() -> None:
+            lock.unlink(missing_ok=True)
+            other.close()
+
+        with (
+            alone(bundle, TerminalProgress(), removed),
+            lock.open("a") as again,
+            pytest.raises(BlockingIOError),
+        ):
+            fcntl.flock(again, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_a_model_outlives_the_folder_it_was_loaded_from(tmp_path: Path) -> None:
+    """So a server goes on where a newer one has removed its bundle."""
+    checkpoint = small_checkpoint(tmp_path / "checkpoint")
+    bundle = small_bundle(tmp_path / "bundle", checkpoint).path
+    load = Load(concurrency=1, prompt_tokens=4, max_new_tokens=3, requests=1)
+
+    def answers(driver: EngineDriver) -> list[list[int]]:
+        compressions = [{"weights": weights, "early_exit": False} for weights in ("int4", "full")]
+        return [driver.run([[1, 2, 3]], compression, load)[0].ids for compression in compressions]
+
+    driver = engine_driver(load_bundle(bundle), load)
+    try:
+        before = answers(driver)
+    finally:
+        driver.close()
+    driver = engine_driver(load_bundle(bundle), load)
+    shutil.rmtree(bundle)
+    try:
+        assert answers(driver) == before
+    finally:
+        driver.close()
 
 
 def test_what_the_bundle_is_made_from_makes_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

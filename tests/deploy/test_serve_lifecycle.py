@@ -5,13 +5,20 @@ import shutil
 import signal
 import socket
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
+import huggingface_hub
 import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
 
+from exeunt.compression.model import load_bundle
 from exeunt.deploy.cli import run
+from exeunt.deploy.loading import SettingsError
+from exeunt.deploy.serve import start_service
+from exeunt.server.settings import given_settings
 from tests.deploy.server_process import byte_bundle, eventually, run_to_end, serving
 
 LONG = {"prompt": "x", "max_new_tokens": 1500, "ignore_eos": True, "details": False}
@@ -119,9 +126,9 @@ def test_settings_come_from_the_environment_too(bundle: Path, tmp_path: Path) ->
     ("arguments", "status", "words"),
     [
         (["serve", "/nowhere/at/all"], 2, ["no folder /nowhere/at/all"]),
-        (["eval", "nowhere", "--data", "z"], 2, ["no folder nowhere"]),
-        (["bench", "nowhere"], 2, ["no folder nowhere"]),
-        (["calibrate", "nowhere", "--out", "y", "--data", "z"], 2, ["no folder nowhere"]),
+        (["eval", "./nowhere", "--data", "z"], 2, ["no folder ./nowhere"]),
+        (["bench", "./nowhere"], 2, ["no folder ./nowhere"]),
+        (["calibrate", "./nowhere", "--out", "y", "--data", "z"], 2, ["no folder ./nowhere"]),
         (["serve", "--max-num-seqs", "600"], 2, ["--max-num-batched-tokens is 512", "--max-num-seqs, 600"]),
         (["serve", "--port", "eighty"], 2, ["--port", '"eighty"', "whole number"]),
         (["serve", "--port", "70000"], 2, ["--port", "70000", "65535"]),
@@ -156,7 +163,24 @@ def test_settings_come_from_the_environment_too(bundle: Path, tmp_path: Path) ->
             ["--drafting-exit is 'one'", "auto, none, or the number"],
         ),
         (["calibrate", "x/x", "--out", "y", "--weights", "int2"], 2, ["--weights", "int2"]),
-        (["inspect", "/nowhere"], 1, ["/nowhere", "does not exist"]),
+        (["inspect", "/nowhere"], 2, ["/nowhere", "does not exist"]),
+        (
+            ["inspect", "/nowhere", "--log-level", "loud"],
+            2,
+            ["--log-level is 'loud'", "info, warning or error"],
+        ),
+        (["inspect", "/etc/passwd"], 2, ["/etc/passwd is a file"]),
+        (["inspect", "/usr"], 2, ["/usr is neither a bundle"]),
+        (["calibrate", "x/x", "--data", "z", "--out", "/usr"], 2, ["/usr exists and is not a bundle"]),
+        (["calibrate", "x/x", "--data", "z", "--out", "/etc/passwd/x"], 2, ["--out is /etc/passwd/x"]),
+        (["serve", "--longest-wait", "1"], 2, ["--longest-wait is 1 and --scheduling run-through"]),
+        (
+            ["bench", "http://127.0.0.1:9", "--device", "cpu"],
+            2,
+            ["--device is cpu", "http://127.0.0.1:9 is a server", "leave --device out"],
+        ),
+        (["bench", "x/x", "--json", "/nowhere/x.json"], 2, ["--json is /nowhere/x.json", "no such file"]),
+        (["bench", "x/x", "--json", "/usr"], 2, ["--json is /usr, which cannot be written", "folder"]),
         (["dance"], 2, ["no command dance; `exeunt --help`"]),
         (["serv"], 2, ["no command serv; did you mean serve? `exeunt --help`"]),
     ],
@@ -190,8 +214,60 @@ def test_debug_adds_the_traceback(
     capsys: pytest.CaptureFixture[str], quiet: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("EXEUNT_LOG_LEVEL", "debug")
-    assert run(["serve", "/nowhere/at/all"]) == 2
-    assert "Traceback" in capsys.readouterr().err
+    for command in (["serve", "/nowhere/at/all"], ["inspect", "/nowhere"]):
+        assert run(command) == 2
+        assert "Traceback" in capsys.readouterr().err
+    monkeypatch.delenv("EXEUNT_LOG_LEVEL")
+    for command in (
+        ["serve", "--log-level", "debug", "--port", "eighty"],
+        ["inspect", "/nowhere", "--log-level=debug"],
+        ["calibrate", "./nowhere", "--out", "y", "--log-level", "debug"],
+        ["eval", "./nowhere", "--data", "z", "--log-level", "debug"],
+        ["bench", "./nowhere", "--log-level", "debug", "--concurrency", "0"],
+    ):
+        assert run(command) == 2, command
+        assert "Traceback" in capsys.readouterr().err, command
+
+
+def test_words_that_only_look_like_the_option_add_no_traceback(
+    capsys: pytest.CaptureFixture[str], quiet: None
+) -> None:
+    assert run(["inspect", "/nowhere/--log-level debug"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_level_is_every_commands(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    levels: list[str] = []
+    monkeypatch.setattr("exeunt.deploy.logs.configure_logging", lambda level, as_json: levels.append(level))
+    run(["inspect", "/nowhere", "--log-level", "info"])
+    run(["eval", "./nowhere", "--data", "z"])
+    monkeypatch.setenv("EXEUNT_LOG_LEVEL", "error")
+    run(["bench", "./nowhere"])
+    assert levels == ["info", "warning", "error"]
+
+
+@pytest.mark.parametrize("command", ["serve", "eval", "bench", "calibrate"])
+def test_a_bare_name_that_is_no_folder_is_asked_of_the_hub(
+    command: str, capsys: pytest.CaptureFixture[str], quiet: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def offline(name: str, **_: object) -> str:
+        asked.append(name)
+        raise LocalEntryNotFoundError("Outgoing traffic has been disabled.\nMore lines follow.")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    more = {"serve": ["--port", "0"], "eval": ["--data", "z"], "calibrate": ["--out", "y", "--data", "z"]}
+    assert run([command, "nowhere", *more.get(command, [])]) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert "There is no folder nowhere, and the Hugging Face Hub gives no model of that id either" in told
+    assert "(Outgoing traffic has been disabled); give the folder" in told
+    assert asked == ["nowhere"]
+    assert run([command, "owner/name", *more.get(command, [])]) == 1, (
+        "the name may be right, the network is not"
+    )
 
 
 def test_a_port_in_use_is_one_line(bundle: Path, capsys: pytest.CaptureFixture[str], quiet: None) -> None:
@@ -213,6 +289,19 @@ def test_a_truncated_bundle_is_refused(bundle: Path, tmp_path: Path) -> None:
     assert ended.returncode == 1
     assert ended.stderr.count("\n") == 1, ended.stderr
     assert "weights.int4.safetensors" in ended.stderr
+
+
+def test_a_guard_without_a_certified_target_is_refused(bundle: Path) -> None:
+    words = "--exit-guard raises the thresholds of certified targets, and this model has none"
+    plain = str(bundle.parent / "checkpoint")
+    ended = run_to_end("serve", plain, "--port", "0", env={"EXEUNT_EXIT_GUARD": "true"})
+    assert ended.returncode == 2, ended.stderr
+    assert words in ended.stderr
+    model = load_bundle(bundle)
+    assert model.manifest is not None
+    uncertified = replace(model, manifest=model.manifest.model_copy(update={"risk_table": ()}))
+    with pytest.raises(SettingsError, match=words):
+        start_service(uncertified, given_settings({"exit_guard": True}))
 
 
 def test_settings_that_do_not_fit_the_model_are_refused_before_serving(bundle: Path) -> None:

@@ -185,3 +185,20 @@ def test_the_answer_is_asked_for_once(
         assert native_library() is None
         assert native_library() is None
     assert len(caplog.records) == 1
+
+
+@needs_compiler
+def test_whether_anything_will_be_compiled_is_known_beforehand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(library, "_loaded", [])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("EXEUNT_NATIVE", "1")
+    monkeypatch.delenv("CXX", raising=False)
+    assert not library.is_compiled()
+    monkeypatch.setenv("EXEUNT_NATIVE", "0")
+    assert library.is_compiled(), "nothing is to be compiled"
+    monkeypatch.setenv("EXEUNT_NATIVE", "1")
+    build.cache_folder().mkdir(parents=True)
+    (build.cache_folder() / f"{build._fingerprint(str(COMPILER), build.FLAG_CHOICES[1])}.so").touch()
+    assert library.is_compiled()

@@ -1,0 +1,26 @@
+"""What `exeunt bench` is pointed at: a running server, or a bundle or model that is loaded for it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from exeunt.calibration.progress import TerminalProgress
+from exeunt.deploy.arguments import is_address
+from exeunt.deploy.bench import Driver, Load
+from exeunt.deploy.bench_engine import EngineDriver, engine_driver
+from exeunt.deploy.bench_http import HTTPDriver
+from exeunt.deploy.preparation import load_to_measure
+from exeunt.deploy.signals import InterruptibleProgress, Interruption
+
+
+@contextmanager
+def driver(target: str, load: Load, device: str, interruption: Interruption) -> Iterator[Driver]:
+    """Sends requests to `target`. Raises what loading raises, and SettingsError where the load does not fit."""
+    if is_address(target):
+        asked: HTTPDriver | EngineDriver = HTTPDriver(target, concurrency=load.concurrency)
+    else:
+        progress = InterruptibleProgress(TerminalProgress(), interruption)
+        asked = engine_driver(load_to_measure(target, device, progress), load)
+    try:
+        yield asked
+    finally:
+        asked.close()

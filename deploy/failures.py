@@ -1,0 +1,45 @@
+"""What is said of whatever went wrong in a command, in one line, and the exit status that goes with it.
+
+Status 2 is wrong usage: an option, a path or a text that was given cannot be what is meant, and the same words will
+fail again. Status 1 is everything else: damaged files, a network, a port or memory that others have, a bug.
+"""
+
+import sys
+from collections.abc import Sequence
+from typing import Any, Final
+
+import typer
+
+from exeunt.deploy.arguments import UsageError, misused
+
+USAGE_ERROR: Final = 2
+_INTERRUPTED: Final = 130
+_WRONG_USAGE: Final = (
+    ("exeunt.deploy.loading", "SettingsError"),
+    ("exeunt.compression.checkpoint", "NoCheckpointError"),
+    ("exeunt.calibration.errors", "OptionError"),
+    ("exeunt.calibration.errors", "CorpusError"),
+)
+"""By name: a command that needs none of these modules does not import them to fail."""
+
+
+def told(error: Exception, arguments: Sequence[str]) -> tuple[str, int]:
+    """What to say of `error`, which the command line `arguments` ended with, and the exit status."""
+    parser_error: Any = typer.BadParameter.__mro__[1]  # the usage error of whichever click typer builds on
+    if isinstance(error, parser_error):
+        return misused(error, arguments), USAGE_ERROR
+    if type(error).__name__ == "Abort":
+        return "interrupted", _INTERRUPTED
+    if isinstance(error, _usage_errors()):
+        return str(error), USAGE_ERROR
+    if isinstance(error, OSError | ValueError | RuntimeError) or type(error).__module__.startswith("exeunt."):
+        return str(error) or type(error).__name__, 1
+    return (
+        f"{type(error).__name__}: {error} (a bug: run again with --log-level debug for the traceback)",
+        1,
+    )
+
+
+def _usage_errors() -> tuple[type[Exception], ...]:
+    loaded = ((sys.modules.get(module), name) for module, name in _WRONG_USAGE)
+    return (UsageError, *(getattr(module, name) for module, name in loaded if module is not None))

@@ -1,0 +1,95 @@
+"""The file of `--json`: refused before the work where it cannot be written, replaced whole after it."""
+
+import json
+import os
+import stat
+import threading
+from pathlib import Path
+
+import pytest
+
+from exeunt.deploy.arguments import UsageError
+from exeunt.deploy.json_file import JSONFile, JSONFileError
+
+
+def test_it_is_written_whole_and_nothing_is_left_beside_it(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    path.write_text("older")
+    JSONFile.checked(path)
+    assert path.read_text() == "older", "looking changes nothing"
+    JSONFile.checked(path).write({"a": [1, "ü"]})
+    assert json.loads(path.read_text()) == {"a": [1, "ü"]}
+    assert path.read_text().endswith("\n")
+    assert list(tmp_path.iterdir()) == [path]
+    new = tmp_path / "new.json"
+    JSONFile.checked(new).write(1)
+    umask = os.umask(0o22)
+    os.umask(umask)
+    assert stat.S_IMODE(new.stat().st_mode) == 0o666 & ~umask
+
+
+def test_a_link_stays_a_link(tmp_path: Path) -> None:
+    (tmp_path / "real.json").write_text("older")
+    link = tmp_path / "link.json"
+    link.symlink_to("real.json")
+    JSONFile.checked(link).write(2)
+    assert link.is_symlink()
+    assert (tmp_path / "real.json").read_text() == "2\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("missing/result.json", "no such file or directory"),
+        ("file/result.json", "not a directory"),
+        ("folder", "it is a folder"),
+        ("n" * 300, "name too long"),
+    ],
+)
+def test_what_cannot_be_written_is_known_beforehand(tmp_path: Path, name: str, reason: str) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(
+        UsageError, match=rf"--json is .*, which cannot be written: .*{reason}.*; give a file"
+    ):
+        JSONFile.checked(tmp_path / name)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def test_a_file_that_may_not_be_written_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "result.json"
+    path.write_text("kept")
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everything
+    with pytest.raises(UsageError, match="it may not be written"):
+        JSONFile.checked(path)
+
+
+def test_a_pipe_is_written_to_and_not_replaced(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    read: list[str] = []
+    reader = threading.Thread(target=lambda: read.append(pipe.read_text()))
+    reader.start()
+    JSONFile.checked(pipe).write([3])
+    reader.join(10)
+    assert json.loads(read[0]) == [3]
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+
+
+def test_a_disk_that_fills_meanwhile_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "result.json"
+    path.write_text("older")
+    file = JSONFile.checked(path)
+
+    def full(self: Path, text: str, encoding: str) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(JSONFileError, match=r"--json is .*no space left on device; give another file"):
+        file.write(1)
+    assert path.read_text() == "older"
+    assert list(tmp_path.iterdir()) == [path]
