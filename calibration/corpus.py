@@ -42,6 +42,7 @@ class Corpus:
 
     @property
     def sha256(self) -> str:
+        """Hexadecimal digest of the documents."""
         digest = hashlib.sha256()
         for document in self.documents:
             digest.update(document.encode())

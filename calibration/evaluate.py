@@ -21,7 +21,7 @@ class EvaluationOptions:
     tokens: int = 16_000
     row_tokens: int = 512
     batch_tokens: int = 4096
-    seed: int = 0  # of the bootstrap
+    seed: int = 0  # of the documents' order and the bootstrap
 
     def __post_init__(self) -> None:
         if self.tokens < 16 or not 16 <= self.row_tokens <= self.batch_tokens:
@@ -44,6 +44,7 @@ def evaluate(
         text_encoding(model.tokenizer, spec),
         tokens=options.tokens,
         row_tokens=min(options.row_tokens, spec.max_position_embeddings),
+        seed=options.seed,
     )
     exits = [model.exits[place] for place in model.certified_exits]
     models = {

@@ -124,7 +124,7 @@ def _prepare(options: CalibrationOptions, progress: ProgressReport) -> _Task:
         least=options.least_tokens,
     )
     shown = ", ".join(f"{count:,} to {name}" for name, count in splits.tokens().items())
-    progress.note(f"{len(corpus.documents):,} documents, tokens: {shown}")
+    progress.note(f"{_documents(corpus)}, tokens: {shown}")
     return _Task(options, checkpoint, device, tuple(exits), corpus, splits, progress)
 
 
@@ -291,6 +291,11 @@ def _int4_tensors(task: _Task, int4: Int4Weights) -> Mapping[str, Tensor]:
         return int4.tensors()
     beside = tensors_beside_int4(task.checkpoint.spec, task.checkpoint.weights())
     return {**int4.tensors(), **beside}
+
+
+def _documents(corpus: Corpus) -> str:
+    count = len(corpus.documents)
+    return "1 document" if count == 1 else f"{count:,} documents"
 
 
 def _head_rows(rows: tuple[Tensor, ...], tokens: int) -> tuple[Tensor, ...]:

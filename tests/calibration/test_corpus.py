@@ -56,11 +56,37 @@ def test_one_document_gives_its_beginning_middle_and_end() -> None:
 
 
 def test_rows_begin_with_the_prefix_and_documents_end_with_the_end() -> None:
-    rows = rows_of(Corpus("c", ("x" * 100,)), encoding((PREFIX,), END), tokens=1000, row_tokens=41)
+    rows = rows_of(Corpus("c", ("x" * 100,)), encoding((PREFIX,), END), tokens=1000, row_tokens=41, seed=0)
     assert [int(row[0]) for row in rows] == [PREFIX] * len(rows)
     assert all(len(row) <= 41 for row in rows)
     assert int(rows[-1][-1]) == END
     assert sum(int((row < PREFIX).sum()) for row in rows) == 100
+
+
+def test_an_evaluation_reads_documents_from_all_over_the_text() -> None:
+    """The beginning of a file need not be like the rest of it; the same seed reads the same again."""
+    corpus = Corpus("c", tuple(chr(0x1000 + i) * 50 for i in range(200)))
+
+    def read(seed: int) -> list[int]:
+        rows = rows_of(corpus, encoding(), tokens=1000, row_tokens=50, seed=seed)
+        return [int(row[0]) - 0x1000 for row in rows]
+
+    places = read(0)
+    assert len(places) == 20
+    assert min(places) < 50
+    assert max(places) > 150
+    assert places == read(0) != read(1)
+
+
+@pytest.mark.parametrize("foreign", ["<|endoftext|>", "</s>"])
+def test_documents_that_another_tokenizer_separates_are_documents(tmp_path: Path, foreign: str) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text(f"one\n{foreign}\ntwo{foreign}\r\nthree {foreign}")
+    assert read_corpus(str(path), "<END>").documents == ("one", "two", "three")
+    path.write_text(f"one\n{foreign}\ntwo<END>three{foreign}\n")
+    assert read_corpus(str(path), "<END>").documents == (f"one\n{foreign}\ntwo", f"three{foreign}")
+    path.write_text(f"In HTML {foreign} strikes out.\nIt ends in {foreign}\n")
+    assert len(read_corpus(str(path), "<END>").documents) == 1
 
 
 def test_files_of_every_kind(tmp_path: Path) -> None:
