@@ -51,10 +51,12 @@ class Moments:
 
     @property
     def mean_x(self) -> Tensor:
+        """Mean input [X], float64."""
         return self.sum_x / self.count
 
     @property
     def mean_y(self) -> Tensor:
+        """Mean output [Y], float64."""
         return self.sum_y / self.count
 
     @property
@@ -64,6 +66,7 @@ class Moments:
 
     @property
     def cov_yx(self) -> Tensor:
+        """Covariance of outputs and inputs [Y, X], divided by the count."""
         return self.yx / self.count - torch.outer(self.mean_y, self.mean_x)
 
     @property

@@ -42,6 +42,7 @@ class Labelled:
 
     @property
     def tokens(self) -> int:
+        """T, the tokens."""
         return int(self.hidden.shape[0])
 
     def rows(self, index: Tensor | slice, device: torch.device | None = None) -> "Labelled":

@@ -49,6 +49,7 @@ class ExitCounts:
 
     @property
     def total(self) -> int:
+        """Tokens that left, in all blocks."""
         return int(self.exits.sum())
 
     @property
@@ -58,6 +59,7 @@ class ExitCounts:
 
     @property
     def wrong(self) -> int:
+        """Tokens that left and differ from full depth."""
         return int(self.errors.sum())
 
     @property
@@ -81,6 +83,7 @@ class Certificate:
 
     @property
     def certified(self) -> bool:
+        """Whether a threshold passed; where not, `reason` says why."""
         return self.threshold is not None
 
 

@@ -25,10 +25,12 @@ class SequenceBatch:
 
     @property
     def tokens(self) -> int:
+        """T, the tokens of all rows."""
         return int(self.token_ids.shape[0])
 
     @property
     def row_count(self) -> int:
+        """R, the rows."""
         return int(self.rows[-1]) + 1
 
     @property

@@ -44,6 +44,7 @@ class ForcedModel:
 
     @property
     def blocks(self) -> int:
+        """Blocks of the model, one that the linear block replaces among them."""
         return self.decoder.spec.blocks
 
     def depth(self, exit_number: int) -> int:

@@ -56,6 +56,7 @@ class Architecture:
 
     @property
     def query_size(self) -> int:
+        """Width of all queries of a token, heads × head_dim."""
         return self.heads * self.head_dim
 
     @property

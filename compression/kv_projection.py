@@ -54,6 +54,7 @@ class KVProjection:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the stack as it stands: 0 until the first token is projected."""
         return sum(tensor.nbytes for tensor in (self._weight, self._bias) if tensor is not None)
 
     def _stack(self, start: int) -> tuple[Tensor, Tensor | None]:

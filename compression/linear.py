@@ -45,16 +45,20 @@ class FullLinear:
         self.out_features, self.in_features = int(weight.shape[0]), int(weight.shape[1])
 
     def __call__(self, x: Tensor) -> Tensor:
+        """x Wᵀ + bias: x [..., in] in the weight's dtype gives [..., out] in the same."""
         return full_linear(x, self.weight, self.bias)
 
     def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
+        """Add the output for x [tokens, in] to `residual` [tokens, out] of the same dtype in place, and return it."""
         return residual.add_(full_linear(x, self.weight, self.bias))
 
     def rows(self, start: int, stop: int) -> "FullLinear":
+        """The layer of outputs `start` to `stop` - 1: views of this one's weight and bias, no copies."""
         return FullLinear(self.weight[start:stop], self.bias[start:stop] if self.bias is not None else None)
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the weight, the bias not counted."""
         return self.weight.nbytes
 
 
@@ -67,10 +71,12 @@ class Int4Linear:
         self._hold(pack(weight), bias, 0)
 
     def __call__(self, x: Tensor) -> Tensor:
+        """x Wᵀ + bias by the device's INT4 kernel: x [..., in] gives [..., out] in x's dtype."""
         out = int4_linear(x, self.weight, self.bias)
         return out[..., self.skipped :] if self.skipped else out
 
     def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
+        """Add the output for x [tokens, in] to `residual` [tokens, out] in place, and return it."""
         return residual.add_(self(x))
 
     def rows(self, start: int, stop: int) -> "Int4Linear":
@@ -95,6 +101,7 @@ class Int4Linear:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of codes, scales and offsets in the layout held, the bias not counted."""
         return self.weight.nbytes
 
 

@@ -42,14 +42,17 @@ class LinearBlock:
 
     @property
     def rank(self) -> int:
+        """R, the width between the two matrices."""
         return int(self.down.shape[0])
 
     @property
     def hidden_size(self) -> int:
+        """H, the width of the states."""
         return int(self.down.shape[1])
 
     @property
     def parameters(self) -> int:
+        """Numbers held by both matrices and the bias."""
         return self.down.numel() + self.up.numel() + self.bias.numel()
 
     @property

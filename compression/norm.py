@@ -32,6 +32,7 @@ class Norm:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of weight and bias."""
         return self.weight.nbytes + (self.bias.nbytes if self.bias is not None else 0)
 
 

@@ -69,6 +69,7 @@ class RopeTables:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the tables as they stand."""
         return self._table.nbytes
 
     def _build(self, positions: int) -> Tensor:

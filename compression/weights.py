@@ -107,9 +107,17 @@ class CheckpointWeights:
         self._check_names()
 
     def shared(self) -> Mapping[str, Tensor]:
+        """Embedding, final norm and output matrix by canonical name, each read when it is asked for.
+
+        In the checkpoint's dtype and backed by its files: copy what is kept. Asking raises WeightError.
+        """
         return LazyTensors({name: self._loader(source, "") for name, source in self._shared.items()})
 
     def block(self, index: int) -> Mapping[str, Tensor]:
+        """One block's tensors by canonical name, without "blocks.<i>."; linears are [out, in], QKV and gate+up fused.
+
+        Each is read when it is asked for, which raises WeightError.
+        """
         prefix = names.block_prefix(self.spec, index)
         return LazyTensors({name: self._loader(source, prefix) for name, source in self._block.items()})
 
@@ -166,11 +174,19 @@ class CanonicalWeights:
         self._files = SafetensorsFiles(files)
 
     def shared(self) -> Mapping[str, Tensor]:
+        """The tensors that belong to no block, by name.
+
+        Each is read when it is asked for, which may raise WeightError.
+        """
         return LazyTensors(
             {name: self._loader(name) for name in self._files if not name.startswith("blocks.")}
         )
 
     def block(self, index: int) -> Mapping[str, Tensor]:
+        """One block's tensors by name without "blocks.<i>.": `.weight`, or `.codes`, `.scales` and `.offsets`.
+
+        Each is read when it is asked for, which may raise WeightError; a block that is not there has no tensors.
+        """
         prefix = f"blocks.{index}."
         return LazyTensors(
             {name.removeprefix(prefix): self._loader(name) for name in self._files if name.startswith(prefix)}

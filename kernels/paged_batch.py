@@ -28,10 +28,12 @@ class PagedBatch:
 
     @property
     def tokens(self) -> int:
+        """Tokens of all rows."""
         return int(self.positions.shape[0])
 
     @property
     def rows(self) -> int:
+        """Sequences that take part."""
         return int(self.page_tables.shape[0])
 
     def take(self, rows: Tensor) -> "PagedBatch":
@@ -69,8 +71,10 @@ class KVBlock:
 
     @property
     def is_int4(self) -> bool:
+        """Whether keys and values are INT4 codes, with params beside them."""
         return self.key_params is not None
 
     @property
     def page_tokens(self) -> int:
+        """Tokens that fit one page."""
         return int(self.keys.shape[2])

@@ -52,7 +52,9 @@ class AuditTotals:
 class AuditMetrics(Protocol):
     """Where the same audits are counted for scrapes."""
 
-    def audit(self, agreed: bool, kl: float, nll_full: float, nll_exit: float) -> None: ...
+    def audit(self, agreed: bool, kl: float, nll_full: float, nll_exit: float) -> None:
+        """Count one audit; in nats, none negative."""
+        ...
 
 
 class AuditBook:

@@ -55,6 +55,7 @@ class Auditor:
 
     @property
     def holds_nothing(self) -> bool:
+        """Whether no logits are kept for a comparison to come."""
         return not self._held
 
     def begin_tick(self) -> None:

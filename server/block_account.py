@@ -9,8 +9,13 @@ from exeunt.server.sequence import Sequence
 class WorkMetrics(Protocol):
     """Where the same events are counted for all answers together."""
 
-    def work(self, *, executed: int = 0, skipped: int = 0, wasted: int = 0, passes: int = 0) -> None: ...
-    def drafts(self, proposed: int, accepted: int) -> None: ...
+    def work(self, *, executed: int = 0, skipped: int = 0, wasted: int = 0, passes: int = 0) -> None:
+        """Count block × token pairs run for tokens, never run, or run in vain, and block × pass pairs."""
+        ...
+
+    def drafts(self, proposed: int, accepted: int) -> None:
+        """Count tokens that were proposed for confirmation, and those of them that were confirmed."""
+        ...
 
 
 class BlockAccount:

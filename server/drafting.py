@@ -101,6 +101,10 @@ class AdaptiveDrafter:
     _open_asks: int = 0  # since drafts were judged last
 
     def propose(self, tokens: Items[int], drafted: int, room: int) -> Proposal:
+        """The look-up where that promises more than the exit, else the gate's threshold, else nothing (see `Drafter`).
+
+        A gate that is asked counts as an open ask until `settled`; a first pass, whose costs are not known, goes deep.
+        """
         costs = self.costs()
         if not costs.seen:  # a first pass goes all the way
             return Proposal()
@@ -118,6 +122,7 @@ class AdaptiveDrafter:
         return Proposal(threshold=threshold)
 
     def settled(self, stages: Items[int], accepted: int) -> None:
+        """Learn from the drafts up to the first wrong one: how often each kind is right here, and what asks saved."""
         costs = self.costs()
         saved = 0.0
         for index, stage in enumerate(stages[: accepted + 1]):

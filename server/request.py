@@ -12,6 +12,8 @@ LOOKUP_EXIT = "lookup"  # the name of no head: a confirmed token that had been l
 
 
 class FinishReason(StrEnum):
+    """Why an answer ended: a stop string or end of text, its length, its caller, its deadline."""
+
     STOP = "stop"
     LENGTH = "length"
     CANCELLED = "cancelled"

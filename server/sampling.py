@@ -59,6 +59,7 @@ class RowSampling:
 
     @property
     def greedy(self) -> bool:
+        """Whether the most likely token is taken, with no noise."""
         return self.params.temperature < GREEDY_BELOW
 
     def masks_eos(self) -> bool:

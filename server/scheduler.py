@@ -75,13 +75,16 @@ class Scheduler:
 
     @property
     def waiting(self) -> int:
+        """Sequences that queue, those preempted among them."""
         return len(self._waiting)
 
     @property
     def running(self) -> int:
+        """Sequences that have been admitted and hold, or may hold, pages."""
         return len(self._running)
 
     def running_sequences(self) -> Iterator[Sequence]:
+        """The running sequences in the order of their admission."""
         return iter(self._running)
 
     def rows_waiting(self) -> list[int]:

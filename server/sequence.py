@@ -11,6 +11,8 @@ from exeunt.server.request import DepthTotals, ExitPolicy
 
 
 class Status(Enum):
+    """Where a sequence stands with the scheduler."""
+
     WAITING = "waiting"  # queued, or preempted: holds no pages
     RUNNING = "running"
     FINISHED = "finished"
@@ -53,6 +55,7 @@ class Sequence:
 
     @property
     def generated(self) -> int:
+        """Confirmed tokens behind the prompt."""
         return self.confirmed - self.prompt_tokens
 
     @property
@@ -81,6 +84,7 @@ class Sequence:
 
     @property
     def prefilling(self) -> bool:
+        """Whether some of what is to be computed before it decodes is not."""
         return self.computed < self.prefill_target
 
     def next_positions(self, most: int) -> range:

@@ -34,10 +34,12 @@ class StagePlan:
 
     @property
     def stages(self) -> int:
+        """How many stages there are."""
         return len(self.exit_blocks) + 1
 
     @property
     def last(self) -> int:
+        """The number of the last stage, which ends in the model's own head."""
         return len(self.exit_blocks)
 
     def start(self, stage: int) -> int:

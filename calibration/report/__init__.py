@@ -1,1 +1,1 @@
-
+"""What calibration tells people and machines: report.html and report.json."""

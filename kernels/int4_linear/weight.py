@@ -36,6 +36,7 @@ class Int4Weight:
 
     @property
     def groups(self) -> int:
+        """Groups of a row, the last perhaps shorter."""
         return int(self.scales.shape[1])
 
     @property
