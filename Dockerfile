@@ -1,7 +1,9 @@
 # syntax=docker/dockerfile:1
 # Two images from one file, the CPU one by default:
-#   docker build --tag exeunt .
+#   docker build --tag exeunt --build-arg TORCH_INDEX=... .
 #   docker build --tag exeunt:cuda --target cuda .
+# TORCH_INDEX is the index of PyTorch's CPU builds, which PyTorch's installation page has. Without it the CPU image gets
+# the default build: on Linux x86-64 that carries CUDA's libraries, and the image works as well but is far larger.
 # The packaged model is inside; at run time nothing is fetched from the network.
 
 ARG PYTHON_VERSION=3.11
@@ -14,8 +16,7 @@ ENV PATH=/opt/exeunt/bin:$PATH
 WORKDIR /src
 COPY constraints.txt ./
 
-# ---- PyTorch without CUDA is an eighth of the size and lives on an index of its own: name that index with
-# --build-arg TORCH_INDEX=... (PyTorch's installation page has its address); without it the default build is taken
+# ---- PyTorch without CUDA, an eighth of the size, where TORCH_INDEX names the index it is on; else the default build
 FROM sources AS build-cpu
 ARG TORCH_INDEX=
 RUN pip install ${TORCH_INDEX:+--index-url "$TORCH_INDEX" --no-deps} "$(grep '^torch==' constraints.txt)"
@@ -64,8 +65,8 @@ USER exeunt
 EXPOSE 8000
 # SIGTERM drains: new requests get 503 while running ones finish.
 STOPSIGNAL SIGTERM
-# The first start calibrates the packaged model before it listens; that may take minutes and is not a failure.
-HEALTHCHECK --interval=10s --timeout=3s --start-period=15m --start-interval=2s --retries=3 \
+# The server listens, and answers /health, before it calibrates or loads: the start is the time that imports take.
+HEALTHCHECK --interval=10s --timeout=3s --start-period=1m --start-interval=2s --retries=3 \
     CMD ["python", "-c", "import os, urllib.request as r; r.urlopen(f\"http://127.0.0.1:{os.environ['EXEUNT_PORT']}/health\", timeout=2)"]
 ENTRYPOINT ["exeunt"]
 CMD ["serve"]

@@ -82,6 +82,15 @@ class TestCompose:
                 else:
                     assert source in COMPOSE["volumes"], f"{name}: {mount}"
 
+    def test_the_build_is_told_where_pytorch_without_cuda_is(self) -> None:
+        build = COMPOSE["services"]["server"]["build"]
+        assert build["args"] == {"TORCH_INDEX": None}, "as the environment has it"
+        declared = [rest for word, rest in lineage(f"build-{build['target']}") if word == "ARG"]
+        assert declared == ["TORCH_INDEX="]
+        install = next(rest for word, rest in lineage("build-cpu") if word == "RUN" and "torch==" in rest)
+        assert '${TORCH_INDEX:+--index-url "$TORCH_INDEX"' in install
+        assert "TORCH_INDEX" in (ROOT / "docs" / "operating.md").read_text()
+
     def test_it_holds_no_secrets_and_is_bound_to_this_machine(self) -> None:
         for service in COMPOSE["services"].values():
             for name, value in service.get("environment", {}).items():
