@@ -1,8 +1,9 @@
 """The benchmark's load on an engine in this process: no HTTP, the server's own ceiling."""
 
+import itertools
 import queue
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -28,15 +29,22 @@ from exeunt.server.request import (
     SamplingParams,
     StepEvent,
 )
+from exeunt.server.runner import StageRun
 from exeunt.server.settings import given_settings
 from exeunt.server.stage_choice import SchedulingPolicy
 from exeunt.server.stage_costs import DraftCosts
 
 
 def engine_driver(
-    model: LoadedModel, load: Load, scheduling: SchedulingPolicy = "run-through"
+    model: LoadedModel,
+    load: Load,
+    scheduling: SchedulingPolicy = "run-through",
+    on_stages: Callable[[StageRun], None] | None = None,
 ) -> "EngineDriver":
-    """An engine with room for the load. Raises SettingsError where the model has not."""
+    """An engine with room for the load; `on_stages` hears of every run of stages.
+
+    Raises SettingsError where the model has not that room.
+    """
     longest = load.prompt_tokens + load.max_new_tokens
     if longest > model.spec.max_position_embeddings:
         raise SettingsError(
@@ -63,20 +71,25 @@ def engine_driver(
             f"cache and {named(model.device)} has {free} bytes free, ask for fewer."
         )
     held = max(config.kv_cache_bytes, needed)
-    return EngineDriver(model, replace(config, kv_cache_bytes=held))
+    return EngineDriver(model, replace(config, kv_cache_bytes=held), on_stages)
 
 
 class EngineDriver:
     """Runs the load on an engine of its own; `close` ends it."""
 
-    def __init__(self, model: LoadedModel, config: EngineConfig) -> None:
+    def __init__(
+        self,
+        model: LoadedModel,
+        config: EngineConfig,
+        on_stages: Callable[[StageRun], None] | None = None,
+    ) -> None:
         self._model, self._config = model, config
         self._offer = offer_of(model)
         stages = [str(stage) for stage in range(len(model.exits) + 1)]
         metrics = Metrics(new_registry(), model.name, stages, self._offer.exits)
-        self._engine = Engine(model, config, metrics)
+        self._engine = Engine(model, config, metrics, on_stages=on_stages)
         self._engine.start()
-        self._sent = 0
+        self._numbers = itertools.count()  # `run` may be called by several threads at once
 
     def close(self) -> None:
         """Stop the engine."""
@@ -128,12 +141,11 @@ class EngineDriver:
         load: Load,
         ended: "queue.SimpleQueue[FailureEvent | None]",
     ) -> Trace:
-        self._sent += 1
         sampling = SamplingParams(
             max_new_tokens=load.max_new_tokens, temperature=load.temperature, seed=seed, ignore_eos=True
         )
         request = GenerationRequest(
-            f"bench-{self._sent}",
+            f"bench-{next(self._numbers)}",
             tuple(prompt),
             sampling,
             applied.variant,

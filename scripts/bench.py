@@ -128,7 +128,8 @@ def _exits(ours: EngineRuns, variant: Variant, prompts: Prompts) -> list[tuple[s
 
 def _pair(ours: Callable[[], Run], theirs: Callable[[], Run], repeats: int) -> dict[str, Any]:
     """Both in turn; where tokens left early, also how many, and what it gained for the blocks it saved."""
-    row, mine = in_turn(ours, theirs, repeats)
+    row, pairs = in_turn(ours, theirs, repeats)
+    mine = [each for each, _ in pairs]
     if mine[0].exit_rate:
         skipped = statistics.median(a.skipped for a in mine)
         row |= {"exit_rate": statistics.median(a.exit_rate for a in mine), "blocks_skipped_share": skipped}

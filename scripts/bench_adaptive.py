@@ -2,7 +2,7 @@
 
 Both sides of a ratio run in turn in one engine (for scheduling: in two engines beside each other), and medians of the
 pairs are quoted. A ratio for which fewer than a tenth of the tokens left early or were drafted is no ratio of exits: it
-says "uninformative" instead.
+is called "uninformative".
 """
 
 import statistics
@@ -11,6 +11,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
+import numpy as np
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -30,13 +31,23 @@ from scripts.bench_runs import (
     packaged_runs,
     write_result,
 )
+from scripts.stage_medians import StageMedians
+from scripts.wait_for_all import waiting_for_all
 
 STREAMS = (1, 4, 16)
+UNINFORMATIVE = "uninformative"
+SHORT = 64  # tokens of the prompts beside long ones
 
 console = Console()
 
 
-def main(out: Out = None, prompt_tokens: Count = 128, new_tokens: Count = 256, repeats: Count = 5) -> None:
+def main(
+    out: Out = None,
+    prompt_tokens: Count = 128,
+    new_tokens: Count = 256,
+    repeats: Count = 5,
+    long_tokens: Count = 880,
+) -> None:
     """Measure, print tables, write JSON."""
     sizes = Sizes(prompt_tokens, new_tokens, repeats, 8)
     results: dict[str, Any] = {}
@@ -45,10 +56,17 @@ def main(out: Out = None, prompt_tokens: Count = 128, new_tokens: Count = 256, r
         results["approximate against off"] = _approximate(ours, max(repeats // 2, 1))
         with packaged_runs(sizes, scheduling="queues") as queued:
             results["queues against run-through"] = _scheduling(ours, queued, repeats)
-        path = out or RESULTS / "packaged-adaptive.json"
+        with packaged_runs(sizes, changed=waiting_for_all) as waiting:
+            results["run-through against wait-for-all"] = _leaving_alone(ours, waiting, repeats)
+        tables, path = dict(results), out or RESULTS / "packaged-adaptive.json"
+        for row in (row for rows in tables.values() for row in rows.values()):
+            if not row["informative"]:
+                row["ratio"] = UNINFORMATIVE
+        results["gaps under long prompts"] = _gaps(long_tokens, repeats)
         write_result(path, ours.model, sizes, results=results)
-    for name, rows in results.items():
+    for name, rows in tables.items():
         _print(name, rows)
+    _print_gaps(results["gaps under long prompts"])
     console.print(f"written to {path}")
 
 
@@ -58,7 +76,7 @@ def _verified(ours: EngineRuns, repeats: int) -> dict[str, Any]:
     for streams in STREAMS:
         for label, variant in VARIANTS.items():
             prompts = ours.prompts(streams)
-            row, mine = in_turn(
+            row, pairs = in_turn(
                 partial(ours.at_once, prompts, variant, {"mode": "verified"}),
                 partial(ours.at_once, prompts, variant, OFF),
                 repeats,
@@ -67,8 +85,19 @@ def _verified(ours: EngineRuns, repeats: int) -> dict[str, Any]:
             row["draft_costs_us"] = {
                 name: 1e6 * value for name, value in asdict(costs).items() if name != "seen"
             }
-            rows[f"{streams} stream{'s' if streams > 1 else ''}, {label}"] = row | _drafted(mine)
+            rows[f"{streams} stream{'s' if streams > 1 else ''}, {label}"] = (
+                row | _predicted(row["ratio"], pairs) | _drafted([mine for mine, _ in pairs])
+            )
     return rows
+
+
+def _predicted(ratio: float, pairs: list[tuple[Run, Run]]) -> dict[str, float]:
+    """The ratio that the cost of stages by their tokens predicts, and how much of it was reached."""
+    medians = StageMedians.of(run.stage_runs for pair in pairs for run in pair)
+    predicted = statistics.median(
+        medians.predicted(off.stage_runs) / medians.predicted(mine.stage_runs) for mine, off in pairs
+    )
+    return {"predicted_ratio": predicted, "of_predicted": ratio / predicted}
 
 
 def _drafted(runs: list[Run]) -> dict[str, Any]:
@@ -93,12 +122,12 @@ def _approximate(ours: EngineRuns, repeats: int) -> dict[str, Any]:
         for method in ("propagate", "backfill"):
             for target in sorted(ours.certified(variant, method)):
                 asked = {"mode": "approximate", "max_disagreement": target, "skipped_kv": method}
-                row, mine = in_turn(
+                row, pairs = in_turn(
                     partial(ours.at_once, prompts, variant, asked),
                     partial(ours.at_once, prompts, variant, OFF),
                     repeats,
                 )
-                rows[f"8 streams, {label}, {method}, target {target:g}"] = row | _left(mine)
+                rows[f"8 streams, {label}, {method}, target {target:g}"] = row | _left(pairs)
     return rows
 
 
@@ -109,12 +138,54 @@ def _scheduling(ours: EngineRuns, queued: EngineRuns, repeats: int) -> dict[str,
         prompts = ours.prompts(streams)
         for label, variant in VARIANTS.items():
             for name, asked in _modes(ours, variant):
-                row, mine = in_turn(
+                row, pairs = in_turn(
                     partial(queued.at_once, prompts, variant, asked),
                     partial(ours.at_once, prompts, variant, asked),
                     repeats,
                 )
-                rows[f"{streams} streams, {label}, {name}"] = row | _left(mine)
+                rows[f"{streams} streams, {label}, {name}"] = row | _left(pairs)
+    return rows
+
+
+def _leaving_alone(ours: EngineRuns, waiting: EngineRuns, repeats: int) -> dict[str, Any]:
+    """Rows that leave one by one against batches of which all leave or none; at the loosest target."""
+    rows: dict[str, Any] = {}
+    for streams in (1, 4, 8):
+        prompts = ours.prompts(streams)
+        for label, variant in VARIANTS.items():
+            for name, asked in _modes(ours, variant)[1:2]:
+                row, pairs = in_turn(
+                    partial(ours.at_once, prompts, variant, asked),
+                    partial(waiting.at_once, prompts, variant, asked),
+                    repeats,
+                )
+                together = statistics.median(theirs.exit_rate for _, theirs in pairs)
+                rows[f"{streams} stream{'s' if streams > 1 else ''}, {label}, {name}"] = (
+                    row | _left(pairs) | {"against_exit_rate": together}
+                )
+    return rows
+
+
+def _gaps(long_tokens: int, repeats: int) -> dict[str, Any]:
+    """Time between tokens of four answers, exits off, alone and while long prompts keep coming."""
+    rows: dict[str, Any] = {}
+    with packaged_runs(Sizes(long_tokens, 128, repeats, 4)) as ours:
+        long = ours.prompts(8)
+        short = [prompt[:SHORT] for prompt in long[:4]]
+        for label, variant in VARIANTS.items():
+            ours.gaps(short, variant, long)
+            alone, beside = [], []
+            for _ in range(repeats):
+                alone += ours.gaps(short, variant)
+                beside += ours.gaps(short, variant, long)
+            quantiles = {
+                name: {"p50": float(np.quantile(gaps, 0.5)), "p99": float(np.quantile(gaps, 0.99))}
+                for name, gaps in (("alone_s", alone), ("beside_s", beside))
+            }
+            worst = [quantiles[name]["p99"] for name in ("beside_s", "alone_s")]
+            rows[f"4 streams, {label}, prompts of {long_tokens}"] = quantiles | {
+                "p99_ratio": worst[0] / worst[1]
+            }
     return rows
 
 
@@ -127,7 +198,8 @@ def _modes(ours: EngineRuns, variant: Variant) -> list[tuple[str, Mapping[str, A
     return found
 
 
-def _left(runs: list[Run]) -> dict[str, Any]:
+def _left(pairs: list[tuple[Run, Run]]) -> dict[str, Any]:
+    runs = [ours for ours, _ in pairs]
     rate = statistics.median(run.exit_rate for run in runs)
     return {
         "exit_rate": rate,
@@ -138,9 +210,10 @@ def _left(runs: list[Run]) -> dict[str, Any]:
 
 
 def _print(name: str, rows: Mapping[str, Any]) -> None:
-    table = Table(name, "tokens/s", "against", "ratio", "min–max", "left early", "drafts a token", "accepted")
+    figures = ("tokens/s", "against", "ratio", "min–max", "predicted")
+    table = Table(name, *figures, "left early", "drafts a token", "accepted")
     for what, row in rows.items():
-        ratio = f"{row['ratio']:.2f}" if row["informative"] else f"uninformative ({row['ratio']:.2f})"
+        ratio = row["ratio"] if row["ratio"] == UNINFORMATIVE else f"{row['ratio']:.2f}"
         accepted = row.get("acceptance")
         table.add_row(
             what,
@@ -148,10 +221,19 @@ def _print(name: str, rows: Mapping[str, Any]) -> None:
             f"{row['against_tokens_per_s']:.0f}",
             ratio,
             f"{row['ratio_min']:.2f}–{row['ratio_max']:.2f}",
+            f"{row['predicted_ratio']:.2f}" if "predicted_ratio" in row else "",
             f"{row['exit_rate']:.0%}" if "exit_rate" in row else "",
             f"{row['drafts_per_token']:.2f}" if "drafts_per_token" in row else "",
             "" if accepted is None else f"{accepted:.0%}",
         )
+    console.print(table)
+
+
+def _print_gaps(rows: Mapping[str, Any]) -> None:
+    table = Table("gaps between tokens, ms", "p50", "p99", "p50 beside", "p99 beside", "p99 ratio")
+    for what, row in rows.items():
+        figures = (1e3 * row[name][at] for name in ("alone_s", "beside_s") for at in ("p50", "p99"))
+        table.add_row(what, *(f"{figure:.2f}" for figure in figures), f"{row['p99_ratio']:.2f}")
     console.print(table)
 
 

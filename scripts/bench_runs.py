@@ -1,12 +1,14 @@
 """Timed generations of the packaged model by the engine, and the file that holds a benchmark's result."""
 
+import itertools
 import json
 import statistics
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +21,7 @@ from exeunt.deploy.bench import Load, machine
 from exeunt.deploy.bench_engine import EngineDriver, engine_driver
 from exeunt.deploy.measured_model import measured_model
 from exeunt.deploy.packaged import packaged_bundle
+from exeunt.server.runner import StageRun
 from exeunt.server.stage_choice import SchedulingPolicy
 from exeunt.server.stage_costs import DraftCosts
 
@@ -54,6 +57,7 @@ class Run:
     drafts: int = 0
     drafts_accepted: int = 0
     by_exit: Mapping[str, int] = field(default_factory=dict)
+    stage_runs: Sequence[StageRun] = ()
 
     @property
     def speed(self) -> float:
@@ -64,9 +68,12 @@ class Run:
 class EngineRuns:
     """Our engine on the loaded bundle, the load of `exeunt bench`."""
 
-    def __init__(self, model: LoadedModel, driver: EngineDriver, load: Load) -> None:
+    def __init__(
+        self, model: LoadedModel, driver: EngineDriver, load: Load, stage_runs: list[StageRun]
+    ) -> None:
+        """`stage_runs` is what the engine's runs of stages are appended to."""
         self.model = model
-        self._driver, self._load = driver, load
+        self._driver, self._load, self._stage_runs = driver, load, stage_runs
         self._prompts = driver.prompts(load.concurrency, load.prompt_tokens)
 
     def prompts(self, count: int) -> Prompts:
@@ -84,6 +91,7 @@ class EngineRuns:
     def at_once(self, prompts: Prompts, variant: Variant, early_exit: Mapping[str, Any] = OFF) -> Run:
         """Submit all prompts together and wait for the last token."""
         compression = {**asdict(variant), "early_exit": early_exit}
+        self._stage_runs.clear()
         began = time.perf_counter()
         traces = self._driver.run(prompts, compression, self._load)
         seconds = time.perf_counter() - began
@@ -99,36 +107,64 @@ class EngineRuns:
             drafts=sum(trace.drafts for trace in traces),
             drafts_accepted=sum(trace.drafts_accepted for trace in traces),
             by_exit=dict(by_exit),
+            stage_runs=tuple(self._stage_runs),
         )
+
+    def gaps(self, prompts: Prompts, variant: Variant, beside: Prompts = ()) -> list[float]:
+        """Seconds between an answer's tokens with exits off, while `beside` are read in one after the other, over and
+        over."""
+        compression = {**asdict(variant), "early_exit": OFF}
+        done = threading.Event()
+
+        def read_in() -> None:
+            for prompt in itertools.cycle(beside):
+                if done.is_set():
+                    return
+                self._driver.run([prompt], compression, replace(self._load, max_new_tokens=1, concurrency=1))
+
+        reader = threading.Thread(target=read_in)
+        reader.start()
+        try:
+            traces = self._driver.run(prompts, compression, replace(self._load, concurrency=len(prompts)))
+        finally:
+            done.set()
+            reader.join()
+        return [later - before for trace in traces for before, later in itertools.pairwise(trace.arrivals)]
 
 
 def in_turn(
     ours: Callable[[], Run], theirs: Callable[[], Run], repeats: int
-) -> tuple[dict[str, Any], list[Run]]:
-    """Both in turn, `repeats` times after a warm-up of each: medians, the median of the pairwise ratios, our runs."""
+) -> tuple[dict[str, Any], list[tuple[Run, Run]]]:
+    """Both in turn, `repeats` times after a warm-up of each: medians, the median of the pairwise ratios, the pairs."""
     ours()
     theirs()
     pairs = [(ours(), theirs()) for _ in range(repeats)]
     ratios = [a.speed / b.speed for a, b in pairs]
     row = {
+        "repeats": repeats,
         "tokens_per_s": statistics.median(a.speed for a, _ in pairs),
         "against_tokens_per_s": statistics.median(b.speed for _, b in pairs),
         "ratio": statistics.median(ratios),
         "ratio_min": min(ratios),
         "ratio_max": max(ratios),
     }
-    return row, [a for a, _ in pairs]
+    return row, pairs
 
 
 @contextmanager
-def packaged_runs(sizes: Sizes, scheduling: SchedulingPolicy = "run-through") -> Iterator[EngineRuns]:
-    """An engine on the packaged bundle, greedy, float32, with room for `MANY` times the streams."""
-    model = load_bundle(packaged_bundle(), device="cpu", dtype=torch.float32, weights="both")
+def packaged_runs(
+    sizes: Sizes,
+    scheduling: SchedulingPolicy = "run-through",
+    changed: Callable[[LoadedModel], LoadedModel] = lambda model: model,
+) -> Iterator[EngineRuns]:
+    """An engine on the packaged bundle, `changed`, greedy, float32, with room for `MANY` times the streams."""
+    model = changed(load_bundle(packaged_bundle(), device="cpu", dtype=torch.float32, weights="both"))
     many = MANY * sizes.streams
     load = Load(many, sizes.prompt_tokens, sizes.new_tokens, many, temperature=0.0)
-    driver = engine_driver(model, load, scheduling)
+    stage_runs: list[StageRun] = []
+    driver = engine_driver(model, load, scheduling, stage_runs.append)
     try:
-        yield EngineRuns(model, driver, load)
+        yield EngineRuns(model, driver, load, stage_runs)
     finally:
         driver.close()
 

@@ -92,9 +92,11 @@ class Engine:
         *,
         new_drafter: Callable[[GenerationRequest], Drafter] | None = None,
         guard: ExitGuard | None = None,
+        on_stages: Callable[[StageRun], None] | None = None,
     ) -> None:
         """`new_drafter` makes what decides on drafts for one answer of a request in the verified mode, None: what pays.
-        `guard` hears of every audit and has its say on thresholds, None: they stay as calibrated.
+        `guard` hears of every audit and has its say on thresholds, None: they stay as calibrated. `on_stages` hears of
+        every run of stages.
         """
         self._config, self._metrics = config, metrics
         self.plan = StagePlan(
@@ -107,6 +109,7 @@ class Engine:
         self._pool = PagePool(max(config.kv_cache_bytes // self._page_bytes, 1))
         self._costs = StageCosts()
         self._stage_seconds = 0.0  # of the tick under way
+        self._on_stages = on_stages
         self._scheduler = self._new_scheduler()
         self._runner = self._new_runner(model)
         self._guard = guard
@@ -287,6 +290,8 @@ class Engine:
         if run.gated:
             self._costs.asked(run.variant, run.stages[-1], run.gated, run.gate_seconds)
         self._stage_seconds += run.seconds
+        if self._on_stages is not None:
+            self._on_stages(run)
 
     def _loop(self) -> None:
         try:

@@ -304,7 +304,10 @@ class Runner:
             index = integers(left, self._device)
             hidden = hidden.index_select(0, index)
             # nothing attends here, so whose rows the tokens are does not matter
-            positions, slots = geometry.positions.index_select(0, index), geometry.slots.index_select(0, index)
+            positions, slots = (
+                geometry.positions.index_select(0, index),
+                geometry.slots.index_select(0, index),
+            )
             geometry = replace(geometry, positions=positions, slots=slots)
         decoder.project_kv(hidden, geometry, pages, self._plan.stop(stage), self._plan.blocks)
 

@@ -9,7 +9,7 @@ import pytest
 
 from exeunt.compression.bundle import file_sha256
 from exeunt.compression.variant import Variant
-from scripts import bench, bench_parts, bench_runs
+from scripts import bench, bench_adaptive, bench_parts, bench_runs
 from tests.deploy.server_process import byte_bundle
 
 
@@ -72,6 +72,35 @@ def test_it_measures_pairs_and_says_what_left_early(tmp_path: Path) -> None:
     for row in exits.values():
         if row.get("exit_rate"):
             assert 0 < row["blocks_skipped_share"] < row["exit_rate"]
+
+
+@pytest.mark.usefixtures("asked")
+def test_it_measures_what_depth_by_token_brings(tmp_path: Path) -> None:
+    bench_adaptive.main(tmp_path / "out.json", prompt_tokens=8, new_tokens=12, repeats=1, long_tokens=24)
+    results = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert {name: len(rows) for name, rows in results.items()} == {
+        "verified against off": 6,
+        "approximate against off": len(results["approximate against off"]),
+        "queues against run-through": len(results["queues against run-through"]),
+        "run-through against wait-for-all": 3,  # one variant of the random model is certified
+        "gaps under long prompts": 2,
+    }
+    for row in results.pop("gaps under long prompts").values():
+        assert row["p99_ratio"] == pytest.approx(row["beside_s"]["p99"] / row["alone_s"]["p99"])
+        assert 0 < row["alone_s"]["p50"] <= row["alone_s"]["p99"]
+    for rows in results.values():
+        for row in rows.values():
+            assert (row["ratio"] == "uninformative") == (not row["informative"])
+            assert row["repeats"] == 1
+    for row in results["verified against off"].values():
+        assert row["predicted_ratio"] > 0
+        assert row["of_predicted"] > 0
+    rates = [
+        (row["exit_rate"], row["against_exit_rate"])
+        for name, row in results["run-through against wait-for-all"].items()
+        if name.startswith("8 streams")
+    ]
+    assert all(alone > together for alone, together in rates)
 
 
 @pytest.mark.usefixtures("asked")
