@@ -84,8 +84,8 @@ def without(batch: TickBatch, gone: set[int]) -> TickBatch | None:
         if not staying:
             return None
         index = integers(staying, device)
-        parts = [batch.parts[i] for i in staying]
-        return TickBatch(parts, batch.geometry.take(index), batch.hidden.index_select(0, index))
+        rows = [batch.parts[i] for i in staying]
+        return TickBatch(rows, batch.geometry.take(index), batch.hidden.index_select(0, index))
     parts: list[Part] = []
     stay: list[int] = []
     for part, start, stop in batch.spans():
