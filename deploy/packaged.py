@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from exeunt.calibration.errors import CalibrationError
 from exeunt.calibration.progress import ProgressReport, TerminalProgress
 from exeunt.compression.bundle import BundleError, open_bundle
 from exeunt.compression.manifest import FORMAT_VERSION
@@ -38,6 +39,10 @@ EVALUATION_TOKENS: Final = 2_000
 """Every mode is evaluated on so many tokens before the first start can serve; `exeunt calibrate` takes 6,000."""
 
 
+class PackagedModelError(RuntimeError):
+    """The packaged model, or its text, is not what it should be: no fault of whoever started the server."""
+
+
 def packaged_bundle(
     *,
     device: str = "auto",
@@ -51,7 +56,7 @@ def packaged_bundle(
     Once the new bundle stands, those that another version made are removed.
 
     Raises FileNotFoundError where the package does not lie on disk, SettingsError where nothing can be kept in the
-    cache folder, and what `calibrate` raises.
+    cache folder, PackagedModelError where it cannot be calibrated, and what else `calibrate` raises.
     """
     folder, target = packaged_model.path(), bundle_folder()
     with suppress(BundleError):
@@ -121,7 +126,10 @@ def cache_folder() -> Path:
 def _calibrate(folder: Path, target: Path, device: str, progress: ProgressReport) -> None:
     from exeunt.calibration.pipeline import calibrate
 
-    calibrate(calibration_options(folder, target, device), progress)
+    try:
+        calibrate(calibration_options(folder, target, device), progress)
+    except CalibrationError as error:
+        raise PackagedModelError(f"The packaged model cannot be calibrated: {error}") from error
 
 
 def _make_room(folder: Path) -> None:

@@ -344,7 +344,9 @@ class TestInterruptible:
     def test_a_stopped_eval_says_so_in_one_line(
         self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        monkeypatch.setattr("exeunt.deploy.cli._load", lambda bundle, device: lose_a_signal(signal.SIGINT))
+        monkeypatch.setattr(
+            "exeunt.deploy.preparation.load_to_measure", lambda *_: lose_a_signal(signal.SIGINT)
+        )
         monkeypatch.setattr("exeunt.deploy.evaluation.evaluate_and_time", os.kill)
         written = tmp_path / "eval.json"
         assert run(["eval", "owner/model", "--data", "text", "--json", str(written)]) == 130
