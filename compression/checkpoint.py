@@ -126,8 +126,8 @@ def _not_given(model: str, error: Exception) -> CheckpointError:
 
 def _nowhere(model: str, error: Exception) -> NoCheckpointError:
     return NoCheckpointError(
-        f"There is no folder {model}, and the Hugging Face Hub gives no model of that id either ({_reason(error).rstrip('.')}); "
-        "give the folder of a bundle or of a checkpoint, or an id such as owner/name."
+        f"There is no folder {model}, and the Hugging Face Hub gives no model of that id either "
+        f"({_reason(error).rstrip('.')}); give the folder of a bundle or of a checkpoint, or an id such as owner/name."
     )
 
 
