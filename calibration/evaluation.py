@@ -122,19 +122,47 @@ class EvaluationTable:
 
     def rows(self) -> list[tuple[str, ...]]:
         """The table as text, one tuple per mode in the order of `HEADERS`, intervals in brackets."""
-        return [
-            (
-                result.mode.name,
-                f"{result.perplexity.value:.2f}",
-                _shown(result.perplexity_increase, "{:+.2f}"),
-                _shown(result.kl, "{:.4f}"),
-                _shown(result.agreement, "{:.1%}"),
-                f"{result.mean_depth.value:.2f} of {self.blocks}",
-                _shown(result.exit_rate, "{:.1%}"),
-                "" if result.disagreement is None else _shown(result.disagreement, "{:.1%}"),
-            )
-            for result in self.results
-        ]
+        return list(zip(self.names, *(column.cells for column in self.columns()), strict=True))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The modes' names."""
+        return tuple(result.mode.name for result in self.results)
+
+    def columns(self) -> tuple["TextColumn", ...]:
+        """The figures as text, by column."""
+        results = self.results
+        depths = tuple(f"{result.mean_depth.value:.2f} of {self.blocks}" for result in results)
+        columns = (
+            ([result.perplexity for result in results], "{:.2f}", False),
+            ([result.perplexity_increase for result in results], "{:+.2f}", True),
+            ([result.kl for result in results], "{:.4f}", True),
+            ([result.agreement for result in results], "{:.1%}", True),
+            None,
+            ([result.exit_rate for result in results], "{:.1%}", True),
+            ([result.disagreement for result in results], "{:.1%}", True),
+        )
+        return tuple(
+            TextColumn(header, depths, depths) if each is None else _text_column(header, *each)
+            for header, each in zip(self.HEADERS[1:], columns, strict=True)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class TextColumn:
+    """A column of an evaluation as text, a cell for each mode; `values` are the `cells` without their intervals."""
+
+    header: str
+    cells: tuple[str, ...]
+    values: tuple[str, ...]
+
+
+def _text_column(
+    header: str, measures: Sequence[Measure | None], form: str, with_interval: bool
+) -> TextColumn:
+    values = tuple("" if measure is None else form.format(measure.value) for measure in measures)
+    cells = tuple("" if measure is None else _shown(measure, form) for measure in measures)
+    return TextColumn(header, cells if with_interval else values, values)
 
 
 def _shown(measure: Measure, form: str) -> str:

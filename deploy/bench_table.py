@@ -2,12 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from exeunt.calibration.progress import TerminalProgress
 from exeunt.deploy.bench import BenchMode, Driver, Load, ModeSpeed, bench
+from exeunt.deploy.figure_table import FigureColumn, FigureTable
 
 
 def measure(driver: Driver, modes: Sequence[BenchMode], load: Load) -> list[ModeSpeed]:
@@ -21,30 +20,28 @@ def measure(driver: Driver, modes: Sequence[BenchMode], load: Load) -> list[Mode
     return speeds
 
 
-def speed_table(speeds: Sequence[ModeSpeed]) -> Table:
+def speed_table(speeds: Sequence[ModeSpeed]) -> FigureTable:
     """One line a mode."""
     blocks = max((speed.blocks for speed in speeds), default=0)
     caption = (
-        f"against: the same variant with exits off, in this run; time to the first token and between tokens: "
-        f"median/p99; depth in blocks, of {blocks}; saved: passes that no block had to make"
+        f"against: the same variant with exits off, in this run; first, next ms: to the first token and between "
+        f"tokens, median/p99; depth in blocks, of {blocks}; saved: passes that no block had to make"
     )
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption=caption, caption_justify="left")
-    table.add_column("mode", no_wrap=True)
-    for name in ("tok/s", "against", "first ms", "next ms", "exits", "depth", "drafts right", "saved"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for speed in speeds:
-        table.add_row(
-            speed.name,
-            f"{speed.tokens_per_second:.0f}",
-            _ratio(speed),
-            _milliseconds(speed.time_to_first_token_s),
-            _milliseconds(speed.inter_token_latency_s),
-            f"{speed.exit_rate:.1%}",
-            f"{speed.mean_depth:.2f}",
-            f"{speed.drafts_accepted}/{speed.drafts}" if speed.drafts else "",
-            f"{speed.passes_saved:.1%}",
-        )
-    return table
+    first, following = (
+        [speed.time_to_first_token_s for speed in speeds],
+        [speed.inter_token_latency_s for speed in speeds],
+    )
+    columns = (
+        FigureColumn("tok/s", tuple(f"{speed.tokens_per_second:.0f}" for speed in speeds), 8),
+        FigureColumn("against", tuple(map(_ratio, speeds)), 7),
+        FigureColumn("first ms", *_milliseconds(first, 4)),
+        FigureColumn("next ms", *_milliseconds(following, 6)),
+        FigureColumn("exits", tuple(f"{speed.exit_rate:.1%}" for speed in speeds), 5),
+        FigureColumn("depth", tuple(f"{speed.mean_depth:.2f}" for speed in speeds), 3),
+        FigureColumn("drafts right", tuple(map(_drafts, speeds)), 1),
+        FigureColumn("saved", tuple(f"{speed.passes_saved:.1%}" for speed in speeds), 2),
+    )
+    return FigureTable(tuple(speed.name for speed in speeds), columns, caption=caption)
 
 
 def _ratio(speed: ModeSpeed) -> str:
@@ -53,5 +50,18 @@ def _ratio(speed: ModeSpeed) -> str:
     return speed.ratio if isinstance(speed.ratio, str) else f"{speed.ratio:.2f}×"
 
 
-def _milliseconds(quantiles: Mapping[str, float]) -> str:
-    return "/".join(f"{quantiles[name] * 1000:.1f}" for name in ("p50", "p99") if name in quantiles)
+def _drafts(speed: ModeSpeed) -> str:
+    return f"{speed.drafts_accepted}/{speed.drafts}" if speed.drafts else ""
+
+
+def _milliseconds(
+    quantiles: Sequence[Mapping[str, float]], worth: int
+) -> tuple[tuple[str, ...], int, tuple[str, ...], str]:
+    """Medians with the 99th percentile, their worth, the medians alone, and what those leave out."""
+
+    def cells(*names: str) -> tuple[str, ...]:
+        return tuple(
+            "/".join(f"{each[name] * 1000:.1f}" for name in names if name in each) for each in quantiles
+        )
+
+    return cells("p50", "p99"), worth, cells("p50"), "p99"

@@ -2,10 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
-
-from rich import box
-from rich.table import Table
+from typing import Any, Final
 
 from exeunt.calibration.evaluate import EvaluationOptions, evaluate
 from exeunt.calibration.evaluation import EvaluationTable, Mode
@@ -14,7 +11,20 @@ from exeunt.compression.model import LoadedModel
 from exeunt.deploy.bench import BenchMode, Load, bench_record
 from exeunt.deploy.bench_engine import engine_driver
 from exeunt.deploy.bench_table import measure
+from exeunt.deploy.figure_table import FigureColumn, FigureTable
 from exeunt.deploy.measured_model import MeasuredModel, measured_model
+
+_SPEED: Final = "tokens/s"
+_WORTH: Final = {
+    name: worth
+    for worth, name in enumerate(
+        (
+            *("KL", "exits that differ", "exit rate", "mean depth", "agreement"),
+            *(_SPEED, "change", "perplexity"),
+        )
+    )
+}
+"""Which columns are kept where not all have room: those named later here."""
 
 LOAD = Load(concurrency=8, prompt_tokens=32, max_new_tokens=64, requests=16)
 
@@ -37,9 +47,9 @@ class Evaluated:
         return bench_record(target, self.model, LOAD, ()) | about | {"modes": rows}
 
 
-def evaluate_and_time(model: LoadedModel, data: str, *, tokens: int, speed: bool) -> Evaluated:
+def evaluate_and_time(model: LoadedModel, data: str, *, tokens: int, speed: bool, seed: int = 0) -> Evaluated:
     """Every mode's quality on `data`, and its speed at eight requests at once. Raises CorpusError, BenchError."""
-    table = evaluate(model, data, EvaluationOptions(tokens=tokens), TerminalProgress())
+    table = evaluate(model, data, EvaluationOptions(tokens=tokens, seed=seed), TerminalProgress())
     speeds = _speeds(model, [result.mode for result in table.results]) if speed else {}
     return Evaluated(measured_model(model), table, speeds)
 
@@ -67,17 +77,21 @@ def _compression(mode: Mode) -> dict[str, Any]:
     return {**asdict(mode.variant), "early_exit": exits}
 
 
-def evaluation_table(evaluated: Evaluated) -> Table:
-    """One line a mode, 95 % intervals in brackets."""
+def evaluation_table(evaluated: Evaluated) -> FigureTable:
+    """One line a mode, with 95 % intervals in brackets where there is room."""
     table = evaluated.table
-    title = f"{table.tokens:,} tokens of {table.text}; 95 % intervals in brackets"
-    shown = Table(box=box.SIMPLE_HEAD, title=title)
-    shown.add_column(table.HEADERS[0], no_wrap=True)
-    for header in table.HEADERS[1:]:
-        shown.add_column(header, justify="right")
+    columns = [
+        FigureColumn(
+            column.header,
+            column.cells,
+            _WORTH[column.header],
+            column.values if column.values != column.cells else None,
+            "intervals",
+        )
+        for column in table.columns()
+    ]
     if evaluated.speed:
-        shown.add_column("tokens/s", justify="right")
-    for result, row in zip(table.results, table.rows(), strict=True):
-        speed = evaluated.speed.get(result.mode.name)
-        shown.add_row(*row, *(() if speed is None else (f"{speed:.0f}",)))
-    return shown
+        speeds = tuple(f"{evaluated.speed[name]:.0f}" for name in table.names)
+        columns.append(FigureColumn(_SPEED, speeds, _WORTH[_SPEED]))
+    title = f"{table.tokens:,} tokens of {table.text}"
+    return FigureTable(table.names, tuple(columns), title, "95 % intervals in brackets")

@@ -225,7 +225,7 @@ def test_eval_prints_every_mode_with_its_speed(
     bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("exeunt.deploy.evaluation.LOAD", LOAD)
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr("exeunt.deploy.cli._PIPE_COLUMNS", 240)
     text = tmp_path / "text.txt"
     text.write_text("It was a dark and stormy night. " * 40)
     told = tmp_path / "eval.json"
