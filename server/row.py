@@ -26,9 +26,10 @@ class Row:
     def tokens(self) -> int:
         """Tokens that the row brings to its stage, or, if it is deep, to the deepest."""
         sequence = self.sequence
-        if self.deep:
-            return len(self.positions) + sequence.owes
-        return len(self.positions) + len(sequence.pending.get(self.stage, ()))
+        if not sequence.pending:
+            return len(self.positions)
+        waiting = sequence.owes if self.deep else len(sequence.pending.get(self.stage, ()))
+        return len(self.positions) + waiting
 
     @property
     def yields_token(self) -> bool:

@@ -243,20 +243,23 @@ class Scheduler:
         rows: list[Row] = []
         taken: set[Sequence] = set()
         for ready in (lane.decoding, lane.prefilling):
+            if not ready:
+                continue
             left = self._budget if ready is lane.decoding else self._prompt_room(rows)
             for sequence in list(ready):
                 if left <= 0:
                     break
                 if sequence not in ready:  # preempted while this tick was put together
                     continue
-                row = next_row(sequence, left, max_owed=self._max_owed, free_pages=self._pool.free)
-                if rows and row.tokens > left:  # it takes others along; in the next tick it comes first
+                row = next_row(sequence, left, max_owed=self._max_owed, pool=self._pool)
+                tokens = row.tokens
+                if rows and tokens > left:  # it takes others along; in the next tick it comes first
                     break
                 if not self._make_room(sequence, row.stop, taken):
                     continue
                 del ready[sequence]
                 taken.add(sequence)
-                left -= row.tokens
+                left -= tokens
                 rows.append(row)
         return rows
 
@@ -276,6 +279,8 @@ class Scheduler:
 
     def _make_room(self, sequence: Sequence, tokens: int, taken: set[Sequence]) -> bool:
         """Get pages for a sequence's first `tokens` positions, preempting younger ones; False if it must wait."""
+        if tokens <= sequence.table.capacity:  # as most often
+            return True
         while True:
             try:
                 sequence.table.ensure(tokens)

@@ -73,7 +73,7 @@ class Sequence:
     @property
     def owes(self) -> int:
         """Positions that have not passed all stages yet."""
-        return sum(len(positions) for positions in self.pending.values())
+        return sum(map(len, self.pending.values())) if self.pending else 0
 
     @property
     def prefill_target(self) -> int:
