@@ -62,6 +62,21 @@ def _note_level(context: typer.Context, level: str | None) -> str | None:
 
 
 _BUNDLE = typer.Argument(metavar="BUNDLE", help="A bundle's directory, as `exeunt calibrate --out` wrote it.")
+_CHECKPOINT = typer.Argument(metavar="MODEL", help="A checkpoint's directory or a Hugging Face id.")
+_CALIBRATION_TEXT = typer.Option(
+    help="Text to calibrate on: a file (txt or JSONL), a folder, or hf:NAME. [the packaged model's own]"
+)
+_EXITS = typer.Option(help="`auto`, or the blocks that certified exits follow, e.g. 3,8.")
+_DRAFTING_EXIT = typer.Option(
+    help="`auto`, `none`, or the block that the exit follows which drafts when verified."
+)
+_WEIGHTS = typer.Option(help="both, or int4 or full alone: what the bundle holds, and can be asked for.")
+_RISK = typer.Option(help="Disagreement targets of approximate exits.")
+_SEED = _count(
+    "--seed",
+    0,
+    "Same seed, same bundle, if `--exits` names exits and `--drafting-exit` is none: which pay is measured.",
+)
 _DEVICE = typer.Option(help="auto, cpu, cuda or cuda:N.")
 _JSON = typer.Option("--json", help="Also write it as JSON to this file.")
 _LEVEL = typer.Option(
@@ -204,41 +219,18 @@ def _settings(given: dict[str, Any]) -> Any:
 
 @app.command()
 def calibrate(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A checkpoint's directory or a Hugging Face id.")
-    ],
+    model: Annotated[str, _CHECKPOINT],
     out: Annotated[Path, typer.Option(help="Where the bundle goes.", show_default=False)],
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help="Text to calibrate on: a file (txt or JSONL), a folder, or hf:NAME. [the packaged model's own]"
-        ),
-    ] = None,
+    data: Annotated[str | None, _CALIBRATION_TEXT] = None,
     tokens: Annotated[int, _count("--tokens", 1, "Use so many tokens of it.")] = 48_000,
-    exits: Annotated[
-        str, typer.Option(help="`auto`, or the blocks that certified exits follow, e.g. 3,8.")
-    ] = "auto",
-    drafting_exit: Annotated[
-        str,
-        typer.Option(help="`auto`, `none`, or the block that the exit follows which drafts when verified."),
-    ] = "auto",
+    exits: Annotated[str, _EXITS] = "auto",
+    drafting_exit: Annotated[str, _DRAFTING_EXIT] = "auto",
     linear_block: Annotated[str, typer.Option(help="`auto`, `none`, or the block to replace.")] = "auto",
-    weights: Annotated[
-        str, typer.Option(help="both, or int4 or full alone: what the bundle holds, and can be asked for.")
-    ] = "both",
+    weights: Annotated[str, _WEIGHTS] = "both",
     kv: Annotated[str, typer.Option(help="int4 adds the INT4 KV cache, full does not.")] = "int4",
-    risk: Annotated[
-        str, typer.Option(help="Disagreement targets of approximate exits.")
-    ] = "0.01,0.02,0.05,0.1",
+    risk: Annotated[str, _RISK] = "0.01,0.02,0.05,0.1",
     device: Annotated[str, _DEVICE] = "auto",
-    seed: Annotated[
-        int,
-        _count(
-            "--seed",
-            0,
-            "Same seed, same bundle, if `--exits` names exits and `--drafting-exit` is none: which pay is measured.",
-        ),
-    ] = 0,
+    seed: Annotated[int, _SEED] = 0,
     log_level: Annotated[str, _LEVEL] = "warning",
 ) -> None:
     """Make a bundle from a model: INT4 weights, a linear block, exits with certified thresholds."""
