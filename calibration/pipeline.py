@@ -5,7 +5,7 @@ when calibration ends, however it ends.
 """
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +30,8 @@ from exeunt.calibration.options import (
     resolve_device,
     wanted_linear_block,
 )
-from exeunt.calibration.progress import ProgressReport
+from exeunt.calibration.phases import planned_phases
+from exeunt.calibration.progress import NumberedProgress, ProgressReport
 from exeunt.calibration.report.content import ReportContent
 from exeunt.calibration.report.json_report import report_json
 from exeunt.calibration.report.page import report_html
@@ -80,10 +81,10 @@ def calibrate(options: CalibrationOptions, progress: ProgressReport) -> Path:
     """
     target = check_target(options.out)
     task = _prepare(options, progress)
+    compile_kernels(task.device, task.progress)
     int4 = _quantized(task)
     dtype = options.dtype or default_dtype(task.checkpoint.spec, task.device)
-    compile_kernels(task.device, progress)
-    with progress.phase("Loading the model", 1 if int4 is None else 2) as advance:
+    with task.progress.phase("Loading the model", 1 if int4 is None else 2) as advance:
         stack = ModelStack.build(
             task.checkpoint,
             int4,
@@ -98,7 +99,7 @@ def calibrate(options: CalibrationOptions, progress: ProgressReport) -> Path:
     certified = _certify(task, learned)
     table = _evaluate(task, learned, certified)
     contents = _contents(task, int4, learned, certified, table)
-    with progress.phase("Writing the bundle", tensor_bytes(contents)) as advance:
+    with task.progress.phase("Writing the bundle", tensor_bytes(contents)) as advance:
         return write_bundle(target, contents, advance).path
 
 
@@ -125,7 +126,8 @@ def _prepare(options: CalibrationOptions, progress: ProgressReport) -> _Task:
     )
     shown = ", ".join(f"{count:,} to {name}" for name, count in splits.tokens().items())
     progress.note(f"{_documents(corpus)}, tokens: {shown}")
-    return _Task(options, checkpoint, device, tuple(exits), corpus, splits, progress)
+    numbered = NumberedProgress(progress, planned_phases(options, spec, device))
+    return _Task(options, checkpoint, device, tuple(exits), corpus, splits, numbered)
 
 
 def _quantized(task: _Task) -> Int4Weights | None:
@@ -219,7 +221,19 @@ def _certify(task: _Task, learned: _Learned) -> tuple[CertifiedVariant, ...]:
             f"{percent(c.target)} at {c.threshold:.3f} ({c.exits / c.tokens:.1%} leave)" for c in found
         )
         task.progress.note(f"{each.variant}, {each.skipped_kv}: {shown or 'no exits certified'}")
+    if not any(target.certified for each in certified for target in each.certification.certificates):
+        task.progress.note(_uncertified(certified, task.splits.tokens()["certify"]))
     return certified
+
+
+def _uncertified(outcomes: Sequence[CertifiedVariant], tokens: int) -> str:
+    """That nothing is certified, why, and what helps. `tokens` are those of the certify split."""
+    of_targets = [target for each in outcomes for target in each.certification.certificates]
+    most = max(of_targets, key=lambda target: target.target)  # the loosest: what it fell short of is least
+    return (
+        f"No target is certified for any variant, so no request may ask for one ({percent(most.target)}, the loosest: "
+        f"{most.reason}); the certify split had {tokens:,} tokens: give more text or more --tokens."
+    )
 
 
 def _evaluate(task: _Task, learned: _Learned, certified: tuple[CertifiedVariant, ...]) -> EvaluationTable:

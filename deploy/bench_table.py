@@ -2,16 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 
-from rich.console import Console
-
-from exeunt.calibration.progress import TerminalProgress
+from exeunt.calibration.progress import watched_progress
 from exeunt.deploy.bench import BenchMode, Driver, Load, ModeSpeed, bench
 from exeunt.deploy.figure_table import FigureColumn, FigureTable
 
 
 def measure(driver: Driver, modes: Sequence[BenchMode], load: Load) -> list[ModeSpeed]:
-    """The speed of every mode, with a bar on standard error. Raises BenchError."""
-    progress = TerminalProgress(Console(stderr=True))
+    """The speed of every mode, with its progress on standard error. Raises BenchError."""
+    progress = watched_progress()
     speeds = []
     with progress.phase("Measuring every mode", len(modes)) as advance:
         for speed in bench(driver, modes, load):

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from exeunt.calibration.progress import TerminalProgress
+from exeunt.calibration.progress import watched_progress
 from exeunt.deploy.arguments import is_address
 from exeunt.deploy.bench import Driver, Load
 from exeunt.deploy.bench_engine import EngineDriver, engine_driver
@@ -18,7 +18,7 @@ def driver(target: str, load: Load, device: str, interruption: Interruption) -> 
     if is_address(target):
         asked: HTTPDriver | EngineDriver = HTTPDriver(target, concurrency=load.concurrency)
     else:
-        progress = InterruptibleProgress(TerminalProgress(), interruption)
+        progress = InterruptibleProgress(watched_progress(), interruption)
         asked = engine_driver(load_to_measure(target, device, progress), load)
     try:
         yield asked

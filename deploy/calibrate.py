@@ -5,7 +5,7 @@ from pathlib import Path
 
 from exeunt.calibration.options import CalibrationOptions
 from exeunt.calibration.pipeline import calibrate
-from exeunt.calibration.progress import TerminalProgress
+from exeunt.calibration.progress import watched_progress
 from exeunt.compression.bundle import BundleError
 from exeunt.compression.bundle_writer import check_target
 from exeunt.deploy import packaged_model
@@ -16,9 +16,9 @@ from exeunt.deploy.signals import InterruptibleProgress, interruptible
 
 
 def make_bundle(options: CalibrationOptions) -> None:
-    """Calibrate, with bars, and say what can be done with the bundle. Raises what `calibrate` raises."""
+    """Calibrate, telling how far it is, and say what can be done with the bundle. Raises what `calibrate` raises."""
     with interruptible() as interruption:
-        path = calibrate(options, InterruptibleProgress(TerminalProgress(), interruption))
+        path = calibrate(options, InterruptibleProgress(watched_progress(), interruption))
         print(f"{path} is ready: exeunt inspect {path}; exeunt serve {path}")
 
 

@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from exeunt.calibration.evaluate import EvaluationOptions, evaluate
 from exeunt.calibration.evaluation import EvaluationTable, Mode
-from exeunt.calibration.progress import TerminalProgress
+from exeunt.calibration.progress import watched_progress
 from exeunt.compression.model import LoadedModel
 from exeunt.deploy.bench import BenchMode, Load, bench_record
 from exeunt.deploy.bench_engine import engine_driver
@@ -49,7 +49,7 @@ class Evaluated:
 
 def evaluate_and_time(model: LoadedModel, data: str, *, tokens: int, speed: bool, seed: int = 0) -> Evaluated:
     """Every mode's quality on `data`, and its speed at eight requests at once. Raises CorpusError, BenchError."""
-    table = evaluate(model, data, EvaluationOptions(tokens=tokens, seed=seed), TerminalProgress())
+    table = evaluate(model, data, EvaluationOptions(tokens=tokens, seed=seed), watched_progress())
     speeds = _speeds(model, [result.mode for result in table.results]) if speed else {}
     return Evaluated(measured_model(model), table, speeds)
 

@@ -227,8 +227,10 @@ def _savings_table(saved: Savings) -> Table:
 def _exits_table(manifest: Manifest) -> RenderableType:
     """One line an exit; below it what is expected of the one that drafts."""
     table = _table("Exits", "exit", "use", right=("depth", "agreement", "untrained", "gate AUC", "tokens"))
+    any_certified = any(line.certified for entry in manifest.risk_table for line in entry.targets)
+    may_leave = "certified" if any_certified else "tested, no target certified"
     for record in manifest.exits:
-        uses = [*(["certified"] if record.certified else []), *(["drafts"] if record.drafting else [])]
+        uses = [*([may_leave] if record.certified else []), *(["drafts"] if record.drafting else [])]
         table.add_row(
             record.name,
             ", ".join(uses) or "-",
@@ -270,17 +272,17 @@ def _certificates(confidence: float, skipped_kv: str, entries: list[RiskEntry]) 
     targets = sorted({line.target for entry in entries for line in entry.targets})
     title = f"Thresholds certified at {confidence:.0%}, by target; in brackets what leaves ({skipped_kv})"
     table = _table("", "weights/KV", right=tuple(_percent(target) for target in targets))
-    missing = []
+    missing: dict[str, list[str]] = {}  # by reason
     for entry in entries:
         name = f"{entry.weights}/{entry.kv_cache}{' linear' if entry.linear_block else ''}"
         lines = {line.target: line for line in entry.targets}
         table.add_row(name, *(_certificate(lines.get(target)) for target in targets))
-        missing += [
-            f"{name}, {_percent(line.target)}: {line.reason or 'no threshold is safe'}"
-            for line in entry.targets
-            if not line.certified
-        ]
-    return Group(Text(title, style="bold"), table, *(Text(f"not certified: {each}") for each in missing))
+        for line in entry.targets:
+            if not line.certified:
+                reason = line.reason or "no threshold is safe"
+                missing.setdefault(reason, []).append(f"{name}, {_percent(line.target)}")
+    told = (f"not certified: {'; '.join(rows)}: {reason}" for reason, rows in missing.items())
+    return Group(Text(title, style="bold"), table, *map(Text, told))
 
 
 def _certificate(line: RiskTarget | None) -> str:

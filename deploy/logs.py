@@ -4,11 +4,10 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Final, TextIO
 
-_PROGRESS_EVERY_S: Final = 10.0
+from exeunt.calibration.progress import LineProgress
+
 _QUIET_PATHS: Final = ("/health", "/ready", "/metrics")  # asked every few seconds by machines
 
 
@@ -49,35 +48,11 @@ class StandardErrorHandler(logging.StreamHandler[TextIO]):
         return sys.stderr
 
 
-class LoggedProgress:
+class LoggedProgress(LineProgress):
     """Calibration's progress as log lines: for logs that no terminal shows, where a bar would be noise."""
 
-    def __init__(self, every_s: float = _PROGRESS_EVERY_S) -> None:
-        self._every_s = every_s
-        self._logger = logging.getLogger("exeunt.calibrate")
-
-    @contextmanager
-    def phase(self, title: str, total: int) -> Iterator[Callable[[int], None]]:
-        """A line every few seconds with the share done and the time left, and one at the end."""
-        began = told = time.monotonic()
-        done = 0
-
-        def advance(units: int) -> None:
-            nonlocal done, told
-            done += units
-            now = time.monotonic()
-            if now - told < self._every_s or not done:
-                return
-            told = now
-            left = (now - began) * max(0, total - done) / done
-            self._logger.info("%s: %.0f %%, about %.0f s left.", title, 100 * min(1, done / total), left)
-
-        yield advance
-        self._logger.info("%s: done in %.1f s.", title, time.monotonic() - began)
-
-    def note(self, message: str) -> None:
-        """Log `message`."""
-        self._logger.info("%s", message)
+    def __init__(self) -> None:
+        super().__init__(lambda line: logging.getLogger("exeunt.calibrate").info("%s", line))
 
 
 def configure_logging(level: str, *, as_json: bool = False) -> None:

@@ -1,10 +1,12 @@
 """From a checkpoint and a text to a bundle that opens: the same bytes for the same seed, or nothing at all."""
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -47,16 +49,23 @@ def options(checkpoint: Path, text_file: Path, out: Path) -> CalibrationOptions:
 
 
 class Watched(SilentProgress):
-    """Adds up what each phase promised and what it did; `stop_in` interrupts the phase of that name."""
+    """Adds up what each phase promised and what it did; `stop_in` interrupts the phase of that name.
+
+    `steps` are the phases' numbers, each with how many there are.
+    """
 
     def __init__(self, stop_in: str | None = None) -> None:
         self.promised: dict[str, int] = {}
         self.done: dict[str, int] = {}
         self.notes: list[str] = []
+        self.steps: list[tuple[int, int]] = []
         self._stop_in = stop_in
 
     @contextmanager
     def phase(self, title: str, total: int) -> Iterator[Advance]:
+        if numbered := re.fullmatch(r"step (\d+) of (\d+): (.+)", title):
+            self.steps.append((int(numbered[1]), int(numbered[2])))
+            title = numbered[3]
         self.promised[title], self.done[title] = total, 0
 
         def advance(units: int) -> None:
@@ -184,6 +193,50 @@ def test_progress_promises_what_it_does(made: tuple[Path, Watched]) -> None:
         else:
             assert progress.done[title] == promised, title
     assert any(note.startswith("linear block") for note in progress.notes)
+
+
+@pytest.mark.parametrize(
+    ("change", "phases"),
+    [
+        ({}, 14),
+        ({"exits": "auto", "drafting_exit": "auto"}, 15),
+        ({"weights": "full", "kv_cache": "full", "linear_block": "none", "drafting_exit": "none"}, 12),
+    ],
+)
+def test_every_phase_says_which_of_how_many_it_is(
+    checkpoint: Path, text_file: Path, tmp_path: Path, change: dict[str, Any], phases: int
+) -> None:
+    progress = Watched()
+    calibrate(replace(options(checkpoint, text_file, tmp_path / "b"), **change), progress)
+    assert progress.steps == [(number, phases) for number in range(1, phases + 1)]
+
+
+def test_kernels_that_are_compiled_first_are_a_phase_more(
+    checkpoint: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("exeunt.calibration.kernel_compilation.is_compiled", lambda: False)
+    progress = Watched(stop_in="Compiling the CPU kernels, once")
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(options(checkpoint, text_file, tmp_path / "b"), progress)
+    assert progress.steps == [(1, 15)]
+
+
+def test_that_nothing_is_certified_is_said(
+    made: tuple[Path, Watched], checkpoint: Path, text_file: Path, tmp_path: Path
+) -> None:
+    progress = Watched()
+    asked = replace(options(checkpoint, text_file, tmp_path / "b"), risk=(0.0001,), linear_block="none")
+    manifest = open_bundle(calibrate(asked, progress)).manifest
+    assert not any(line.certified for entry in manifest.risk_table for line in entry.targets)
+    (said,) = (note for note in progress.notes if note.startswith("No target is certified for any variant"))
+    assert manifest.calibration is not None
+    assert f"the certify split had {manifest.calibration.splits['certify']:,} tokens: give more text" in said
+    assert str(manifest.risk_table[0].targets[0].reason) in said
+    assert "None" not in said
+    certified = any(
+        line.certified for entry in open_bundle(made[0]).manifest.risk_table for line in entry.targets
+    )
+    assert certified != any(note.startswith("No target") for note in made[1].notes)
 
 
 def test_the_same_seed_gives_the_same_bytes(

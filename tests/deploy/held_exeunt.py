@@ -13,7 +13,7 @@ from typing import Any
 from exeunt.calibration import options, progress
 from exeunt.calibration.exit_training import HeadTraining
 from exeunt.calibration.gate_training import ProbeTraining
-from exeunt.deploy import cli, logs, packaged_model
+from exeunt.deploy import cli, packaged_model
 
 SMALL: dict[str, Any] = {
     "tokens": 6000,
@@ -37,7 +37,7 @@ def held(form: type[Any], phase: str, file: Path) -> None:
         with original(self, title, total) as advance:
 
             def wait(units: int) -> None:
-                if title == phase and not file.exists():
+                if title.endswith(phase) and not file.exists():
                     print(f"held in {phase}", file=sys.stderr, flush=True)
                     while not file.exists():
                         time.sleep(0.02)
@@ -53,7 +53,7 @@ def main(model: str, phase: str, file: str, *arguments: str) -> None:
     packaged_model.path = lambda: Path(model)
     real = options.CalibrationOptions
     options.CalibrationOptions = lambda **given: real(**{**given, **SMALL})  # type: ignore[misc, assignment]
-    for form in (progress.TerminalProgress, logs.LoggedProgress):
+    for form in (progress.TerminalProgress, progress.LineProgress):
         held(form, phase, Path(file))
     cli.main(arguments)
 

@@ -218,6 +218,21 @@ def test_an_exits_use_is_shown(bundle: Bundle) -> None:
     assert uses == {"block_0": "drafts", "block_1": "certified"}
 
 
+def test_exits_without_a_certificate_are_not_called_certified(bundle: Bundle) -> None:
+    entry = bundle.manifest.risk_table[0]
+    failed = entry.targets[0]
+    both = (failed, failed.model_copy(update={"target": 0.05}))
+    nothing = tuple(
+        entry.model_copy(update={"weights": weights, "targets": both}) for weights in ("int4", "full")
+    )
+    text = _printed(Bundle(bundle.path, bundle.manifest.model_copy(update={"risk_table": nothing})))
+    assert re.search(r"block_1 +tested, no target certified +2 of 3", text)
+    assert failed.reason is not None
+    assert text.count(failed.reason) == 1, "one reason is told once"
+    rows = "int4/int4, 1 %; int4/int4, 5 %; full/int4, 1 %; full/int4, 5 %"
+    assert f"not certified: {rows}: {failed.reason}" in " ".join(text.split())
+
+
 def test_a_narrow_terminal_is_enough(bundle: Bundle) -> None:
     text = _printed(bundle, width=80)
     assert max(len(line) for line in text.splitlines()) <= 80
@@ -241,7 +256,8 @@ def test_what_it_is_comes_first_and_certificates_take_a_line_a_variant(bundle: B
     first = [next(n for n, line in enumerate(shown) if line.startswith(word)) for word in HEADINGS]
     assert first == sorted(first)
     assert sum("0.9312" in line for line in shown) == 8
-    assert sum("full/int4 linear" in line for line in shown) == 2  # its thresholds, and why one is missing
+    text = " ".join(" ".join(shown).split())
+    assert text.count("full/int4 linear") == 2  # its thresholds, and that one is missing
 
 
 def test_certificates_that_say_the_same_are_shown_once(bundle: Bundle) -> None:
