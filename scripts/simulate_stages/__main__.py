@@ -13,6 +13,7 @@ from rich.progress import track
 from scripts.simulate_stages.cost import BF16, H200, INT4, MISTRAL_7B
 from scripts.simulate_stages.decision import decision_costs
 from scripts.simulate_stages.plots import write_plots
+from scripts.simulate_stages.server_tick import tick_costs
 from scripts.simulate_stages.simulation import SCREENED
 from scripts.simulate_stages.sweep import Point, as_columns, measured, sweeps
 from scripts.simulate_stages.tables import tables
@@ -27,7 +28,11 @@ def main(
     decisions: DecisionsOnly = False,
 ) -> None:
     """Simulate, write JSON and plots, print tables in Markdown."""
-    costs = {"fullest": decision_costs("fullest"), "least waste": decision_costs("least waste")}
+    costs = {
+        "fullest": decision_costs("fullest"),
+        "least waste": decision_costs("least waste"),
+        "the server's next tick": tick_costs(),
+    }
     if decisions:
         typer.echo(json.dumps(costs, indent=2))
         return

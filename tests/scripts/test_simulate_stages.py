@@ -257,7 +257,7 @@ class TestStudy:
     ) -> None:
         command.main(tmp_path / "out.json", tmp_path / "images", decisions=True)
         costs = json.loads(capsys.readouterr().out)
-        assert {rows for rule in costs.values() for rows in rule} == {"256", "10000"}
+        assert {rows for rule in costs.values() for rows in rule} == {"256", "2048", "10000"}
         assert list(tmp_path.iterdir()) == []
 
 
