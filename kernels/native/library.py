@@ -102,6 +102,7 @@ def _wanted() -> bool:
 
 def _load() -> NativeLibrary | None:
     if not _wanted():
+        logger.warning("EXEUNT_NATIVE is 0: the kernels run in plain PyTorch, several times slower")
         return None
     compiler = find_compiler()
     if compiler is None:
