@@ -19,7 +19,7 @@ from exeunt.server.auditor import Auditor
 from exeunt.server.request import SamplingParams
 from exeunt.server.row import Row
 from exeunt.server.row_result import RowResult, Score
-from exeunt.server.sampling import RowSampling, sample
+from exeunt.server.sampling import RowSampling, sample_each
 from exeunt.server.sequence import Sequence
 from exeunt.server.stages import StagePlan
 from exeunt.server.tick import Tick
@@ -335,7 +335,7 @@ class Runner:
         parts = [some.logits for some in run.undrawn]
         logits = parts[0] if len(parts) == 1 else torch.cat(parts)
         asks = [self._sampling(row.sequence, position) for row, position in tokens]
-        drawn = sample(logits, asks, self._model.spec.eos_token_ids)
+        drawn = sample_each(logits, asks, self._model.spec.eos_token_ids)
         found: dict[Row, list[Draw]] = {}
         for (row, position), stage, token, logprob, error in zip(
             tokens, stages, drawn.ids, drawn.logprobs, drawn.errors, strict=True

@@ -103,6 +103,30 @@ def sample(logits: Tensor, rows: Sequence[RowSampling], eos_token_ids: Collectio
     return _on_host([int(token) for token in host[0]], host[1])
 
 
+def sample_each(
+    logits: Tensor, rows: Sequence[RowSampling], eos_token_ids: Collection[int] = ()
+) -> SampledTokens:
+    """`sample`, but a row that raises gets an error like one whose logits are not usable: the others are drawn."""
+    try:
+        return sample(logits, rows, eos_token_ids)
+    except Exception:  # noqa: BLE001 - whose it is shows when each is drawn alone
+        drawn = [_sample_alone(logits[i : i + 1], row, eos_token_ids) for i, row in enumerate(rows)]
+    return SampledTokens(
+        tuple(each.ids[0] for each in drawn),
+        tuple(each.logprobs[0] for each in drawn),
+        tuple(each.errors[0] for each in drawn),
+    )
+
+
+def _sample_alone(logits: Tensor, row: RowSampling, eos_token_ids: Collection[int]) -> SampledTokens:
+    try:
+        return sample(logits, [row], eos_token_ids)
+    except Exception as error:  # noqa: BLE001 - it is told of as this row's
+        return SampledTokens(
+            (-1,), (math.nan,), (f"drawing a token failed: {type(error).__name__}: {error}",)
+        )
+
+
 def processed_scores(
     logits: Tensor, rows: Sequence[RowSampling], eos_token_ids: Collection[int] = ()
 ) -> Tensor:

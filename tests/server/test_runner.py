@@ -2,6 +2,8 @@
 
 import math
 import random
+from collections.abc import Collection
+from collections.abc import Sequence as Items
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,9 @@ from transformers import LlamaForCausalLM
 from exeunt.compression.decoder import Decoder
 from exeunt.compression.model import LoadedModel
 from exeunt.compression.variant import Variant
+from exeunt.server import sampling
 from exeunt.server.request import (
+    ExitPolicy,
     FailureEvent,
     FinishEvent,
     FinishReason,
@@ -201,3 +205,29 @@ def test_one_rows_nan_is_no_other_rows_trouble(
         assert all(heard.ids() == clean for heard in outcomes if isinstance(heard.events[-1], FinishEvent))
         monkeypatch.undo()
         assert bench.answer(max_new_tokens=30).ids() == clean
+
+
+@pytest.mark.parametrize("exits", [OFF, VERIFIED], ids=lambda exits: exits.mode)
+def test_an_exception_in_one_rows_sampling_fails_that_request_alone(
+    tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch, exits: ExitPolicy
+) -> None:
+    processed = sampling.processed_scores
+
+    def raises(
+        logits: torch.Tensor, rows: Items[sampling.RowSampling], eos_token_ids: Collection[int] = ()
+    ) -> torch.Tensor:
+        if any(row.params.seed == 1 and row.position > 4 for row in rows):
+            raise OverflowError("a bug")
+        return processed(logits, rows, eos_token_ids)
+
+    with running(tiny_model) as bench:
+        clean = bench.answer(max_new_tokens=30).ids()
+    monkeypatch.setattr(sampling, "processed_scores", raises)
+    with running(tiny_model, max_num_seqs=4) as bench:
+        with bench.held():
+            asked = [bench.ask(exits=exits, max_new_tokens=30, seed=seed) for seed in range(3)]
+        failure = asked[1].wait().events[-1]
+        assert isinstance(failure, FailureEvent)
+        assert asked[1].ids() == clean[:5]
+        for number in (0, 2):
+            assert asked[number].wait().ids() == clean
