@@ -61,5 +61,5 @@ def create_app(
     install_error_handlers(app)
     for routes in (generate, score, info, tokens, health):
         app.include_router(routes.router)
-    describe(app, key_required=api_key is not None)
+    describe(app, availability, key_required=api_key is not None)
     return app

@@ -16,13 +16,13 @@ router = APIRouter()
 
 @router.get("/health", summary="The process lives")
 async def health() -> HealthResponse:
-    """200 as long as the process answers, also while loading and draining."""
+    """200 as long as the process answers, also while calibrating, loading and draining."""
     return HealthResponse()
 
 
 @router.get("/ready", summary="A request would be served", responses=documented(503))
 async def ready(_: Annotated[Service, Depends(serving_service)]) -> ReadyResponse:
-    """200 when a request would be served; 503 while loading or draining."""
+    """200 when a request would be served; 503 while calibrating (or waiting for another to), loading or draining."""
     return ReadyResponse()
 
 

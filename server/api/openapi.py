@@ -7,14 +7,16 @@ from pydantic.json_schema import models_json_schema
 
 from exeunt.server.api.auth import OPEN_PATHS
 from exeunt.server.api.errors import ErrorResponse
+from exeunt.server.api.examples import body_examples
 from exeunt.server.api.responses import GenerateResponse, StreamStep
+from exeunt.server.api.service import Availability
 
 _SCHEMAS: Final = "#/components/schemas/{model}"
 _SCHEME: Final = "ApiKey"
 
 
-def describe(app: FastAPI, *, key_required: bool) -> None:
-    """Complete the application's OpenAPI document: errors, streams, the API key."""
+def describe(app: FastAPI, availability: Availability, *, key_required: bool) -> None:
+    """Complete the application's OpenAPI document: errors, streams, the API key, examples for the loaded model."""
     build = app.openapi
     made: dict[str, Any] = {}
 
@@ -24,6 +26,7 @@ def describe(app: FastAPI, *, key_required: bool) -> None:
             _say_how_errors_look(made)
             _name_the_events(made)
             _ask_for_the_key(made, key_required)
+        _show_examples(made, body_examples(availability.service))
         return made
 
     app.openapi = described  # type: ignore[method-assign] # the framework's documented way to change the document
@@ -71,6 +74,12 @@ def _ask_for_the_key(document: dict[str, Any], required: bool) -> None:
             operation["security"] = [] if path in OPEN_PATHS else [{_SCHEME: []}]
             if path not in OPEN_PATHS and not required:
                 operation["security"].append({})  # or nothing
+
+
+def _show_examples(document: dict[str, Any], examples: dict[str, dict[str, Any]]) -> None:
+    """A body for each route that takes one, by its path."""
+    for path, example in examples.items():
+        document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["example"] = example
 
 
 def _add_schemas(document: dict[str, Any], *models: type[Any]) -> None:

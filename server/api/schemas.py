@@ -99,18 +99,6 @@ StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 class GenerateBody(Body):
     """The body of `POST /generate`: exactly one of `prompt` and `prompt_token_ids`, everything else optional."""
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [
-                {
-                    "prompt": "It was a dark night",
-                    "max_new_tokens": 32,
-                    "compression": {"early_exit": {"mode": "approximate", "max_disagreement": 0.1}},
-                }
-            ]
-        }
-    )
-
     prompt: str | None = Field(default=None, min_length=1, description="The text to continue.")
     prompt_token_ids: TokenIds | None = Field(
         default=None, description="The prompt as token ids, instead of `prompt`."

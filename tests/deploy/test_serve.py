@@ -344,6 +344,17 @@ def test_the_requests_that_the_pages_show_are_answered_as_shown(server: ServerPr
     assert [str(problem) for problem in problems] == []
 
 
+def test_the_examples_of_the_documentation_are_answered(server: ServerProcess) -> None:
+    paths = server.client.get("/openapi.json").json()["paths"]
+    bodies = {path: each["post"]["requestBody"] for path, each in paths.items() if "post" in each}
+    shown = {path: body["content"]["application/json"]["example"] for path, body in bodies.items()}
+    assert shown["/generate"]["compression"] == {
+        "early_exit": {"mode": "approximate", "max_disagreement": 0.1}
+    }
+    for path, example in shown.items():
+        assert server.client.post(path, json=example).status_code == 200, path
+
+
 def test_the_images_health_check_tells_a_server_from_none(server: ServerProcess) -> None:
     """The Dockerfile's own command, run as the container would, but for the interpreter's name."""
     port = server.client.base_url.port

@@ -11,8 +11,10 @@ import pytest
 
 from exeunt.compression.variant import Variant
 from exeunt.server.api.offer import Offer
+from exeunt.server.api.schemas import CompressionOptions
 from exeunt.server.engine import QueueFullError
-from exeunt.server.request import FailureEvent
+from exeunt.server.engine_config import EngineConfig
+from exeunt.server.request import ExitMode, FailureEvent
 
 
 def test_score_says_every_tokens_logprob(client: httpx.Client, engine: Any) -> None:
@@ -209,6 +211,66 @@ def test_every_reference_of_openapi_leads_somewhere(client: httpx.Client) -> Non
             found = found[part]
 
 
+def examples(document: Any) -> dict[str, Any]:
+    """The example of each route that takes a body, by its path."""
+    return {
+        path: operation["requestBody"]["content"]["application/json"]["example"]
+        for path, methods in document["paths"].items()
+        for operation in methods.values()
+        if "requestBody" in operation
+    }
+
+
+INT4_ALONE = Variant(weights="int4", kv_cache="int4")
+MODES: tuple[ExitMode, ...] = ("off", "verified", "approximate")
+
+
+@pytest.mark.parametrize(
+    ("changes", "early_exit"),
+    [
+        ({}, {"mode": "approximate", "max_disagreement": 0.1}),
+        (
+            {"defaults": CompressionOptions.model_validate({"weights": "full", "kv_cache": "full"})},
+            {"mode": "approximate", "max_disagreement": 0.01},
+        ),
+        ({"offer": Offer((INT4_ALONE,), INT4_ALONE, ("block_0",), MODES)}, {"mode": "verified"}),
+        (
+            {"defaults": CompressionOptions.model_validate({"early_exit": {"skipped_kv": "backfill"}})},
+            {"mode": "verified"},
+        ),
+        ({"offer": Offer((Variant(),), Variant())}, False),
+        ({"config": EngineConfig(max_model_len=28, max_num_seqs=8, max_num_queued_reqs=3)}, None),
+    ],
+    ids=[
+        "certified",
+        "other default",
+        "nothing certified",
+        "certified otherwise",
+        "bare checkpoint",
+        "short",
+    ],
+)
+def test_every_example_of_openapi_is_answered_by_that_very_server(
+    client: httpx.Client, reopen: Callable[..., Any], changes: dict[str, Any], early_exit: Any
+) -> None:
+    reopen(**changes)
+    shown = examples(client.get("/openapi.json").json())
+    assert set(shown) == {"/generate", "/score", "/tokenize", "/detokenize"}
+    for path, body in shown.items():
+        response = client.post(path, json=body)
+        assert response.status_code == 200, (path, body, response.text)
+    if early_exit is not None:
+        assert shown["/generate"]["compression"] == {"early_exit": early_exit}
+
+
+def test_before_a_model_is_loaded_the_examples_are_what_every_model_takes(serve: Callable[..., Any]) -> None:
+    with serve(ready=False) as server:
+        assert examples(server.get("/openapi.json").json())["/generate"] == {
+            "prompt": "It was a dark night",
+            "max_new_tokens": 32,
+        }
+
+
 @pytest.mark.parametrize("key", [None, "secret"])
 def test_openapi_says_which_routes_want_the_key(serve: Callable[..., Any], key: str | None) -> None:
     with serve(api_key=key) as server:
@@ -231,6 +293,7 @@ def test_the_documentation_needs_no_other_server(client: httpx.Client) -> None:
     assert "http://" not in response.text
     assert "https://" not in response.text
     assert "src=" not in response.text
+    assert "-H 'Authorization: Bearer KEY'" in response.text
 
 
 def undescribed(schema: Any, at: str) -> list[str]:
