@@ -93,6 +93,14 @@ def _temperature(value: float) -> float:
 
 
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+
+
+def _no_string(value: Any) -> Any:
+    if isinstance(value, str):
+        raise PydanticCustomError("stop", 'it must be a list of strings such as ["."]')
+    return value
+
+
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 
 
@@ -122,7 +130,7 @@ class GenerateBody(Body):
     seed: int | None = Field(
         default=None, ge=0, le=MAX_SEED, description="Same seed, same answer. Null: drawn by the server."
     )
-    stop: list[StopString] = Field(
+    stop: Annotated[list[StopString], BeforeValidator(_no_string)] = Field(
         default_factory=list,
         max_length=MAX_STOP_STRINGS,
         description="The answer ends before any of these strings.",

@@ -13,6 +13,7 @@ _SHOWN = 60  # characters of an offending value that a message repeats
 
 # pydantic's error types whose own wording is not a sentence with the value and the limit in it
 _SENTENCES: Final = {
+    "bool_type": "it must be true or false",
     "finite_number": "it must be a finite number",
     "too_long": "it may have at most {max_length} items",
     "too_short": "it must have at least {min_length} items",
