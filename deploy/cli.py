@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -39,7 +40,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-_PIPE_COLUMNS: Final = 180
+_PIPE_COLUMNS: Final = 240  # every mode's name and every interval on one line
 
 
 @dataclass(slots=True)
@@ -64,7 +65,8 @@ def _note_level(context: typer.Context, level: str | None) -> str | None:
 _BUNDLE = typer.Argument(metavar="BUNDLE", help="A bundle's directory, as `exeunt calibrate --out` wrote it.")
 _CHECKPOINT = typer.Argument(metavar="MODEL", help="A checkpoint's directory or a Hugging Face id.")
 _CALIBRATION_TEXT = typer.Option(
-    help="Text to calibrate on: a file (txt or JSONL), a folder, or hf:NAME. [the packaged model's own]"
+    help="Text to calibrate on: a file (txt or JSONL), a folder, or hf:NAME. Needed, but for the packaged model, "
+    "which has a text of its own."
 )
 _EXITS = typer.Option(help="`auto`, or the blocks that certified exits follow, e.g. 3,8.")
 _DRAFTING_EXIT = typer.Option(
@@ -77,6 +79,12 @@ _SEED = _count(
     0,
     "Same seed, same bundle, if `--exits` names exits and `--drafting-exit` is none: which pay is measured.",
 )
+_EVALUATION_TOKENS = _count(
+    "--tokens",
+    16,
+    "Use so many tokens of it: whole documents in an order drawn from --seed, of a single document the beginning.",
+)
+_EVALUATION_SEED = _count("--seed", 0, "Seed of the documents' order and of the intervals.")
 _DEVICE = typer.Option(help="auto, cpu, cuda or cuda:N.")
 _JSON = typer.Option("--json", help="Also write it as JSON to this file.")
 _LEVEL = typer.Option(
@@ -96,6 +104,25 @@ _SERVER_LEVEL = typer.Option(
     is_eager=True,
     callback=_note_level,
 )
+
+
+def _print_version(wanted: bool) -> None:
+    """Print which Exeunt this is and end the command line, with status 0."""
+    if wanted:
+        print(f"exeunt {version('exeunt')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _exeunt(
+    shown: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version and leave.", is_eager=True, callback=_print_version
+        ),
+    ] = False,
+) -> None:
+    """Take what is asked before any command."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -316,7 +343,8 @@ def evaluate(
     data: Annotated[
         str, typer.Option(help="Text: a file (txt or JSONL), a folder, or hf:NAME.", show_default=False)
     ],
-    tokens: Annotated[int, _count("--tokens", 16, "Use so many tokens of it.")] = 16_000,
+    tokens: Annotated[int, _EVALUATION_TOKENS] = 16_000,
+    seed: Annotated[int, _EVALUATION_SEED] = 0,
     device: Annotated[str, _DEVICE] = "auto",
     speed: Annotated[bool, typer.Option(help="Also measure every mode's tokens/s.")] = True,
     json_file: Annotated[Path | None, _JSON] = None,
@@ -325,13 +353,13 @@ def evaluate(
     """Measure perplexity, KL, agreement, depth and speed of every mode on a text."""
     _log_from(log_level)
     target = _json_target(json_file)
-    from exeunt.calibration.progress import TerminalProgress
+    from exeunt.calibration.progress import watched_progress
     from exeunt.deploy.evaluation import evaluate_and_time, evaluation_table
     from exeunt.deploy.preparation import load_to_measure
 
     with interruptible() as interruption:
-        model = load_to_measure(bundle, device, InterruptibleProgress(TerminalProgress(), interruption))
-        evaluated = evaluate_and_time(model, data, tokens=tokens, speed=speed)
+        model = load_to_measure(bundle, device, InterruptibleProgress(watched_progress(), interruption))
+        evaluated = evaluate_and_time(model, data, tokens=tokens, speed=speed, seed=seed)
         _show(evaluation_table(evaluated))
         if target is not None:
             target.write(evaluated.record(model.name))

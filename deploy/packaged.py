@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from exeunt.calibration.errors import CalibrationError
-from exeunt.calibration.progress import ProgressReport, TerminalProgress
+from exeunt.calibration.progress import ProgressReport, watched_progress
 from exeunt.compression.bundle import BundleError, open_bundle
 from exeunt.compression.manifest import FORMAT_VERSION
 from exeunt.deploy import packaged_model
@@ -61,7 +61,7 @@ def packaged_bundle(
     folder, target = packaged_model.path(), bundle_folder()
     with suppress(BundleError):
         return open_bundle(target).path
-    progress = progress or TerminalProgress()
+    progress = progress or watched_progress()
     _make_room(target.parent)
     with alone(target, progress, while_waiting):
         if target.exists():  # spoilt, or made by another process meanwhile

@@ -225,12 +225,14 @@ def test_eval_prints_every_mode_with_its_speed(
     bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("exeunt.deploy.evaluation.LOAD", LOAD)
-    monkeypatch.setattr("exeunt.deploy.cli._PIPE_COLUMNS", 240)
     text = tmp_path / "text.txt"
     text.write_text("It was a dark and stormy night. " * 40)
     told = tmp_path / "eval.json"
-    assert run(["eval", str(bundle), "--data", str(text), "--tokens", "400", "--json", str(told)]) == 0
-    printed = capsys.readouterr().out
+    asked = ["--tokens", "400", "--seed", "3", "--json", str(told)]
+    assert run(["eval", str(bundle), "--data", str(text), *asked]) == 0
+    shown = capsys.readouterr()
+    printed = shown.out
+    assert "Evaluating every mode: done in" in shown.err, "lines, not bars, where no terminal looks on"
     record = json.loads(told.read_text())
     assert record["tokens"] > 0
     assert_names_the_bundle(record, bundle)

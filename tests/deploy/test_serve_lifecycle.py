@@ -6,6 +6,7 @@ import signal
 import socket
 import threading
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +203,19 @@ def test_no_command_is_a_wish_for_help(capsys: pytest.CaptureFixture[str]) -> No
     assert bare == capsys.readouterr()
     assert "calibrate" in bare.out
     assert bare.err == ""
+
+
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--version"]) == 0
+    assert capsys.readouterr() == (f"exeunt {version('exeunt')}\n", "")
+
+
+def test_help_says_which_text_is_read(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["eval", "--help"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "whole documents in an order drawn from --seed, of a single document the beginning" in told
+    assert run(["calibrate", "--help"]) == 0
+    assert "Needed, but for the packaged model" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.fixture
