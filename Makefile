@@ -38,6 +38,6 @@ gpu-check: $(STAMP) ## on a machine with a CUDA GPU: the tests that need one, to
 	$(BIN)/python -m pytest -q tests/server/test_sampling.py
 	$(BIN)/python -m scripts.gpu_check
 
-clean: ## remove the virtual environment, the README's my-bundle, caches and build leftovers
-	rm -rf $(VENV) my-bundle build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+clean: ## remove the virtual environment, caches and build leftovers (no bundle)
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -288,7 +288,7 @@ def _rows(documents: Sequence[str], encoding: TextEncoding, *, quota: int, row_t
             ):
                 rows.append(row)
                 held += len(row)
-            if held >= quota:
+            if quota - held < LEAST_ROW:
                 return rows
         if each >= quota:
             break

@@ -16,6 +16,7 @@ from exeunt.calibration.progress import ProgressReport
 logger = logging.getLogger("exeunt.packaged")
 
 _OURS: Final = re.compile(r"packaged-[0-9a-f]{16}")
+KEPT_DAYS: Final = 14  # since it was opened last
 _ASK_AGAIN_S: Final = 0.25  # how soon a lock that another process holds is asked for again
 
 
@@ -48,17 +49,37 @@ def alone(bundle: Path, progress: ProgressReport, while_waiting: Callable[[], No
 
 
 def remove_superseded(bundle: Path) -> None:
-    """Remove the packaged model's bundles beside `bundle`, which another version of the model or the code made.
+    """Remove the packaged model's bundles beside `bundle` that nobody has opened for `KEPT_DAYS` days.
 
-    One that another process is making or removing at the moment is left alone. A server that runs on one goes on: it
-    has read it, and what it has mapped stays as long as it does.
+    Another version of the model or the code made them, and it may still be in use: beside this one, or before an
+    upgrade is taken back. One that another process is making or removing at the moment is left alone. A server that
+    runs on one goes on: it has read it, and what it has mapped stays as long as it does.
     """
-    for name in sorted(_ours(bundle.parent) - {bundle.name}):
+    oldest = time.time() - KEPT_DAYS * 86400
+    try:
+        names = sorted(_ours(bundle.parent) - {bundle.name})
+    except OSError as error:
+        logger.warning("Superseded bundles in %s could not be looked for: %s.", bundle.parent, error)
+        return
+    for name in names:
         old = bundle.with_name(name)
         try:
-            _remove(old)
+            if _last_opened(old) < oldest:
+                _remove(old)
         except OSError as error:
             logger.warning("The superseded bundle %s could not be removed: %s.", old, error)
+
+
+def note_opening(bundle: Path) -> None:
+    """Remember that `bundle` was opened now. Where that cannot be kept, its making counts."""
+    with suppress(OSError):
+        lock_of(bundle).touch()
+
+
+def _last_opened(bundle: Path) -> float:
+    """When the bundle was opened last, or made, in seconds since 1970."""
+    times = [path.stat().st_mtime for path in (bundle, lock_of(bundle)) if path.exists()]
+    return max(times, default=0.0)
 
 
 def _ours(folder: Path) -> set[str]:

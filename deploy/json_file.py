@@ -1,14 +1,19 @@
-"""The file of `--json`: looked at before the work whose result it is to hold, and replaced in one step after it."""
+"""The file of `--json`: looked at before the work whose result it is to hold; a new one appears in one step."""
 
 import json
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from exeunt.deploy.arguments import UsageError
+
+_DESCRIPTOR: Final = re.compile(r"(?:/dev/fd/|/proc/self/fd/)(\d+)|/dev/(stdout|stderr)")
+_STANDARD: Final = {"stdout": 1, "stderr": 2}
 
 
 class JSONFileError(OSError):
@@ -26,13 +31,13 @@ class JSONFile:
         """The file at `path`. Raises UsageError where it cannot be written."""
         file = cls(path)
         try:
-            if file._target.is_dir():
+            if path.is_dir():
                 raise IsADirectoryError("it is a folder")
-            if file._target.exists() and not os.access(file._target, os.W_OK):
-                raise PermissionError("it may not be written")
-            if not file._in_place:
+            if not file._is_there:
                 with file._beside():
                     pass
+            elif not os.access(path, os.W_OK):
+                raise PermissionError("it may not be written")
         except OSError as error:
             raise UsageError(
                 f"--json is {path}, which cannot be written: {_reason(error)}; give a file in a folder that can be."
@@ -40,15 +45,19 @@ class JSONFile:
         return file
 
     def write(self, content: object) -> None:
-        """Write `content` as JSON, whole or not at all. Raises JSONFileError."""
+        """Write `content` as JSON. Raises JSONFileError."""
         text = json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n"
+        data = text.encode(errors="backslashreplace")  # a path need not be Unicode
         try:
-            if self._in_place:
-                self._target.write_text(text, encoding="utf-8")
-                return
-            with self._beside() as partial:
-                partial.write_text(text, encoding="utf-8")
-                partial.replace(self._target)
+            if (descriptor := self._descriptor) is not None:
+                with os.fdopen(os.dup(descriptor), "wb") as stream:
+                    stream.write(data)
+            elif self._is_there:  # with its mode, its links and its mounts
+                self.path.write_bytes(data)
+            else:
+                with self._beside() as partial:
+                    partial.write_bytes(data)
+                    partial.replace(self._target)
         except OSError as error:
             raise JSONFileError(
                 f"--json is {self.path}, and the result could not be written: {_reason(error)}; give another file "
@@ -56,14 +65,19 @@ class JSONFile:
             ) from error
 
     @property
-    def _in_place(self) -> bool:
-        """Whether it is a pipe or a device, such as /dev/stdout: nothing to put another file in place of."""
-        return self.path.exists() and not self.path.is_file()
+    def _descriptor(self) -> int | None:
+        """The open file that a name such as /dev/stdout stands for: what is in it already stays."""
+        found = _DESCRIPTOR.fullmatch(str(self.path))
+        return None if found is None else int(found[1] or _STANDARD[found[2]])
+
+    @property
+    def _is_there(self) -> bool:
+        return self.path.exists()
 
     @property
     def _target(self) -> Path:
-        """Where the file lies, links followed; of a pipe or device the name given."""
-        return self.path if self._in_place else Path(os.path.realpath(self.path))
+        """Where the file will lie, links followed."""
+        return Path(os.path.realpath(self.path))
 
     @contextmanager
     def _beside(self) -> Iterator[Path]:

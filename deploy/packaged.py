@@ -17,7 +17,7 @@ from exeunt.calibration.progress import ProgressReport, watched_progress
 from exeunt.compression.bundle import BundleError, open_bundle
 from exeunt.compression.manifest import FORMAT_VERSION
 from exeunt.deploy import packaged_model
-from exeunt.deploy.bundle_cache import alone, remove_superseded
+from exeunt.deploy.bundle_cache import alone, note_opening, remove_superseded
 from exeunt.deploy.loading import SettingsError
 
 if TYPE_CHECKING:
@@ -53,14 +53,16 @@ def packaged_bundle(
     """The bundle of the packaged model, calibrated now, on `device`, if it never was; `on_calibration` is told before.
 
     One process at a time calibrates; others wait for its bundle, and call `while_waiting` again and again meanwhile.
-    Once the new bundle stands, those that another version made are removed.
+    Once the new bundle stands, those of other versions that nobody has opened for a while are removed.
 
     Raises FileNotFoundError where the package does not lie on disk, SettingsError where nothing can be kept in the
     cache folder, PackagedModelError where it cannot be calibrated, and what else `calibrate` raises.
     """
     folder, target = packaged_model.path(), bundle_folder()
     with suppress(BundleError):
-        return open_bundle(target).path
+        found = open_bundle(target).path
+        note_opening(target)
+        return found
     progress = progress or watched_progress()
     _make_room(target.parent)
     with alone(target, progress, while_waiting):

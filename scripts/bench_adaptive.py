@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from exeunt.compression.bundle import REPORT_JSON
 from exeunt.compression.variant import Variant
 from exeunt.deploy.bench import INFORMATIVE
 from scripts.bench_runs import (
@@ -31,7 +32,7 @@ from scripts.bench_runs import (
     packaged_runs,
     write_result,
 )
-from scripts.stage_medians import StageMedians
+from scripts.predicted import Prediction
 from scripts.wait_for_all import waiting_for_all
 
 STREAMS = (1, 4, 16)
@@ -73,6 +74,7 @@ def main(
 def _verified(ours: EngineRuns, repeats: int) -> dict[str, Any]:
     """The verified mode by streams, with what it drafted and the costs that it went by."""
     rows: dict[str, Any] = {}
+    prediction = Prediction.of(ours.model, ours.bundle / REPORT_JSON)
     for streams in STREAMS:
         for label, variant in VARIANTS.items():
             prompts = ours.prompts(streams)
@@ -85,18 +87,17 @@ def _verified(ours: EngineRuns, repeats: int) -> dict[str, Any]:
             row["draft_costs_us"] = {
                 name: 1e6 * value for name, value in asdict(costs).items() if name != "seen"
             }
-            rows[f"{streams} stream{'s' if streams > 1 else ''}, {label}"] = (
-                row | _predicted(row["ratio"], pairs) | _drafted([mine for mine, _ in pairs])
+            if streams == 1 and variant == ours.model.default_variant and prediction is not None:
+                row |= _predicted(prediction, row["ratio"], pairs)
+            rows[f"{streams} stream{'s' if streams > 1 else ''}, {label}"] = row | _drafted(
+                [mine for mine, _ in pairs]
             )
     return rows
 
 
-def _predicted(ratio: float, pairs: list[tuple[Run, Run]]) -> dict[str, float]:
-    """The ratio that the cost of stages by their tokens predicts, and how much of it was reached."""
-    medians = StageMedians.of(run.stage_runs for pair in pairs for run in pair)
-    predicted = statistics.median(
-        medians.predicted(off.stage_runs) / medians.predicted(mine.stage_runs) for mine, off in pairs
-    )
+def _predicted(prediction: Prediction, ratio: float, pairs: list[tuple[Run, Run]]) -> dict[str, float]:
+    """The ratio that measured costs predict for the passes that were run, and how much of it was reached."""
+    predicted = statistics.median(prediction.ratio(mine.stage_runs, mine.tokens) for mine, _ in pairs)
     return {"predicted_ratio": predicted, "of_predicted": ratio / predicted}
 
 

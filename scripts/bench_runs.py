@@ -69,10 +69,15 @@ class EngineRuns:
     """Our engine on the loaded bundle, the load of `exeunt bench`."""
 
     def __init__(
-        self, model: LoadedModel, driver: EngineDriver, load: Load, stage_runs: list[StageRun]
+        self,
+        model: LoadedModel,
+        driver: EngineDriver,
+        load: Load,
+        bundle: Path,
+        stage_runs: list[StageRun],
     ) -> None:
-        """`stage_runs` is what the engine's runs of stages are appended to."""
-        self.model = model
+        """`bundle` is the loaded model's; `stage_runs` is what the engine's runs of stages are appended to."""
+        self.model, self.bundle = model, bundle
         self._driver, self._load, self._stage_runs = driver, load, stage_runs
         self._prompts = driver.prompts(load.concurrency, load.prompt_tokens)
 
@@ -158,13 +163,14 @@ def packaged_runs(
     changed: Callable[[LoadedModel], LoadedModel] = lambda model: model,
 ) -> Iterator[EngineRuns]:
     """An engine on the packaged bundle, `changed`, greedy, float32, with room for `MANY` times the streams."""
-    model = changed(load_bundle(packaged_bundle(), device="cpu", dtype=torch.float32, weights="both"))
+    bundle = packaged_bundle()
+    model = changed(load_bundle(bundle, device="cpu", dtype=torch.float32, weights="both"))
     many = MANY * sizes.streams
     load = Load(many, sizes.prompt_tokens, sizes.new_tokens, many, temperature=0.0)
     stage_runs: list[StageRun] = []
     driver = engine_driver(model, load, scheduling, stage_runs.append)
     try:
-        yield EngineRuns(model, driver, load, stage_runs)
+        yield EngineRuns(model, driver, load, bundle, stage_runs)
     finally:
         driver.close()
 

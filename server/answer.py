@@ -76,6 +76,7 @@ class Job:
     running: int = 0  # answers not finished
     spoken: bool = False  # its first token is out
     started: bool = False  # it has left the queue
+    over: bool = False  # its last event is out
 
 
 @dataclass(slots=True, eq=False)
@@ -87,3 +88,4 @@ class ScoreJob:
     sequence: Sequence
     scores: dict[int, ScoredToken] = field(default_factory=dict)  # by position of the scored token
     started: bool = False  # it has left the queue
+    over: bool = False  # its last event is out

@@ -88,4 +88,5 @@ class BlockAccount:
         """The answer has ended with so many tokens."""
         self.settle()
         totals = self._totals
-        self._skip(tokens * totals.blocks - totals.blocks_executed - totals.blocks_skipped)
+        # of an answer that failed between a pass and its token more was run than its tokens say
+        self._skip(max(0, tokens * totals.blocks - totals.blocks_executed - totals.blocks_skipped))

@@ -97,6 +97,14 @@ class Lifecycle:
         """Queue a request's answers."""
         job = Job(request, on_event)
         self._jobs.add(job)
+        try:
+            self._add_answers(job)
+            self._metrics.compression_request(request)
+        except Exception as error:  # noqa: BLE001 - a bug met by one request is no trouble of the others
+            self._fail(job, error)
+
+    def _add_answers(self, job: Job) -> None:
+        request = job.request
         for choice in range(request.n):
             sequence = self._sequence(request, choice)
             detokenizer = StreamDetokenizer(self._tokenizer, request.sampling.stop, request.prompt_token_ids)
@@ -107,14 +115,17 @@ class Lifecycle:
             self._answers[sequence] = answer
             self._runner.enter(sequence, Sampler(request.sampling, choice))
             self._scheduler.add(sequence)
-        self._metrics.compression_request(request)
 
     def begin_score(
         self, request: ScoreRequest, on_done: Callable[[list[ScoredToken] | Event], None]
     ) -> None:
         """Queue a text to be scored; `on_done` gets its tokens, or a FailureEvent."""
-        self._metrics.compression_request(request)
-        self._scores.begin(request, on_done)
+        job = self._scores.new(request, on_done)
+        try:
+            self._scores.begin(job)
+            self._metrics.compression_request(request)
+        except Exception as error:  # noqa: BLE001 - as for a request to generate
+            self._fail(job, error)
 
     def _sequence(self, request: GenerationRequest, choice: int) -> Sequence:
         sampling, tokens = request.sampling, list(request.prompt_token_ids)
@@ -125,7 +136,8 @@ class Lifecycle:
         sequence.limit = min(len(tokens) + sampling.max_new_tokens, self._config.max_model_len)
         sequence.ends = frozenset() if sampling.ignore_eos else frozenset(self._model.spec.eos_token_ids)
         if request.exits.mode == "verified":
-            sequence.drafter = TolerantDrafter(self._new_drafter(request), name)
+            drafter = self._new_drafter(request)
+            sequence.drafter = TolerantDrafter(drafter, name, self._model.spec.vocab_size)
         return sequence
 
     def note_scheduling(self) -> None:
@@ -258,7 +270,7 @@ class Lifecycle:
         return answer.detokenizer.push(token_id)
 
     def _finish(self, answer: Answer, reason: FinishReason) -> None:
-        job = answer.owner
+        job, text = answer.owner, answer.detokenizer.finish()
         answer.account.close(answer.sequence.generated)
         self._release(answer)
         summary = answer.summary(reason)
@@ -266,9 +278,11 @@ class Lifecycle:
         if job.running == 0:
             tokens = sum(other.sequence.generated for other in job.answers)
             self._metrics.finished(tokens, summary.total_s)
-            self._jobs.close(job.request.id)
         self._metrics.flush()  # whoever has the answer finds it counted
-        self._tell(job, FinishEvent(answer.choice, answer.detokenizer.finish(), summary))
+        job.over = job.running == 0
+        self._tell(job, FinishEvent(answer.choice, text, summary))
+        if job.over:
+            self._jobs.close(job.request.id)
 
     def _release(self, answer: Answer) -> None:
         if answer.sequence.status is not Status.FINISHED:
@@ -281,15 +295,20 @@ class Lifecycle:
             job.on_event(event)
         except Exception:  # noqa: BLE001 - a caller that is gone is no trouble of the others
             log.warning("the caller of %s is gone; its request is cancelled", job.request.id)
-            if job.request.id in self._jobs:
-                job.on_event = _ignore
-                self.cancel(job.request.id, FinishReason.CANCELLED)
+            job.on_event = _ignore
+            self.cancel(job.request.id, FinishReason.CANCELLED)
 
     def cancel(self, request_id: str, reason: FinishReason) -> None:
         """End a request as it stands: its answers finish with `reason`, a text being scored fails."""
         job = self._jobs.get(request_id)
-        if job is None:
+        if job is None or job.over:
             return
+        try:
+            self._cut_short(job, reason)
+        except Exception as error:  # noqa: BLE001 - a bug met by one request is no trouble of the others
+            self._fail(job, error)
+
+    def _cut_short(self, job: Job | ScoreJob, reason: FinishReason) -> None:
         kind: Literal["timeout", "cancelled"] = "timeout" if reason is FinishReason.TIMEOUT else "cancelled"
         if isinstance(job, ScoreJob):
             self._scores.fail(job, FailureEvent(f"The request was {_ENDED[reason]}.", kind))
@@ -302,26 +321,35 @@ class Lifecycle:
                 self._finish(answer, reason)
 
     def _let_go(self, job: Job | ScoreJob, failure: FailureEvent) -> None:
-        """End a request with a failure, free what it holds, and tell its caller."""
+        """End a request with a failure: tell its caller, whatever else may go wrong, and free what it holds."""
         if isinstance(job, ScoreJob):
             self._scores.fail(job, failure)
             return
-        for answer in job.answers:
-            if answer.sequence.status is not Status.FINISHED:
-                answer.account.close(answer.sequence.generated)
-            self._release(answer)
-        self._jobs.close(job.request.id)
-        self._metrics.flush()
-        self._tell(job, failure)
+        self._close_books(job)
+        if not job.over:
+            job.over = True
+            self._tell(job, failure)
+        try:
+            for answer in job.answers:
+                self._release(answer)
+        finally:
+            self._jobs.close(job.request.id)
+
+    def _close_books(self, job: Job) -> None:
+        """Count what a failed request has cost."""
+        try:
+            for answer in job.answers:
+                if answer.sequence.status is not Status.FINISHED:
+                    answer.account.close(answer.sequence.generated)
+            self._metrics.flush()
+        except Exception as error:
+            log.error("what request %s has cost is not counted in full", job.request.id, exc_info=error)
 
     def _fail(self, job: Job | ScoreJob, error: BaseException) -> None:
         """A bug met this request: log it under an id and tell the caller that id."""
         error_id = uuid.uuid4().hex[:12]
         log.error("request %s failed (error id %s)", job.request.id, error_id, exc_info=error)
-        failure = FailureEvent("The request failed inside the server.", "internal", error_id)
-        if job.request.id not in self._jobs:
-            return
-        self._let_go(job, failure)
+        self._let_go(job, FailureEvent("The request failed inside the server.", "internal", error_id))
 
     def _fail_tick(self, tick: Tick, error: Exception) -> None:
         for row in tick.rows:
@@ -339,7 +367,10 @@ class Lifecycle:
     def abandon(self, failure: FailureEvent) -> None:
         """Fail every request under way, and hold nothing any more."""
         for job in self._jobs:
-            self._let_go(job, failure)
+            try:
+                self._let_go(job, failure)
+            except Exception as error:
+                log.error("request %s could not be let go", job.request.id, exc_info=error)
 
     def set_gauges(self, *, force: bool) -> None:
         """Export what is running and held now; without `force` only where that was done some time ago."""

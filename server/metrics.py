@@ -249,9 +249,10 @@ class Metrics:
 
     def flush(self) -> None:
         """Export what `token`, `work`, `drafts` and `audit` counted: due after a tick, and before an answer's end."""
-        for counter, amount in self._pending.items():
+        pending = self._pending.copy()
+        self._pending.clear()  # first: what cannot be counted is not tried again
+        for counter, amount in pending.items():
             counter.inc(amount)
-        self._pending.clear()
 
     def token(self, mode: ExitMode, token: EmittedToken, blocks: int, since_last_s: float | None) -> None:
         """One token was emitted. Its counts are exported by the next `flush`: one lock for a batch, not for each token.

@@ -104,7 +104,8 @@ class Scheduler:
     def remove(self, sequence: Sequence) -> None:
         """Take a finished, cancelled or failed sequence out and free its pages."""
         if sequence.status is Status.WAITING:
-            self._waiting.remove(sequence)
+            if sequence in self._waiting:  # it may have failed before it was queued
+                self._waiting.remove(sequence)
         elif sequence.status is Status.RUNNING:
             self._leave_lane(sequence)
         sequence.status = Status.FINISHED

@@ -40,8 +40,8 @@ class Scores:
         """The request whose text this is."""
         return self._scoring[sequence]
 
-    def begin(self, request: ScoreRequest, on_done: Callable[[list[ScoredToken] | Event], None]) -> None:
-        """Queue a text; `on_done` gets its tokens, or a FailureEvent. A text of one token is answered at once."""
+    def new(self, request: ScoreRequest, on_done: Callable[[list[ScoredToken] | Event], None]) -> ScoreJob:
+        """Take in a text; `on_done` gets its tokens, or a FailureEvent."""
         tokens = list(request.token_ids)
         table = PageTable(self._pool, self._runner.page_tokens(request.variant))
         sequence = Sequence(
@@ -50,8 +50,12 @@ class Scores:
         job = ScoreJob(request, on_done, sequence)
         self._jobs.add(job)
         self._scoring[sequence] = job
-        self._scheduler.add(sequence)
-        if len(tokens) < 2:  # nothing to predict
+        return job
+
+    def begin(self, job: ScoreJob) -> None:
+        """Queue a text. One of one token is answered at once: there is nothing to predict."""
+        self._scheduler.add(job.sequence)
+        if len(job.request.token_ids) < 2:
             self.finish(job)
 
     def note(self, result: RowResult) -> None:
@@ -74,11 +78,13 @@ class Scores:
         self._end(job, failure)
 
     def _end(self, job: ScoreJob, outcome: list[ScoredToken] | Event) -> None:
+        if not job.over:
+            job.over = True
+            try:
+                job.on_done(outcome)
+            except Exception:  # noqa: BLE001 - a caller that is gone is no trouble of the others
+                log.warning("the caller of %s is gone", job.request.id)
         self._scheduler.remove(job.sequence)
         self._runner.leave(job.sequence)
         self._scoring.pop(job.sequence, None)
         self._jobs.close(job.request.id)
-        try:
-            job.on_done(outcome)
-        except Exception:  # noqa: BLE001 - a caller that is gone is no trouble of the others
-            log.warning("the caller of %s is gone", job.request.id)

@@ -12,19 +12,19 @@ log = logging.getLogger("exeunt.engine")
 
 
 class TolerantDrafter:
-    """Does as `drafter` does until that raises; from then on it drafts nothing."""
+    """Does as `drafter` does until that raises or proposes nonsense; from then on it drafts nothing."""
 
-    def __init__(self, drafter: Drafter, name: str) -> None:
+    def __init__(self, drafter: Drafter, name: str, vocab_size: int) -> None:
         """`name` is that of the sequence, for the log."""
         self._drafter: Drafter | None = drafter
-        self._name = name
+        self._name, self._vocab_size = name, vocab_size
 
     def propose(self, tokens: Items[int], drafted: int, room: int) -> Proposal:
         """What the drafter proposes (see `Drafter`); nothing, and the model's own end, once it has failed."""
         if self._drafter is None:
             return Proposal()
         try:
-            return self._drafter.propose(tokens, drafted, room)
+            return self._checked(self._drafter.propose(tokens, drafted, room))
         except Exception as error:  # noqa: BLE001 - whatever it is, the answer does not need it
             self._give_up(error)
             return Proposal()
@@ -37,6 +37,14 @@ class TolerantDrafter:
             self._drafter.settled(stages, accepted)
         except Exception as error:  # noqa: BLE001 - as above
             self._give_up(error)
+
+    def _checked(self, proposal: Proposal) -> Proposal:
+        """Raises ValueError where a token is none of the model's, TypeError where it is no proposal."""
+        if not isinstance(proposal, Proposal):
+            raise TypeError(f"{proposal!r} was proposed, which is no Proposal")
+        if not all(0 <= token < self._vocab_size for token in proposal.tokens):
+            raise ValueError(f"tokens {proposal.tokens} were proposed, of a vocabulary of {self._vocab_size}")
+        return proposal
 
     def _give_up(self, error: Exception) -> None:
         self._drafter = None

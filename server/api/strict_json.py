@@ -18,14 +18,8 @@ def parse_json(text: bytes | str) -> Any:
     Raises ValueError with what is wrong, half a sentence: RepeatedKeyError for a key that is there twice.
     """
     value = from_json(text)
-    # A second reading for the keys alone: numbers are left as they are written, so that none is too long for it.
-    json.loads(
-        text.decode() if isinstance(text, bytes) else text,
-        object_pairs_hook=_unique,
-        parse_int=str,
-        parse_float=str,
-        parse_constant=str,
-    )
+    # a second reading for the keys alone, of what is known to be sound
+    json.loads(text.decode() if isinstance(text, bytes) else text, object_pairs_hook=_unique)
     return value
 
 

@@ -85,6 +85,10 @@ def test_documents_that_another_tokenizer_separates_are_documents(tmp_path: Path
     assert read_corpus(str(path), "<END>").documents == ("one", "two", "three")
     path.write_text(f"one\n{foreign}\ntwo<END>three{foreign}\n")
     assert read_corpus(str(path), "<END>").documents == (f"one\n{foreign}\ntwo", f"three{foreign}")
+    path.write_text(
+        f"a <s>x{foreign}\nb <s>y{foreign} mid <s>z{foreign}\nc <s>u{foreign} d <s>v{foreign} e{foreign}f"
+    )
+    assert len(read_corpus(str(path), "<END>").documents) == 1  # mostly inside lines: markup
     path.write_text(f"In HTML {foreign} strikes out.\nIt ends in {foreign}\n")
     assert len(read_corpus(str(path), "<END>").documents) == 1
 

@@ -1,8 +1,10 @@
-"""The file of `--json`: refused before the work where it cannot be written, replaced whole after it."""
+"""The file of `--json`: refused before the work where it cannot be written, written after it."""
 
 import json
 import os
 import stat
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -26,6 +28,41 @@ def test_it_is_written_whole_and_nothing_is_left_beside_it(tmp_path: Path) -> No
     umask = os.umask(0o22)
     os.umask(umask)
     assert stat.S_IMODE(new.stat().st_mode) == 0o666 & ~umask
+
+
+def test_a_new_file_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+    write_bytes = Path.write_bytes
+
+    def full(path: Path, data: bytes) -> int:
+        write_bytes(path, data[: len(data) // 2])
+        seen.append((tmp_path / "result.json").exists())
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(JSONFileError, match="no space left on device"):
+        JSONFile.checked(tmp_path / "result.json").write({"a": 1})
+    assert seen == [False]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_keeps_its_mode_and_its_names(tmp_path: Path) -> None:
+    path, other = tmp_path / "result.json", tmp_path / "other.json"
+    path.write_text("older, and longer than what follows")
+    path.chmod(0o600)
+    other.hardlink_to(path)
+    JSONFile.checked(path).write(1)
+    assert other.read_text() == "1\n"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_standard_output_keeps_what_is_in_it(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text("before\n")
+    code = "from exeunt.deploy.json_file import *; JSONFile.checked(Path('/dev/stdout')).write('\\udcff')"
+    with log.open("a") as stdout:
+        subprocess.run([sys.executable, "-c", code], stdout=stdout, check=True, timeout=60)
+    assert log.read_text() == 'before\n"\\udcff"\n'
 
 
 def test_a_link_stays_a_link(tmp_path: Path) -> None:
@@ -76,20 +113,3 @@ def test_a_pipe_is_written_to_and_not_replaced(tmp_path: Path) -> None:
     reader.join(10)
     assert json.loads(read[0]) == [3]
     assert stat.S_ISFIFO(pipe.stat().st_mode)
-
-
-def test_a_disk_that_fills_meanwhile_leaves_what_was_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "result.json"
-    path.write_text("older")
-    file = JSONFile.checked(path)
-
-    def full(self: Path, text: str, encoding: str) -> int:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(JSONFileError, match=r"--json is .*no space left on device; give another file"):
-        file.write(1)
-    assert path.read_text() == "older"
-    assert list(tmp_path.iterdir()) == [path]

@@ -3,7 +3,9 @@
 import errno
 import fcntl
 import logging
+import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from exeunt.compression.model import load_bundle
 from exeunt.deploy import packaged_model
 from exeunt.deploy.bench import Load
 from exeunt.deploy.bench_engine import EngineDriver, engine_driver
-from exeunt.deploy.bundle_cache import alone, lock_of
+from exeunt.deploy.bundle_cache import KEPT_DAYS, alone, lock_of
 from exeunt.deploy.loading import SettingsError
 from exeunt.deploy.packaged import (
     CALIBRATION_TEXT,
@@ -64,11 +66,32 @@ def test_another_content_is_another_bundle(model: Path, made: list[CalibrationOp
     assert len(made) == 2
 
 
+def age(path: Path, days: float) -> None:
+    then = time.time() - 86400 * days
+    for each in (path, path.with_name(f"{path.name}.lock")):
+        if each.exists():
+            os.utime(each, (then, then))
+
+
+def test_a_superseded_bundle_stays_while_it_is_opened(model: Path, made: list[CalibrationOptions]) -> None:
+    """Two versions may take turns, and a process may be about to load what it was told of."""
+    text = (model / CALIBRATION_TEXT).read_text()
+    old = packaged_bundle()
+    age(old, KEPT_DAYS + 1)
+    assert packaged_bundle() == old  # opened today
+    (model / CALIBRATION_TEXT).write_text("another")
+    packaged_bundle()
+    (model / CALIBRATION_TEXT).write_text(text)
+    assert packaged_bundle() == old
+    assert len(made) == 2
+
+
 def test_the_bundles_that_the_new_one_supersedes_go(
     model: Path, made: list[CalibrationOptions], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "exeunt.packaged")
     old = packaged_bundle()
+    age(old, KEPT_DAYS + 1)
     folder = old.parent
     others = [folder / name for name in ("packaged-mine", "packaged-0123456789abcdeF", "of-my-own")]
     for other in others:
@@ -76,9 +99,12 @@ def test_the_bundles_that_the_new_one_supersedes_go(
     locked, lock_alone = folder / f"packaged-{'a' * 16}", folder / f"packaged-{'b' * 16}.lock"
     locked.mkdir()
     lock_alone.touch()
+    age(lock_alone.with_suffix(""), KEPT_DAYS + 1)
+    age(locked, KEPT_DAYS + 1)
     (model / CALIBRATION_TEXT).write_text("another")
     with locked.with_name(f"{locked.name}.lock").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
+        age(locked, KEPT_DAYS + 1)
         new = packaged_bundle()
     kept = {new, new.with_name(f"{new.name}.lock"), locked, Path(held.name), *others}
     assert set(folder.iterdir()) == kept

@@ -138,11 +138,12 @@ def test_what_a_later_token_wrote_reaches_no_earlier_one(
 ) -> None:
     problem = paged_problem([[4, 5, 6, 7, 8, 9]], heads=6, kv_heads=2, head_dim=48, int4=int4)
     before = attend(problem.queries, problem.block, problem.batch, 0.2, None)
-    overflown = torch.full_like(problem.keys[0][7:8], torch.inf)
-    write_kv(overflown, overflown, problem.batch.slots[3:4], problem.block)
-    after = attend(problem.queries, problem.block, problem.batch, 0.2, None)
-    assert torch.equal(after[:3], before[:3])
-    assert not after[3:].isfinite().any()
+    key, value = problem.keys[0][7:8], problem.values[0][7:8]
+    for keys, values in ((torch.full_like(key, torch.inf), value), (key, torch.full_like(value, torch.inf))):
+        write_kv(keys, values, problem.batch.slots[3:4], problem.block)
+        after = attend(problem.queries, problem.block, problem.batch, 0.2, None)
+        assert torch.equal(after[:3], before[:3])
+        assert not after[3:].isfinite().any()
 
 
 @pytest.mark.parametrize("int4", [False, True])

@@ -9,7 +9,9 @@ import pytest
 
 from exeunt.compression.bundle import file_sha256
 from exeunt.compression.variant import Variant
+from exeunt.server.runner import StageRun
 from scripts import bench, bench_adaptive, bench_parts, bench_runs
+from scripts.predicted import Prediction
 from tests.deploy.server_process import byte_bundle
 
 
@@ -92,15 +94,25 @@ def test_it_measures_what_depth_by_token_brings(tmp_path: Path) -> None:
         for row in rows.values():
             assert (row["ratio"] == "uninformative") == (not row["informative"])
             assert row["repeats"] == 1
-    for row in results["verified against off"].values():
-        assert row["predicted_ratio"] > 0
-        assert row["of_predicted"] > 0
     rates = [
         (row["exit_rate"], row["against_exit_rate"])
         for name, row in results["run-through against wait-for-all"].items()
         if name.startswith("8 streams")
     ]
     assert all(alone > together for alone, together in rates)
+
+
+def test_a_prediction_adds_up_what_was_run() -> None:
+    """Two tokens: one drafted and confirmed with the next, which a full pass would have been for each."""
+    costs = Prediction(exit_stage=1, gate=0.1, shallow=0.6, tokens=(1, 2, 4), deep=(0.4, 0.5, 0.9))
+
+    def run(stages: range, tokens: int, gated: int = 0) -> StageRun:
+        return StageRun(Variant(), stages, 1.0, 1, tokens, gated, 0.0)
+
+    prompt, drafted = run(range(3), 100), [run(range(2), 1, 1), run(range(2), 1), run(range(2, 3), 2)]
+    assert costs.ratio([prompt, run(range(3), 1)], 1) == pytest.approx(1.0)
+    assert costs.ratio([prompt, *drafted], 2) == pytest.approx(2 / (0.6 + 0.1 + 0.6 + 0.5))
+    assert costs.ratio([run(range(3), 4)], 4) == pytest.approx(4 / (0.9 + 0.6 * 0.9 / 0.4))
 
 
 @pytest.mark.usefixtures("asked")

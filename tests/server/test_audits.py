@@ -334,3 +334,15 @@ def test_a_failing_audit_costs_no_answer(
         assert spoken(mixed(bench, exits)) == plain
         assert counted(bench).audited_tokens == 0
     assert "audits are given up" in caplog.text
+
+
+def test_an_audit_that_fails_halfway_tells_nothing(
+    tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Comparisons of the tick that were ready are dropped with the rest: what is told of is whole ticks."""
+    auditor = Auditor(1.0, tiny_model.device)
+    with auditor._aside():
+        auditor._comparisons.append(None)  # type: ignore[arg-type]
+        raise MemoryError
+    assert auditor._comparisons == []
+    assert auditor.end_tick(lambda *_: None).found == []

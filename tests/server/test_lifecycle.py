@@ -2,13 +2,20 @@
 
 import random
 import time
+from typing import Any
 
 import pytest
 
 from exeunt.compression.model import LoadedModel
+from exeunt.server.answer import Answer
+from exeunt.server.audit import AuditBook
+from exeunt.server.block_account import BlockAccount
+from exeunt.server.detokenizer import StreamDetokenizer, TokenPieces
 from exeunt.server.lifecycle import Lifecycle
+from exeunt.server.metrics import Metrics
 from exeunt.server.request import (
     Event,
+    ExitPolicy,
     FailureEvent,
     FinishReason,
     GenerationRequest,
@@ -17,15 +24,20 @@ from exeunt.server.request import (
 )
 from exeunt.server.row_result import RowResult
 from exeunt.server.runner import Runner
+from exeunt.server.scheduler import Scheduler
+from exeunt.server.scores import Scores
 from exeunt.server.tick import Tick
 from tests.server.engine_bench import (
+    BACKFILL,
     FULL,
     INT4_KV,
     LEAVE,
     LINEAR,
     OFF,
     PROMPT,
+    VERIFIED,
     WAIT_S,
+    Heard,
     ScoreError,
     running,
     score,
@@ -212,6 +224,101 @@ def test_an_exception_in_what_follows_a_tick_fails_one_request_alone(
         if when == "before":
             with pytest.raises(ScoreError, match="internal"):
                 score(bench, PROMPT, OFF)
+
+
+def raising_once(monkeypatch: pytest.MonkeyPatch, owner: type, name: str, at: int) -> list[int]:
+    """Have a method raise in its call number `at`, and count its calls."""
+    method, calls = getattr(owner, name), [0]
+
+    def raises(*args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == at:
+            raise ArithmeticError(f"{name} has a bug")
+        return method(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, raises)
+    return calls
+
+
+@pytest.mark.parametrize("exits", [OFF, LEAVE, BACKFILL, VERIFIED], ids=lambda exits: str(exits.mode))
+@pytest.mark.parametrize(
+    ("owner", "name", "at"),
+    [
+        (TokenPieces, "of", 3),
+        (BlockAccount, "ran", 5),
+        (BlockAccount, "emitted", 5),
+        (BlockAccount, "close", 2),
+        (Answer, "count", 7),
+        (Answer, "summary", 1),
+        (Answer, "finish_reason", 9),
+        (AuditBook, "note", 2),
+        (Metrics, "token", 11),
+        (Metrics, "finished", 1),
+        (StreamDetokenizer, "push", 6),
+        (StreamDetokenizer, "finish", 1),
+        (Scheduler, "finish_pass", 4),
+        (Lifecycle, "_sequence", 2),
+    ],
+)
+def test_a_bug_anywhere_in_a_requests_life_is_that_requests_alone(
+    tiny_model: LoadedModel,
+    monkeypatch: pytest.MonkeyPatch,
+    exits: ExitPolicy,
+    owner: type,
+    name: str,
+    at: int,
+) -> None:
+    """Whatever raises, everybody hears of an end: one of a failure, the others of their answers."""
+    calls = raising_once(monkeypatch, owner, name, at)
+    with running(tiny_model, audit_share=1.0, max_num_seqs=4) as bench:
+        with bench.held():
+            asked = [bench.ask(exits=exits, seed=i, temperature=1.0) for i in range(4)]
+        ends = [one.wait().events[-1] for one in asked]
+        failed = [end for end in ends if isinstance(end, FailureEvent)]
+        assert len(failed) == (1 if calls[0] >= at else 0)
+        assert all(end.kind == "internal" and end.error_id for end in failed)
+        assert bench.engine.alive
+        assert len(bench.answer(exits=exits).ids()) == 24
+        for counter in ("blocks_executed", "blocks_skipped", "blocks_wasted", "generation_tokens"):
+            assert bench.value(f"exeunt_{counter}_total") >= 0
+
+
+@pytest.mark.parametrize("text", [(5,), PROMPT])
+@pytest.mark.parametrize(("owner", "name"), [(TokenPieces, "of"), (Scores, "begin"), (Runner, "leave")])
+def test_a_bug_in_scoring_is_told_and_stops_nothing(
+    tiny_model: LoadedModel,
+    monkeypatch: pytest.MonkeyPatch,
+    text: tuple[int, ...],
+    owner: type,
+    name: str,
+) -> None:
+    with running(tiny_model) as bench:
+        raising_once(monkeypatch, owner, name, 1)
+        if name == "leave":  # its caller has been answered by then
+            assert len(score(bench, text, OFF)) == len(text)
+        else:
+            with pytest.raises(ScoreError, match="internal"):
+                score(bench, text, OFF)
+        assert len(score(bench, text, OFF)) == len(text)
+
+
+def test_a_bug_that_ends_the_engine_is_told_to_everybody(
+    tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even where letting the first of them go fails too."""
+    monkeypatch.setattr(Scheduler, "next_tick", lambda _: 1 / 0)
+    raising_once(monkeypatch, Lifecycle, "_release", 1)
+
+    def ask() -> None:
+        with running(tiny_model) as bench:
+            with bench.held():
+                asked = [bench.ask(seed=i) for i in range(3)]
+            heard.extend(one.wait() for one in asked)
+
+    heard: list[Heard] = []
+    with pytest.raises(RuntimeError, match="still holds"):  # what could not be let go
+        ask()
+    assert [isinstance(one.events[-1], FailureEvent) for one in heard] == [True] * 3
 
 
 def test_a_caller_that_raises_loses_only_its_own_request(tiny_model: LoadedModel) -> None:

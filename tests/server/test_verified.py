@@ -4,6 +4,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -315,6 +316,18 @@ class Broken:
     def settled(self, stages: Sequence[int], accepted: int) -> None:
         self._use("settled")
         self._inner.settled(stages, accepted)
+
+
+@pytest.mark.parametrize("nonsense", [None, Proposal(tokens=(5, 264)), Proposal(tokens=(-1,))])
+def test_a_drafter_that_proposes_nonsense_is_asked_no_more(
+    tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, nonsense: Any
+) -> None:
+    with running(tiny_model) as bench:
+        plain = bench.answer()
+    monkeypatch.setattr(FixedDrafter, "propose", lambda *_: nonsense)
+    with running(tiny_model, new_drafter=lambda _: FixedDrafter()) as bench:
+        assert told(bench.answer(exits=VERIFIED)) == told(plain)
+    assert caplog.text.count("is drafted for no more") == 1
 
 
 @pytest.mark.parametrize("fails", ["propose", "settled"])

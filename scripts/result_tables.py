@@ -1,0 +1,216 @@
+"""The tables of README.md and docs/performance.md, made from benchmarks/results: `python -m scripts.result_tables`."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import typer
+
+ROOT: Final = Path(__file__).resolve().parents[1]
+RESULTS: Final = ROOT / "benchmarks" / "results"
+PAGES: Final = {
+    "README.md": ("packaged-eval", "packaged-cpu"),
+    "docs/performance.md": ("packaged-cpu", "packaged-parts", "packaged-adaptive"),
+}
+
+Row = Mapping[str, Any]
+TARGETS: Final = {
+    "one stream, full weights": "≥ 1",
+    "one stream, INT4 weights and KV": "≥ 5",
+    "8 streams, full weights": "≥ 3",
+}
+"""Against `generate`; exits are to gain half of the share of blocks that they skip."""
+
+
+def _table(headers: Sequence[str], rows: Iterator[Sequence[str]]) -> str:
+    lines = [headers, ["---"] * len(headers), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def _ratio(row: Row) -> str:
+    if row["ratio"] == "uninformative":
+        return "uninformative"
+    return f"{row['ratio']:.2f} ({row['ratio_min']:.2f} to {row['ratio_max']:.2f})"
+
+
+def _speeds(row: Row) -> tuple[str, str]:
+    return f"{row['tokens_per_s']:.0f}", f"{row['against_tokens_per_s']:.0f}"
+
+
+def speed_tables(record: Row) -> Iterator[str]:
+    """The engine beside `generate`, and exits on beside exits off."""
+
+    def row(name: str, measured: Row) -> Sequence[str]:
+        target = TARGETS.get(name.split(", against")[0], "") if "generate" in name else ""
+        shown = name.replace(" generate", " `generate`", 1)
+        if "exit_rate" in measured:
+            skipped = measured["blocks_skipped_share"]
+            target = f"≥ {1 + skipped / 2:.2f}"
+            shown += f" ({measured['exit_rate']:.0%} leave, {skipped:.1%} of the blocks skipped)"
+        return shown, *_speeds(measured), _ratio(measured), target
+
+    headers = (
+        "what (two shared CPU cores, float32)",
+        "tokens/s",
+        "against",
+        "ratio (min to max of 5)",
+        "target",
+    )
+    yield _table(headers, (row(*item) for item in record["results"].items()))
+
+
+def eval_tables(record: Row) -> Iterator[str]:
+    """The README's choice of modes: the two uniform variants, all targets for the deployed one."""
+    headers = (
+        *("mode", "perplexity", "change (95 %)", "agreement"),
+        *(f"mean depth of {record['blocks']}", "leave", "of these differ", "tokens/s"),
+    )
+    yield _table(headers, (_eval_row(each) for each in record["modes"] if _is_shown(each["mode"])))
+
+
+def _is_shown(mode: Row) -> bool:
+    variant, target = mode["variant"], mode["target"]
+    if variant["weights"] != variant["kv_cache"] or (target is None and mode["threshold"] is not None):
+        return False
+    if variant["weights"] == "full":
+        return not variant["linear_block"] and target in (None, 0.1)
+    return not variant["linear_block"] or target in (None, 0.1)
+
+
+def _eval_row(each: Row) -> Sequence[str]:
+    change, differ = each["perplexity_increase"], each["disagreement"]
+    return (
+        each["name"],
+        f"{each['perplexity']['value']:.2f}",
+        f"{change['value']:+.2f} ({change['low']:+.2f} to {change['high']:+.2f})",
+        f"{each['agreement']['value']:.1%}",
+        f"{each['mean_depth']['value']:.2f}",
+        f"{each['exit_rate']['value']:.1%}",
+        "" if differ is None else f"{differ['value']:.1%}",
+        f"{each['tokens_per_second']:.0f}",
+    )
+
+
+def parts_tables(record: Row) -> Iterator[str]:
+    """What a decode step is made of, and what exits save and cost in it."""
+    columns = list(record["results"].values())
+
+    def part(name: str) -> Callable[[Row], str]:
+        return lambda column: f"{column['parts'].get(name, 0):.0f}"
+
+    def account(group: str, name: str, form: str = ".0f") -> Callable[[Row], str]:
+        return lambda column: format(column[group][name], form)
+
+    lines: tuple[tuple[str, Callable[[Row], str]], ...] = (
+        *((name, part(name)) for name in ("all blocks", "own head", "draw")),
+        ("**step of the engine, exits off**", account("exits_off", "step")),
+        ("of it not in the parts above", account("exits_off", "rest")),
+        *(
+            (name, part(name))
+            for name in (
+                "blocks behind the exit, all rows",
+                "blocks behind the exit, rows that stay",
+                "gate with its projection",
+                "of it: the projection",
+                "keys and values of rows that leave",
+            )
+        ),
+        ("share of tokens that leave", account("exits", "exit_rate", ".0%")),
+        ("saved: blocks", account("exits", "saved_in_blocks")),
+        ("saved: own head", account("exits", "saved_in_own_head")),
+        ("paid: gate, keys and values", account("exits", "paid_in_gate_and_keys")),
+        ("paid: around them", account("exits", "paid_around")),
+        ("**step of the engine, exits on**", account("exits_on", "step")),
+    )
+    rows = ([name, *(shown(column) for column in columns)] for name, shown in lines)
+    yield _table(["µs per step", *record["results"]], rows)
+
+
+def adaptive_tables(record: Row) -> Iterator[str]:
+    """Depth by token: verified, approximate, policies, batches that wait for all, gaps under long prompts."""
+    results = record["results"]
+
+    def table(part: str, against: str, more: Mapping[str, Callable[[Row], str]]) -> str:
+        rows = (
+            (name, *_speeds(row), _ratio(row), *(shown(row) for shown in more.values()))
+            for name, row in results[part].items()
+        )
+        return _table([part, "tokens/s", against, "ratio (min to max)", *more], rows)
+
+    def share(name: str, form: str = ".0%") -> Callable[[Row], str]:
+        return lambda row: "" if row[name] is None else format(row[name], form)
+
+    leave = {"leave": share("exit_rate")}
+    yield table(
+        "verified against off",
+        "off",
+        {
+            "drafts a token": share("drafts_per_token", ".2f"),
+            "right": share("acceptance"),
+            "predicted": lambda row: f"{row['predicted_ratio']:.2f}" if "predicted_ratio" in row else "",
+        },
+    )
+    yield table(
+        "approximate against off", "off", leave | {"blocks skipped": share("blocks_skipped_share", ".1%")}
+    )
+    yield table("queues against run-through", "run-through", leave)
+    yield table(
+        "run-through against wait-for-all",
+        "wait-for-all",
+        leave | {"leave when all must": share("against_exit_rate")},
+    )
+    yield _gaps(results["gaps under long prompts"])
+
+
+def _gaps(rows: Mapping[str, Row]) -> str:
+    def row(name: str, measured: Row) -> Sequence[str]:
+        times = (1e3 * measured[when][at] for when in ("alone_s", "beside_s") for at in ("p50", "p99"))
+        return name, *(f"{each:.1f}" for each in times), f"{measured['p99_ratio']:.2f}"
+
+    headers = ("gaps between tokens, ms", "p50", "p99", "p50 beside", "p99 beside", "p99 ratio")
+    return _table(headers, (row(*item) for item in rows.items()))
+
+
+_TABLES: Final[Mapping[str, Callable[[Row], Iterator[str]]]] = {
+    "packaged-cpu": speed_tables,
+    "packaged-eval": eval_tables,
+    "packaged-parts": parts_tables,
+    "packaged-adaptive": adaptive_tables,
+}
+
+
+def tables_of(page: str) -> list[str]:
+    """The tables that a page must show."""
+    return [
+        table
+        for name in PAGES[page]
+        for table in _TABLES[name](json.loads((RESULTS / f"{name}.json").read_text()))
+    ]
+
+
+def with_tables(text: str, tables: Sequence[str]) -> str:
+    """A page with each table in the place of the one whose first column has the same header.
+
+    Raises ValueError where there is none.
+    """
+    for table in tables:
+        head = table.split(" | ")[0] + " |"
+        start = text.find("\n" + head)
+        if start < 0:
+            raise ValueError(f"the page has no table that begins {head!r}")
+        end = text.find("\n\n", start)
+        text = text[: start + 1] + table + (text[end:] if end >= 0 else "\n")
+    return text
+
+
+def main() -> None:
+    """Write the pages anew."""
+    for page in PAGES:
+        path = ROOT / page
+        path.write_text(with_tables(path.read_text(), tables_of(page)))
+        typer.echo(f"written: {page}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
