@@ -33,6 +33,7 @@ bench: $(STAMP) ## measure the packaged model beside transformers, the parts of 
 	$(BIN)/python -m scripts.bench
 	$(BIN)/python -m scripts.bench_parts
 	$(BIN)/python -m scripts.bench_adaptive
+	$(BIN)/python -m scripts.bench_gaps
 
 gpu-check: $(STAMP) ## on a machine with a CUDA GPU: the tests that need one, tokens against transformers, speed; JSON
 	$(BIN)/python -m pytest -q tests/server/test_sampling.py

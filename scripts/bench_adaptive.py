@@ -1,4 +1,4 @@
-"""Measures what depth by token brings: verified exits, backfill, queues; the last of `make bench`.
+"""Measures what depth by token brings: verified exits, backfill, queues; the third part of `make bench`.
 
 Both sides of a ratio run in turn in one engine (for scheduling: in two engines beside each other), and medians of the
 pairs are quoted. A ratio for which fewer than a tenth of the tokens left early or were drafted is no ratio of exits: it
@@ -11,7 +11,6 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-import numpy as np
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -37,18 +36,11 @@ from scripts.wait_for_all import waiting_for_all
 
 STREAMS = (1, 4, 16)
 UNINFORMATIVE = "uninformative"
-SHORT = 64  # tokens of the prompts beside long ones
 
 console = Console()
 
 
-def main(
-    out: Out = None,
-    prompt_tokens: Count = 128,
-    new_tokens: Count = 256,
-    repeats: Count = 5,
-    long_tokens: Count = 880,
-) -> None:
+def main(out: Out = None, prompt_tokens: Count = 128, new_tokens: Count = 256, repeats: Count = 5) -> None:
     """Measure, print tables, write JSON."""
     sizes = Sizes(prompt_tokens, new_tokens, repeats, 8)
     results: dict[str, Any] = {}
@@ -59,15 +51,13 @@ def main(
             results["queues against run-through"] = _scheduling(ours, queued, repeats)
         with packaged_runs(sizes, changed=waiting_for_all) as waiting:
             results["run-through against wait-for-all"] = _leaving_alone(ours, waiting, repeats)
-        tables, path = dict(results), out or RESULTS / "packaged-adaptive.json"
-        for row in (row for rows in tables.values() for row in rows.values()):
+        path = out or RESULTS / "packaged-adaptive.json"
+        for row in (row for rows in results.values() for row in rows.values()):
             if not row["informative"]:
                 row["ratio"] = UNINFORMATIVE
-        results["gaps under long prompts"] = _gaps(long_tokens, repeats)
         write_result(path, ours.model, sizes, results=results)
-    for name, rows in tables.items():
+    for name, rows in results.items():
         _print(name, rows)
-    _print_gaps(results["gaps under long prompts"])
     console.print(f"written to {path}")
 
 
@@ -167,29 +157,6 @@ def _leaving_alone(ours: EngineRuns, waiting: EngineRuns, repeats: int) -> dict[
     return rows
 
 
-def _gaps(long_tokens: int, repeats: int) -> dict[str, Any]:
-    """Time between tokens of four answers, exits off, alone and while long prompts keep coming."""
-    rows: dict[str, Any] = {}
-    with packaged_runs(Sizes(long_tokens, 128, repeats, 4)) as ours:
-        long = ours.prompts(8)
-        short = [prompt[:SHORT] for prompt in long[:4]]
-        for label, variant in VARIANTS.items():
-            ours.gaps(short, variant, long)
-            alone, beside = [], []
-            for _ in range(repeats):
-                alone += ours.gaps(short, variant)
-                beside += ours.gaps(short, variant, long)
-            quantiles = {
-                name: {"p50": float(np.quantile(gaps, 0.5)), "p99": float(np.quantile(gaps, 0.99))}
-                for name, gaps in (("alone_s", alone), ("beside_s", beside))
-            }
-            worst = [quantiles[name]["p99"] for name in ("beside_s", "alone_s")]
-            rows[f"4 streams, {label}, prompts of {long_tokens}"] = quantiles | {
-                "p99_ratio": worst[0] / worst[1]
-            }
-    return rows
-
-
 def _modes(ours: EngineRuns, variant: Variant) -> list[tuple[str, Mapping[str, Any]]]:
     found: list[tuple[str, Mapping[str, Any]]] = [("verified", {"mode": "verified"})]
     for method in ("propagate", "backfill"):
@@ -227,14 +194,6 @@ def _print(name: str, rows: Mapping[str, Any]) -> None:
             f"{row['drafts_per_token']:.2f}" if "drafts_per_token" in row else "",
             "" if accepted is None else f"{accepted:.0%}",
         )
-    console.print(table)
-
-
-def _print_gaps(rows: Mapping[str, Any]) -> None:
-    table = Table("gaps between tokens, ms", "p50", "p99", "p50 beside", "p99 beside", "p99 ratio")
-    for what, row in rows.items():
-        figures = (1e3 * row[name][at] for name in ("alone_s", "beside_s") for at in ("p50", "p99"))
-        table.add_row(what, *(f"{figure:.2f}" for figure in figures), f"{row['p99_ratio']:.2f}")
     console.print(table)
 
 

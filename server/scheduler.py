@@ -18,7 +18,8 @@ from exeunt.server.stages import StagePlan
 from exeunt.server.tick import Tick
 
 MAX_OVERTAKEN: Final = 8  # a sequence that waits for pages is passed by so many smaller ones, and no more
-LEAST_CHUNK: Final = 8  # tokens of a prompt that a tick takes in at least, whoever waits for it
+LEAST_CHUNK: Final = 3  # tokens of a prompt that a tick takes in at least, whoever waits for it
+_CHUNK_SHARE: Final = 0.75  # of a decode step's time; its long context and its last token's head come on top
 _LOOKAHEAD: Final = 16  # how far down the queue a smaller one is looked for
 
 
@@ -265,7 +266,7 @@ class Scheduler:
         return rows
 
     def _prompt_room(self, rows: list[Row]) -> int:
-        """Tokens of prompts that may share a tick with these decode steps: about as many as take as long as they do."""
+        """Tokens of prompts that may share a tick with these decode steps, so that it takes about twice as long."""
         tokens = sum(row.tokens for row in rows)
         room = max(self._budget - tokens, 1)
         if not rows:
@@ -275,8 +276,10 @@ class Scheduler:
         if any(cost.each is None or not cost.weight for cost in stages):
             return room
         step = sum(cost.of(tokens) for cost in stages)
-        each = max(sum(cost.each or 0.0 for cost in stages), 1e-9)
-        return min(room, max(int(step / each), LEAST_CHUNK))
+        each = max(
+            sum(max(cost.each or 0.0, cost.slope) for cost in stages), 1e-9
+        )  # few together cost more each
+        return min(room, max(int(_CHUNK_SHARE * step / each), LEAST_CHUNK))
 
     def _make_room(self, sequence: Sequence, tokens: int, taken: set[Sequence]) -> bool:
         """Get pages for a sequence's first `tokens` positions, preempting younger ones; False if it must wait."""

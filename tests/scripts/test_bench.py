@@ -10,7 +10,7 @@ import pytest
 from exeunt.compression.bundle import file_sha256
 from exeunt.compression.variant import Variant
 from exeunt.server.runner import StageRun
-from scripts import bench, bench_adaptive, bench_parts, bench_runs
+from scripts import bench, bench_adaptive, bench_gaps, bench_parts, bench_runs
 from scripts.predicted import Prediction
 from tests.deploy.server_process import byte_bundle
 
@@ -78,18 +78,14 @@ def test_it_measures_pairs_and_says_what_left_early(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("asked")
 def test_it_measures_what_depth_by_token_brings(tmp_path: Path) -> None:
-    bench_adaptive.main(tmp_path / "out.json", prompt_tokens=8, new_tokens=12, repeats=1, long_tokens=24)
+    bench_adaptive.main(tmp_path / "out.json", prompt_tokens=8, new_tokens=12, repeats=1)
     results = json.loads((tmp_path / "out.json").read_text())["results"]
     assert {name: len(rows) for name, rows in results.items()} == {
         "verified against off": 6,
         "approximate against off": len(results["approximate against off"]),
         "queues against run-through": len(results["queues against run-through"]),
         "run-through against wait-for-all": 3,  # one variant of the random model is certified
-        "gaps under long prompts": 2,
     }
-    for row in results.pop("gaps under long prompts").values():
-        assert row["p99_ratio"] == pytest.approx(row["beside_s"]["p99"] / row["alone_s"]["p99"])
-        assert 0 < row["alone_s"]["p50"] <= row["alone_s"]["p99"]
     for rows in results.values():
         for row in rows.values():
             assert (row["ratio"] == "uninformative") == (not row["informative"])
@@ -100,6 +96,16 @@ def test_it_measures_what_depth_by_token_brings(tmp_path: Path) -> None:
         if name.startswith("8 streams")
     ]
     assert all(alone > together for alone, together in rates)
+
+
+@pytest.mark.usefixtures("asked")
+def test_it_measures_gaps_beside_long_prompts(tmp_path: Path) -> None:
+    bench_gaps.main(tmp_path / "out.json", prompt_tokens=24, new_tokens=12, repeats=1)
+    results = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert len(results) == 2
+    for row in results.values():
+        assert row["p99_ratio"] == pytest.approx(row["beside_s"]["p99"] / row["alone_s"]["p99"])
+        assert 0 < row["alone_s"]["p50"] <= row["alone_s"]["p99"]
 
 
 def test_a_prediction_adds_up_what_was_run() -> None:

@@ -117,7 +117,7 @@ def test_a_long_prompt_is_computed_beside_decode_steps_in_chunks_that_cost_what_
             row.sequence.left_at.append(plan.last)
         row.sequence.computed = row.stop
         scheduler.finish_pass(row.sequence)
-    for each, chunk in ((1e-5, 400), (1e-4, 40), (1e-2, LEAST_CHUNK)):
+    for each, chunk in ((1e-5, 300), (1e-4, 30), (1e-2, LEAST_CHUNK)):
         for stage in range(plan.stages):
             costs.stages[FULL, stage].each = each
         tick = scheduler.next_tick()
