@@ -19,7 +19,7 @@ from exeunt.server.api.compression import AppliedCompression, resolve
 from exeunt.server.api.offer import Offer, offer_of
 from exeunt.server.api.schemas import CompressionOptions
 from exeunt.server.engine import Engine
-from exeunt.server.engine_config import EngineConfig
+from exeunt.server.engine_config import MAX_OWED, EngineConfig
 from exeunt.server.metrics import Metrics, new_registry
 from exeunt.server.request import (
     Event,
@@ -40,8 +40,9 @@ def engine_driver(
     load: Load,
     scheduling: SchedulingPolicy = "run-through",
     on_stages: Callable[[StageRun], None] | None = None,
+    max_owed: int = MAX_OWED,
 ) -> "EngineDriver":
-    """An engine with room for the load; `on_stages` hears of every run of stages.
+    """An engine with room for the load; `on_stages` hears of every run of stages, `max_owed` is EngineConfig's.
 
     Raises SettingsError where the model has not that room.
     """
@@ -71,7 +72,7 @@ def engine_driver(
             f"cache and {named(model.device)} has {free} bytes free, ask for fewer."
         )
     held = max(config.kv_cache_bytes, needed)
-    return EngineDriver(model, replace(config, kv_cache_bytes=held), on_stages)
+    return EngineDriver(model, replace(config, kv_cache_bytes=held, max_owed=max_owed), on_stages)
 
 
 class EngineDriver:

@@ -21,6 +21,7 @@ from exeunt.deploy.bench import Load, machine
 from exeunt.deploy.bench_engine import EngineDriver, engine_driver
 from exeunt.deploy.measured_model import measured_model
 from exeunt.deploy.packaged import packaged_bundle
+from exeunt.server.engine_config import MAX_OWED
 from exeunt.server.runner import StageRun
 from exeunt.server.stage_choice import SchedulingPolicy
 from exeunt.server.stage_costs import DraftCosts
@@ -161,6 +162,7 @@ def packaged_runs(
     sizes: Sizes,
     scheduling: SchedulingPolicy = "run-through",
     changed: Callable[[LoadedModel], LoadedModel] = lambda model: model,
+    max_owed: int = MAX_OWED,
 ) -> Iterator[EngineRuns]:
     """An engine on the packaged bundle, `changed`, greedy, float32, with room for `MANY` times the streams."""
     bundle = packaged_bundle()
@@ -168,7 +170,7 @@ def packaged_runs(
     many = MANY * sizes.streams
     load = Load(many, sizes.prompt_tokens, sizes.new_tokens, many, temperature=0.0)
     stage_runs: list[StageRun] = []
-    driver = engine_driver(model, load, scheduling, stage_runs.append)
+    driver = engine_driver(model, load, scheduling, stage_runs.append, max_owed)
     try:
         yield EngineRuns(model, driver, load, bundle, stage_runs)
     finally:

@@ -147,6 +147,7 @@ class Engine:
             policy=config.scheduling,
             costs=self._costs,
             longest_wait=config.longest_wait_s,
+            max_owed=config.max_owed,
         )
 
     def _new_runner(self, model: LoadedModel) -> Runner:

@@ -1,9 +1,12 @@
 """The limits an engine runs under: plain data, no torch."""
 
 from dataclasses import dataclass, fields
-from typing import get_args
+from typing import Final, get_args
 
 from exeunt.server.stage_choice import SchedulingPolicy
+
+MAX_OWED: Final = 8
+"""Positions of a sequence that may wait for deeper blocks; the next pass goes deep and takes them along."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +23,7 @@ class EngineConfig:
     max_num_queued_reqs: int = 256  # requests that may wait for admission; the next one is refused
     max_num_batched_tokens: int = 512  # tokens of one tick; longer prompts are cut into chunks of it
     kv_cache_bytes: int = 512 * 2**20  # bytes of the page arena that all sequences share
+    max_owed: int = MAX_OWED
     audit_share: float = 0.0  # of the tokens that leave early in the approximate mode, in [0, 1]
     scheduling: SchedulingPolicy = "run-through"
     longest_wait_s: float = (

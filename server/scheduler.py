@@ -7,6 +7,7 @@ from itertools import islice
 from typing import Final
 
 from exeunt.compression.variant import Variant
+from exeunt.server.engine_config import MAX_OWED
 from exeunt.server.lane import Lane
 from exeunt.server.pages import OutOfPagesError, PagePool
 from exeunt.server.row import Row
@@ -55,7 +56,7 @@ class Scheduler:
         policy: SchedulingPolicy = "run-through",
         costs: StageCosts | None = None,
         longest_wait: float = 0.05,
-        max_owed: int = 8,
+        max_owed: int = MAX_OWED,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._plan = plan

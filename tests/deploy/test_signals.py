@@ -336,7 +336,7 @@ class TestInterruptible:
             progress.note("still at work")
             return tmp_path
 
-        monkeypatch.setattr("exeunt.calibration.pipeline.calibrate", make_bundle)
+        monkeypatch.setattr("exeunt.deploy.calibrate.calibrate", make_bundle)
         words = ["calibrate", "owner/model", "--out", str(tmp_path / "bundle"), "--data", "text"]
         assert run(words) == 128 + signal.SIGTERM
         assert capsys.readouterr().err == "exeunt: terminated before it was done; nothing was written\n"
