@@ -143,7 +143,9 @@ def _outputs(dtype: torch.dtype) -> list[ExitOutput]:
     ]
 
 
-@pytest.mark.skipif(native_library() is None, reason="needs a C++ compiler: the native gate")
+@pytest.mark.skipif(
+    native_library() is None, reason="needs the native kernels (a C++ compiler, and EXEUNT_NATIVE not 0)"
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["rms", "layer"])
 def test_one_native_call_decides_as_the_steps_do(kind: NormKind, dtype: torch.dtype) -> None:
@@ -164,7 +166,9 @@ def test_one_native_call_decides_as_the_steps_do(kind: NormKind, dtype: torch.dt
         assert 0 < int(native.leaves.sum()) < len(native.projected)
 
 
-@pytest.mark.skipif(native_library() is None, reason="needs a C++ compiler: the native gate")
+@pytest.mark.skipif(
+    native_library() is None, reason="needs the native kernels (a C++ compiler, and EXEUNT_NATIVE not 0)"
+)
 def test_the_native_gate_gives_a_row_the_same_bits_in_any_batch() -> None:
     head = _head()
     hidden = torch.randn(19, HIDDEN, generator=torch.Generator().manual_seed(6))
@@ -180,7 +184,9 @@ def test_the_native_gate_gives_a_row_the_same_bits_in_any_batch() -> None:
                 assert torch.equal(alone.logits[0], logits[row])
 
 
-@pytest.mark.skipif(native_library() is None, reason="needs a C++ compiler: the native gate")
+@pytest.mark.skipif(
+    native_library() is None, reason="needs the native kernels (a C++ compiler, and EXEUNT_NATIVE not 0)"
+)
 def test_a_gate_refuses_what_does_not_fit() -> None:
     head, (output, _) = _head(), _outputs(torch.float32)
     with pytest.raises(ValueError, match="hidden is"):

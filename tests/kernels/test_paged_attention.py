@@ -97,7 +97,9 @@ def subset(batch: PagedBatch, tokens: list[int], rows: list[int], starts: list[i
     )
 
 
-@pytest.mark.skipif(native_library() is None, reason="no native kernels on this machine")
+@pytest.mark.skipif(
+    native_library() is None, reason="needs the native kernels (a C++ compiler, and EXEUNT_NATIVE not 0)"
+)
 @pytest.mark.parametrize("int4", [False, True])
 @pytest.mark.parametrize("window", [None, 21])
 def test_a_token_does_not_see_the_batch(paged_problem: Make, int4: bool, window: int | None) -> None:
@@ -117,7 +119,9 @@ def test_a_token_does_not_see_the_batch(paged_problem: Make, int4: bool, window:
     assert torch.equal(attend(order, [3, 2, 0, 1], [0, 1, 4, 5, 6]), whole[order])
 
 
-@pytest.mark.skipif(native_library() is None, reason="no native kernels on this machine")
+@pytest.mark.skipif(
+    native_library() is None, reason="needs the native kernels (a C++ compiler, and EXEUNT_NATIVE not 0)"
+)
 @pytest.mark.parametrize("int4", [False, True])
 def test_one_and_two_threads_agree(paged_problem: Make, int4: bool) -> None:
     problem = paged_problem([list(range(200)), [150]], heads=4, kv_heads=2, head_dim=64, int4=int4)

@@ -105,7 +105,9 @@ def test_int4_pages_hold_four_bits_a_value(new_block: Make) -> None:
     assert block.keys.numel() + block.key_params.numel() * 2 == 4 * 2 * 16 * (64 // 2 + 4)
 
 
-@pytest.mark.skipif(native_library() is None, reason="no native kernels on this machine")
+@pytest.mark.skipif(
+    native_library() is None, reason="needs the native kernels (a C++ compiler, and EXEUNT_NATIVE not 0)"
+)
 def test_a_value_that_is_not_finite_spoils_its_own_head_only(seed: int, new_block: Make) -> None:
     keys, values = torch.randn(3, 2, 32), torch.randn(3, 2, 32)
     values[1, 0, 5] = float("nan")

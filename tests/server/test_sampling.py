@@ -183,7 +183,7 @@ class TestRowsAreIndependent:
         assert result.errors[1] is None
 
     @pytest.mark.gpu
-    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
     def test_noise_and_draws_are_the_same_on_cuda(self) -> None:
         rows = [
             _row(i, seed=2**63 + i, choice=i % 3, temperature=0.9, top_p=0.8, top_k=500) for i in range(16)
