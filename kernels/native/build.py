@@ -108,12 +108,12 @@ def _fingerprint(compiler: str, flags: tuple[str, ...]) -> str:
     for source in (*sorted(SOURCES.glob("*.h")), SOURCES / "exeunt.cpp"):
         digest.update(source.read_bytes())
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=60, check=False)
-    for part in (compiler, version.stdout, *BASE_FLAGS, *flags, platform.machine(), _processor()):
+    for part in (compiler, version.stdout, *BASE_FLAGS, *flags, platform.machine(), processor()):
         digest.update(part.encode() + b"\0")
     return digest.hexdigest()[:32]
 
 
-def _processor() -> str:
+def processor() -> str:
     """What tells this processor from another that shares the cache: its model and features."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
