@@ -1,8 +1,7 @@
 """Every mode of a model on a held-out text, teacher-forced: perplexity, KL, agreement and depth with intervals.
 
 The reference is the full-precision full-depth model, or the least compressed variant that there is. Intervals are
-percentile bootstraps over blocks of text (Efron 1979; blocks because neighbouring tokens are dependent), all
-modes on the same resamples.
+bootstraps over blocks of text (`exeunt.calibration.bootstrap`), all modes on the same resamples.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from exeunt.calibration.bootstrap import Floats, block_difference, block_ratio, resamples
+from exeunt.calibration.bootstrap import Measure as Measure  # where others look for it
 from exeunt.calibration.risk import percent
 from exeunt.calibration.sequence_batch import SequenceBatch, batches
 from exeunt.calibration.teacher_forcing import LOGITS_AT_ONCE, ForcedModel
@@ -21,12 +22,10 @@ from exeunt.calibration.thresholds import text_blocks
 from exeunt.compression.manifest import EvaluationRow
 from exeunt.compression.variant import SkippedKV, Variant
 
-RESAMPLES: Final = 1000
 WORTHWHILE: Final = 0.10
 """An exit rate below this everywhere asks for one looser, uncertified row, so that the trade can be seen."""
 
 Advance = Callable[[int], None]
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,15 +48,6 @@ class Mode:
         if self.threshold is not None and self.skipped_kv == "backfill":
             parts[-1] += ", backfill"
         return " ".join(parts)
-
-
-@dataclass(frozen=True, slots=True)
-class Measure:
-    """An estimate with its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,9 +226,9 @@ def evaluate_modes(
             _run_variant(models[variant], own_states, modes, numbers, batch, own, held, sums)
             advance(batch.tokens * len(numbers))
         start += batch.tokens
-    resamples = np.random.default_rng(seed).multinomial(blocks, np.full(blocks, 1.0 / blocks), RESAMPLES)
+    drawn = resamples(blocks, seed)
     results = [
-        _result(mode, own, sums[0], scored, tokens, resamples) for mode, own in zip(modes, sums, strict=True)
+        _result(mode, own, sums[0], scored, tokens, drawn) for mode, own in zip(modes, sums, strict=True)
     ]
     return EvaluationTable(text, int(tokens.sum()), blocks, any_model.blocks, tuple(results))
 
@@ -315,39 +305,18 @@ def _counter(
 
 
 def _result(
-    mode: Mode, sums: _Sums, reference: _Sums, scored: Floats, tokens: Floats, resamples: NDArray[np.int64]
+    mode: Mode, sums: _Sums, reference: _Sums, scored: Floats, tokens: Floats, drawn: NDArray[np.int64]
 ) -> ModeResult:
-    perplexity = _measure(sums.nll, scored, resamples, np.exp)
+    perplexity = block_ratio(sums.nll, scored, drawn, np.exp)
     return ModeResult(
         mode=mode,
         perplexity=perplexity,
-        perplexity_increase=_increase(sums.nll, reference.nll, scored, resamples),
-        kl=_measure(sums.kl, tokens, resamples),
-        agreement=_measure(sums.agreed, tokens, resamples),
-        mean_depth=_measure(sums.depth, tokens, resamples),
-        exit_rate=_measure(sums.left, tokens, resamples),
-        disagreement=_measure(sums.wrong, sums.left, resamples) if sums.left.sum() > 0 else None,
+        perplexity_increase=block_difference(sums.nll, reference.nll, scored, drawn, np.exp),
+        kl=block_ratio(sums.kl, tokens, drawn),
+        agreement=block_ratio(sums.agreed, tokens, drawn),
+        mean_depth=block_ratio(sums.depth, tokens, drawn),
+        exit_rate=block_ratio(sums.left, tokens, drawn),
+        disagreement=block_ratio(sums.wrong, sums.left, drawn) if sums.left.sum() > 0 else None,
         by_exit=tuple(sums.by_exit),
         tokens=int(tokens.sum()),
     )
-
-
-def _measure(
-    above: Floats,
-    below: Floats,
-    resamples: NDArray[np.int64],
-    shape: Callable[[Floats], Floats] = lambda x: x,
-) -> Measure:
-    """`shape` of the ratio of two sums over blocks, with its interval."""
-    ratios = shape((resamples @ above) / np.maximum(resamples @ below, 1e-12))
-    low, high = np.quantile(ratios, [0.025, 0.975])
-    return Measure(float(shape(above.sum() / below.sum())), float(low), float(high))
-
-
-def _increase(nll: Floats, reference: Floats, scored: Floats, resamples: NDArray[np.int64]) -> Measure:
-    below = resamples @ scored
-    changes = np.exp((resamples @ nll) / below) - np.exp((resamples @ reference) / below)
-    low, high = np.quantile(changes, [0.025, 0.975])
-    total = scored.sum()
-    value = np.exp(nll.sum() / total) - np.exp(reference.sum() / total)
-    return Measure(float(value), float(low), float(high))
