@@ -23,12 +23,20 @@ DRAFT_DEPTHS: Final = (1 / 6, 1 / 4, 1 / 3)
 """Where else the exit that drafts may stand: a wrong draft costs a shallow pass, so that shallow ones may do best."""
 
 
+LARGE: Final = 200_000_000
+"""Parameters from which on a calibration takes so long that an interrupted one should not be begun anew."""
+
+
 @dataclass(frozen=True, slots=True)
 class CalibrationOptions:
     """A calibration to make. Lengths are tokens; exits are named by the numbers of the blocks they follow.
 
     `exits` are those that are certified. The one that drafts for the verified mode is chosen among these and some
     early ones, or `drafting_exit`, or with "none" none is chosen.
+
+    `work` is the folder in which unfinished work is kept, to go on from; None keeps nothing, "auto" keeps it beside
+    `out` where the model has at least `LARGE` parameters. `costs` are the times that decide which exits pay: those
+    measured before on this machine for this shape of model, where there are any, or measured anew.
 
     `weights` "both" puts INT4 weights beside the full ones, "int4" in their place (no full-precision copy of what is
     INT4), "full" leaves them out; `kv_cache` "int4" adds the INT4 cache, "full" does not. Exits are trained on the
@@ -55,6 +63,8 @@ class CalibrationOptions:
     evaluation_tokens: int = 6_000  # of the certify split
     least_tokens: int = LEAST_TOKENS
     origin: str | None = None  # where the text comes from, for the manifest
+    work: Path | None | Literal["auto"] = "auto"
+    costs: Literal["remembered", "measured"] = "remembered"
     head: HeadTraining = field(default_factory=HeadTraining)
     probe: ProbeTraining = field(default_factory=ProbeTraining)
 
@@ -80,6 +90,15 @@ class CalibrationOptions:
     def targets(self) -> tuple[float, ...]:
         """The risk targets, ascending, each once."""
         return tuple(sorted(set(self.risk)))
+
+
+def work_folder(options: CalibrationOptions, spec: Architecture) -> Path | None:
+    """The folder in which unfinished work is kept; None where it is not."""
+    if options.work != "auto":
+        return options.work
+    if spec.parameters < LARGE:
+        return None
+    return options.out.with_name(f".{options.out.name}.unfinished")
 
 
 def exit_blocks(spec: Architecture, asked: Literal["auto"] | tuple[int, ...]) -> tuple[int, ...]:

@@ -7,13 +7,13 @@ import os
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
-from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from exeunt.calibration.errors import CalibrationError
 from exeunt.calibration.progress import ProgressReport, watched_progress
+from exeunt.calibration.sources import source_files
 from exeunt.compression.bundle import BundleError, open_bundle
 from exeunt.compression.manifest import FORMAT_VERSION
 from exeunt.deploy import packaged_model
@@ -32,7 +32,6 @@ CHECKPOINT_FILES: Final = (
     "tokenizer.json",
     "tokenizer_config.json",
 )
-CODE: Final = ("exeunt.kernels", "exeunt.compression", "exeunt.calibration")
 CALIBRATION_TEXT: Final = "calibration.txt"
 _ORIGIN: Final = "written by the packaged model itself, see its MODEL_CARD.md"
 EVALUATION_TOKENS: Final = 2_000
@@ -106,11 +105,7 @@ def content_key(folder: Path) -> str:
     """
     wanted = (folder / name for name in (*CHECKPOINT_FILES, CALIBRATION_TEXT))
     made_from = [path for path in wanted if path.exists()]
-    for layer in CODE:
-        for place in import_module(layer).__path__:
-            made_from += sorted(
-                path for path in Path(place).rglob("*") if path.suffix in (".py", ".cpp", ".h")
-            )
+    made_from += source_files()
     digest = hashlib.sha256(f"{version('exeunt')} {FORMAT_VERSION}".encode())
     for file in made_from:
         digest.update(f"\0{file.name}\0".encode())

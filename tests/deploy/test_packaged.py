@@ -177,7 +177,7 @@ def test_what_the_bundle_is_made_from_makes_the_key(tmp_path: Path, monkeypatch:
     for name in ("model.safetensors", "tokenizer.json", CALIBRATION_TEXT):
         (tmp_path / name).write_text("another")
         keys.append(content_key(tmp_path))
-    monkeypatch.setattr("exeunt.deploy.packaged.CODE", ("exeunt.kernels",))
+    monkeypatch.setattr("exeunt.calibration.sources.LAYERS", ("exeunt.kernels",))
     keys.append(content_key(tmp_path))
     assert len(set(keys)) == 5
 

@@ -1,0 +1,37 @@
+"""What a calibration's result hangs on: two with one fingerprint would give one bundle, so one may go on for the other."""
+
+import platform
+from dataclasses import fields
+from importlib.metadata import version
+from typing import Final
+
+import torch
+
+from exeunt.calibration.journal import file_state, fingerprint_of
+from exeunt.calibration.options import CalibrationOptions
+from exeunt.calibration.sources import source_files
+from exeunt.compression.checkpoint import Checkpoint
+from exeunt.compression.manifest import FORMAT_VERSION
+
+_OF_NO_MOMENT: Final = frozenset({"out", "work", "model", "data", "costs"})
+"""Options that do not change the result, or that are looked at by their contents."""
+
+
+def calibration_fingerprint(options: CalibrationOptions, checkpoint: Checkpoint, corpus_sha256: str) -> str:
+    """One digest of options, model, text, code, versions and threads.
+
+    The checkpoint's files are known by name, size and time of change: reading them would take as long as a step that
+    is to be saved.
+    """
+    asked = [
+        f"{field.name}={getattr(options, field.name)!r}"
+        for field in fields(options)
+        if field.name not in _OF_NO_MOMENT
+    ]
+    machine = [platform.machine(), f"{torch.get_num_threads()} threads", str(torch.cuda.is_available())]
+    versions = [f"{package} {version(package)}" for package in ("exeunt", "torch", "numpy", "scipy")]
+    code = [fingerprint_of(path.read_text() for path in source_files())]
+    return fingerprint_of(
+        [*asked, *file_state(checkpoint.files), corpus_sha256, *machine, *versions, *code, str(FORMAT_VERSION)]
+    )
+
