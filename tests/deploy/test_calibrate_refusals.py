@@ -1,0 +1,144 @@
+"""What `exeunt calibrate` and `exeunt eval` cannot use: one sentence that names it, and nothing left behind."""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from exeunt.deploy.cli import run
+from tests.calibration.conftest import some_text, tiny_checkpoint
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "words.txt"
+    path.write_text(some_text())
+    return path
+
+
+def refusal(words: Sequence[str], capsys: pytest.CaptureFixture[str], status: int = 2) -> str:
+    """The one line that the command ends with, with exit status `status`."""
+    assert run(list(words)) == status
+    lines = capsys.readouterr().err.splitlines()
+    told = lines[-1]
+    assert told.startswith("exeunt: ")
+    assert "Traceback" not in "\n".join(lines)
+    return told.removeprefix("exeunt: ")
+
+
+def calibrate_words(model: Path, data: object, out: Path, *more: str) -> list[str]:
+    return ["calibrate", str(model), "--data", str(data), "--out", str(out), "--device", "cpu", *more]
+
+
+def _short(path: Path) -> None:
+    path.write_text("A few words.")
+
+
+def _empty(path: Path) -> None:
+    path.write_text("")
+
+
+def _blank(path: Path) -> None:
+    path.write_text(" \n\n \t\n")
+
+
+def _binary(path: Path) -> None:
+    path.write_bytes(b"PK\x03\x04\x00\x00words")
+
+
+def _latin(path: Path) -> None:
+    path.write_bytes("café ".encode("latin-1") * 1000)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (_short, r"gives \d+ tokens .*needs at least 6,000"),
+        (_empty, "holds no text"),
+        (_blank, "holds no text"),
+        (_binary, "is not a text file: byte 4 is zero"),
+        (_latin, "is not UTF-8 text: byte 3"),
+    ],
+)
+def test_a_text_that_is_no_text(
+    model: Path, tmp_path: Path, spoil: Callable[[Path], None], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out = tmp_path / "data.txt", tmp_path / "out" / "bundle"
+    spoil(data)
+    told = refusal(calibrate_words(model, data, out), capsys)
+    assert re.search(says, told), told
+    assert not out.parent.exists()
+
+
+def test_lines_that_are_no_json(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"text": "words"}) + '\n{"text": 5}\n')
+    told = refusal(calibrate_words(model, data, tmp_path / "b"), capsys)
+    assert 'line 2, is not an object with a string field "text"' in told
+
+
+def test_a_data_set_that_cannot_be_reached(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    datasets = pytest.importorskip("datasets", reason="needs the package datasets")
+
+    def unreachable(*_args: object, **_named: object) -> None:
+        raise ConnectionError("Couldn't reach 'nobody/nothing' on the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    told = refusal(calibrate_words(model, "hf:nobody/nothing", tmp_path / "b"), capsys)
+    assert "the data set nobody/nothing cannot be read" in told
+    assert "give a local file" in told
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "tensor", ["model.layers.3.mlp.down_proj.weight", "model.embed_tokens.weight", "model.norm.weight"]
+)
+def test_a_checkpoint_with_a_number_that_is_none(
+    model: Path, text: Path, tmp_path: Path, tensor: str, value: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = tiny_checkpoint(tmp_path / "broken")
+    tensors = load_file(broken / "model.safetensors")
+    tensors[tensor].view(-1)[-1] = value
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    told = refusal(calibrate_words(broken, text, tmp_path / "b"), capsys, status=1)
+    assert tensor in told
+    assert "NaN or infinity" in told
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (("--exits", "3"), "no exit after block 3"),
+        (("--exits", "0,99"), "no exit after block 99"),
+        (("--drafting-exit", "7"), "no exit after block 7"),
+        (("--linear-block", "4"), "no block 4 to replace"),
+        (("--risk", "0"), "risk target 0"),
+        (("--risk", "1"), "risk target 1"),
+        (("--risk", "0.05,nan"), "nan"),
+        (("--risk", "-0.1"), "risk target -0.1"),
+        (("--tokens", "100"), "allowed 100 tokens"),
+    ],
+)
+def test_what_this_model_does_not_have(
+    model: Path,
+    text: Path,
+    tmp_path: Path,
+    more: tuple[str, ...],
+    says: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    told = refusal(calibrate_words(model, text, tmp_path / "b", *more), capsys)
+    assert says in told
+    assert not (tmp_path / "b").exists()
