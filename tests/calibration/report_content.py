@@ -1,0 +1,186 @@
+"""A calibration's findings made up for the tests of the report: every figure is different and known."""
+
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import torch
+
+from exeunt.calibration.block_choice import BlockChoice, BlockFit, Replacement
+from exeunt.calibration.certificates import CertifiedVariant
+from exeunt.calibration.certification import Certification
+from exeunt.calibration.drafting_choice import DraftChoice, DraftPlan, DraftRates, PassCosts
+from exeunt.calibration.evaluation import EvaluationTable, Measure, Mode, ModeResult
+from exeunt.calibration.exit_choice import ExitCosts
+from exeunt.calibration.exit_fit import FittedExit
+from exeunt.calibration.exit_selection import Drafting, ExitSelection
+from exeunt.calibration.exit_training import TrainedHead
+from exeunt.calibration.gate_training import GateQuality
+from exeunt.calibration.report.content import ReportContent
+from exeunt.calibration.risk import Certificate, ExitCounts
+from exeunt.calibration.thresholds import ThresholdPlan
+from exeunt.calibration.weights_int4 import Int4Weights
+from exeunt.compression.linear_block import LinearBlock
+from exeunt.compression.manifest import BaseModelRecord, CalibrationRecord, LinearBlockRecord, Manifest
+from exeunt.compression.variant import Variant
+from exeunt.kernels.int4_linear import quantize
+from tests.calibration.conftest import random_exit
+
+FULL, WEIGHTS, KV = Variant(), Variant("int4"), Variant("full", "int4")
+DEPLOYED = Variant("int4", "int4")
+LINEAR = Variant(linear_block=True)
+TARGETS = (0.02, 0.05)
+
+
+def about(value: float, width: float = 0.1) -> Measure:
+    """A value with an interval that is not symmetric."""
+    return Measure(value, value - width, value + 1.5 * width)
+
+
+def mode_result(mode: Mode, increase: float, left: float = 0.0, **more: Any) -> ModeResult:
+    """A mode whose perplexity is 20 and what it is increased by."""
+    return ModeResult(
+        mode=mode,
+        perplexity=about(20.0 + increase, 2.0),
+        perplexity_increase=about(increase, 0.0 if mode.variant == FULL and left == 0 else 0.07),
+        perplexity_ratio=about(1.0 + increase / 20, 0.004),
+        exits_ratio=about(1.01, 0.002) if left else None,
+        kl=about(0.01 + increase / 100, 0.001),
+        agreement=about(0.9 - increase / 100, 0.01),
+        mean_depth=about(4.0 - 2.0 * left),
+        exit_rate=about(left, 0.01),
+        disagreement=about(0.04, 0.01) if left else None,
+        passes_saved=about(left / 2, 0.01),
+        compute_saved=about(left / 3, 0.01),
+        by_exit=(int(1000 * left),),
+        tokens=1000,
+        **more,
+    )
+
+
+def evaluation(**more: Any) -> EvaluationTable:
+    """Four variants with exits off, and the deployed one at a certified target."""
+    off = {FULL: 0.0, WEIGHTS: 0.123, KV: 0.456, DEPLOYED: 0.789, LINEAR: 2.5}
+    results = [mode_result(Mode(variant), increase) for variant, increase in off.items()]
+    results.append(mode_result(Mode(DEPLOYED, 0.91, 0.05), 0.987, left=0.2))
+    results.append(mode_result(Mode(DEPLOYED, 0.91, 0.05, "backfill"), 0.885, left=0.2))
+    return EvaluationTable("words.txt, certify split", 1000, 7, 4, tuple(results), **more)
+
+
+def fitted_exit(block: int, agreement: float) -> FittedExit:
+    """An exit with a gate of its own figures."""
+    head = random_exit(block, block)
+    quality = GateQuality(
+        auc=0.8 + block / 100,
+        auc_probe=0.7,
+        auc_top=0.75,
+        calibration_error=0.012,
+        reliability=((0.15, 0.12, 100), (0.55, 0.6, 300), (0.95, 0.97, 600)),
+        tokens=1000,
+    )
+    return FittedExit(head, TrainedHead(head.norm, head.adapter, 0.31, 0.42, agreement), quality)
+
+
+def counts(left: int, wrong: int) -> ExitCounts:
+    """Thirty blocks of text that are all alike."""
+    return ExitCounts(np.full(30, left / 30), np.full(30, wrong / 30), 3000)
+
+
+def certified(variant: Variant, reason: str = "only 3 tokens left") -> CertifiedVariant:
+    """A variant that holds the looser target alone."""
+    certificates = (
+        Certificate(TARGETS[0], None, 30, 3000, 0.1, 0.3, reason),
+        Certificate(TARGETS[1], 0.9123, 600, 3000, 0.031, 0.044, None),
+    )
+    tested = ((0.95, counts(300, 6)), (0.9123, counts(600, 19)))
+    by_exit = ((0.95, (300,)), (0.9123, (600,)))
+    return CertifiedVariant(variant, "propagate", Certification(certificates, tested, by_exit))
+
+
+def choice() -> BlockChoice:
+    """Four blocks, of which the last two were tried."""
+    ones = LinearBlock(3, torch.zeros(2, 32), torch.zeros(32, 2), torch.zeros(32))
+    fits = tuple(
+        BlockFit(block, 0.5 + block / 10, 0.3 + block / 10, replace(ones, index=block)) for block in range(4)
+    )
+    tried = (Replacement((2,), 22.22, 2.22), Replacement((3,), 21.11, 1.11))
+    return BlockChoice(fits[3], fits, tried, Replacement((2, 3), 33.33, 13.33), 8000)
+
+
+def int4_weights() -> Int4Weights:
+    """The errors of two layers in four blocks."""
+    errors = {
+        (block, name): (1 + block + 10 * number) / 1000
+        for block in range(4)
+        for number, name in enumerate(("attention.query", "mlp.up"))
+    }
+    return Int4Weights({}, quantize(torch.ones(8, 32), 32), 32, errors)
+
+
+def manifest(name: str = "tiny") -> Manifest:
+    """What the bundle says of itself."""
+    return Manifest(
+        created=datetime(2024, 1, 1, tzinfo=UTC),
+        exeunt_version="1.2.3",
+        base_model=BaseModelRecord(
+            name=name, architecture="llama", sha256="a" * 64, parameters=12345, blocks=4
+        ),
+        weights=("int4", "full"),
+        kv_cache=("int4", "full"),
+        int4_group_size=32,
+        linear_block=LinearBlockRecord(index=3, rank=2, r2=0.6, parameters=160, replaced_parameters=5440),
+        calibration=CalibrationRecord(
+            data="words.txt",
+            sha256="b" * 64,
+            tokens=6000,
+            splits={"fit": 3000, "select": 2000, "certify": 1000},
+            seed=7,
+        ),
+        versions={"torch": "2.13.0"},
+    )
+
+
+def selection(*exits: FittedExit) -> ExitSelection:
+    """The last exit is certified, the first drafts."""
+    plans = tuple(
+        DraftPlan(DraftRates(0.5, 0.9, 0.6, 0.7 + n / 100), 2, 1.11 + n / 10) for n in range(len(exits))
+    )
+    passes = PassCosts(
+        0.05,
+        0.1,
+        {each.head.depth: 0.3 for each in exits},
+        {each.head.depth: (0.8, 0.9, 1.0, 1.2, 1.5) for each in exits},
+    )
+    return ExitSelection(
+        certified=exits[-1:],
+        plan=ThresholdPlan((0.95, 0.9123), dict.fromkeys(TARGETS, 0.95), 0.01),
+        drafting=Drafting(exits[0], tuple(exits), DraftChoice(0, plans), passes),
+        costs=ExitCosts(0.31, 0.72, 0.053),
+    )
+
+
+def content(name: str = "tiny", **more: Any) -> ReportContent:
+    """Everything, of a model called `name`."""
+    exits = (fitted_exit(0, 0.531), fitted_exit(1, 0.642), fitted_exit(2, 0.753))
+    outcomes = (certified(DEPLOYED), replace(certified(DEPLOYED), skipped_kv="backfill"), certified(FULL))
+    return ReportContent(
+        manifest(name),
+        choice(),
+        exits,
+        selection(exits[0], exits[2]),
+        outcomes,
+        evaluation(),
+        int4_weights(),
+        **more,
+    )
+
+
+def bare_content() -> ReportContent:
+    """A bundle that saves nothing: full weights, full KV, no linear block, no exits."""
+    plain = manifest().model_copy(
+        update={"weights": ("full",), "kv_cache": ("full",), "int4_group_size": None, "linear_block": None}
+    )
+    table = EvaluationTable("words.txt, certify split", 1000, 7, 4, (mode_result(Mode(FULL), 0.0),))
+    nothing = ExitSelection((), ThresholdPlan((), {}, 0.0))
+    return ReportContent(plain, None, (), nothing, (), table, None)
