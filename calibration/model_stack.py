@@ -1,11 +1,13 @@
 """The variants of the model being calibrated: decoders that share every tensor they can."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 import torch
 
+from exeunt.calibration.memory_plan import full_batch_tokens, streams
+from exeunt.calibration.page_arena import PageArena
 from exeunt.calibration.teacher_forcing import ForcedModel
 from exeunt.calibration.weights_int4 import Int4Weights
 from exeunt.compression.checkpoint import Checkpoint
@@ -22,7 +24,9 @@ class ModelStack:
     """A full-precision decoder, its INT4 twin where asked for, and the linear block once there is one.
 
     `weight_formats` and `kv_formats` are those that the bundle is to hold; the full decoder is there in any case, as
-    what the others are compared with.
+    what the others are compared with. Where its blocks would crowd the memory they are streamed: of the model in full
+    precision there is then its embedding, its output matrix, and one block. All variants keep a batch's keys and
+    values in one `arena`.
     """
 
     full: Decoder
@@ -30,6 +34,7 @@ class ModelStack:
     weight_formats: tuple[WeightFormat, ...]
     kv_formats: tuple[KVFormat, ...]
     linear_block: LinearBlock | None = None
+    arena: PageArena = field(default_factory=PageArena)
 
     @classmethod
     def build(
@@ -42,13 +47,18 @@ class ModelStack:
         advance: Callable[[int], None] = lambda _decoders: None,
         *,
         int4_alone: bool = False,
+        streamed: bool | None = None,
     ) -> "ModelStack":
         """Load `checkpoint` on `device`; `int4` are its quantised linears, `kv_cache` the smallest format held.
 
-        `int4_alone` says that full weights are not to be held beside `int4`.
+        `int4_alone` says that full weights are not to be held beside `int4` in the bundle. `streamed` says whether
+        full-precision blocks are read when they are run; None decides by the free memory. `advance` is told each
+        decoder: two with `int4`, else one.
         """
         spec = checkpoint.spec
-        full = Decoder.from_weights(spec, checkpoint.weights(), device=device, dtype=dtype)
+        if streamed is None:
+            streamed = streams(spec, device, dtype)
+        full = Decoder.from_weights(spec, checkpoint.weights(), device=device, dtype=dtype, streamed=streamed)
         advance(1)
         small, formats = None, FULL_ALONE
         if int4 is not None:
@@ -91,7 +101,16 @@ class ModelStack:
         decoder = self.full if variant.weights == "full" or self.int4 is None else self.int4
         if variant.linear_block and self.linear_block is not None:
             decoder = decoder.with_linear_block(self.linear_block)
-        return ForcedModel(decoder, variant.kv_cache, exits)
+        return ForcedModel(decoder, variant.kv_cache, exits, self.arena)
+
+    def batch_tokens(self, weights: WeightFormat, least: int) -> int:
+        """Tokens of a batch through `weights`, at least `least`; through full ones more, for they may be streamed.
+
+        The same whether they are, so that sums come out alike.
+        """
+        if weights == "full":
+            return full_batch_tokens(self.full.spec, self.full.dtype, least)
+        return least
 
 
 def final_exit_norm(checkpoint: Checkpoint, device: torch.device) -> ExitNorm:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from exeunt.calibration.page_arena import PageArena
 from exeunt.calibration.sequence_batch import SequenceBatch
 from exeunt.compression.decoder import Decoder
 from exeunt.compression.exits import ExitHead
@@ -29,10 +30,15 @@ LOGITS_AT_ONCE = 1 << 25
 
 
 class ForcedModel:
-    """One variant of a model with its exits, for teacher-forced passes. Keeps one arena of pages for all of them."""
+    """One variant of a model with its exits, for teacher-forced passes, which keep their pages in one arena."""
 
-    def __init__(self, decoder: Decoder, kv_cache: KVFormat, exits: Sequence[ExitHead]) -> None:
-        """`exits` shallowest first; they are moved to the decoder's device and dtype."""
+    def __init__(
+        self, decoder: Decoder, kv_cache: KVFormat, exits: Sequence[ExitHead], arena: PageArena | None = None
+    ) -> None:
+        """`exits` shallowest first; they are moved to the decoder's device and dtype.
+
+        `arena` may be other models' too; a pass of one ends before another's begins.
+        """
         spec, block = decoder.spec, decoder.linear_block
         page_bytes = page_bytes_for(spec, decoder.dtype)
         self.decoder = decoder
@@ -40,7 +46,7 @@ class ForcedModel:
         self.layout: KVLayout = kv_layout(
             spec, kv_cache, decoder.dtype, page_bytes, block.index if block else None
         )
-        self._pages: KVPages | None = None
+        self._arena = arena or PageArena()
 
     @property
     def blocks(self) -> int:
@@ -53,13 +59,8 @@ class ForcedModel:
 
     def pages(self, batch: SequenceBatch) -> KVPages:
         """Pages for all of `batch`'s rows; the same arena whenever it is large enough."""
-        needed = batch.pages(self.layout.page_tokens)
-        if self._pages is None or self._pages.num_pages < needed:
-            size = needed * self.layout.page_bytes
-            self._pages = KVPages(
-                self.layout, torch.zeros(size, dtype=torch.uint8, device=self.decoder.device)
-            )
-        return self._pages
+        count = batch.pages(self.layout.page_tokens)
+        return self._arena.pages(self.layout, count, self.decoder.device)
 
     @torch.inference_mode()
     def full_depth_at_exits(self, batch: SequenceBatch) -> tuple[tuple[Tensor, ...], Tensor]:

@@ -5,6 +5,7 @@ On a CPU the native kernel of `exeunt.kernels.blocks` does the same for many blo
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -89,6 +90,12 @@ class Block:
             {**self.linears(), **linears},
         )
 
+    @property
+    def frame(self) -> "BlockFrame":
+        """The block without its matrices; the tensors are this block's own."""
+        biases = {name: linear.bias for name, linear in self.linears().items()}
+        return BlockFrame(self.spec, self.index, self.attention_norm, self.mlp_norm, self.head_norm, biases)
+
     def run(self, hidden: Tensor, rotation: Rotation, batch: PagedBatch, kv: KVBlock) -> Tensor:
         """The block applied to `hidden` [tokens, hidden] in place; writes its keys and values, then attends."""
         spec = self.spec
@@ -130,10 +137,33 @@ class Block:
 
     def nbytes(self) -> dict[str, int]:
         """Bytes by kind: "full" and "int4" linears, "norms" and biases."""
-        sizes = {"full": 0, "int4": 0, "norms": self.attention_norm.nbytes + self.mlp_norm.nbytes}
-        if self.head_norm is not None:
-            sizes["norms"] += self.head_norm.nbytes
+        sizes = {"full": 0, "int4": 0, "norms": self.frame.nbytes}
         for linear in self.linears().values():
             sizes[linear.format] += linear.nbytes
-            sizes["norms"] += linear.bias.nbytes if linear.bias is not None else 0
         return sizes
+
+
+@dataclass(frozen=True, slots=True)
+class BlockFrame:
+    """A block without its matrices: norms and biases, a few kilobytes that all decoders of one model share.
+
+    `biases` are by the canonical names of the linears, None where a layer has none.
+    """
+
+    spec: Architecture
+    index: int
+    attention_norm: Norm
+    mlp_norm: Norm
+    head_norm: Tensor | None  # see `Block`
+    biases: Mapping[str, Tensor | None]
+
+    def block(self, linears: Mapping[str, Linear]) -> Block:
+        """The block with these linears, by canonical name; each is to hold its own of `biases`."""
+        return Block(self.spec, self.index, self.attention_norm, self.mlp_norm, self.head_norm, linears)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of norms and biases."""
+        rest = [self.head_norm, *self.biases.values()]
+        norms = self.attention_norm.nbytes + self.mlp_norm.nbytes
+        return norms + sum(tensor.nbytes for tensor in rest if tensor is not None)

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from exeunt.compression.architecture import Architecture
-from exeunt.compression.block import Block
+from exeunt.compression.block import Block, BlockFrame
 from exeunt.compression.checkpoint_names import block_shapes, linear_names, linear_shapes, shared_shapes
 from exeunt.compression.embedding import Embedding
 from exeunt.compression.linear import FullLinear, Int4Linear, Linear
 from exeunt.compression.norm import Norm
-from exeunt.compression.weights import WeightError
+from exeunt.compression.weights import StackedTensors, WeightError
 from exeunt.kernels.int4_linear import Int4Weight
 
 
@@ -31,7 +31,14 @@ class _Reader:
 
     def __call__(self, name: str) -> Tensor:
         """A tensor in the decoder's dtype: always a copy, so that a file that changes later harms nothing."""
-        return self.raw(name, self._shapes[name]).to(self._device, self._dtype, copy=True)
+        if not isinstance(self._tensors, StackedTensors) or name not in self._tensors:
+            return self.raw(name, self._shapes[name]).to(self._device, self._dtype, copy=True)
+        copy = torch.empty(self._shapes[name], device=self._device, dtype=self._dtype)
+        filled = 0
+        for part in self._tensors.parts(name):
+            copy[filled : filled + len(part)] = part
+            filled += len(part)
+        return copy
 
     def optional(self, name: str) -> Tensor | None:
         return self(name) if name in self._shapes else None
@@ -107,29 +114,35 @@ def read_block(
     dtype: torch.dtype,
     *,
     int4_group_size: int | None = None,
-    twin: Block | None = None,
+    frame: BlockFrame | None = None,
 ) -> Block:
-    """Block `index`, INT4 where a group size is given; norms and biases are those of `twin` where there is one.
+    """Block `index`, INT4 where a group size is given; norms and biases are those of `frame` where there is one.
 
     Raises WeightError for a missing or misshapen tensor.
     """
+    frame = frame or read_frame(spec, index, tensors, device, dtype)
     read = _Reader(tensors, block_shapes(spec), device, dtype, f"blocks.{index}.")
     linears: dict[str, Linear] = {}
-    for name in linear_names(spec):
-        bias = twin.linears()[name].bias if twin is not None else read.optional(f"{name}.bias")
+    for name, bias in frame.biases.items():
         if int4_group_size is None:
             linears[name] = FullLinear(read(f"{name}.weight"), bias)
         else:
             linears[name] = Int4Linear(_int4(read, name, linear_shapes(spec)[name], int4_group_size), bias)
-    if twin is not None:
-        return twin.with_linears(linears)
-    return Block(
+    return frame.block(linears)
+
+
+def read_frame(
+    spec: Architecture, index: int, tensors: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype
+) -> BlockFrame:
+    """Block `index` without its matrices, which are not read. Raises WeightError for a missing or misshapen tensor."""
+    read = _Reader(tensors, block_shapes(spec), device, dtype, f"blocks.{index}.")
+    return BlockFrame(
         spec,
         index,
         read.norm("attention_norm", spec),
         read.norm("mlp_norm", spec),
         _head_norm(read, spec),
-        linears,
+        {name: read.optional(f"{name}.bias") for name in linear_names(spec)},
     )
 
 

@@ -20,13 +20,11 @@ _NO_WINDOW = 1 << 62
 
 
 def native_blocks(
-    spec: Architecture,
-    blocks: Sequence[Block],
-    linear_block: LinearBlock | None,
-    device: torch.device,
-    dtype: torch.dtype,
+    spec: Architecture, blocks: Sequence[Block | LinearBlock], device: torch.device, dtype: torch.dtype
 ) -> NativeBlocks | None:
-    """The blocks for the native kernel, or None where it cannot run all of them on this device.
+    """Consecutive blocks for the native kernel, or None where it cannot run all of them on this device.
+
+    A linear block stands in the place of the block that it replaces.
 
     The weights are not copied. A linear of another class than this project's two (one that records what it is given,
     say) makes the answer None, and the blocks run one operation at a time.
@@ -37,9 +35,8 @@ def native_blocks(
     parts = (BlockParts * len(blocks))()
     held: list[Tensor] = []
     try:
-        for index, block in enumerate(blocks):
-            replaced = linear_block is not None and linear_block.index == index
-            _describe(parts[index], block, linear_block if replaced else None, dtype, held)
+        for place, block in enumerate(blocks):
+            _describe(parts[place], block, dtype, held)
     except NotNativeError:
         return None
     widest = max(max(part.qkv.outputs, part.up.outputs) for part in parts)
@@ -61,14 +58,12 @@ def _shape(spec: Architecture) -> BlockShape:
     )
 
 
-def _describe(
-    parts: BlockParts, block: Block, replaced_by: LinearBlock | None, dtype: torch.dtype, held: list[Tensor]
-) -> None:
+def _describe(parts: BlockParts, block: Block | LinearBlock, dtype: torch.dtype, held: list[Tensor]) -> None:
     """Fill in one block's parts; raises NotNativeError."""
-    if replaced_by is not None:
+    if isinstance(block, LinearBlock):
         parts.is_linear_map = 1
-        parts.qkv = native_matrix(FullLinear(replaced_by.down), dtype, held)
-        parts.out = native_matrix(FullLinear(replaced_by.up, replaced_by.bias), dtype, held)
+        parts.qkv = native_matrix(FullLinear(block.down), dtype, held)
+        parts.out = native_matrix(FullLinear(block.up, block.bias), dtype, held)
         return
     parts.attention_norm = _norm(block.attention_norm, dtype, held)
     parts.mlp_norm = _norm(block.mlp_norm, dtype, held)

@@ -6,6 +6,7 @@ right shape, floating point and finite.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -47,6 +48,26 @@ class LazyTensors(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._loaders)
+
+
+class StackedTensors(LazyTensors):
+    """Lazy tensors that may lie in parts, one on top of the other: whoever copies them anyway need not join them first.
+
+    Joined for a look-up, the parts of a large tensor would stand in memory beside the copy that is made of it.
+    """
+
+    def __init__(self, parts: Mapping[str, Callable[[], Iterator[Tensor]]]) -> None:
+        super().__init__({name: partial(_joined, each) for name, each in parts.items()})
+        self._parts = parts
+
+    def parts(self, name: str) -> Iterator[Tensor]:
+        """The parts of `name`, the first outputs' first, each read when its turn comes. Raises WeightError."""
+        return self._parts[name]()
+
+
+def _joined(parts: Callable[[], Iterator[Tensor]]) -> Tensor:
+    first, *rest = parts()
+    return torch.cat([first, *rest]) if rest else first.contiguous()
 
 
 class SafetensorsFiles:
@@ -106,29 +127,29 @@ class CheckpointWeights:
         self._prefix = self._find_prefix()
         self._check_names()
 
-    def shared(self) -> Mapping[str, Tensor]:
+    def shared(self) -> StackedTensors:
         """Embedding, final norm and output matrix by canonical name, each read when it is asked for.
 
         In the checkpoint's dtype and backed by its files: copy what is kept. Asking raises WeightError.
         """
-        return LazyTensors({name: self._loader(source, "") for name, source in self._shared.items()})
+        return StackedTensors(
+            {name: partial(self._read, source, "") for name, source in self._shared.items()}
+        )
 
-    def block(self, index: int) -> Mapping[str, Tensor]:
+    def block(self, index: int) -> StackedTensors:
         """One block's tensors by canonical name, without "blocks.<i>."; linears are [out, in], QKV and gate+up fused.
 
         Each is read when it is asked for, which raises WeightError.
         """
         prefix = names.block_prefix(self.spec, index)
-        return LazyTensors({name: self._loader(source, prefix) for name, source in self._block.items()})
+        return StackedTensors(
+            {name: partial(self._read, source, prefix) for name, source in self._block.items()}
+        )
 
-    def _loader(self, source: names.TensorSource, prefix: str) -> Callable[[], Tensor]:
-        def load() -> Tensor:
-            parts = [self._files.read(self._name(prefix + name), shape) for name, shape in source.parts]
-            if source.transposed:
-                return parts[0].t().contiguous()
-            return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-        return load
+    def _read(self, source: names.TensorSource, prefix: str) -> Iterator[Tensor]:
+        for name, shape in source.parts:
+            part = self._files.read(self._name(prefix + name), shape)
+            yield part.t() if source.transposed else part
 
     def _name(self, name: str) -> str:
         return name if name == "lm_head.weight" else self._prefix + name

@@ -8,13 +8,13 @@ from dataclasses import replace
 from typing import Any
 
 from exeunt.compression.kv_format import page_bytes_for
+from exeunt.compression.memory import free_bytes, named
 from exeunt.compression.model import LoadedModel
 from exeunt.compression.variant import Variant
 from exeunt.deploy.bench import BenchError, Load, Trace
 from exeunt.deploy.bench_text import cut_prompts
 from exeunt.deploy.loading import SettingsError, engine_config
 from exeunt.deploy.measured_model import MeasuredModel, measured_model
-from exeunt.deploy.memory import free_bytes, named
 from exeunt.server.api.compression import AppliedCompression, resolve
 from exeunt.server.api.offer import Offer, offer_of
 from exeunt.server.api.schemas import CompressionOptions

@@ -11,9 +11,9 @@ from exeunt.compression.bundle import is_bundle
 from exeunt.compression.checkpoint import is_hub_id
 from exeunt.compression.device import DeviceError, find_device
 from exeunt.compression.kv_format import kv_layout, page_bytes_for
+from exeunt.compression.memory import free_bytes, named
 from exeunt.compression.model import LoadedModel, load_bundle, load_plain_model
 from exeunt.compression.variant import Variant
-from exeunt.deploy.memory import free_bytes, named
 from exeunt.server.engine_config import EngineConfig
 from exeunt.server.settings import Settings
 

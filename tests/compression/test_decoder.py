@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import exeunt.compression.decoder
+import exeunt.compression.resident_blocks
 from exeunt.compression.checkpoint_names import linear_shapes
 from exeunt.compression.decoder import Decoder
 from exeunt.compression.linear import FullLinear, Int4Linear, Linear
@@ -106,7 +106,9 @@ def test_projected_kv_is_what_each_block_makes_of_the_exit_state(
 
 
 def test_stacked_kv_is_the_same_from_any_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exeunt.compression.decoder, "native_blocks", lambda *_: None)  # which needs no stack
+    monkeypatch.setattr(
+        exeunt.compression.resident_blocks, "native_blocks", lambda *_: None
+    )  # which needs no stack
     decoder = _decoder("qwen3", tmp_path)
     ids, blocks = _tokens(9), decoder.spec.blocks
     reference = Sequences(decoder)

@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-import exeunt.compression.decoder
+import exeunt.compression.resident_blocks
 from exeunt.compression.decoder import Decoder
 from exeunt.compression.linear import FullLinear, Int4Linear, Linear
 from exeunt.compression.linear_block import LinearBlock
 from exeunt.compression.variant import KVFormat
 from exeunt.kernels.int4_linear import quantize
 from exeunt.kernels.native.library import native_library
-from tests.compression.decoder_twin import block_linears, twin
+from tests.compression.decoder_twin import block_linears, native_of, twin
 from tests.compression.paged_generation import Sequences, assert_same_kv, kv_tensors
 from tests.compression.reference_models import build_model, save
 
@@ -58,9 +58,9 @@ def _decoder(name: str, directory: Path, dtype: torch.dtype, int4: bool, linear_
 def _piecewise(monkeypatch: pytest.MonkeyPatch, decoder: Decoder) -> Decoder:
     """The same decoder without the native call."""
     with monkeypatch.context() as patch:
-        patch.setattr(exeunt.compression.decoder, "native_blocks", lambda *_: None)
+        patch.setattr(exeunt.compression.resident_blocks, "native_blocks", lambda *_: None)
         other = twin(decoder)
-        assert other._native_blocks() is None  # asked once, and remembered
+        assert native_of(other) is None  # asked once, and remembered
     return other
 
 
@@ -94,7 +94,7 @@ def test_one_call_does_what_the_operations_do(
         for block in fast.pages.layout.blocks[1:]:
             for projected, wanted in zip(kv_tensors(fast, block), kv_tensors(slow, block), strict=True):
                 assert_same_kv(projected, wanted, batch.slots, exact=False)
-    assert decoder._native_blocks() is not None
+    assert native_of(decoder) is not None
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "qwen3"])
@@ -195,10 +195,11 @@ def test_what_does_not_fit_the_blocks_is_refused(tmp_path: Path) -> None:
             call(hidden[:2], batch, pages, 0, blocks)
         with pytest.raises(ValueError, match=r"3 tokens and \[2\] .* slots"):
             call(hidden, replace(batch, slots=batch.slots[:2]), pages, 0, blocks)
-    native, places, table = decoder._native_blocks(), pages.native(0, blocks), decoder._rotation_table(batch)
+    native, places = native_of(decoder), pages.native(0, blocks)
+    assert decoder._rope is not None
+    table = decoder._rope.table(batch.max_context)
     assert native is not None
     assert places is not None
-    assert table is not None
     for bad in (
         table[:2],
         table.double(),

@@ -1,4 +1,4 @@
-"""How much memory can still be had: what the KV cache is sized by, and what is refused because it cannot be."""
+"""How much memory can still be had: what sizes the KV cache, decides what is streamed, and refuses what cannot be."""
 
 import os
 from pathlib import Path

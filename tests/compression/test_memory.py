@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from exeunt.deploy import memory
+from exeunt.compression import memory
 
 CPU = torch.device("cpu")
 
