@@ -93,6 +93,7 @@ def calibrate(options: CalibrationOptions, progress: ProgressReport) -> Path:
             dtype,
             advance,
             int4_alone=options.weights == "int4",
+            streamed=options.stream_weights,
         )
     with tempfile.TemporaryDirectory(prefix="exeunt-calibrate-") as folder:
         learned = _learn(task, stack, Scratch(Path(folder)))
