@@ -60,7 +60,7 @@ class CalibrationOptions:
     group_size: int = 32  # inputs that share an INT4 scale
     row_tokens: int = 512
     batch_tokens: int = 4096
-    stream_weights: bool | None = None  # full-precision blocks, as they are run; None: where they would crowd the memory
+    stream_weights: bool | None = None  # read full-precision blocks as they are run; None: by the free memory
     evaluation_tokens: int = 6_000  # of the certify split
     least_tokens: int = LEAST_TOKENS
     origin: str | None = None  # where the text comes from, for the manifest
