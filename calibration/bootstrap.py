@@ -43,29 +43,40 @@ def identity(ratios: Floats) -> Floats:
 def block_ratio(above: Floats, below: Floats, drawn: NDArray[np.int64], shape: Shape = identity) -> Measure:
     """`shape` of Σ above / Σ below, sums over blocks [blocks], with its interval over `drawn` [resamples, blocks].
 
-    With a single block the interval is the value alone: nothing is known of its spread.
+    Blocks that `below` says nothing of count as not there, and resamples that drew no others are passed over. With a
+    single block left the interval is the value alone: nothing is known of its spread. Raises ValueError where none is.
     """
-    value = shape(np.asarray(above.sum() / max(float(below.sum()), 1e-12)))
-    return _interval(float(value), shape((drawn @ above) / np.maximum(drawn @ below, 1e-12)), drawn)
+    return block_difference(above, None, below, drawn, shape)
 
 
 def block_difference(
-    above: Floats, base: Floats, below: Floats, drawn: NDArray[np.int64], shape: Shape = identity
+    above: Floats,
+    base: Floats | None,
+    below: Floats,
+    drawn: NDArray[np.int64],
+    shape: Shape = identity,
 ) -> Measure:
-    """`shape` of Σ above / Σ below less that of Σ base / Σ below, both on the same resamples, as `block_ratio`."""
-    total, held = max(float(below.sum()), 1e-12), np.maximum(drawn @ below, 1e-12)
-    value = shape(np.asarray(above.sum() / total)) - shape(np.asarray(base.sum() / total))
-    return _interval(float(value), shape((drawn @ above) / held) - shape((drawn @ base) / held), drawn)
+    """`shape` of Σ above / Σ below less that of Σ base / Σ below on the same resamples, as `block_ratio`."""
+    spoken = int(np.count_nonzero(below))
+    if spoken == 0:
+        raise ValueError("an average was asked for over blocks of text that hold nothing to average")
+    held = drawn @ below
+    defined = held > 0
 
+    def estimates(sums: Floats) -> tuple[float, Floats]:
+        whole = shape(np.asarray(sums.sum() / below.sum()))
+        return float(whole), shape((drawn @ sums)[defined] / held[defined])
 
-def _interval(value: float, estimates: Floats, drawn: NDArray[np.int64]) -> Measure:
-    tail = _tail(drawn.shape[1])
-    low, high = np.quantile(estimates, [tail, 1.0 - tail])
+    value, resampled = estimates(above)
+    if base is not None:
+        base_value, base_resampled = estimates(base)
+        value, resampled = value - base_value, resampled - base_resampled
+    low, high = np.quantile(resampled, [_tail(spoken), 1.0 - _tail(spoken)])
     return Measure(value, float(low), float(high))
 
 
 def _tail(blocks: int) -> float:
-    """The share of resamples left out at each end: Φ(−√(n / (n − 1)) t), t Student's quantile with n − 1 degrees."""
+    """The share of resamples left out at each end: Φ(−√(n / (n − 1)) t), t Student's quantile at n − 1 degrees."""
     outside = (1.0 - COVERAGE) / 2
     if blocks < 2:
         return outside

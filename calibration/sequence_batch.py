@@ -81,6 +81,18 @@ def batches(
         yield _pack(group, first, device)
 
 
+def first_rows(rows: Sequence[Tensor], tokens: int) -> tuple[Tensor, ...]:
+    """The first of `rows`, up to `tokens` tokens, at least one. Rows of a split come from its documents in turn."""
+    kept: list[Tensor] = []
+    held = 0
+    for row in rows:
+        if kept and held + len(row) > tokens:
+            break
+        kept.append(row)
+        held += len(row)
+    return tuple(kept)
+
+
 def _pack(rows: list[Tensor], first_row: int, device: torch.device | str) -> SequenceBatch:
     lengths = torch.tensor([len(row) for row in rows])
     ends = lengths.cumsum(0)

@@ -98,6 +98,12 @@ class Block:
 
     def run(self, hidden: Tensor, rotation: Rotation, batch: PagedBatch, kv: KVBlock) -> Tensor:
         """The block applied to `hidden` [tokens, hidden] in place; writes its keys and values, then attends."""
+        queries, keys, values = self.attention_inputs(hidden, rotation)
+        write_kv(keys, values, batch.slots, kv)
+        return self.add_attended(hidden, paged_attention(queries, kv, batch, self.scale, self.window))
+
+    def attention_inputs(self, hidden: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [tokens, heads, head_dim], keys and values [tokens, kv_heads, head_dim] of `hidden`."""
         spec = self.spec
         tokens = hidden.shape[0]
         qkv = self.qkv(self.attention_norm(hidden)).view(
@@ -108,9 +114,11 @@ class Block:
             turning = rms_norm(turning, self.head_norm, spec.norm_eps)
         if rotation is not None:
             turning = rotate(turning, *rotation)
-        write_kv(turning[:, spec.heads :], qkv[:, spec.heads + spec.kv_heads :], batch.slots, kv)
-        attended = paged_attention(turning[:, : spec.heads], kv, batch, self.scale, self.window)
-        self.out.add_to(hidden, attended.reshape(tokens, spec.query_size))
+        return turning[:, : spec.heads], turning[:, spec.heads :], qkv[:, spec.heads + spec.kv_heads :]
+
+    def add_attended(self, hidden: Tensor, attended: Tensor) -> Tensor:
+        """The block's state, in `hidden` in place, once what it `attended` to [tokens, heads, head_dim] is known."""
+        self.out.add_to(hidden, attended.reshape(hidden.shape[0], self.spec.query_size))
         return self.down.add_to(hidden, self._inner(self.mlp_norm(hidden)))
 
     def project_kv(self, hidden: Tensor, rotation: Rotation, slots: Tensor, kv: KVBlock) -> None:

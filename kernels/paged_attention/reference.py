@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from exeunt.kernels.int4_linear.weight import unpack_nibbles
 from exeunt.kernels.paged_batch import KVBlock, PagedBatch
 from exeunt.kernels.write_kv.hadamard import rotate
+from exeunt.kernels.write_kv.reference import dequantize_heads
 
 _SCRATCH_ELEMENTS = 1 << 24  # gathered keys, and scores, held at once: 64 MB each in float32
 _QUERY_CHUNK = 128  # queries of a row attended at once
@@ -97,11 +97,7 @@ def gather_kv(block: KVBlock, tables: Tensor, context: int) -> tuple[Tensor, Ten
 
     if block.key_params is None or block.value_params is None:
         return rows_of(block.keys).float(), rows_of(block.values).float()
-    keys, values = (
-        torch.addcmul(params[..., 1:].float(), unpack_nibbles(codes).float(), params[..., :1].float())
-        for codes, params in (
-            (rows_of(block.keys), rows_of(block.key_params)),
-            (rows_of(block.values), rows_of(block.value_params)),
-        )
+    return (
+        dequantize_heads(rows_of(block.keys), rows_of(block.key_params)),
+        dequantize_heads(rows_of(block.values), rows_of(block.value_params)),
     )
-    return keys, values

@@ -2,5 +2,6 @@
 
 from exeunt.kernels.write_kv.dispatch import write_kv
 from exeunt.kernels.write_kv.hadamard import hadamard_block, rotate
+from exeunt.kernels.write_kv.reference import dequantize_heads, quantize_heads
 
-__all__ = ["hadamard_block", "rotate", "write_kv"]
+__all__ = ["dequantize_heads", "hadamard_block", "quantize_heads", "rotate", "write_kv"]

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from exeunt.kernels.int4_linear.weight import FP16_MAX, pack_nibbles, round_groups
+from exeunt.kernels.int4_linear.weight import FP16_MAX, pack_nibbles, round_groups, unpack_nibbles
 from exeunt.kernels.paged_batch import KVBlock
 from exeunt.kernels.write_kv.hadamard import rotate
 
@@ -38,3 +38,8 @@ def quantize_heads(x: Tensor) -> tuple[Tensor, Tensor]:
     low, high = x.amin(-1).clamp(min=-FP16_MAX), x.amax(-1).clamp(max=FP16_MAX)
     codes, scale, minimum = round_groups(x, low, high)
     return pack_nibbles(codes.to(torch.uint8)), torch.stack((scale, minimum), dim=-1)
+
+
+def dequantize_heads(codes: Tensor, params: Tensor) -> Tensor:
+    """Return x [..., head_dim] float32 of what `quantize_heads` gave: code × scale + minimum."""
+    return torch.addcmul(params[..., 1:].float(), unpack_nibbles(codes).float(), params[..., :1].float())
