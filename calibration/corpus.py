@@ -6,8 +6,8 @@ alternatives) and *certify* (held out for certificates and evaluation). It does 
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Final, Literal
@@ -27,10 +27,15 @@ LEAST_TOKENS: Final = 6000
 LEAST_ROW: Final = 8  # tokens; shorter rows are all beginning
 HUB_PREFIX: Final = "hf:"
 _PASSAGE_CHARACTERS: Final = 2000
+BORDER_CHARACTERS: Final = 2000
+"""Of a text that is cut in three at least so much is in no split at either border, about a row of 512 tokens: what one
+split is judged on is not the next sentence of what another learned from."""
 _CHARACTERS_PER_TOKEN: Final = 12  # generous, so that a cut text still fills its quota
 _MOST_CHARACTERS: Final = 256 * 2**20  # of a file or data set; what follows is not read
 
 Encode = Callable[[str], list[int]]
+Passage = tuple[int, str]
+"""The number of a document in its corpus, and its text or a part of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +70,15 @@ class TextEncoding:
 
 @dataclass(frozen=True, slots=True)
 class Splits:
-    """Rows of tokens (each [tokens] int64) of the three splits."""
+    """Rows of tokens (each [tokens] int64) of the three splits.
+
+    `documents` has by split the number of the document, in the corpus, that each of its rows was cut from.
+    """
 
     fit: tuple[Tensor, ...]
     select: tuple[Tensor, ...]
     certify: tuple[Tensor, ...]
+    documents: Mapping[SplitName, tuple[int, ...]] = field(default_factory=dict)
 
     def tokens(self) -> dict[str, int]:
         """Tokens in each split."""
@@ -198,7 +207,7 @@ def split_corpus(
 
     At most `tokens` tokens are kept, shared out by `SHARES`. Documents are dealt whole, in an order drawn from
     `seed`; a corpus of one or two documents is cut at paragraphs, and its beginning, middle and end become the
-    three splits.
+    three splits, with `BORDER_CHARACTERS` or more between two of them that are in none.
 
     Raises CorpusError where the three splits together hold fewer than `least` tokens.
     """
@@ -207,7 +216,9 @@ def split_corpus(
         name: _rows(dealt[name], encoding, quota=round(tokens * share), row_tokens=row_tokens)
         for name, share in SHARES.items()
     }
-    splits = Splits(tuple(rows["fit"]), tuple(rows["select"]), tuple(rows["certify"]))
+    fit, select, certify = (tuple(row for _, row in rows[name]) for name in SHARES)
+    documents = {name: tuple(number for number, _ in rows[name]) for name in SHARES}
+    splits = Splits(fit, select, certify, documents)
     held = splits.tokens()
     if sum(held.values()) < least or min(held.values()) < least * min(SHARES.values()) / 2:
         shown = ", ".join(f"{count:,} to {name}" for name, count in held.items())
@@ -227,36 +238,51 @@ def rows_of(
     like the rest. Of a single document it is the beginning. Raises CorpusError where no row has `LEAST_ROW` tokens.
     """
     order = np.random.default_rng(seed).permutation(len(corpus.documents))
-    rows = _rows([corpus.documents[i] for i in order], encoding, quota=tokens, row_tokens=row_tokens)
+    shuffled = [(int(i), corpus.documents[i]) for i in order]
+    rows = _rows(shuffled, encoding, quota=tokens, row_tokens=row_tokens)
     if not rows:
         raise CorpusError(f"{corpus.name} gives no row of {LEAST_ROW} tokens; give more text.")
-    return tuple(rows)
+    return tuple(row for _, row in rows)
 
 
-def _deal(documents: Sequence[str], seed: int) -> dict[SplitName, list[str]]:
+def _deal(documents: Sequence[str], seed: int) -> dict[SplitName, list[Passage]]:
     if len(documents) < len(SHARES):
-        return _deal_in_order([passage for text in documents for passage in _passages(text)])
+        numbered = [(number, passage) for number, text in enumerate(documents) for passage in _passages(text)]
+        return _deal_in_order(numbered)
     order = np.random.default_rng(seed).permutation(len(documents))
     total = sum(len(text) for text in documents)
     missing = {name: share * total for name, share in SHARES.items()}  # characters
-    dealt: dict[SplitName, list[str]] = {name: [] for name in SHARES}
+    dealt: dict[SplitName, list[Passage]] = {name: [] for name in SHARES}
     for index in order:
         name = max(missing, key=lambda split: missing[split])
-        dealt[name].append(documents[index])
+        dealt[name].append((int(index), documents[index]))
         missing[name] -= len(documents[index])
     return dealt
 
 
-def _deal_in_order(passages: list[str]) -> dict[SplitName, list[str]]:
-    """Beginning, middle and end of a text, so that neighbours are in one split, but for two borders."""
-    total = sum(len(text) for text in passages)
-    dealt: dict[SplitName, list[str]] = {name: [] for name in SHARES}
+def _deal_in_order(passages: list[Passage]) -> dict[SplitName, list[Passage]]:
+    """Beginning, middle and end of a text, so that neighbours are in one split, and a gap at the two borders.
+
+    The gaps are taken from the two splits that have more than the middle one.
+    """
+    total = sum(len(text) for _, text in passages)
+    dealt: dict[SplitName, list[Passage]] = {name: [] for name in SHARES}
     names, bounds = list(SHARES), np.cumsum(list(SHARES.values())) * total
     seen = 0
-    for passage in passages:
-        dealt[names[min(int(np.searchsorted(bounds, seen, side="right")), len(names) - 1)]].append(passage)
-        seen += len(passage)
+    for number, text in passages:
+        place = min(int(np.searchsorted(bounds, seen, side="right")), len(names) - 1)
+        dealt[names[place]].append((number, text))
+        seen += len(text)
+    first, _, last = names
+    dealt[first] = dealt[first][: len(dealt[first]) - _passages_of(BORDER_CHARACTERS, dealt[first][::-1])]
+    dealt[last] = dealt[last][_passages_of(BORDER_CHARACTERS, dealt[last]) :]
     return dealt
+
+
+def _passages_of(characters: int, passages: Sequence[Passage]) -> int:
+    """How many of `passages`, from the first, it takes to hold `characters` characters; all where they do not."""
+    held = np.cumsum([len(text) for _, text in passages])
+    return min(int(np.searchsorted(held, characters)) + 1, len(passages))
 
 
 def _passages(text: str) -> Iterator[str]:
@@ -273,20 +299,25 @@ def _passages(text: str) -> Iterator[str]:
         yield "".join(run)
 
 
-def _rows(documents: Sequence[str], encoding: TextEncoding, *, quota: int, row_tokens: int) -> list[Tensor]:
-    """Rows from every document about evenly, until there are `quota` tokens; long documents are not read whole."""
+def _rows(
+    documents: Sequence[Passage], encoding: TextEncoding, *, quota: int, row_tokens: int
+) -> list[tuple[int, Tensor]]:
+    """Rows from every document about evenly, until there are `quota` tokens, each with its document's number.
+
+    Long documents are not read whole.
+    """
     if not documents:
         return []
     each = max(row_tokens, -(-quota // len(documents)))  # tokens of one document in the first round
-    rows: list[Tensor] = []
+    rows: list[tuple[int, Tensor]] = []
     held = 0
     for limit in (each, quota):
         begin = 0 if limit == each else each
-        for document in documents:
+        for number, document in documents:
             for row in _document_rows(
                 document, encoding, begin, min(limit, begin + quota - held), row_tokens
             ):
-                rows.append(row)
+                rows.append((number, row))
                 held += len(row)
             if quota - held < LEAST_ROW:
                 return rows

@@ -1,11 +1,19 @@
 """Texts become documents, documents are dealt to splits whole, and what is no text is refused in one sentence."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
-from exeunt.calibration.corpus import Corpus, TextEncoding, read_corpus, rows_of, split_corpus
+from exeunt.calibration.corpus import (
+    BORDER_CHARACTERS,
+    Corpus,
+    TextEncoding,
+    read_corpus,
+    rows_of,
+    split_corpus,
+)
 from exeunt.calibration.errors import CorpusError
 
 PREFIX, END = 1000, 1001
@@ -53,6 +61,36 @@ def test_one_document_gives_its_beginning_middle_and_end() -> None:
     lines = [{token for token in origins(rows) if token >= 0x1000} for rows in (splits.fit, splits.select)]
     assert max(lines[0]) < min(lines[1])
     assert max(lines[1]) < min(t for t in origins(splits.certify) if t >= 0x1000)
+
+
+def test_a_text_cut_in_three_leaves_a_gap_at_both_borders() -> None:
+    """What lies between two splits is in neither: at least so many characters, and not much more."""
+    text = "\n".join(chr(0x1000 + line) * 99 for line in range(600))
+    splits = split_corpus(
+        Corpus("one", (text,)), encoding(), tokens=200_000, row_tokens=512, seed=0, least=1000
+    )
+    used = [{token for token in origins(rows) if token >= 0x1000} for rows in (splits.fit, splits.select)]
+    used.append({token for token in origins(splits.certify) if token >= 0x1000})
+    for before, after in pairwise(used):
+        missing = (min(after) - max(before) - 1) * 100
+        assert BORDER_CHARACTERS <= missing <= BORDER_CHARACTERS + 2500
+    assert min(used[0]) == 0x1000  # nothing is lost at the two ends
+    assert max(used[2]) == 0x1000 + 599
+    assert splits.tokens()["select"] == pytest.approx(0.17 * len(text), rel=0.1)
+
+
+def test_rows_know_their_documents() -> None:
+    """Every letter of a row is its document's, whatever order the documents were dealt in."""
+    splits = split_corpus(marked(40), encoding(), tokens=8000, row_tokens=64, seed=1, least=1000)
+    for name in ("fit", "select", "certify"):
+        rows = getattr(splits, name)
+        assert [int(row[0]) - 0x100 for row in rows] == list(splits.documents[name])  # type: ignore[index]
+    assert len(set(splits.documents["fit"])) < len(splits.fit)  # some have several rows
+    two = split_corpus(
+        Corpus("two", ("a\n" * 9000, "b\n" * 9000)), encoding(), tokens=36_000, row_tokens=512, seed=0
+    )
+    assert set(two.documents["fit"]) == {0}
+    assert set(two.documents["certify"]) == {1}
 
 
 def test_rows_begin_with_the_prefix_and_documents_end_with_the_end() -> None:
