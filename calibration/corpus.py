@@ -237,12 +237,20 @@ def rows_of(
     Documents come in an order drawn from `seed`: neighbours in a file are often alike, and its beginning need not be
     like the rest. Of a single document it is the beginning. Raises CorpusError where no row has `LEAST_ROW` tokens.
     """
+    rows = numbered_rows_of(corpus, encoding, tokens=tokens, row_tokens=row_tokens, seed=seed)
+    return tuple(row for _, row in rows)
+
+
+def numbered_rows_of(
+    corpus: Corpus, encoding: TextEncoding, *, tokens: int, row_tokens: int, seed: int
+) -> tuple[tuple[int, Tensor], ...]:
+    """What `rows_of` returns, each row with the number of its document."""
     order = np.random.default_rng(seed).permutation(len(corpus.documents))
     shuffled = [(int(i), corpus.documents[i]) for i in order]
     rows = _rows(shuffled, encoding, quota=tokens, row_tokens=row_tokens)
     if not rows:
         raise CorpusError(f"{corpus.name} gives no row of {LEAST_ROW} tokens; give more text.")
-    return tuple(row for _, row in rows)
+    return tuple(rows)
 
 
 def _deal(documents: Sequence[str], seed: int) -> dict[SplitName, list[Passage]]:

@@ -1,34 +1,64 @@
 """`exeunt eval`: every mode of a loaded model on a text of the user's."""
 
 from dataclasses import dataclass
+from typing import Final
 
 from exeunt.calibration.bundle_manifest import data_name
-from exeunt.calibration.corpus import read_corpus, rows_of
+from exeunt.calibration.corpus import numbered_rows_of, read_corpus
 from exeunt.calibration.errors import CalibrationError
 from exeunt.calibration.evaluation import EvaluationTable, evaluate_modes
-from exeunt.calibration.modes import loose_threshold, modes_of
+from exeunt.calibration.modes import plan_modes
+from exeunt.calibration.page_arena import PageArena
 from exeunt.calibration.progress import ProgressReport
+from exeunt.calibration.scored_text import ScoredText, sliding_windows
 from exeunt.calibration.teacher_forcing import ForcedModel
 from exeunt.calibration.text_encoding import separator, text_encoding
 from exeunt.compression.model import LoadedModel
 from exeunt.compression.variant import Variant
 
+WINDOW: Final = 512
+LEAST_WINDOW: Final = 16
+
 
 @dataclass(frozen=True, slots=True)
 class EvaluationOptions:
-    """How much of the text is used, and how. Lengths are tokens."""
+    """How much of the text is used, and how. Lengths are tokens.
 
-    tokens: int = 16_000
-    row_tokens: int = 512
+    `window` None is `WINDOW`, or a shorter context that the model has; `stride` None is the window: rows side by side.
+    Raises CalibrationError for what cannot be.
+    """
+
+    tokens: int = 16_000  # that count
+    window: int | None = None
+    stride: int | None = None
     batch_tokens: int = 4096
     seed: int = 0  # of the documents' order and the bootstrap
 
     def __post_init__(self) -> None:
-        if self.tokens < 16 or not 16 <= self.row_tokens <= self.batch_tokens:
+        if self.tokens < LEAST_WINDOW:
             raise CalibrationError(
-                f"Evaluation cannot use {self.tokens} tokens in rows of {self.row_tokens} and batches of "
-                f"{self.batch_tokens}; each must be at least 16, and a batch hold a row."
+                f"{self.tokens} tokens are too few to evaluate on; give at least {LEAST_WINDOW}."
             )
+        window = WINDOW if self.window is None else self.window
+        if window < LEAST_WINDOW:
+            raise CalibrationError(
+                f"A window of {window} tokens is too short to evaluate in; give at least {LEAST_WINDOW}."
+            )
+        if self.stride is not None and self.stride < 1:
+            raise CalibrationError(f"The stride is {self.stride} tokens; it must be at least 1.")
+        if self.stride is not None and self.stride > window:
+            raise CalibrationError(
+                f"The stride of {self.stride} tokens is longer than the window of {window}, and what lies between two "
+                "windows would count nowhere; give a stride of at most the window."
+            )
+
+    def window_of(self, context: int) -> int:
+        """The window for a model of that context; raises CalibrationError for one that the model cannot read."""
+        if self.window is not None and self.window > context:
+            raise CalibrationError(
+                f"The window of {self.window} tokens is longer than the model's context; give at most {context}."
+            )
+        return min(self.window or WINDOW, context)
 
 
 def evaluate(
@@ -36,37 +66,51 @@ def evaluate(
 ) -> EvaluationTable:
     """The figures of every mode that `model` holds, on the text `data` (see `corpus.read_corpus`).
 
-    The reference is full weights, full KV, full depth; where only INT4 weights are loaded, those. Raises CorpusError.
+    The reference is full weights, full KV, full depth; where only INT4 weights are loaded, those. Raises CorpusError,
+    and CalibrationError for a window that the model cannot read.
     """
-    spec = model.spec
-    rows = rows_of(
-        read_corpus(data, separator(model.tokenizer)),
-        text_encoding(model.tokenizer, spec),
-        tokens=options.tokens,
-        row_tokens=min(options.row_tokens, spec.max_position_embeddings),
-        seed=options.seed,
-    )
-    exits = [model.exits[place] for place in model.certified_exits]
+    text = _text(model, data, options)
+    exits, arena = [model.exits[place] for place in model.certified_exits], PageArena()
     models = {
-        variant: ForcedModel(model.decoder(variant), variant.kv_cache, exits) for variant in model.variants
+        variant: ForcedModel(model.decoder(variant), variant.kv_cache, exits, arena)
+        for variant in model.variants
     }
-    loose = {}
-    if exits:
-        deployed = models[model.default_variant]
-        threshold = loose_threshold(deployed, rows, progress, batch_tokens=options.batch_tokens)
-        loose = dict.fromkeys(models, threshold)
-    risk_table = model.manifest.risk_table if model.manifest is not None else ()
-    modes = modes_of(model.variants, _reference(model), model.default_variant, risk_table, loose)
-    with progress.phase("Evaluating every mode", len(modes) * sum(map(len, rows))) as advance:
+    plan = plan_modes(
+        models,
+        model.variants,
+        _reference(model),
+        model.default_variant,
+        model.manifest.risk_table if model.manifest is not None else (),
+        text.rows,
+        progress,
+        batch_tokens=options.batch_tokens,
+        both=True,
+    )
+    work = (len(plan.modes) + len(plan.sweep)) * text.read
+    with progress.phase("Evaluating every mode", work) as advance:
         return evaluate_modes(
-            modes,
+            plan.modes,
             models,
-            rows,
+            text,
             text=data_name(data),
             batch_tokens=options.batch_tokens,
             seed=options.seed,
+            sweep=plan.sweep,
             advance=advance,
         )
+
+
+def _text(model: LoadedModel, data: str, options: EvaluationOptions) -> ScoredText:
+    spec, tokens, seed = model.spec, options.tokens, options.seed
+    window = options.window_of(spec.max_position_embeddings)
+    stride = min(options.stride or window, window)
+    corpus = read_corpus(data, separator(model.tokenizer))
+    encoding = text_encoding(model.tokenizer, spec)
+    if stride == window:
+        numbered = numbered_rows_of(corpus, encoding, tokens=tokens, row_tokens=window, seed=seed)
+        numbers, rows = zip(*numbered, strict=True)
+        return ScoredText.of_rows(rows, numbers)
+    return sliding_windows(corpus, encoding, tokens=tokens, window=window, stride=stride, seed=seed)
 
 
 def _reference(model: LoadedModel) -> Variant:

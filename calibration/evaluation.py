@@ -1,11 +1,14 @@
-"""Every mode of a model on a held-out text, teacher-forced: perplexity, KL, agreement and depth with intervals.
+"""Every mode of a model on a held-out text, teacher-forced: its price in quality and what it saves, with intervals.
 
 The reference is the full-precision full-depth model, or the least compressed variant that there is. Intervals are
 bootstraps over blocks of text (`exeunt.calibration.bootstrap`), all modes on the same resamples.
+
+Variants go one after another, the reference's first, whose last states are kept so that the others can be held against
+it; an interrupted evaluation goes on at the variant where it stopped.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -13,310 +16,295 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from exeunt.calibration.bootstrap import Floats, block_difference, block_ratio, resamples
-from exeunt.calibration.bootstrap import Measure as Measure  # where others look for it
-from exeunt.calibration.risk import percent
-from exeunt.calibration.sequence_batch import SequenceBatch, batches
-from exeunt.calibration.teacher_forcing import LOGITS_AT_ONCE, ForcedModel
-from exeunt.calibration.thresholds import text_blocks
-from exeunt.compression.manifest import EvaluationRow
-from exeunt.compression.variant import SkippedKV, Variant
+from exeunt.calibration.bootstrap import Measure, block_difference, block_ratio, resamples
+from exeunt.calibration.compute import ComputeCost
+from exeunt.calibration.evaluation_table import EvaluationTable, Mode, ModeResult, TextColumn
+from exeunt.calibration.journal import Journal, NoJournal
+from exeunt.calibration.mode_pass import Outcome, VariantPass, full_depth, mode_outcome, variant_pass
+from exeunt.calibration.scored_text import ScoredBatch, ScoredText
+from exeunt.calibration.teacher_forcing import ForcedModel
+from exeunt.calibration.token_figures import Reference, reference_of
+from exeunt.compression.variant import KVFormat, Variant, WeightFormat
+
+__all__ = ["WORTHWHILE", "EvaluationTable", "Measure", "Mode", "ModeResult", "TextColumn", "evaluate_modes"]
 
 WORTHWHILE: Final = 0.10
 """An exit rate below this everywhere asks for one looser, uncertified row, so that the trade can be seen."""
+_DISTRIBUTIONS: Final = 1 << 23
+"""Elements of the reference's distributions over a batch, 32 MiB, unless a single row has more."""
+_STATES: Final = 1 << 26
+"""Elements of the reference's last states that are kept: a longer text is evaluated part by part."""
 
 Advance = Callable[[int], None]
+Floats = NDArray[np.float64]
+Family = tuple[WeightFormat, KVFormat]
+"""Variants that differ in the linear block alone: in front of it their states are the same."""
+
+
+class ModeSums:
+    """One mode's sums by block of text [blocks]: nats, agreements, blocks passed, tokens, multiply-accumulates."""
+
+    FIELDS = ("nll", "kl", "agreed", "depth", "left", "wrong", "done")
+
+    def __init__(self, blocks: int, exits: int) -> None:
+        self.table: Floats = np.zeros((len(self.FIELDS), blocks))
+        self.by_exit: NDArray[np.int64] = np.zeros(exits, np.int64)
+
+    def __getitem__(self, field: str) -> Floats:
+        row: Floats = self.table[self.FIELDS.index(field)]
+        return row
+
+    def add(self, outcome: Outcome, batch: ScoredBatch, depths: NDArray[np.int64], done: Floats) -> None:
+        """Add the batch's scored tokens. `depths` are those of the exits and of the end, `done` [T] is computed."""
+        scored, passage = batch.scored.cpu().numpy(), outcome.passage
+        left = passage.left < len(self.by_exit)
+        values = (outcome.nll, outcome.kl, outcome.agreed, depths[passage.left], left, outcome.wrong, done)
+        for field, value in enumerate(values):
+            self.table[field] += np.bincount(
+                batch.where[scored], weights=value[scored].astype(np.float64), minlength=self.table.shape[1]
+            )
+        self.by_exit += np.bincount(passage.left[scored & left], minlength=len(self.by_exit))
 
 
 @dataclass(frozen=True, slots=True)
-class Mode:
-    """One row of the evaluation: a variant, and the threshold of its exits (None: off) with what is behind it."""
+class _Counted:
+    """By block of text [blocks]: tokens that count, those with a target, and full depth's multiply-accumulates."""
 
-    variant: Variant
-    threshold: float | None = None
-    target: float | None = None  # the certified target that the threshold was looked up for
-    skipped_kv: SkippedKV = "propagate"  # of no meaning with exits off
-
-    @property
-    def name(self) -> str:
-        """A short name: the variant's, then the exits."""
-        parts = [self.variant.short_name]
-        if self.target is not None:
-            parts.append(f"exits {percent(self.target)} certified")
-        elif self.threshold is not None:
-            parts.append(f"exits at {self.threshold:.2f}, uncertified")
-        if self.threshold is not None and self.skipped_kv == "backfill":
-            parts[-1] += ", backfill"
-        return " ".join(parts)
-
-
-@dataclass(frozen=True, slots=True)
-class ModeResult:
-    """One mode's figures. KL is in nats per token against the reference; depth in blocks per token.
-
-    `agreement` is of top tokens with the reference, `disagreement` of the tokens that left early with full depth of the
-    same variant (None when none left). `perplexity_increase` is over the reference.
-    """
-
-    mode: Mode
-    perplexity: Measure
-    perplexity_increase: Measure
-    kl: Measure
-    agreement: Measure
-    mean_depth: Measure
-    exit_rate: Measure
-    disagreement: Measure | None
-    by_exit: tuple[int, ...]
-    tokens: int
-
-    def record(self) -> EvaluationRow:
-        """The row as a manifest holds it."""
-        return EvaluationRow(
-            name=self.mode.name,
-            weights=self.mode.variant.weights,
-            kv_cache=self.mode.variant.kv_cache,
-            linear_block=self.mode.variant.linear_block,
-            early_exit="off" if self.mode.threshold is None else "approximate",
-            skipped_kv=None if self.mode.threshold is None else self.mode.skipped_kv,
-            target=self.mode.target,
-            threshold=self.mode.threshold,
-            perplexity=self.perplexity.value,
-            kl=max(0.0, self.kl.value),
-            agreement=self.agreement.value,
-            mean_depth=self.mean_depth.value,
-            exit_rate=self.exit_rate.value,
-            tokens=self.tokens,
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class EvaluationTable:
-    """Every mode's figures on one text, the reference first. `blocks` is the depth of the full model."""
-
-    text: str
-    tokens: int
-    text_blocks: int
-    blocks: int
-    results: tuple[ModeResult, ...]
-
-    HEADERS = (
-        "mode",
-        "perplexity",
-        "change",
-        "KL",
-        "agreement",
-        "mean depth",
-        "exit rate",
-        "exits that differ",
-    )
-
-    def rows(self) -> list[tuple[str, ...]]:
-        """The table as text, one tuple per mode in the order of `HEADERS`, intervals in brackets."""
-        return list(zip(self.names, *(column.cells for column in self.columns()), strict=True))
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The modes' names."""
-        return tuple(result.mode.name for result in self.results)
-
-    def columns(self) -> tuple["TextColumn", ...]:
-        """The figures as text, by column."""
-        results = self.results
-        depths = tuple(f"{result.mean_depth.value:.2f} of {self.blocks}" for result in results)
-        columns = (
-            ([result.perplexity for result in results], "{:.2f}", False),
-            ([result.perplexity_increase for result in results], "{:+.2f}", True),
-            ([result.kl for result in results], "{:.4f}", True),
-            ([result.agreement for result in results], "{:.1%}", True),
-            None,
-            ([result.exit_rate for result in results], "{:.1%}", True),
-            ([result.disagreement for result in results], "{:.1%}", True),
-        )
-        return tuple(
-            TextColumn(header, depths, depths) if each is None else _text_column(header, *each)
-            for header, each in zip(self.HEADERS[1:], columns, strict=True)
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class TextColumn:
-    """A column of an evaluation as text, a cell for each mode; `values` are the `cells` without their intervals."""
-
-    header: str
-    cells: tuple[str, ...]
-    values: tuple[str, ...]
-
-
-def _text_column(
-    header: str, measures: Sequence[Measure | None], form: str, with_interval: bool
-) -> TextColumn:
-    values = tuple("" if measure is None else form.format(measure.value) for measure in measures)
-    cells = tuple("" if measure is None else _shown(measure, form) for measure in measures)
-    return TextColumn(header, cells if with_interval else values, values)
-
-
-def _shown(measure: Measure, form: str) -> str:
-    return f"{form.format(measure.value)} [{form.format(measure.low)}, {form.format(measure.high)}]"
-
-
-@dataclass(slots=True)
-class _Sums:
-    """One mode's sums by block of text."""
-
-    blocks: int
-    exits: int
-    nll: Floats = field(init=False)
-    kl: Floats = field(init=False)
-    agreed: Floats = field(init=False)
-    depth: Floats = field(init=False)
-    left: Floats = field(init=False)
-    wrong: Floats = field(init=False)
-    by_exit: list[int] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.nll, self.kl, self.agreed, self.depth, self.left, self.wrong = (
-            np.zeros(self.blocks) for _ in range(6)
-        )
-        self.by_exit = [0] * self.exits
-
-
-@dataclass(frozen=True, slots=True)
-class _Reference:
-    """The reference's log-probabilities [T, V] of one batch, and its top tokens [T]."""
-
-    log_probs: Tensor
-    top: Tensor
+    tokens: Floats
+    targets: Floats
+    full: Floats
 
 
 def evaluate_modes(
     modes: Sequence[Mode],
     models: Mapping[Variant, ForcedModel],
-    rows: Sequence[Tensor],
+    rows: Sequence[Tensor] | ScoredText,
     *,
     text: str,
     batch_tokens: int,
     seed: int,
+    sweep: Sequence[Mode] = (),
+    journal: Journal | None = None,
     advance: Advance = lambda _tokens: None,
 ) -> EvaluationTable:
     """The figures of `modes` on `rows`; the first mode, with exits off, is the reference.
 
-    `advance` is told the tokens of each mode's pass.
+    `sweep` are more modes, kept apart in the table. `journal` remembers finished variants; it belongs to one model and
+    text. `advance` is told the tokens that each mode reads, those of the sweep among them.
     """
-    reference, any_model = modes[0], models[modes[0].variant]
-    vocab = any_model.decoder.spec.vocab_size
-    where = text_blocks(rows)
-    blocks = int(where[-1]) + 1
-    sums = [_Sums(blocks, len(any_model.exits)) for _ in modes]
-    scored, tokens = np.zeros(blocks), np.bincount(where, minlength=blocks).astype(np.float64)
-    by_variant = {
-        mode.variant: [i for i, m in enumerate(modes) if m.variant == mode.variant] for mode in modes
-    }
-    start = 0
-    for batch in batches(
-        rows, min(batch_tokens, max(256, LOGITS_AT_ONCE // vocab)), any_model.decoder.device
-    ):
-        own = torch.from_numpy(where[start : start + batch.tokens])
-        _add(scored, own, (batch.targets >= 0).double().cpu())
-        states = models[reference.variant].full_depth_at_exits(batch)
-        held = _reference(models[reference.variant], states[1])
-        for variant, numbers in by_variant.items():
-            own_states = (
-                states if variant == reference.variant else models[variant].full_depth_at_exits(batch)
-            )
-            _run_variant(models[variant], own_states, modes, numbers, batch, own, held, sums)
-            advance(batch.tokens * len(numbers))
-        start += batch.tokens
-    drawn = resamples(blocks, seed)
-    results = [
-        _result(mode, own, sums[0], scored, tokens, drawn) for mode, own in zip(modes, sums, strict=True)
-    ]
-    return EvaluationTable(text, int(tokens.sum()), blocks, any_model.blocks, tuple(results))
+    scored = rows if isinstance(rows, ScoredText) else ScoredText.of_rows(rows)
+    asked = tuple(dict.fromkeys((*modes, *sweep)))
+    run = _Run(asked, models, modes[0].variant, scored.blocks, journal or NoJournal(), advance)
+    spec = run.reference_model.decoder.spec
+    limit = min(batch_tokens, max(256, _DISTRIBUTIONS // spec.vocab_size))
+    every = tuple(scored.batches(limit, run.reference_model.decoder.device))
+    for number, part in enumerate(_parts(every, _STATES // spec.hidden_size)):
+        run.evaluate(number, part)
+    counted = _counted(every, scored.blocks, ComputeCost(spec))
+    drawn = resamples(scored.blocks, seed)
+    results = {mode: _result(mode, run.sums, modes[0], counted, spec.blocks, drawn) for mode in asked}
+    return EvaluationTable(
+        text,
+        scored.tokens,
+        scored.blocks,
+        spec.blocks,
+        tuple(results[mode] for mode in modes),
+        tuple(results[mode] for mode in sweep),
+    )
 
 
-def _add(sums: Floats, at: Tensor, values: Tensor) -> None:
-    sums += np.bincount(at.numpy(), weights=values.double().cpu().numpy(), minlength=len(sums))
+class _Run:
+    """An evaluation under way: every mode's sums so far."""
+
+    def __init__(
+        self,
+        asked: Sequence[Mode],
+        models: Mapping[Variant, ForcedModel],
+        reference: Variant,
+        blocks: int,
+        journal: Journal,
+        advance: Advance,
+    ) -> None:
+        self._models, self._reference, self._blocks = models, reference, blocks
+        self._journal, self._advance = journal, advance
+        self.reference_model = models[reference]
+        self._exits = len(self.reference_model.exits)
+        off = [Mode(mode.variant) for mode in asked]  # what exits' own price is measured against
+        self._asked = frozenset(asked)
+        self._families = _families(dict.fromkeys((*asked, *off)), reference)
+        self.sums = {mode: self._empty() for family in self._families.values() for mode in family}
+
+    def evaluate(self, part: int, batches: Sequence[ScoredBatch]) -> None:
+        """Add what all modes make of `batches`, the text's part of that number."""
+        finals: list[Tensor] = []  # the reference's states behind the last block, by batch
+        for family, modes in self._families.items():
+            name = f"evaluation-{part}-{family[0]}-{family[1]}"
+            added = self._finished(name, modes, batches, finals)
+            if added is None:
+                added = self._family(modes, batches, finals)
+                self._remember(name, added, finals if modes[0].variant == self._reference else [])
+            for mode, sums in added.items():
+                self.sums[mode].table += sums.table
+                self.sums[mode].by_exit += sums.by_exit
+
+    def _family(
+        self, modes: Sequence[Mode], batches: Sequence[ScoredBatch], finals: list[Tensor]
+    ) -> dict[Mode, ModeSums]:
+        """The sums of a family's modes. Where the reference is among them its last states are added to `finals`."""
+        sums = {mode: self._empty() for mode in modes}
+        by_variant: dict[Variant, list[Mode]] = {}
+        for mode in modes:
+            by_variant.setdefault(mode.variant, []).append(mode)
+        least = min((mode.threshold for mode in modes if mode.threshold is not None), default=None)
+        for place, batch in enumerate(batches):
+            reference: Reference | None = None
+            base: VariantPass | None = None
+            for variant, own in by_variant.items():
+                model = self._models[variant]
+                states = full_depth(
+                    model, batch, self._fork(by_variant), None if base is None else base.states
+                )
+                if variant == self._reference:
+                    finals.append(states[model.blocks])
+                if reference is None:
+                    reference = self._distributions(finals[place], batch)
+                passed = variant_pass(model, batch, states, reference, least, base)
+                base = base or passed
+                self._add(model, batch, own, passed, reference, sums)
+        return sums
+
+    def _add(
+        self,
+        model: ForcedModel,
+        batch: ScoredBatch,
+        modes: Sequence[Mode],
+        passed: VariantPass,
+        reference: Reference,
+        sums: Mapping[Mode, ModeSums],
+    ) -> None:
+        decoder = model.decoder
+        cost = ComputeCost(decoder.spec, model.exits, decoder.linear_block)
+        depths = np.array([model.depth(number) for number in range(len(model.exits) + 1)])
+        for mode in modes:
+            outcome = mode_outcome(model, batch, mode, passed, reference)
+            sums[mode].add(outcome, batch, depths, cost.done(outcome.passage, mode.skipped_kv))
+            if mode in self._asked:
+                self._advance(batch.batch.tokens)
+
+    def _distributions(self, final: Tensor, batch: ScoredBatch) -> Reference:
+        decoder = self.reference_model.decoder
+        with torch.inference_mode():
+            return reference_of(decoder.head, final, batch.scored, decoder.spec.vocab_size)
+
+    def _fork(self, variants: Collection[Variant]) -> int | None:
+        """The block in front of which a family's variants part: the one that its linear block replaces."""
+        for variant in variants:
+            block = self._models[variant].decoder.linear_block
+            if block is not None:
+                return block.index
+        return None
+
+    def _empty(self) -> ModeSums:
+        return ModeSums(self._blocks, self._exits)
+
+    def _remember(self, name: str, sums: Mapping[Mode, ModeSums], finals: Sequence[Tensor]) -> None:
+        tensors = {
+            "sums": torch.from_numpy(np.stack([each.table for each in sums.values()])),
+            "by_exit": torch.from_numpy(np.stack([each.by_exit for each in sums.values()])),
+        }
+        if finals:
+            tensors["final"] = torch.cat(list(finals)).cpu()
+        self._journal.write(name, tensors, [str(mode) for mode in sums])
+
+    def _finished(
+        self, name: str, modes: Sequence[Mode], batches: Sequence[ScoredBatch], finals: list[Tensor]
+    ) -> dict[Mode, ModeSums] | None:
+        """What the journal knows of a family, if it knows just these modes."""
+        found = self._journal.read(name)
+        if found is None or found[1] != [str(mode) for mode in modes]:
+            return None
+        tensors = found[0]
+        if "final" in tensors:
+            held = tensors["final"].to(self.reference_model.decoder.device)
+            finals += torch.split(held, [batch.batch.tokens for batch in batches])
+        sums = {mode: self._empty() for mode in modes}
+        for place, mode in enumerate(modes):
+            sums[mode].table += tensors["sums"][place].numpy()
+            sums[mode].by_exit += tensors["by_exit"][place].numpy()
+            if mode in self._asked:
+                self._advance(sum(batch.batch.tokens for batch in batches))
+        return sums
 
 
-@torch.inference_mode()
-def _reference(model: ForcedModel, final: Tensor) -> _Reference:
-    log_probs = model.decoder.head(final).log_softmax(-1)
-    return _Reference(log_probs, log_probs.argmax(-1))
+def _families(modes: Iterable[Mode], reference: Variant) -> dict[Family, list[Mode]]:
+    """The modes by family, the reference's first, and in it the variant that the others go on from."""
+    order = sorted(
+        modes,
+        key=lambda mode: (
+            (mode.variant.weights, mode.variant.kv_cache) != (reference.weights, reference.kv_cache),
+            mode.variant != reference,
+            mode.variant.weights,
+            mode.variant.kv_cache,
+            mode.variant.linear_block,
+        ),
+    )
+    families: dict[Family, list[Mode]] = {}
+    for mode in order:
+        families.setdefault((mode.variant.weights, mode.variant.kv_cache), []).append(mode)
+    return families
 
 
-@torch.inference_mode()
-def _run_variant(
-    model: ForcedModel,
-    states: tuple[tuple[Tensor, ...], Tensor],
-    modes: Sequence[Mode],
-    numbers: Sequence[int],
-    batch: SequenceBatch,
-    where: Tensor,
-    reference: _Reference,
-    sums: Sequence[_Sums],
-) -> None:
-    """Add what every mode of one variant makes of a batch to its sums; they share the `states` at full depth."""
-    at_exits, final = states
-    own_top = torch.empty_like(batch.token_ids)
-    counters = {n: _counter(model, batch, where, reference, own_top, sums[n]) for n in numbers}
-    off = [counters[number] for number in numbers if modes[number].threshold is None]
-
-    def at_full_depth(number: int, tokens: Tensor, logits: Tensor) -> None:
-        own_top[tokens] = logits.argmax(-1)
-        for count in off:
-            count(number, tokens, logits)
-
-    model.final(final, torch.arange(batch.tokens, device=final.device), at_full_depth)
-    for number in numbers:
-        threshold = modes[number].threshold
-        if threshold is None:
-            continue
-        if modes[number].skipped_kv == "backfill":
-            model.with_backfill(batch, threshold, at_exits, final, counters[number])
-        else:
-            model.with_exits(batch, threshold, at_exits[0], counters[number])
+def _parts(batches: Sequence[ScoredBatch], tokens: int) -> Iterator[tuple[ScoredBatch, ...]]:
+    """`batches` in runs of at most `tokens` tokens, at least one batch each."""
+    run: list[ScoredBatch] = []
+    held = 0
+    for batch in batches:
+        if run and held + batch.batch.tokens > tokens:
+            yield tuple(run)
+            run, held = [], 0
+        run.append(batch)
+        held += batch.batch.tokens
+    yield tuple(run)
 
 
-def _counter(
-    model: ForcedModel,
-    batch: SequenceBatch,
-    where: Tensor,
-    reference: _Reference,
-    own_top: Tensor,
-    sums: _Sums,
-) -> Callable[[int, Tensor, Tensor], None]:
-    """A sink that adds the tokens it is given to `sums`."""
-
-    def count(number: int, tokens: Tensor, logits: Tensor) -> None:
-        at = where[tokens.cpu()]
-        log_probs = logits.log_softmax(-1)
-        top, targets = logits.argmax(-1), batch.targets[tokens]
-        nll = -log_probs.gather(1, targets.clamp(min=0)[:, None]).squeeze(1)
-        wanted = reference.log_probs[tokens]
-        _add(sums.nll, at, torch.where(targets >= 0, nll, torch.zeros_like(nll)))
-        _add(sums.kl, at, (wanted.exp() * (wanted - log_probs)).sum(-1))
-        _add(sums.agreed, at, (top == reference.top[tokens]).double())
-        _add(sums.depth, at, torch.full((len(at),), float(model.depth(number))))
-        if number < len(model.exits):
-            _add(sums.left, at, torch.ones(len(at)))
-            _add(sums.wrong, at, (top != own_top[tokens]).double())
-            sums.by_exit[number] += len(at)
-
-    return count
+def _counted(batches: Sequence[ScoredBatch], blocks: int, cost: ComputeCost) -> _Counted:
+    tokens, targets, full = (np.zeros(blocks) for _ in range(3))
+    for batch in batches:
+        scored = batch.scored.cpu().numpy()
+        positions, follows = batch.batch.positions.cpu().numpy(), batch.batch.targets.cpu().numpy() >= 0
+        for sums, value in ((tokens, scored), (targets, follows), (full, cost.full_depth(positions))):
+            sums += np.bincount(batch.where, weights=np.where(scored, value, 0.0), minlength=blocks)
+    return _Counted(tokens, targets, full)
 
 
 def _result(
-    mode: Mode, sums: _Sums, reference: _Sums, scored: Floats, tokens: Floats, drawn: NDArray[np.int64]
+    mode: Mode,
+    sums: Mapping[Mode, ModeSums],
+    reference: Mode,
+    counted: _Counted,
+    blocks: int,
+    drawn: NDArray[np.int64],
 ) -> ModeResult:
-    perplexity = block_ratio(sums.nll, scored, drawn, np.exp)
+    own, tokens, targets = sums[mode], counted.tokens, counted.targets
+    base, off = sums[reference]["nll"], sums[Mode(mode.variant)]["nll"]
+    exits = mode.threshold is not None
     return ModeResult(
         mode=mode,
-        perplexity=perplexity,
-        perplexity_increase=block_difference(sums.nll, reference.nll, scored, drawn, np.exp),
-        kl=block_ratio(sums.kl, tokens, drawn),
-        agreement=block_ratio(sums.agreed, tokens, drawn),
-        mean_depth=block_ratio(sums.depth, tokens, drawn),
-        exit_rate=block_ratio(sums.left, tokens, drawn),
-        disagreement=block_ratio(sums.wrong, sums.left, drawn) if sums.left.sum() > 0 else None,
-        by_exit=tuple(sums.by_exit),
+        perplexity=block_ratio(own["nll"], targets, drawn, np.exp),
+        perplexity_increase=block_difference(own["nll"], base, targets, drawn, np.exp),
+        perplexity_ratio=block_ratio(own["nll"] - base, targets, drawn, np.exp),
+        exits_ratio=block_ratio(own["nll"] - off, targets, drawn, np.exp) if exits else None,
+        kl=block_ratio(own["kl"], tokens, drawn),
+        agreement=block_ratio(own["agreed"], tokens, drawn),
+        mean_depth=block_ratio(own["depth"], tokens, drawn),
+        exit_rate=block_ratio(own["left"], tokens, drawn),
+        disagreement=block_ratio(own["wrong"], own["left"], drawn) if own["left"].sum() > 0 else None,
+        passes_saved=block_ratio(own["depth"], blocks * tokens, drawn, _saved),
+        compute_saved=block_ratio(own["done"], counted.full, drawn, _saved),
+        by_exit=tuple(int(count) for count in own.by_exit),
         tokens=int(tokens.sum()),
     )
+
+
+def _saved(shares: Floats) -> Floats:
+    return 1.0 - shares

@@ -1,6 +1,11 @@
-"""Which modes of a model are evaluated: every variant with exits off, at each certified target, or looser."""
+"""Which modes of a model are evaluated: every variant with exits off, at each certified target, or looser.
+
+Beside these a sweep of the deployed variant's threshold, of which nothing is certified: the curve of quality against
+compute.
+"""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -18,6 +23,50 @@ from exeunt.compression.variant import SkippedKV, Variant
 
 LOOSE_SHARE: Final = 0.15
 """Tokens that leave at the looser, uncertified threshold, by the gates' view of full-depth states."""
+SWEEP_SHARES: Final = (0.05, 0.1, 0.2, 0.35, 0.6)
+"""Tokens that leave along the sweep, likewise. Backfilled every one is nearly free; every second is propagated too."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModePlan:
+    """The modes to evaluate, the reference first, and those of the sweep."""
+
+    modes: tuple[Mode, ...]
+    sweep: tuple[Mode, ...]
+
+
+def plan_modes(
+    models: Mapping[Variant, ForcedModel],
+    variants: Sequence[Variant],
+    reference: Variant,
+    deployed: Variant,
+    risk_table: Sequence[RiskEntry],
+    rows: Sequence[Tensor],
+    progress: ProgressReport,
+    *,
+    batch_tokens: int,
+    both: bool = False,
+) -> ModePlan:
+    """The modes of `variants` and the sweep of the `deployed` one. One phase of `progress` where there are exits.
+
+    Thresholds that nothing certifies come from the gates' view of the first batch of `rows`. `both` as in `modes_of`.
+    """
+    if not models[deployed].exits:
+        return ModePlan(tuple(modes_of(variants, reference, deployed, risk_table, {}, both=both)), ())
+    shares = (LOOSE_SHARE, *SWEEP_SHARES)
+    loose, *swept = exit_thresholds(models[deployed], rows, shares, progress, batch_tokens=batch_tokens)
+    by_variant = dict.fromkeys(variants, _rounded(loose))
+    modes = modes_of(variants, reference, deployed, risk_table, by_variant, both=both)
+    return ModePlan(tuple(modes), tuple(sweep_modes(deployed, swept)))
+
+
+def sweep_modes(deployed: Variant, thresholds: Sequence[float]) -> list[Mode]:
+    """The modes along the trade-off: `deployed` at every threshold with backfill, at every second with propagate."""
+    distinct = list(dict.fromkeys(thresholds))
+    return [
+        *(Mode(deployed, threshold, None, "backfill") for threshold in distinct),
+        *(Mode(deployed, threshold, None, "propagate") for threshold in distinct[::2]),
+    ]
 
 
 def modes_of(
@@ -26,16 +75,21 @@ def modes_of(
     deployed: Variant,
     risk_table: Sequence[RiskEntry],
     loose: Mapping[Variant, float],
+    *,
+    both: bool = False,
 ) -> list[Mode]:
     """The modes to evaluate, the reference first.
 
-    Exits are shown with propagated keys and values for every variant, and for the `deployed` one also with backfill:
-    where both skip alike, more rows would say the same. The verified mode has no row: its output is that of exits off.
+    Exits are shown with backfilled keys and values, which is what a server does unless asked otherwise, and for the
+    `deployed` variant, or with `both` for all of them, also with propagated ones: each of these is a pass of its own.
+    The verified mode has no row: its output is that of exits off.
     """
     modes = []
     for variant in [reference, *(variant for variant in variants if variant != reference)]:
         modes.append(Mode(variant))
-        methods: tuple[SkippedKV, ...] = ("propagate", "backfill") if variant == deployed else ("propagate",)
+        methods: tuple[SkippedKV, ...] = ("backfill",)
+        if both or variant == deployed:
+            methods = ("propagate", "backfill")
         for skipped_kv in methods:
             modes += _with_exits(variant, skipped_kv, risk_table, loose.get(variant))
     return modes
@@ -65,27 +119,46 @@ def loose_threshold(
     model: ForcedModel, rows: Sequence[Tensor], progress: ProgressReport, *, batch_tokens: int
 ) -> float:
     """A threshold at which about `LOOSE_SHARE` of the first batch of `rows` leaves, exits not changing later tokens."""
+    (found,) = exit_thresholds(model, rows, (LOOSE_SHARE,), progress, batch_tokens=batch_tokens)
+    return _rounded(found)
+
+
+def exit_thresholds(
+    model: ForcedModel,
+    rows: Sequence[Tensor],
+    shares: Sequence[float],
+    progress: ProgressReport,
+    *,
+    batch_tokens: int,
+) -> tuple[float, ...]:
+    """For each share a threshold at which about that many tokens of the first batch of `rows` leave.
+
+    It is the gates' view of full-depth states: exits do not change later tokens in it.
+    """
     batch = next(batches(rows, batch_tokens, model.decoder.device))
     work = batch.tokens * (1 + 2 * len(model.exits))  # to the end, to each exit, and each exit's gate
-    with progress.phase("Looking for a looser threshold", work) as advance:
-        return _loose_threshold(model, rows, batch, advance)
+    with progress.phase("Looking for looser thresholds", work) as advance:
+        best = _best_reach(model, rows, batch, advance)
+    return tuple(
+        float(np.clip(np.round(np.quantile(best, 1.0 - share), 4), 1e-4, 0.9999)) for share in shares
+    )
 
 
 @torch.inference_mode()
-def _loose_threshold(
+def _best_reach(
     model: ForcedModel, rows: Sequence[Tensor], batch: SequenceBatch, advance: Advance
-) -> float:
-    _, final = model.full_depth(batch)
+) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    """The largest threshold at which each token of `batch` leaves: [T]."""
+    states, final = model.full_depth_at_exits(batch)
     top = model.top_tokens(final)
-    advance(batch.tokens)
-    states = []
-    hidden = model.decoder.embed(batch.token_ids, batch.positions)
-    geometry, start = batch.geometry(model.layout.page_tokens), 0
-    for head in model.exits:
-        hidden = model.decoder.run_blocks(hidden, geometry, model.pages(batch), start, head.depth)
-        states.append(Labelled(hidden, top))
-        start = head.depth
-        advance(batch.tokens)
+    advance(batch.tokens * (1 + len(model.exits)))
+    labelled = [Labelled(hidden, top) for hidden in states]
     own = rows[: batch.row_count]
-    best = view_gates(model.exits, states, own, model.decoder.project_exit, advance).reach.max(0)
-    return float(np.clip(np.round(np.quantile(best, 1.0 - LOOSE_SHARE), 2), 0.01, 0.99))
+    best: np.ndarray[tuple[int], np.dtype[np.float64]] = view_gates(
+        model.exits, labelled, own, model.decoder.project_exit, advance
+    ).reach.max(0)
+    return best
+
+
+def _rounded(threshold: float) -> float:
+    return float(np.clip(np.round(threshold, 2), 0.01, 0.99))

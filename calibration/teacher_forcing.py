@@ -25,8 +25,24 @@ Sink = Callable[[int, Tensor, Tensor], None]
 """Called with an exit's number (the number of exits for the final head), which tokens [K] int64 leave there, ascending,
 and their logits [K, V] float32."""
 
+AskedSink = Callable[[int, Tensor, Tensor], None]
+"""Called with an exit's number, which tokens [K] int64 its gate was asked about, ascending, and which of these [K] bool
+it projected onto the vocabulary."""
+
 LOGITS_AT_ONCE = 1 << 25
-"""Elements of a logits tensor that the final head makes at once: 128 MiB in float32."""
+"""Elements of a logits tensor that are made at once where memory alone limits it: 128 MiB in float32."""
+_LOGITS_IN_CACHE = 1 << 18  # 1 MiB in float32: what is read off them then costs a tenth
+_LEAST_ROWS = 64  # fewer would read the output matrix too often
+
+
+def logit_rows(vocab_size: int, device: torch.device) -> int:
+    """Rows of logits [rows, vocab] to make at once: what a CPU's cache holds, or a small part of a GPU's memory."""
+    most = _LOGITS_IN_CACHE if device.type == "cpu" else LOGITS_AT_ONCE
+    return max(_LEAST_ROWS, most // vocab_size)
+
+
+def _unheard(_exit: int, _tokens: Tensor, _projected: Tensor) -> None:
+    """Where nobody counts what gates are asked."""
 
 
 class ForcedModel:
@@ -65,14 +81,25 @@ class ForcedModel:
     @torch.inference_mode()
     def full_depth_at_exits(self, batch: SequenceBatch) -> tuple[tuple[Tensor, ...], Tensor]:
         """The states [T, H] behind each exit's block, and behind the last block, where no token leaves."""
-        pages, geometry = self.pages(batch), batch.geometry(self.layout.page_tokens)
-        hidden = self.decoder.embed(batch.token_ids, batch.positions)
-        states, start = [], 0
-        for number in range(len(self.exits) + 1):
-            hidden = self.decoder.run_blocks(hidden, geometry, pages, start, self.depth(number))
-            start = self.depth(number)
-            states.append(hidden)
+        states = self.states_at(batch, [self.depth(number) for number in range(len(self.exits) + 1)])
         return tuple(states[:-1]), states[-1]
+
+    @torch.inference_mode()
+    def states_at(
+        self, batch: SequenceBatch, depths: Sequence[int], start: int = 0, entry: Tensor | None = None
+    ) -> list[Tensor]:
+        """The states [T, H] behind the first `depths` (ascending) blocks, where no token leaves.
+
+        They go on from `entry` [T, H], the state in front of block `start`, where that is known.
+        """
+        pages, geometry = self.pages(batch), batch.geometry(self.layout.page_tokens)
+        hidden = self.decoder.embed(batch.token_ids, batch.positions) if entry is None else entry
+        states = []
+        for depth in depths:
+            hidden = self.decoder.run_blocks(hidden, geometry, pages, start, depth)
+            start = depth
+            states.append(hidden)
+        return states
 
     def full_depth(self, batch: SequenceBatch) -> tuple[Tensor, Tensor]:
         """The states [T, H] behind the first exit's block (or the last, without exits) and behind the last block."""
@@ -92,18 +119,32 @@ class ForcedModel:
 
     @torch.inference_mode()
     def with_exits(
-        self, batch: SequenceBatch, threshold: float, entry: Tensor, sink: Sink, *, to_the_end: bool = True
+        self,
+        batch: SequenceBatch,
+        threshold: float,
+        entry: Tensor,
+        sink: Sink,
+        *,
+        to_the_end: bool = True,
+        first: Tensor | None = None,
+        asked: AskedSink = _unheard,
+        wanted: Tensor | None = None,
     ) -> None:
         """Run `batch` with exits at `threshold`, and give every token's logits to `sink` where it leaves.
 
         `entry` [T, H] is the state behind the first exit's block, which exits do not change (see `full_depth`).
         Without `to_the_end` the pass stops at the last exit, and tokens that do not leave are not given to `sink`.
+        `first` [T] bool says who leaves at the first exit, where that is known: its gate is not asked then, and neither
+        `sink` nor `asked` is told of it. Of tokens that stay only those `wanted` [T] bool are given to `sink`.
         """
         pages, page_tokens = self.pages(batch), self.layout.page_tokens
         kept = torch.arange(batch.tokens, device=entry.device)
         hidden = entry
         for number, head in enumerate(self.exits):
-            leaves = self._leave(number, hidden, kept, batch, threshold, sink)
+            known = first if number == 0 else None
+            leaves = (
+                self._leave(number, hidden, kept, batch, threshold, sink, asked) if known is None else known
+            )
             if bool(leaves.any()):
                 gone = batch.geometry(page_tokens, kept[leaves])
                 self.decoder.project_kv(hidden[leaves], gone, pages, head.depth, self.blocks)
@@ -113,6 +154,8 @@ class ForcedModel:
                 return
             geometry = batch.geometry(page_tokens, kept)
             hidden = self.decoder.run_blocks(hidden, geometry, pages, head.depth, self.depth(number + 1))
+        if wanted is not None:
+            hidden, kept = hidden[wanted[kept]], kept[wanted[kept]]
         self.final(hidden, kept, sink)
 
     @torch.inference_mode()
@@ -129,18 +172,34 @@ class ForcedModel:
         self.final(final[kept], kept, sink)
 
     def _leave(
-        self, number: int, hidden: Tensor, kept: Tensor, batch: SequenceBatch, threshold: float, sink: Sink
+        self,
+        number: int,
+        hidden: Tensor,
+        kept: Tensor,
+        batch: SequenceBatch,
+        threshold: float,
+        sink: Sink,
+        asked: AskedSink = _unheard,
     ) -> Tensor:
         """Ask an exit's gate about tokens `kept` [K] with states [K, H]; who leaves, [K] bool, is given to `sink`."""
         thresholds = torch.full((len(kept),), threshold, dtype=torch.float32, device=hidden.device)
         thresholds[batch.positions[kept] == 0] = torch.inf
-        gate = self.exits[number].gate(hidden, thresholds, self.decoder.project_exit)
-        if bool(gate.leaves.any()):
-            sink(number, kept[gate.leaves], gate.logits[gate.leaves[gate.projected]])
-        return gate.leaves
+        leaves = torch.zeros(len(kept), dtype=torch.bool, device=hidden.device)
+        for part in self._parts(len(kept)):
+            gate = self.exits[number].gate(hidden[part], thresholds[part], self.decoder.project_exit)
+            leaves[part] = gate.leaves
+            projected = torch.zeros_like(gate.leaves)
+            projected[gate.projected] = True
+            asked(number, kept[part], projected)
+            if bool(gate.leaves.any()):
+                sink(number, kept[part][gate.leaves], gate.logits[gate.leaves[gate.projected]])
+        return leaves
 
     def _final_logits(self, hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        rows = max(1, LOGITS_AT_ONCE // self.decoder.spec.vocab_size)
-        for start in range(0, len(hidden), rows):
-            part = slice(start, start + rows)
+        for part in self._parts(len(hidden)):
             yield part, self.decoder.head(hidden[part])
+
+    def _parts(self, tokens: int) -> Iterator[slice]:
+        """`tokens` tokens in runs whose logits are made at once."""
+        rows = logit_rows(self.decoder.spec.vocab_size, self.decoder.device)
+        return (slice(start, start + rows) for start in range(0, tokens, rows))

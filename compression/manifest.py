@@ -151,6 +151,8 @@ class EvaluationRow(Record):
     agreement: Share | None = None  # of the top token with the uncompressed model's
     mean_depth: Annotated[float, Field(ge=0.0)]
     exit_rate: Share
+    passes_saved: Share | None = None  # of the blocks' passes, those that no token had to wait for
+    compute_saved: float | None = None  # share of full depth's multiply-accumulates, net; below 0 where exits only cost
     tokens: Count
 
     @property

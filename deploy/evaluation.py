@@ -19,7 +19,7 @@ _WORTH: Final = {
     name: worth
     for worth, name in enumerate(
         (
-            *("KL", "exits that differ", "exit rate", "mean depth", "agreement"),
+            *("KL", "exits that differ", "mean depth", "compute saved", "exit rate", "agreement"),
             *(_SPEED, "change", "perplexity"),
         )
     )

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from exeunt.calibration.evaluation import Mode, evaluate_modes
-from exeunt.calibration.modes import loose_threshold, modes_of
+from exeunt.calibration.modes import SWEEP_SHARES, loose_threshold, modes_of, plan_modes
 from exeunt.calibration.sequence_batch import batches
 from exeunt.calibration.teacher_forcing import ForcedModel
 from exeunt.compression.decoder import Decoder
@@ -148,13 +148,13 @@ def certified(target: float, threshold: float, rate: float) -> RiskTarget:
 def test_every_certified_target_is_a_mode_and_a_loose_one_where_none_lets_many_leave() -> None:
     failed = RiskTarget(target=0.01, certified=False, reason="too few")
     table = [
-        entry(FULL, "propagate", failed, certified(0.05, 0.9, 0.2), certified(0.1, 0.9, 0.2)),
+        entry(FULL, "backfill", failed, certified(0.05, 0.9, 0.2), certified(0.1, 0.9, 0.2)),
         entry(SMALL_KV, "propagate", failed, certified(0.05, 0.95, 0.03)),
     ]
     modes = modes_of([SMALL_KV, FULL], FULL, SMALL_KV, table, {FULL: 0.5, SMALL_KV: 0.6})
     assert modes == [
         Mode(FULL),
-        Mode(FULL, 0.9, 0.05),
+        Mode(FULL, 0.9, 0.05, "backfill"),
         Mode(SMALL_KV),
         Mode(SMALL_KV, 0.95, 0.05),
         Mode(SMALL_KV, 0.6),
@@ -162,20 +162,44 @@ def test_every_certified_target_is_a_mode_and_a_loose_one_where_none_lets_many_l
     ]
 
 
-def test_backfill_has_rows_for_the_deployed_variant_alone() -> None:
+def test_propagate_has_rows_for_the_deployed_variant_alone_unless_all_are_asked_for() -> None:
     thresholds: dict[SkippedKV, float] = {"backfill": 0.8, "propagate": 0.9}
     table = [
         entry(variant, skipped_kv, certified(0.05, threshold, 0.2))
         for variant in (FULL, SMALL_KV)
         for skipped_kv, threshold in thresholds.items()
     ]
-    assert modes_of([SMALL_KV, FULL], FULL, SMALL_KV, table, {}) == [
+    deployed = [Mode(SMALL_KV), Mode(SMALL_KV, 0.9, 0.05), Mode(SMALL_KV, 0.8, 0.05, "backfill")]
+    backfilled = Mode(FULL, 0.8, 0.05, "backfill")
+    assert modes_of([SMALL_KV, FULL], FULL, SMALL_KV, table, {}) == [Mode(FULL), backfilled, *deployed]
+    assert modes_of([SMALL_KV, FULL], FULL, SMALL_KV, table, {}, both=True) == [
         Mode(FULL),
         Mode(FULL, 0.9, 0.05),
-        Mode(SMALL_KV),
-        Mode(SMALL_KV, 0.9, 0.05),
-        Mode(SMALL_KV, 0.8, 0.05, "backfill"),
+        backfilled,
+        *deployed,
     ]
+
+
+def test_the_sweep_is_the_deployed_variants_and_lets_as_many_leave_as_it_says(decoder: Decoder) -> None:
+    held = models(decoder)
+    plan = plan_modes(held, [SMALL_KV, FULL], FULL, SMALL_KV, [], rows(), SilentProgress(), batch_tokens=1000)
+    assert {mode.variant for mode in plan.sweep} == {SMALL_KV}
+    assert {mode.target for mode in plan.sweep} == {None}
+    backfilled = [mode for mode in plan.sweep if mode.skipped_kv == "backfill"]
+    assert len(backfilled) == len(SWEEP_SHARES)
+    assert [mode.threshold for mode in plan.sweep if mode.skipped_kv == "propagate"] == [
+        mode.threshold for mode in backfilled[::2]
+    ]
+    table = evaluate_modes(plan.modes, held, rows(), text="t", batch_tokens=90, seed=0, sweep=plan.sweep)
+    assert tuple(result.mode for result in table.results) == plan.modes
+    rates = [result.exit_rate.value for result in table.sweep[: len(backfilled)]]
+    assert rates == pytest.approx(SWEEP_SHARES, abs=0.01)
+
+
+def test_without_exits_there_is_nothing_to_sweep(decoder: Decoder) -> None:
+    held = {FULL: ForcedModel(decoder, "full", ())}
+    plan = plan_modes(held, [FULL], FULL, FULL, [], rows(), SilentProgress(), batch_tokens=1000)
+    assert (plan.modes, plan.sweep) == ((Mode(FULL),), ())
 
 
 def test_a_loose_threshold_lets_about_a_seventh_leave(decoder: Decoder) -> None:

@@ -316,7 +316,7 @@ def test_a_named_linear_block_is_taken(checkpoint: Path, text_file: Path, tmp_pa
 def test_evaluating_a_bundle_covers_its_modes(model: LoadedModel, text_file: Path) -> None:
     progress = Watched()
     table = evaluate(
-        model, str(text_file), EvaluationOptions(tokens=600, row_tokens=64, batch_tokens=256), progress
+        model, str(text_file), EvaluationOptions(tokens=600, window=64, batch_tokens=256), progress
     )
     assert table.tokens <= 600
     assert {result.mode.variant for result in table.results} == set(model.variants)
