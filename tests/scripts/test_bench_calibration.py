@@ -1,0 +1,161 @@
+"""What a calibration costs: that memory is really watched, that sums are right, and lines through what is measured."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from exeunt.calibration.memory_plan import batch_token_bytes, full_batch_tokens
+from exeunt.calibration.options import CalibrationOptions
+from exeunt.calibration.progress import ProgressReport
+from exeunt.calibration.weight_check import check_weights
+from exeunt.compression.checkpoint import open_checkpoint
+from exeunt.compression.checkpoint_names import linear_names
+from exeunt.compression.model import load_tokenizer
+from exeunt.deploy import packaged_model
+from exeunt.kernels.int4_linear import quantize
+from scripts.bench_calibration import __main__ as command
+from scripts.bench_calibration import point
+from scripts.bench_calibration.arithmetic import SHAPES, int4_bytes, needs
+from scripts.bench_calibration.point import STATUS, Point, measured
+from scripts.bench_calibration.random_model import Size, write_model
+
+GIB = 2**30
+MIB = 2**20
+
+
+def test_a_random_model_is_a_checkpoint_that_the_packaged_text_can_be_read_with(tmp_path: Path) -> None:
+    size = Size(hidden=64, inner=96, blocks=3, heads=4)
+    checkpoint = open_checkpoint(write_model(size, tmp_path / "model"))
+    check_weights(checkpoint.weights(), checkpoint.spec)
+    assert (checkpoint.spec.blocks, checkpoint.spec.kv_heads, checkpoint.spec.tied) == (3, 1, False)
+    assert len(checkpoint.files) == 4
+    ids = load_tokenizer(checkpoint.directory)("Once upon a time").input_ids
+    assert max(ids) < checkpoint.spec.vocab_size
+    again = open_checkpoint(write_model(size, tmp_path / "again"))
+    for one, other in zip(checkpoint.files, again.files, strict=True):
+        assert one.read_bytes() == other.read_bytes()
+
+
+def test_int4_bytes_are_those_of_real_int4_weights(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(
+        write_model(Size(hidden=48, inner=100, blocks=2, heads=4), tmp_path / "model")
+    )
+    weights, spec = checkpoint.weights(), checkpoint.spec
+    matrices = [weights.block(block)[f"{name}.weight"] for block in range(2) for name in linear_names(spec)]
+    matrices.append(weights.shared()["output.weight"])
+    assert int4_bytes(spec) == sum(quantize(matrix, 32).nbytes for matrix in matrices)
+
+
+def test_what_a_7b_and_a_70b_model_need() -> None:
+    assert needs(SHAPES["Mistral-7B"], torch.float32).peak < 24 * GIB
+    assert needs(SHAPES["Llama-70B"], torch.bfloat16).peak < 80 * GIB
+    assert SHAPES["Mistral-7B"].parameters == pytest.approx(7.24e9, rel=0.01)
+    assert SHAPES["Llama-70B"].parameters == pytest.approx(70.6e9, rel=0.01)
+
+
+def test_more_blocks_need_their_int4_weights_and_a_batchs_keys_and_values_alone() -> None:
+    spec = SHAPES["Mistral-7B"]
+    deeper = replace(spec, blocks=2 * spec.blocks)
+    less, more = (needs(each, torch.float32) for each in (spec, deeper))
+    assert sum(more.held.values()) - sum(less.held.values()) == int4_bytes(deeper) - int4_bytes(spec)
+    for phase, parts in more.phases.items():
+        for name, size in parts.items():
+            assert name == "a batch" or size == less.phases[phase][name]
+    tokens = [full_batch_tokens(each, torch.float32, 4096) for each in (spec, deeper)]
+    bytes_each = [batch_token_bytes(each, torch.float32) for each in (spec, deeper)]
+    for need, count, size in zip((less, more), tokens, bytes_each, strict=True):
+        assert need.phases["certifying, full weights"]["a batch"] == count * size
+
+
+def test_a_line_is_found_and_what_lies_off_it_told() -> None:
+    rows = [{"tokens": tokens, "seconds": 5.0 + 0.002 * tokens} for tokens in (1000, 2000, 4000)]
+    fit = command.line_through(rows)
+    assert fit["seconds_at_none"] == pytest.approx(5.0)
+    assert fit["seconds_per_1000_tokens"] == pytest.approx(2.0)
+    assert fit["worst_deviation"] < 1e-9
+    bent = [{"tokens": tokens, "seconds": 1e-6 * tokens**2} for tokens in (1000, 2000, 4000)]
+    assert command.line_through(bent)["worst_deviation"] > 0.2
+
+
+def test_growth_is_that_of_the_peak_beyond_the_beginning() -> None:
+    def row(blocks: int, before: int) -> dict[str, Any]:
+        peak = before + 700 + 40 * blocks
+        return {
+            "full_bytes": 256 * blocks,
+            "int4_bytes": 40 * blocks,
+            "peak": {"anonymous": peak},
+            "before": {"anonymous": before},
+        }
+
+    growth = command.memory_growth([row(1, 0), row(10, 5), row(20, 9)])
+    assert growth == pytest.approx({"per_full_byte": 40 / 256, "per_int4_byte": 1.0})
+
+
+@pytest.mark.skipif(not STATUS.exists(), reason="needs Linux's account of a process's memory")
+def test_the_memory_of_every_phase_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[CalibrationOptions] = []
+
+    def calibrates(options: CalibrationOptions, progress: ProgressReport) -> Path:
+        asked.append(options)
+        with progress.phase("step 1 of 2: Small", 1) as advance:
+            advance(1)
+        with progress.phase("step 2 of 2: Large", 1):
+            held = np.ones(64 * MIB, dtype=np.uint8)
+            assert held[-1] == 1
+            del held
+        options.out.mkdir()
+        (options.out / "weights").write_bytes(b"1234")
+        return options.out
+
+    monkeypatch.setattr(point, "calibrate", calibrates)
+    wanted = Point("model", "text", 3000, 2000, 128, 512, stream_weights=True, journal=True)
+    found = measured(wanted)
+    (options,) = asked
+    assert (options.tokens, options.stream_weights, options.batch_tokens) == (3000, True, 512)
+    assert options.work is not None
+    peaks = {each["phase"]: each["peak"]["anonymous"] for each in found["phases"]}
+    assert list(peaks) == ["beginning", "Small", "after small", "Large", "after large"]
+    start = found["before"]["anonymous"]
+    assert peaks["Small"] - start < 32 * MIB
+    assert 60 * MIB < peaks["Large"] - start < 100 * MIB
+    assert command.anonymous(found) == peaks["Large"] - start
+    assert peaks["after large"] - start < 32 * MIB
+    assert found["peak_resident_by_kernel"] >= found["peak"]["resident"] > 0
+    assert found["bundle_bytes"] == 4
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[Point]]:
+    """The points that are run; their processes say that a byte of weights takes a byte, and a token a millisecond."""
+    seen: list[Point] = []
+
+    def run(wanted: Point) -> dict[str, Any]:
+        seen.append(wanted)
+        kinds = dict.fromkeys(("anonymous", "mapped_files", "shared", "resident"), 0)
+        size = open_checkpoint(wanted.model).spec.parameters
+        peak = kinds | {"anonymous": size, "resident": 2 * size}
+        phases = [{"phase": "Quantising weights", "seconds": 1.0, "peak": peak}]
+        return {"seconds": wanted.tokens / 1000, "before": kinds, "peak": peak, "phases": phases}
+
+    monkeypatch.setattr(command, "run_point", run)
+    return lambda: seen
+
+
+def test_a_quick_run_measures_and_writes_only_where_it_is_told(
+    recorded: Callable[[], list[Point]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "RESULTS", tmp_path / "results.json")
+    command.main(quick=True)
+    assert not list(tmp_path.iterdir())
+    command.main(tmp_path / "out.json", quick=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
+    points = recorded()[len(recorded()) // 2 :]
+    grown, timed = points[:2], points[2:]
+    assert all(each.stream_weights is True and each.journal for each in grown)
+    assert {each.model for each in timed} == {str(packaged_model.path())}
+    assert [each.tokens for each in timed] == list(command.QUICK.tokens)
