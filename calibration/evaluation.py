@@ -31,7 +31,8 @@ __all__ = ["WORTHWHILE", "EvaluationTable", "Measure", "Mode", "ModeResult", "Te
 WORTHWHILE: Final = 0.10
 """An exit rate below this everywhere asks for one looser, uncertified row, so that the trade can be seen."""
 _DISTRIBUTIONS: Final = 1 << 23
-"""Elements of the reference's distributions over a batch, 32 MiB, unless a single row has more."""
+"""Elements of the reference's distributions over a batch, 32 MiB, unless a single row has more. Where full weights are
+read anew for every batch, its width must not hang on the vocabulary: distributions are then made as they are needed."""
 _STATES: Final = 1 << 26
 """Elements of the reference's last states that are kept: a longer text is evaluated part by part."""
 
@@ -96,7 +97,7 @@ def evaluate_modes(
     asked = tuple(dict.fromkeys((*modes, *sweep)))
     run = _Run(asked, models, modes[0].variant, scored.blocks, journal or NoJournal(), advance)
     spec = run.reference_model.decoder.spec
-    limit = min(batch_tokens, max(256, _DISTRIBUTIONS // spec.vocab_size))
+    limit = batch_tokens if run.wide else min(batch_tokens, max(256, _DISTRIBUTIONS // spec.vocab_size))
     every = tuple(scored.batches(limit, run.reference_model.decoder.device))
     for number, part in enumerate(_parts(every, _STATES // spec.hidden_size)):
         run.evaluate(number, part)
@@ -128,6 +129,7 @@ class _Run:
         self._models, self._reference, self._blocks = models, reference, blocks
         self._journal, self._advance = journal, advance
         self.reference_model = models[reference]
+        self.wide = self.reference_model.decoder.streamed
         self._exits = len(self.reference_model.exits)
         off = [Mode(mode.variant) for mode in asked]  # what exits' own price is measured against
         self._asked = frozenset(asked)
@@ -194,7 +196,9 @@ class _Run:
     def _distributions(self, final: Tensor, batch: ScoredBatch) -> Reference:
         decoder = self.reference_model.decoder
         with torch.inference_mode():
-            return reference_of(decoder.head, final, batch.scored, decoder.spec.vocab_size)
+            return reference_of(
+                decoder.head, final, batch.scored, decoder.spec.vocab_size, keep=not self.wide
+            )
 
     def _fork(self, variants: Collection[Variant]) -> int | None:
         """The block in front of which a family's variants part: the one that its linear block replaces."""

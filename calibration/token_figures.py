@@ -24,9 +24,18 @@ class Reference:
     logits: the mode's own logarithms are never written down.
     """
 
-    probabilities: Tensor  # [T, V] float32; rows of tokens that are not scored are zero
+    head: Head
+    final: Tensor  # [T, H], the reference's states behind the last block
+    vocab_size: int
+    kept: (
+        Tensor | None
+    )  # [T, V] float32, rows of tokens that are not scored are zero; None: made anew when asked for
     certainty: Tensor  # [T] float32, Σ p × the reference's own logits, less their log-sum-exp: Σ p log p
     top: Tensor  # [T] int64
+
+    def probabilities(self, tokens: Tensor) -> Tensor:
+        """The distributions over `tokens` [K] int64, of those that are scored: [K, V] float32."""
+        return _likely(self.head(self.final[tokens]))[0] if self.kept is None else self.kept[tokens]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +61,7 @@ class TokenFigures:
         total = logits.logsumexp(-1)
         chosen = logits.gather(1, wanted.clamp(min=0)[:, None]).squeeze(1)
         self.nll[tokens] = torch.where(wanted >= 0, total - chosen, 0.0)
-        expected = torch.linalg.vecdot(reference.probabilities[tokens], logits)
+        expected = torch.linalg.vecdot(reference.probabilities(tokens), logits)
         self.kl[tokens] = reference.certainty[tokens] - (expected - total)
         self.top[tokens] = logits.argmax(-1)
 
@@ -63,19 +72,31 @@ def pieces(tokens: Tensor, vocab_size: int) -> Iterator[Tensor]:
     return (tokens[start : start + rows] for start in range(0, len(tokens), rows))
 
 
-def reference_of(head: Head, final: Tensor, scored: Tensor, vocab_size: int) -> Reference:
-    """The reference's distributions, from its states `final` [T, H]; `scored` [T] bool says of which tokens."""
-    probabilities = torch.zeros(len(final), vocab_size, device=final.device)
+def reference_of(
+    head: Head, final: Tensor, scored: Tensor, vocab_size: int, *, keep: bool = True
+) -> Reference:
+    """The reference's distributions, from its states `final` [T, H]; `scored` [T] bool says of which tokens.
+
+    Without `keep` they are not held, [T, V], but made from the states whenever a piece of them is needed: one more
+    product with the output matrix, for batches whose width does not depend on the vocabulary.
+    """
+    kept = torch.zeros(len(final), vocab_size, device=final.device) if keep else None
     certainty = torch.zeros(len(final), device=final.device)
     top = torch.zeros(len(final), dtype=torch.int64, device=final.device)
     for tokens in pieces(scored.nonzero().squeeze(1), vocab_size):
         logits = head(final[tokens])
-        total = logits.logsumexp(-1)
-        likely = (logits - total[:, None]).exp_()
+        likely, total = _likely(logits)
         certainty[tokens] = torch.linalg.vecdot(likely, logits) - total
         top[tokens] = logits.argmax(-1)
-        probabilities[tokens] = likely
-    return Reference(probabilities, certainty, top)
+        if kept is not None:
+            kept[tokens] = likely
+    return Reference(head, final, vocab_size, kept, certainty, top)
+
+
+def _likely(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities [K, V], and the logits' log-sum-exp [K]."""
+    total = logits.logsumexp(-1)
+    return (logits - total[:, None]).exp_(), total
 
 
 def figures_of(
@@ -83,6 +104,6 @@ def figures_of(
 ) -> TokenFigures:
     """The figures of `tokens` [K] int64 under `head`, from the `states` [T, H] of all; the others' are zero."""
     figures = TokenFigures.empty(len(states), states.device)
-    for part in pieces(tokens, reference.probabilities.shape[1]):
+    for part in pieces(tokens, reference.vocab_size):
         figures.note(part, head(states[part]), targets, reference)
     return figures

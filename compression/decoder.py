@@ -196,6 +196,11 @@ class Decoder:
         return self._output(state).float()
 
     @property
+    def streamed(self) -> bool:
+        """Whether blocks are read as they are run: a pass then costs a reading of all of them, whatever its width."""
+        return isinstance(self._blocks, StreamedBlocks)
+
+    @property
     def output(self) -> Linear:
         """The output matrix."""
         return self._output

@@ -23,7 +23,6 @@ from exeunt.compression.checkpoint import Checkpoint, open_checkpoint
 from exeunt.compression.checkpoint_names import linear_names
 from exeunt.compression.kv_format import kv_layout, page_bytes_for
 from exeunt.compression.linear_block import LinearBlock
-from exeunt.compression.streamed_blocks import StreamedBlocks
 from exeunt.compression.variant import Variant
 from exeunt.kernels.int4_linear import Int4Weight, quantize
 from exeunt.kernels.native.library import native_library
@@ -58,7 +57,7 @@ def stack_of(opened: Checkpoint, streamed: bool | None) -> ModelStack:
 
 
 def is_streamed(model: ForcedModel) -> bool:
-    return isinstance(model.decoder._blocks, StreamedBlocks)
+    return model.decoder.streamed
 
 
 def everything(model: ForcedModel, batch: SequenceBatch) -> list[Tensor]:
