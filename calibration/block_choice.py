@@ -1,207 +1,121 @@
-"""Which block a linear map replaces: R² of all blocks, then the measured perplexity of the best few candidates."""
+"""Which block a linear map replaces: of several candidates the one that costs least perplexity as it is deployed.
+
+R² says how much of what a block adds a map explains, and not how much the rest matters (arXiv 2604.20682: variance is
+not importance). So candidates are those whose maps miss least beside the state, and the measured cost decides.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-import numpy as np
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from exeunt.calibration.block_fit import Moments, choose_ridge, linear_block, rank_within
-from exeunt.calibration.sequence_batch import SequenceBatch, batches
-from exeunt.calibration.teacher_forcing import LOGITS_AT_ONCE, ForcedModel
-from exeunt.compression.linear_block import LinearBlock
-from exeunt.compression.variant import KVFormat
+from exeunt.calibration.block_fitter import BlockFit
+from exeunt.calibration.bootstrap import Measure
+from exeunt.calibration.replacement import Losses, losses_of, walk_work
+from exeunt.calibration.teacher_forcing import ForcedModel
 
-REDUCTION: Final = 34.0
-"""A linear block holds at most one parameter for so many of the block it replaces (arXiv 2604.20682, block 31)."""
-CANDIDATES: Final = 3
+CANDIDATES: Final = 4
+TOGETHER: Final = 3
+"""So many of the candidates that cost least alone are replaced together, to show what that does."""
 
 Advance = Callable[[int], None]
 
 
 @dataclass(frozen=True, slots=True)
-class BlockFit:
-    """How well an affine map stands in for one block, R² measured on the select split.
-
-    `r2` is of the map of full rank, `r2_cut` of `map`, the one within the size budget.
-    """
-
-    block: int
-    r2: float
-    r2_cut: float
-    map: LinearBlock
-
-
-@dataclass(frozen=True, slots=True)
 class Replacement:
-    """What replacing blocks by their maps costs: perplexity on part of the select split."""
+    """What replacing blocks by their maps costs on part of the select split; `increase` is over no replacement."""
 
     blocks: tuple[int, ...]
-    perplexity: float
-    increase: float  # over no replacement
+    perplexity: Measure
+    increase: Measure
 
 
 @dataclass(frozen=True, slots=True)
 class BlockChoice:
-    """The block chosen and what the choice rests on; `together` replaces all candidates at once."""
+    """The block chosen and what the choice rests on: every block's fit, and the cost of each candidate alone.
+
+    `together` replaces the least costly candidates at once, None where there is but one.
+    """
 
     chosen: BlockFit | None
     fits: tuple[BlockFit, ...]
     candidates: tuple[Replacement, ...]
     together: Replacement | None
     tokens: int  # behind the perplexities
+    text_blocks: int  # that intervals are drawn from
+
+    @property
+    def cost(self) -> Replacement | None:
+        """What replacing the chosen block costs."""
+        wanted = None if self.chosen is None else (self.chosen.block,)
+        return next((each for each in self.candidates if each.blocks == wanted), None)
 
 
-class BlockFitter:
-    """The visitor that fits each block's residual as it passes by; only one block's moments are held at a time."""
+def candidates_of(
+    fits: Sequence[BlockFit], wanted: int | None, count: int | None = CANDIDATES
+) -> tuple[BlockFit, ...]:
+    """The blocks worth trying, ascending: `wanted` alone where one is named, all where `count` is None.
 
-    def __init__(
-        self,
-        hidden: int,
-        block_parameters: int,
-        fit_tokens: int,
-        device: torch.device,
-        reduction: float = REDUCTION,
-    ) -> None:
-        """The first `fit_tokens` tokens of the stream are fitted on, the others judge."""
-        self.fits: list[BlockFit] = []
-        self._hidden = hidden
-        self._fit_tokens = fit_tokens
-        self._device = device
-        self._rank = rank_within(block_parameters / reduction, hidden)
-        self._fit = Moments.zeros(hidden, hidden, device)
-        self._select = Moments.zeros(hidden, hidden, device)
+    They are those where what the map misses is least beside the state, early blocks as well as late ones: a block that
+    adds little may be replaced badly. The last of them is the block of the highest R² (at the size budget), unless it
+    is there already: so that every report shows what choosing by R² would have cost.
+    """
+    if wanted is not None:
+        return (fits[wanted],)
+    ordered = sorted(fits, key=lambda fit: (fit.missed, fit.block))
+    tried = ordered if count is None else ordered[: max(count, 1)]
+    explained = max(fits, key=lambda fit: (fit.r2_cut, -fit.block))
+    if len(tried) > 1 and explained not in tried:
+        tried[-1] = explained
+    return tuple(sorted(tried, key=lambda fit: fit.block))
 
-    def see(self, block: int, tokens: slice, before: Tensor, after: Tensor) -> None:
-        """Count the block's inputs and what it adds to them."""
-        cut = min(max(self._fit_tokens - tokens.start, 0), len(before))
-        residual = after.double() - before.double()
-        if cut > 0:
-            self._fit.add(before[:cut], residual[:cut])
-        if cut < len(before):
-            self._select.add(before[cut:], residual[cut:])
 
-    def finish(self, block: int) -> None:
-        """Solve for the block's map and forget its moments."""
-        ridge = choose_ridge(self._fit, self._select)
-        stand_in = linear_block(self._fit, ridge, block, self._rank)
-        weight = stand_in.up.double() @ stand_in.down.double()
-        self.fits.append(
-            BlockFit(
-                block=block,
-                r2=self._select.r2(ridge.weight, ridge.bias),
-                r2_cut=self._select.r2(weight, stand_in.bias.double()),
-                map=stand_in.to("cpu", torch.float32),
-            )
-        )
-        self._fit = Moments.zeros(self._hidden, self._hidden, self._device)
-        self._select = Moments.zeros(self._hidden, self._hidden, self._device)
+def choice_work(
+    rows: Sequence[Tensor], blocks: int, wanted: int | None, candidates: int | None = CANDIDATES
+) -> int:
+    """What `advance` of `choose_block` is told in all, in a model of `blocks` blocks."""
+    alone = wanted is not None or blocks == 1 or candidates == 1
+    return walk_work(rows, blocks) * (1 if alone else 2)
 
 
 def choose_block(
     model: ForcedModel,
-    kv_cache: KVFormat,
     fits: Sequence[BlockFit],
     rows: Sequence[Tensor],
     wanted: int | None,
     *,
+    candidates: int | None = CANDIDATES,
     batch_tokens: int,
+    seed: int,
     advance: Advance = lambda _tokens: None,
-) -> BlockChoice:
-    """The block whose replacement costs least perplexity on `rows`, of the later half's best few by R².
+) -> tuple[BlockChoice, Losses]:
+    """The block whose replacement costs least perplexity on `rows`, of those of `candidates_of`, and what was lost.
 
-    `wanted` names the block instead; its cost is measured all the same.
+    `wanted` names the block instead; its cost is measured all the same. `advance` is told `choice_work`
+    in all.
     """
-    later = [fit for fit in fits if fit.block >= model.blocks // 2]
-    tried = sorted(later, key=lambda fit: -fit.r2_cut)[:CANDIDATES] if wanted is None else [fits[wanted]]
-    tried.sort(key=lambda fit: fit.block)
-    sets = [(fit,) for fit in tried] + ([tuple(tried)] if len(tried) > 1 else [])
-    forks = {
-        fit.block: ForcedModel(model.decoder.with_linear_block(_at(model, fit)), kv_cache, ())
-        for fit in tried
-    }
-    losses = np.zeros(1 + len(sets))
-    tokens = scored = 0
-    for batch in batches(rows, batch_tokens, model.decoder.device):
-        losses += _losses(model, forks, sets, batch)
-        scored += int((batch.targets >= 0).sum())
-        tokens += batch.tokens
-        advance(batch.tokens)
-    perplexities = np.exp(losses / scored)
-    replacements = [
-        Replacement(tuple(fit.block for fit in group), float(value), float(value - perplexities[0]))
-        for group, value in zip(sets, perplexities[1:], strict=True)
-    ]
-    single = replacements[: len(tried)]
-    best = min(range(len(tried)), key=lambda index: single[index].perplexity)
-    together = replacements[-1] if len(tried) > 1 else None
-    return BlockChoice(tried[best], tuple(fits), tuple(single), together, tokens)
-
-
-def _at(model: ForcedModel, fit: BlockFit) -> LinearBlock:
-    return fit.map.to(model.decoder.device, model.decoder.dtype)
-
-
-@torch.inference_mode()
-def _losses(
-    model: ForcedModel,
-    forks: dict[int, ForcedModel],
-    sets: Sequence[tuple[BlockFit, ...]],
-    batch: SequenceBatch,
-) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-    """Summed loss of the batch without replacement and for each of `sets` of blocks replaced."""
-    losses = np.zeros(1 + len(sets))
-    walk = _Walk(model, batch)
-    for number, group in enumerate(sets, 1):
-        if len(group) == 1:  # shallowest first, so that all share one walk
-            walk.to(group[0].block)
-            losses[number] = _Walk(forks[group[0].block], batch, walk.hidden, walk.block).loss()
-        else:
-            losses[number] = _replaced_together(model, group, batch).loss()
-    losses[0] = walk.loss()
-    return losses
-
-
-def _replaced_together(model: ForcedModel, group: Sequence[BlockFit], batch: SequenceBatch) -> "_Walk":
-    walk = _Walk(model, batch)
-    for fit in group:
-        walk.to(fit.block)
-        walk.replace(_at(model, fit))
-    return walk
-
-
-class _Walk:
-    """A batch on its way through the blocks."""
-
-    def __init__(
-        self, model: ForcedModel, batch: SequenceBatch, hidden: Tensor | None = None, block: int = 0
-    ) -> None:
-        self._model, self._batch = model, batch
-        self._geometry = batch.geometry(model.layout.page_tokens)
-        self.block = block
-        self.hidden = model.decoder.embed(batch.token_ids, batch.positions) if hidden is None else hidden
-
-    def to(self, block: int) -> None:
-        """Walk on to in front of `block`."""
-        pages = self._model.pages(self._batch)
-        self.hidden = self._model.decoder.run_blocks(self.hidden, self._geometry, pages, self.block, block)
-        self.block = block
-
-    def replace(self, stand_in: LinearBlock) -> None:
-        """Pass the block in front through a map instead."""
-        self.hidden = stand_in.apply(self.hidden)
-        self.block += 1
-
-    def loss(self) -> float:
-        """Walk to the end: the summed −log probability of the tokens that follow, in nats."""
-        self.to(self._model.blocks)
-        rows = max(1, LOGITS_AT_ONCE // self._model.decoder.spec.vocab_size)
-        total = 0.0
-        for start in range(0, self._batch.tokens, rows):
-            part = slice(start, start + rows)
-            logits, targets = self._model.decoder.head(self.hidden[part]), self._batch.targets[part]
-            total += float(F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum"))
-        return total
+    tried = candidates_of(fits, wanted, candidates)
+    sets = [(fit.map,) for fit in tried]
+    losses = losses_of(model, sets, rows, batch_tokens=batch_tokens, seed=seed, advance=advance)
+    single = tuple(
+        Replacement((fit.block,), losses.perplexity(number), losses.increase(number))
+        for number, fit in enumerate(tried)
+    )
+    order = sorted(range(len(tried)), key=lambda number: single[number].increase.value)
+    together = None
+    if len(tried) > 1:
+        group = [tried[number] for number in sorted(order[:TOGETHER])]
+        several = losses_of(
+            model,
+            [[fit.map for fit in group]],
+            rows,
+            batch_tokens=batch_tokens,
+            seed=seed,
+            known=losses,
+            advance=advance,
+        )
+        blocks = tuple(fit.block for fit in group)
+        together = Replacement(blocks, several.perplexity(0), several.increase(0))
+    chosen = tried[order[0]]
+    return BlockChoice(chosen, tuple(fits), single, together, losses.tokens, losses.text_blocks), losses

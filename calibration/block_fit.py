@@ -1,9 +1,8 @@
-"""The linear map that stands in for a block: ridge regression on the block's residual, cut to a rank.
+"""The linear map that stands in for a block: ridge regression on the block's residual from second moments.
 
-Streaming: only second moments are kept, in float64, so memory does not grow with the data. The regression is
-ordinary ridge with an unpenalised constant (Hoerl and Kennard, Technometrics 1970); the cut is reduced-rank ridge
-regression (Mukherjee and Zhu, Stat. Anal. Data Min. 2011, eq. 6): of all maps of rank R it has the least penalised
-error, because the cut is made in the space of fitted outputs and not of coefficients.
+Streaming: only the moments are kept, in float64, so memory does not grow with the data. The regression is ordinary
+ridge with an unpenalised constant (Hoerl and Kennard, Technometrics 1970); `exeunt.calibration.ranked_map` cuts it to a
+rank.
 """
 
 from collections.abc import Sequence
@@ -12,8 +11,6 @@ from typing import Final
 
 import torch
 from torch import Tensor
-
-from exeunt.compression.linear_block import LinearBlock
 
 STRENGTHS: Final = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1)
 """Ridge penalties to choose between, as a share of the inputs' mean variance."""
@@ -116,44 +113,6 @@ def choose_ridge(fit: Moments, select: Moments, strengths: Sequence[float] = STR
     scale = float(fit.cov_xx.diagonal().mean())
     fits = [fit_ridge(fit, strength * max(scale, 1e-12)) for strength in strengths]
     return min(fits, key=lambda candidate: select.error(candidate.weight, candidate.bias))
-
-
-def cut_rank(moments: Moments, fit: AffineFit, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The best map of rank at most `rank`: (up U [Y, R], down V [R, X], bias [Y]), float64.
-
-    With W the ridge map and Σ the inputs' covariance plus the penalty, U holds the leading eigenvectors of
-    W Σ Wᵀ, the fitted outputs' second moments, and V = Uᵀ W. What the cut adds to the penalised error is the sum of
-    the eigenvalues left out (`cut_error`).
-    """
-    _, vectors = _fitted_spectrum(moments, fit)
-    up = vectors[:, :rank]
-    down = up.T @ fit.weight
-    return up, down, moments.mean_y - up @ (down @ moments.mean_x)
-
-
-def cut_error(moments: Moments, fit: AffineFit, rank: int) -> float:
-    """What `cut_rank` adds to the penalised mean squared error on the tokens of `moments`."""
-    values, _ = _fitted_spectrum(moments, fit)
-    return float(values[rank:].clamp(min=0).sum())
-
-
-def rank_within(budget: float, hidden: int) -> int:
-    """The largest rank whose parameters (R × 2H + H) stay within `budget` parameters, at least 1."""
-    return max(1, min(hidden, int((budget - hidden) // (2 * hidden))))
-
-
-def linear_block(moments: Moments, fit: AffineFit, index: int, rank: int) -> LinearBlock:
-    """Block `index` as the map of `fit`, fitted on its residual, cut to `rank`, in float32."""
-    up, down, bias = cut_rank(moments, fit, rank)
-    return LinearBlock(index, down.float().contiguous(), up.float().contiguous(), bias.float())
-
-
-def _fitted_spectrum(moments: Moments, fit: AffineFit) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (descending) and eigenvectors (columns) of the fitted outputs' penalised second moments."""
-    gram = moments.cov_xx
-    fitted = fit.weight @ gram @ fit.weight.T + fit.penalty * fit.weight @ fit.weight.T
-    values, vectors = torch.linalg.eigh((fitted + fitted.T) / 2)
-    return values.flip(0), vectors.flip(1)
 
 
 def _solve(gram: Tensor, right: Tensor) -> Tensor:

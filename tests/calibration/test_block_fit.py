@@ -1,4 +1,4 @@
-"""The linear map: it finds what was planted, equals the closed forms, and its cut costs what theory says."""
+"""The ridge map: it finds what was planted and equals the closed forms."""
 
 import pytest
 import torch
@@ -6,41 +6,10 @@ import torch
 from exeunt.calibration.block_fit import (
     Moments,
     choose_ridge,
-    cut_error,
-    cut_rank,
     fit_ridge,
-    linear_block,
-    rank_within,
     ridge_map,
 )
-
-H = 12
-
-
-def data(
-    tokens: int, seed: int = 0, noise: float = 0.0
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Correlated inputs, planted outputs, and the planted weight and bias."""
-    g = torch.Generator().manual_seed(seed)
-    mix = torch.randn(H, H, generator=g, dtype=torch.float64)
-    x = torch.randn(tokens, H, generator=g, dtype=torch.float64) @ mix + 3.0
-    planted = torch.Generator().manual_seed(99)
-    weight = torch.randn(H, H, generator=planted, dtype=torch.float64)
-    bias = torch.randn(H, generator=planted, dtype=torch.float64)
-    return (
-        x,
-        x @ weight.T + bias + noise * torch.randn(tokens, H, generator=g, dtype=torch.float64),
-        weight,
-        bias,
-    )
-
-
-def moments(x: torch.Tensor, y: torch.Tensor) -> Moments:
-    """In uneven pieces, as activations arrive."""
-    total = Moments.zeros(H, H)
-    for start, stop in ((0, 7), (7, 100), (100, len(x))):
-        total.add(x[start:stop], y[start:stop])
-    return total
+from tests.calibration.planted import H, data, moments
 
 
 def test_a_planted_map_is_found() -> None:
@@ -49,8 +18,6 @@ def test_a_planted_map_is_found() -> None:
     fit = choose_ridge(seen, moments(*data(200, seed=1)[:2]))
     torch.testing.assert_close(fit.weight, weight, atol=1e-3, rtol=1e-3)
     assert seen.r2(fit.weight, fit.bias) == pytest.approx(1.0, abs=1e-6)
-    block = linear_block(seen, fit, 5, H)
-    torch.testing.assert_close(block.apply(x.float()), (x + y).float(), atol=1e-2, rtol=1e-3)
 
 
 def test_ridge_equals_the_closed_form_on_centred_data() -> None:
@@ -80,39 +47,6 @@ def test_error_and_r2_are_those_of_the_data() -> None:
     spread = (y - y.mean(0)).square().sum(1).mean()
     assert moments(x, y).error(weight, bias) == pytest.approx(float(missed), rel=1e-9)
     assert moments(x, y).r2(weight, bias) == pytest.approx(float(1 - missed / spread), rel=1e-9)
-
-
-@pytest.mark.parametrize("rank", [1, 4, H])
-@pytest.mark.parametrize("penalty", [0.0, 1.5])
-def test_the_cut_costs_the_eigenvalues_left_out(rank: int, penalty: float) -> None:
-    x, y, _, _ = data(400, noise=1.0)
-    seen = moments(x, y)
-    fit = fit_ridge(seen, penalty)
-    up, down, bias = cut_rank(seen, fit, rank)
-    assert up.shape == (H, rank)
-
-    def penalised(weight: torch.Tensor, constant: torch.Tensor) -> float:
-        return seen.error(weight, constant) + penalty * float(weight.square().sum())
-
-    added = penalised(up @ down, bias) - penalised(fit.weight, fit.bias)
-    assert added == pytest.approx(cut_error(seen, fit, rank), abs=1e-8 * seen.variance_y)
-
-
-def test_the_cut_beats_cutting_the_weight_itself() -> None:
-    x, y, _, _ = data(400, noise=1.0)
-    seen = moments(x, y)
-    fit = fit_ridge(seen, 0.1)
-    up, down, bias = cut_rank(seen, fit, 3)
-    u, s, v = torch.linalg.svd(fit.weight)
-    naive = u[:, :3] @ torch.diag(s[:3]) @ v[:3]
-    assert seen.error(up @ down, bias) < seen.error(naive, seen.mean_y - naive @ seen.mean_x)
-
-
-def test_rank_stays_within_the_budget_and_is_never_zero() -> None:
-    rank = rank_within(218_000_000 / 34, 4096)
-    assert rank == 782
-    assert 4096 + rank * 2 * 4096 <= 218_000_000 / 34 < 4096 + (rank + 1) * 2 * 4096
-    assert rank_within(10, 64) == 1
 
 
 def test_constant_outputs_have_no_variance_to_explain() -> None:

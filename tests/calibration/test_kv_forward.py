@@ -14,8 +14,8 @@ from exeunt.compression.decoder import Decoder
 from exeunt.compression.linear_block import LinearBlock
 from exeunt.compression.variant import KVFormat
 from tests.calibration.conftest import BLOCKS, HIDDEN
+from tests.compression.family_configs import CONFIGS
 from tests.compression.reference_models import build_model, save
-from tests.compression.test_decoder_parity import CONFIGS
 
 LENGTHS = (37, 12, 30, 1)
 
