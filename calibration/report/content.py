@@ -6,15 +6,22 @@ from dataclasses import dataclass
 from exeunt.calibration.block_choice import BlockChoice
 from exeunt.calibration.certificates import CertifiedVariant
 from exeunt.calibration.evaluation import EvaluationTable
-from exeunt.calibration.exit_fit import FittedExit
+from exeunt.calibration.exit_records import FittedExit
+from exeunt.calibration.exit_screen import ExitScreen
 from exeunt.calibration.exit_selection import ExitSelection
+from exeunt.calibration.kv_study import KVStudy
+from exeunt.calibration.options import CalibrationOptions
+from exeunt.calibration.rank_sweep import RankSweep
 from exeunt.calibration.weights_int4 import Int4Weights
 from exeunt.compression.manifest import Manifest
 
 
 @dataclass(frozen=True, slots=True)
 class ReportContent:
-    """One calibration's findings; the manifest repeats some of them for machines."""
+    """One calibration's findings; the manifest repeats some of them for machines.
+
+    Studies that were not made are None, and the report then has no section on them.
+    """
 
     manifest: Manifest
     choice: BlockChoice | None
@@ -23,17 +30,25 @@ class ReportContent:
     certified: Sequence[CertifiedVariant]
     table: EvaluationTable
     int4: Int4Weights | None
+    options: CalibrationOptions | None = None
+    kv_study: KVStudy | None = None
+    rank_sweep: RankSweep | None = None
+    exit_screen: ExitScreen | None = None
 
     @property
     def exits(self) -> tuple[FittedExit, ...]:
         """The exits kept, shallowest first."""
         return self.selection.kept
 
+    def keeps(self, exit: FittedExit) -> bool:
+        """Whether a candidate is one of the exits kept."""
+        return any(exit is kept for kept in self.exits)
+
     def use(self, exit: FittedExit) -> str:
         """What an exit is kept for, in words; "-" where it is not."""
         drafting = self.selection.drafting
         uses = [
-            *(["certified"] if exit in self.selection.certified else []),
+            *(["certified"] if any(exit is each for each in self.selection.certified) else []),
             *(["drafts"] if drafting is not None and exit is drafting.exit else []),
         ]
         return ", ".join(uses) or "-"

@@ -73,6 +73,8 @@ WIDTH: Final = 4.4
 """Inches, of 72 units of the SVG each: about what a phone shows."""
 _STYLE: Final[dict[Any, Any]] = {
     "svg.fonttype": "none",
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
     "font.family": "sans-serif",
     "font.size": 10,
     "axes.labelsize": 10,
@@ -154,10 +156,11 @@ def draw_panels(
     """As `draw`, for a picture of several axes, which `paint` adds."""
     with mpl.rc_context({**_STYLE, "svg.hashsalt": f"exeunt-{name}"}):
         canvas = Canvas(figsize=(width, height), layout="constrained")
-        FigureCanvasSVG(canvas)
+        writer = FigureCanvasSVG(canvas)
         paint(canvas)
         buffer = io.StringIO()
-        canvas.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        nothing = {"Date": None, "Creator": None}
+        writer.print_svg(buffer, metadata=nothing)  # type: ignore[no-untyped-call]  # savefig draws all twice
     return Figure(name, _inline(buffer.getvalue(), name, label), caption)
 
 
@@ -184,7 +187,7 @@ def spread(
     axes: Axes,
     values: Sequence[float],
     values_at: Callable[[float], float] = lambda y: y,
-    least: float = 0.062,
+    least: float = 0.065,
 ) -> list[float]:
     """Places for labels at `values` of the y axis, moved apart to at least `least` of the axis' length.
 
@@ -214,9 +217,12 @@ def label_ends(
     axes: Axes,
     ends: Sequence[tuple[float, str, str]],
     values_at: Callable[[float], float] = lambda y: y,
+    least: float = 0.065,
 ) -> None:
     """Labels to the right of the axes for lines that end at (y, text, colour), none over another."""
-    for place, (_, text, colour) in zip(spread(axes, [end[0] for end in ends], values_at), ends, strict=True):
+    for place, (_, text, colour) in zip(
+        spread(axes, [end[0] for end in ends], values_at, least), ends, strict=True
+    ):
         axes.annotate(
             text,
             (1.0, place),

@@ -5,35 +5,47 @@ from dataclasses import asdict
 from typing import Any
 
 from exeunt.calibration.block_choice import BlockChoice
-from exeunt.calibration.certificates import CertifiedVariant
-from exeunt.calibration.drafting_choice import DEEP_TOKENS
 from exeunt.calibration.evaluation import EvaluationTable, ModeResult
-from exeunt.calibration.exit_fit import FittedExit
-from exeunt.calibration.exit_selection import Drafting, ExitSelection
+from exeunt.calibration.report.asked import options_record
 from exeunt.calibration.report.content import ReportContent
-from exeunt.calibration.thresholds import BLOCK_TOKENS
+from exeunt.calibration.report.json_exits import certified_record, exits_record
+from exeunt.calibration.report.papers import (
+    EXITS_PERPLEXITY,
+    EXITS_SOURCE,
+    EXITS_TRADE_OFF,
+    KV_JOINT,
+    KV_SOURCE,
+)
+from exeunt.calibration.report.verdict import FAIR, SMALL, Cost, verdict_of
+from exeunt.calibration.weights_int4 import Int4Weights
 
 
 def report_json(content: ReportContent) -> str:
     """The text of `report.json`."""
-    manifest, plan = content.manifest, content.selection.plan
+    manifest = content.manifest
     record = {
         "base_model": manifest.base_model.model_dump(),
         "calibration": None if manifest.calibration is None else manifest.calibration.model_dump(),
-        "weights_int4": None if content.int4 is None else _weights(content),
+        "options": None if content.options is None else options_record(content.options),
+        "versions": {"exeunt": manifest.exeunt_version, **manifest.versions},
+        "verdict": _verdict(content),
+        "weights_int4": None if content.int4 is None else _weights(content.int4),
+        "kv_study": None if content.kv_study is None else asdict(content.kv_study),
         "linear_block": None if content.choice is None else _choice(content.choice),
-        "exits": [_exit(each) | {"use": content.use(each)} for each in content.exits],
-        "exits_left_out": [_exit(each) for each in content.candidates if each not in content.exits],
-        "costs": _costs(content.selection),
-        "drafting": None if content.selection.drafting is None else _drafting(content.selection.drafting),
-        "thresholds": {
-            "tested": list(plan.thresholds),
-            "begins": {f"{target}": begin for target, begin in plan.begins.items()},
-            "error_correlation": plan.correlation,
-            "block_tokens": BLOCK_TOKENS,
-        },
-        "certificates": [_certified(each) for each in content.certified],
+        "rank_sweep": None if content.rank_sweep is None else asdict(content.rank_sweep),
+        **exits_record(content),
+        "certificates": [certified_record(each) for each in content.certified],
         "evaluation": evaluation_record(content.table),
+        "papers": {
+            "exits": {
+                "source": EXITS_SOURCE,
+                "perplexity": EXITS_PERPLEXITY,
+                "trade_off": [
+                    {"compute_saved": saved, "perplexity_increase": cost} for saved, cost in EXITS_TRADE_OFF
+                ],
+            },
+            "kv": {"source": KV_SOURCE, "perplexity_full": KV_JOINT[0], "perplexity_int4": KV_JOINT[1]},
+        },
     }
     return json.dumps(record, indent=1, ensure_ascii=False) + "\n"
 
@@ -45,8 +57,9 @@ def evaluation_record(table: EvaluationTable) -> dict[str, Any]:
         "tokens": table.tokens,
         "text_blocks": table.text_blocks,
         "blocks": table.blocks,
-        "interval": "95 % percentile bootstrap over blocks of text",
+        "interval": "95 % bootstrap over blocks of text",
         "modes": [_mode(result) for result in table.results],
+        "sweep": [_mode(result) for result in table.sweep],
     }
 
 
@@ -62,13 +75,33 @@ def _mode(result: ModeResult) -> dict[str, Any]:
     return head | record
 
 
-def _weights(content: ReportContent) -> dict[str, Any]:
-    int4 = content.int4
-    errors = {} if int4 is None else int4.relative_error
+def _verdict(content: ReportContent) -> dict[str, Any]:
+    verdict = verdict_of(content)
     return {
-        "group_size": None if int4 is None else int4.group_size,
+        "called_small_up_to": SMALL,
+        "called_fair_up_to": FAIR,
+        "costs": [_cost(cost) for cost in verdict.together],
+        "advice": [
+            {"use": each.use, "compression": each.request, "cost": _cost(each.cost)}
+            for each in verdict.advice
+        ],
+    }
+
+
+def _cost(cost: Cost) -> dict[str, Any]:
+    called = {"good": "small", "fair": "fair", "bad": "large"}[cost.tone]
+    return {**asdict(cost), "called": called}
+
+
+def _weights(int4: Int4Weights) -> dict[str, Any]:
+    return {
+        "group_size": int4.group_size,
+        "rounding": int4.rounding,
         "relative_squared_error": {
-            f"blocks.{block}.{name}": error for (block, name), error in errors.items()
+            f"blocks.{block}.{name}": error for (block, name), error in int4.relative_error.items()
+        },
+        "relative_squared_output_error": {
+            f"blocks.{block}.{name}": error for (block, name), error in int4.output_error.items()
         },
     }
 
@@ -77,59 +110,16 @@ def _choice(choice: BlockChoice) -> dict[str, Any]:
     return {
         "chosen": None if choice.chosen is None else choice.chosen.block,
         "blocks": [
-            {"block": fit.block, "r2": fit.r2, "r2_cut": fit.r2_cut, "rank": fit.map.rank}
+            {
+                "block": fit.block,
+                "r2": fit.r2,
+                "r2_cut": fit.r2_cut,
+                "missed": fit.missed,
+                "rank": fit.map.rank,
+            }
             for fit in choice.fits
         ],
         "candidates": [asdict(candidate) for candidate in choice.candidates],
         "together": None if choice.together is None else asdict(choice.together),
         "tokens": choice.tokens,
-    }
-
-
-def _exit(fitted: FittedExit) -> dict[str, Any]:
-    return {
-        "name": fitted.head.name,
-        "block": fitted.head.block,
-        "agreement_untrained": fitted.training.untrained_agreement,
-        "agreement_ridge": fitted.training.ridge_agreement,
-        "agreement_trained": fitted.training.agreement,
-        "gate": asdict(fitted.gate),
-        "combine": [float(weight) for weight in fitted.head.combine],
-        "screen_ratio": fitted.head.screen_ratio,
-    }
-
-
-def _costs(selection: ExitSelection) -> dict[str, Any]:
-    """What was measured where exits were chosen by it."""
-    drafting = selection.drafting
-    exits = None if selection.costs is None else asdict(selection.costs)
-    passes = None if drafting is None else {"deep_tokens": list(DEEP_TOKENS), **asdict(drafting.costs)}
-    return {"in_units_of_a_block": exits, "in_units_of_a_token_of_one_stream": passes}
-
-
-def _drafting(drafting: Drafting) -> dict[str, Any]:
-    pairs = zip(drafting.candidates, drafting.choice.plans, strict=True)
-    return {
-        "exit": drafting.exit.head.name,
-        "candidates": [{"name": each.head.name, **asdict(plan)} for each, plan in pairs],
-    }
-
-
-def _certified(each: CertifiedVariant) -> dict[str, Any]:
-    by_exit = dict(each.certification.by_exit)
-    return {
-        "variant": asdict(each.variant),
-        "skipped_kv": each.skipped_kv,
-        "targets": [asdict(certificate) for certificate in each.certification.certificates],
-        "tested": [
-            {
-                "threshold": threshold,
-                "exits": counts.total,
-                "wrong": counts.wrong,
-                "tokens": counts.tokens,
-                "text_blocks": len(counts.exits),
-                "by_exit": list(by_exit[threshold]),
-            }
-            for threshold, counts in each.certification.tested
-        ],
     }

@@ -2,28 +2,39 @@
 
 from dataclasses import replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from exeunt.calibration.block_choice import BlockChoice, BlockFit, Replacement
+from exeunt.calibration.block_choice import BlockChoice, Replacement
+from exeunt.calibration.block_fitter import BlockFit
 from exeunt.calibration.certificates import CertifiedVariant
-from exeunt.calibration.certification import Certification
+from exeunt.calibration.certification import Certification, NllCertification
 from exeunt.calibration.drafting_choice import DraftChoice, DraftPlan, DraftRates, PassCosts
 from exeunt.calibration.evaluation import EvaluationTable, Measure, Mode, ModeResult
 from exeunt.calibration.exit_choice import ExitCosts
-from exeunt.calibration.exit_fit import FittedExit
+from exeunt.calibration.exit_records import FittedExit
+from exeunt.calibration.exit_screen import ExitScreen, ScreenedExit
 from exeunt.calibration.exit_selection import Drafting, ExitSelection
-from exeunt.calibration.exit_training import TrainedHead
+from exeunt.calibration.exit_training import CurvePoint, TrainedHead
 from exeunt.calibration.gate_training import GateQuality
+from exeunt.calibration.kv_forms import DEPLOYED as DEPLOYED_KV
+from exeunt.calibration.kv_forms import PER_CHANNEL, KVForm
+from exeunt.calibration.kv_forward import KVPart
+from exeunt.calibration.kv_study import ContextCost, KVCost, KVStudy, KVWeightsCosts
+from exeunt.calibration.loss_comparison import LossComparison, LossOutcome
+from exeunt.calibration.nll_risk import NllCertificate, NllCounts
+from exeunt.calibration.options import CalibrationOptions
+from exeunt.calibration.rank_sweep import RankPoint, RankSweep
 from exeunt.calibration.report.content import ReportContent
 from exeunt.calibration.risk import Certificate, ExitCounts
 from exeunt.calibration.thresholds import ThresholdPlan
 from exeunt.calibration.weights_int4 import Int4Weights
 from exeunt.compression.linear_block import LinearBlock
 from exeunt.compression.manifest import BaseModelRecord, CalibrationRecord, LinearBlockRecord, Manifest
-from exeunt.compression.variant import Variant
+from exeunt.compression.variant import Variant, WeightFormat
 from exeunt.kernels.int4_linear import quantize
 from tests.calibration.conftest import random_exit
 
@@ -63,9 +74,50 @@ def evaluation(**more: Any) -> EvaluationTable:
     """Four variants with exits off, and the deployed one at a certified target."""
     off = {FULL: 0.0, WEIGHTS: 0.123, KV: 0.456, DEPLOYED: 0.789, LINEAR: 2.5}
     results = [mode_result(Mode(variant), increase) for variant, increase in off.items()]
-    results.append(mode_result(Mode(DEPLOYED, 0.91, 0.05), 0.987, left=0.2))
-    results.append(mode_result(Mode(DEPLOYED, 0.91, 0.05, "backfill"), 0.885, left=0.2))
-    return EvaluationTable("words.txt, certify split", 1000, 7, 4, tuple(results), **more)
+    results.append(mode_result(Mode(DEPLOYED, 0.91, 0.05), 0.853, left=0.2))
+    results.append(mode_result(Mode(DEPLOYED, 0.91, 0.05, "backfill"), 0.805, left=0.2))
+    thresholds = {0.95: 0.05, 0.8: 0.3, 0.6: 0.5}
+    sweep = tuple(mode_result(Mode(DEPLOYED, at), 1.0 + left, left=left) for at, left in thresholds.items())
+    return EvaluationTable("words.txt, certify split", 1000, 7, 4, tuple(results), sweep, **more)
+
+
+def kv_cost(form: KVForm, part: KVPart, increase: float) -> KVCost:
+    """The cost of a form at two lengths of context."""
+    by_context = (
+        ContextCost(1, 16, 160, about(increase / 20, 0.001)),
+        ContextCost(17, 32, 150, about(increase / 25, 0.001)),
+    )
+    errors = (0.011, 0.012) if part == "both" else (0.011, 0.0)
+    return KVCost(
+        form.name,
+        form.streams,
+        part,
+        about(20 + increase),
+        about(increase, 0.01),
+        about(0.01),
+        *errors,
+        96.0,
+        by_context,
+    )
+
+
+def kv_study() -> KVStudy:
+    """Two forms under two kinds of weights."""
+    kinds: tuple[tuple[WeightFormat, float], ...] = (("full", 0.0), ("int4", 0.2))
+    under = [
+        KVWeightsCosts(
+            weights,
+            about(20.0),
+            384.0,
+            (
+                kv_cost(DEPLOYED_KV, "keys", 0.0301 + shift),
+                kv_cost(DEPLOYED_KV, "both", 0.0502 + shift),
+                kv_cost(PER_CHANNEL, "both", 0.0903 + shift),
+            ),
+        )
+        for weights, shift in kinds
+    ]
+    return KVStudy(1000, 64, 7, tuple(under))
 
 
 def fitted_exit(block: int, agreement: float) -> FittedExit:
@@ -79,7 +131,46 @@ def fitted_exit(block: int, agreement: float) -> FittedExit:
         reliability=((0.15, 0.12, 100), (0.55, 0.6, 300), (0.95, 0.97, 600)),
         tokens=1000,
     )
-    return FittedExit(head, TrainedHead(head.norm, head.adapter, 0.31, 0.42, agreement), quality)
+    training = TrainedHead(
+        head.norm,
+        head.adapter,
+        untrained_agreement=0.31,
+        ridge_agreement=0.42,
+        agreement=agreement,
+        selective=agreement + 0.1,
+        curve=(CurvePoint(0, 0.42, 0.5), CurvePoint(1000, agreement, agreement + 0.1)),
+        stopped_early=block == 2,
+    )
+    outcomes = [
+        LossOutcome(agreement - d, agreement + 0.1 - d, (0.1 - d, 0.3 - d), 1000) for d in (0.05, 0.0, 0.02)
+    ]
+    losses = (
+        LossComparison(block, 1000, TARGETS, outcomes[0], outcomes[1], outcomes[2], served="top token")
+        if block == 2
+        else None
+    )
+    return FittedExit(head, training, quality, losses)
+
+
+def exit_screen() -> ExitScreen:
+    """Three blocks, of which the last two were trained."""
+    exits = tuple(
+        ScreenedExit(
+            block=block,
+            agreement=0.3 + block / 10,
+            ridge_agreement=0.25 + block / 10,
+            start="own head",
+            selective=0.5 + block / 10,
+            separability=0.7 + block / 100,
+            leaving=(0.01 + block / 10, 0.02 + block / 10),
+            saving=-0.01 + block / 100,
+            draft_speed=1.1 - block / 10,
+            trained=block > 0,
+            reason="" if block == 0 else "saving, place 1" if block == 2 else "draft speed, place 1",
+        )
+        for block in range(3)
+    )
+    return ExitScreen(exits, 900, TARGETS)
 
 
 def counts(left: int, wrong: int) -> ExitCounts:
@@ -95,17 +186,47 @@ def certified(variant: Variant, reason: str = "only 3 tokens left") -> Certified
     )
     tested = ((0.95, counts(300, 6)), (0.9123, counts(600, 19)))
     by_exit = ((0.95, (300,)), (0.9123, (600,)))
-    return CertifiedVariant(variant, "propagate", Certification(certificates, tested, by_exit))
+    return CertifiedVariant(
+        variant, "propagate", Certification(certificates, tested, by_exit), nll_certification(reason), 31
+    )
+
+
+def nll_certification(reason: str) -> NllCertification:
+    """The other risk: the looser of two targets holds."""
+    certificates = (
+        NllCertificate(0.01, None, 60, 3000, 0.008, 0.013, Measure(0.009, 0.004, 0.014), 20.2, 20.0, reason),
+        NllCertificate(0.05, 0.87, 900, 3000, 0.031, 0.047, Measure(0.033, 0.02, 0.046), 20.7, 20.0, None),
+    )
+    return NllCertification(certificates, ((0.95, nll_counts(60, 0.008)), (0.87, nll_counts(900, 0.031))))
+
+
+def nll_counts(left: int, increase: float) -> NllCounts:
+    """Thirty blocks of text of a hundred tokens each."""
+    ones = np.ones(30)
+    return NllCounts(100 * increase * ones, 110 * increase * ones, 300 * ones, left / 30 * ones, 100 * ones)
 
 
 def choice() -> BlockChoice:
     """Four blocks, of which the last two were tried."""
-    ones = LinearBlock(3, torch.zeros(2, 32), torch.zeros(32, 2), torch.zeros(32))
+
+    def stand_in(block: int) -> LinearBlock:
+        return LinearBlock(block, torch.zeros(2, 32), torch.zeros(32, 2), torch.zeros(32))
+
     fits = tuple(
-        BlockFit(block, 0.5 + block / 10, 0.3 + block / 10, replace(ones, index=block)) for block in range(4)
+        BlockFit(block=b, r2=0.5 + b / 10, r2_cut=0.3 + b / 10, missed=0.2, map=stand_in(b)) for b in range(4)
     )
-    tried = (Replacement((2,), 22.22, 2.22), Replacement((3,), 21.11, 1.11))
-    return BlockChoice(fits[3], fits, tried, Replacement((2, 3), 33.33, 13.33), 8000)
+    tried = (Replacement((2,), about(22.22), about(2.22)), Replacement((3,), about(21.11), about(1.11)))
+    together = Replacement((2, 3), about(33.33), about(13.33))
+    return BlockChoice(fits[3], fits, tried, together, 8000, 31)
+
+
+def rank_sweep() -> RankSweep:
+    """Three sizes of the last block's map."""
+    points = tuple(
+        RankPoint(rank, 32 * (2 * rank + 1), reduction, 0.9 - reduction / 100, about(20 + cost), about(cost))
+        for rank, reduction, cost in ((32, 2.6, 0.51), (2, 34.0, 1.11), (1, 56.7, 2.22))
+    )
+    return RankSweep(3, about(20.0), points, 8000, 31)
 
 
 def int4_weights() -> Int4Weights:
@@ -160,7 +281,14 @@ def selection(*exits: FittedExit) -> ExitSelection:
     )
 
 
-def content(name: str = "tiny", **more: Any) -> ReportContent:
+def options() -> CalibrationOptions:
+    """What was asked for, with the folders of the machine."""
+    return CalibrationOptions(
+        model="/secret/model", out=Path("/secret/bundle"), data="/secret/words.txt", exits=(0, 2), seed=7
+    )
+
+
+def content(name: str = "tiny") -> ReportContent:
     """Everything, of a model called `name`."""
     exits = (fitted_exit(0, 0.531), fitted_exit(1, 0.642), fitted_exit(2, 0.753))
     outcomes = (certified(DEPLOYED), replace(certified(DEPLOYED), skipped_kv="backfill"), certified(FULL))
@@ -172,7 +300,10 @@ def content(name: str = "tiny", **more: Any) -> ReportContent:
         outcomes,
         evaluation(),
         int4_weights(),
-        **more,
+        options=options(),
+        kv_study=kv_study(),
+        rank_sweep=rank_sweep(),
+        exit_screen=exit_screen(),
     )
 
 

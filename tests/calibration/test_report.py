@@ -1,19 +1,41 @@
 """The report's page: whole, self-contained, the same for the same findings, and with what was found alone."""
 
 import json
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache
 from html.parser import HTMLParser
 from typing import Any
 
 import pytest
 
+from exeunt.calibration.evaluation import Measure
+from exeunt.calibration.kv_forms import PER_CHANNEL
 from exeunt.calibration.report.content import ReportContent
 from exeunt.calibration.report.json_report import report_json
 from exeunt.calibration.report.page import report_html, report_sections
+from exeunt.calibration.report.papers import exits_ratio
 from exeunt.calibration.report.parts import Cell, Details, Figure, Part, Section, Table
-from tests.calibration.report_content import DEPLOYED, FULL, bare_content, certified, content, fitted_exit
+from exeunt.calibration.report.sections.certificates import certificates_section
+from exeunt.calibration.report.sections.exits import exits_section
+from exeunt.calibration.report.sections.kv import kv_section
+from exeunt.calibration.report.sections.linear_block import linear_block_section
+from exeunt.calibration.report.sections.weights import weights_section
+from exeunt.calibration.report.verdict import verdict_of
+from exeunt.calibration.risk import Certificate
+from tests.calibration.report_content import (
+    DEPLOYED,
+    FULL,
+    KV,
+    LINEAR,
+    WEIGHTS,
+    bare_content,
+    certified,
+    content,
+    fitted_exit,
+)
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 
@@ -71,10 +93,24 @@ def flat(parts: tuple[Part, ...]) -> Iterator[Part]:
             yield from flat(part.parts)
 
 
+@cache
+def _sections(number: int) -> list[Section]:
+    return report_sections(_held[number])
+
+
+_held: dict[int, ReportContent] = {}
+
+
+def sections(found: ReportContent) -> list[Section]:
+    """The sections of a report, drawn once."""
+    _held[id(found)] = found  # kept, so that the number stays its own
+    return _sections(id(found))
+
+
 def table(found: ReportContent, section: str, header: str) -> Table:
     """The first table of a section that has a column of that name."""
-    own = [each for each in report_sections(found) if each.name == section]
-    return next(part for part in parts_of(own) if isinstance(part, Table) and header in part.headers)
+    own = next(each for each in sections(found) if each.name == section)
+    return next(part for part in flat(own.parts) if isinstance(part, Table) and header in part.headers)
 
 
 def column(found: Table, header: str) -> list[Cell]:
@@ -111,7 +147,7 @@ def test_ids_are_unique_and_every_reference_is_met(page: str) -> None:
 
 def test_pictures_have_names_labels_and_captions(full: ReportContent, page: str) -> None:
     tags = Tags(page)
-    pictures, figures = tags.all("svg"), [p for p in parts_of(report_sections(full)) if isinstance(p, Figure)]
+    pictures, figures = tags.all("svg"), [p for p in parts_of(sections(full)) if isinstance(p, Figure)]
     assert [each["id"] for each in pictures] == [f"figure-{figure.name}" for figure in figures]
     assert len(pictures) == len(tags.all("figcaption")) >= 6
     assert all(each["role"] == "img" and len(each["aria-label"] or "") > 20 for each in pictures)
@@ -133,38 +169,48 @@ def test_text_stays_text(page: str) -> None:
 
 
 def test_same_findings_same_bytes(full: ReportContent, page: str) -> None:
-    assert report_html(full) == page
     assert report_html(content()) == page
 
 
-def test_sections_come_with_their_data() -> None:
-    names = [section.name for section in report_sections(content())]
+def test_sections_come_with_their_data(full: ReportContent) -> None:
+    names = [section.name for section in sections(full)]
     assert names[0] == "summary"
     assert names[-1] == "made"
-    assert {"modes", "certificates", "exits", "gates", "drafting", "linear-block", "weights"} < set(names)
+    assert {
+        "modes",
+        "certificates",
+        "exits",
+        "gates",
+        "drafting",
+        "linear-block",
+        "weights",
+        "kv",
+        "trade-off",
+    } < set(names)
     bare = report_html(bare_content())
     assert [section.name for section in report_sections(bare_content())] == ["summary", "modes", "made"]
     assert Tags(bare).all("section") == [{"id": "summary"}, {"id": "modes"}, {"id": "made"}]
 
 
 @pytest.mark.parametrize(
-    ("change", "left_out"),
+    ("change", "build"),
     [
-        ({"choice": None}, "linear-block"),
-        ({"int4": None}, "weights"),
-        ({"certified": ()}, "certificates"),
-        ({"candidates": ()}, "exits"),
+        ({"choice": None}, linear_block_section),
+        ({"int4": None}, weights_section),
+        ({"certified": ()}, certificates_section),
+        ({"candidates": ()}, exits_section),
+        ({"kv_study": None}, kv_section),
     ],
 )
-def test_a_section_is_left_out_alone(change: dict[str, Any], left_out: str) -> None:
-    found = content()
-    before = [section.name for section in report_sections(found)]
-    after = [section.name for section in report_sections(replace(found, **change))]
-    assert after == [name for name in before if name != left_out]
+def test_a_section_is_left_out_where_there_is_nothing_to_tell(
+    full: ReportContent, change: dict[str, Any], build: Callable[[ReportContent], Section | None]
+) -> None:
+    assert build(replace(full, **change)) is None
+    assert build(full) in sections(full)
 
 
 def test_every_section_says_what_it_shows_and_what_not(full: ReportContent) -> None:
-    for section in report_sections(full):
+    for section in sections(full):
         assert len(section.shows) > 60, section.name
         assert section.limits, section.name
 
@@ -226,13 +272,136 @@ def test_the_linear_block_is_that_of_the_record(full: ReportContent) -> None:
     record = json.loads(report_json(full))["linear_block"]
     shown = table(full, "linear-block", "change")
     wanted = [*record["candidates"], record["together"]]
-    assert [cell.text for cell in column(shown, "change")] == [f"{each['increase']:+.2f}" for each in wanted]
+    assert [cell.text for cell in column(shown, "change")] == [
+        f"{each['increase']['value']:+.2f}" for each in wanted
+    ]
     chosen = [row[0].text for row in shown.cells() if row[0].interval == "chosen"]
     assert chosen == [f"block {record['chosen']}"]
 
 
-def test_a_gate_is_shown_with_its_own_figures() -> None:
-    found = content()
-    shown = table(found, "gates", "AUC")
-    assert [cell.text for cell in column(shown, "AUC")] == [f"{each.gate.auc:.3f}" for each in found.exits]
+def test_a_gate_is_shown_with_its_own_figures(full: ReportContent) -> None:
+    shown = table(full, "gates", "AUC")
+    assert [cell.text for cell in column(shown, "AUC")] == [f"{each.gate.auc:.3f}" for each in full.exits]
     assert fitted_exit(2, 0.5).gate.auc == pytest.approx(0.82)
+
+
+def test_the_trade_off_is_that_of_the_record(full: ReportContent) -> None:
+    record = json.loads(report_json(full))["evaluation"]
+    points = [
+        mode
+        for mode in (*record["modes"], *record["sweep"])
+        if mode["exits_ratio"] is not None and mode["skipped_kv"] == "propagate"
+    ]
+    points.sort(key=lambda mode: mode["compute_saved"]["value"])
+    assert len(points) == 4
+    shown = table(full, "trade-off", "passes saved")
+    assert [cell.text for cell in column(shown, "compute saved")] == [
+        f"{100 * mode['compute_saved']['value']:.1f} %" for mode in points
+    ]
+    assert [cell.text for cell in column(shown, "perplexity")] == [
+        f"{mode['exits_ratio']['value']:.3f} ×" for mode in points
+    ]
+    assert [cell.text for cell in column(shown, "certified")] == ["no", "at 5%", "no", "no"]
+
+
+def test_the_papers_curve_is_read_between_its_points() -> None:
+    assert exits_ratio(0.064) == pytest.approx(1 + 4.31 / 11.32)
+    assert exits_ratio(0.032) == pytest.approx(1 + 4.31 / 11.32 / 2)
+    assert exits_ratio(0.0) == 1.0
+    assert exits_ratio(0.3) is None
+
+
+def test_the_forms_of_the_cache_are_those_of_the_record(full: ReportContent) -> None:
+    record = json.loads(report_json(full))["kv_study"]["subjects"]
+    shown = table(full, "kv", "error of keys")
+    int4 = next(each for each in record if each["weights"] == "int4")
+    assert [cell.text for cell in column(shown, "change")[1:]] == [
+        f"{cost['increase']['value']:+.3f}" for cost in int4["costs"]
+    ]
+    kept_out = [row[0].interval for row in shown.cells() if row[0].text == PER_CHANNEL.name]
+    assert kept_out == ["cannot be served"]
+
+
+def test_the_options_are_shown_without_the_machines_folders(full: ReportContent, page: str) -> None:
+    shown = {row[0].text: row[1].text for row in table(full, "made", "option").cells()}
+    assert shown["exits"] == "[0, 2]"
+    assert shown["head.learning_rate"] == str(full.options.head.learning_rate if full.options else None)
+    assert "secret" not in page
+    assert "secret" not in report_json(full)
+
+
+def test_the_verdict_calls_costs_by_the_end_of_their_interval() -> None:
+    verdict = verdict_of(content())
+    called = {cost.variant: cost.tone for cost in verdict.together}
+    assert called[WEIGHTS] == "fair"  # 0.123 + 0.105 of 20: more than 1 % at its end
+    assert called[LINEAR] == "bad"
+    assert [cost.variant for cost in verdict.alone] == [WEIGHTS, KV, LINEAR]
+    assert [(each.cost.variant, each.target) for each in verdict.advice] == [
+        (DEPLOYED, None),
+        (DEPLOYED, 0.05),
+    ]
+
+
+def test_a_cost_that_the_text_cannot_show_is_called_so() -> None:
+    found = content()
+    unclear = replace(found.table.results[1], perplexity_increase=Measure(0.01, -0.05, 0.08))
+    results = (found.table.results[0], unclear, *found.table.results[2:])
+    cost = verdict_of(replace(found, table=replace(found.table, results=results))).alone[0]
+    assert not cost.shown
+    assert cost.tone == "good"
+
+
+def test_nothing_certified_is_said_in_the_verdict() -> None:
+    found = content()
+    refused = certified(DEPLOYED)
+    targets = tuple(
+        Certificate(each.target, None, 3, 3000, 0.4, 0.9, "too few")
+        for each in refused.certification.certificates
+    )
+    outcome = replace(refused, certification=replace(refused.certification, certificates=targets))
+    page = report_html(replace(found, certified=(outcome,)))
+    assert "No risk target is certified" in page
+    assert "5%, the loosest target: too few." in page
+
+
+def test_the_other_risk_is_that_of_the_record(full: ReportContent) -> None:
+    record = json.loads(report_json(full))["certificates"][0]["nll"]
+    shown = table(full, "certificates", "less likely")
+    assert [cell.text for cell in column(shown, "upper bound")][:2] == ["+0.0130", "+0.0470"]
+    assert [target["upper_bound"] for target in record["targets"]] == [0.013, 0.047]
+    assert [cell.text for cell in column(shown, "outcome")][:2] == [
+        "not certified: only 3 tokens left",
+        "certified",
+    ]
+    ratio = record["targets"][1]["perplexity_ratio"]
+    assert column(shown, "perplexity, unclipped")[1].text == f"{ratio['value']:.3f} ×"
+    assert ratio["value"] == pytest.approx(math.exp(0.033))
+
+
+def test_the_search_over_all_blocks_is_that_of_the_record(full: ReportContent) -> None:
+    record = json.loads(report_json(full))["screen"]
+    shown = table(full, "exits", "trained for")
+    assert [cell.text for cell in column(shown, "block")] == [f"{each['block']}" for each in record["exits"]]
+    assert [cell.text for cell in column(shown, "saving")] == [
+        f"{100 * each['saving']:+.1f} %" for each in record["exits"]
+    ]
+    assert [cell.strong for cell in column(shown, "block")] == [each["trained"] for each in record["exits"]]
+
+
+def test_the_comparison_of_losses_is_that_of_the_record(full: ReportContent) -> None:
+    record = next(each for each in json.loads(report_json(full))["exits"] if each["losses"] is not None)
+    shown = table(full, "exits", "loss")
+    losses = [record["losses"][name] for name in ("start", "top_token", "distribution")]
+    assert [cell.text for cell in column(shown, "selective")] == [
+        f"{100 * e['selective']:.1f} %" for e in losses
+    ]
+    assert [row[0].interval for row in shown.cells()] == ["", "serves", ""]
+
+
+def test_the_rank_sweep_marks_the_papers_ratio(full: ReportContent) -> None:
+    shown = table(full, "linear-block", "smaller")
+    assert [(row[0].interval, row[2].text) for row in shown.cells()] == [
+        ("", "2.6×"),
+        ("deployed", "34.0×"),
+        ("", "56.7×"),
+    ]

@@ -55,7 +55,7 @@ def test_the_same_report_gives_the_same_files(bundle: Path, tmp_path: Path) -> N
 
 def test_what_there_is_not_is_said(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(bundle), "--out", str(tmp_path / "out"), "--figure", "unicorn"]) == 2
-    assert "no figure 'unicorn'; it has modes, " in capsys.readouterr().err
+    assert "no figure 'unicorn'; it has trade-off, modes, " in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert main([str(tmp_path), "--out", str(tmp_path)]) == 2
     assert "has no report.html" in capsys.readouterr().err

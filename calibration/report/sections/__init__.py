@@ -9,14 +9,17 @@ from exeunt.calibration.report.sections.certificates import certificates_section
 from exeunt.calibration.report.sections.drafting import drafting_section
 from exeunt.calibration.report.sections.exits import exits_section
 from exeunt.calibration.report.sections.gates import gates_section
+from exeunt.calibration.report.sections.kv import kv_section
 from exeunt.calibration.report.sections.linear_block import linear_block_section
 from exeunt.calibration.report.sections.made import made_section
 from exeunt.calibration.report.sections.modes import modes_section
 from exeunt.calibration.report.sections.summary import summary_section
+from exeunt.calibration.report.sections.trade_off import trade_off_section
 from exeunt.calibration.report.sections.weights import weights_section
 
 BUILDERS: Final[tuple[Callable[[ReportContent], Section | None], ...]] = (
     summary_section,
+    trade_off_section,
     modes_section,
     certificates_section,
     exits_section,
@@ -24,5 +27,6 @@ BUILDERS: Final[tuple[Callable[[ReportContent], Section | None], ...]] = (
     drafting_section,
     linear_block_section,
     weights_section,
+    kv_section,
     made_section,
 )

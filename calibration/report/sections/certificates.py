@@ -1,18 +1,16 @@
-"""Certificates: which share of the tokens may leave early at which stated risk, for every combination."""
-
-from collections.abc import Sequence
+"""Certificates: which share of the tokens may leave early at which stated risk, for every combination and two risks."""
 
 from matplotlib.axes import Axes
 
 from exeunt.calibration.certificates import CertifiedVariant
+from exeunt.calibration.nll_risk import CLIP
+from exeunt.calibration.report.certificate_tables import disagreement_table, nll_table, ways
 from exeunt.calibration.report.content import ReportContent
 from exeunt.calibration.report.drawing import INK, SOFT, draw, label_ends, series
-from exeunt.calibration.report.parts import Cell, Details, Figure, Section, Table
+from exeunt.calibration.report.parts import Details, Figure, Section, Table, Text
 from exeunt.calibration.report.verdict import deployed_outcome
-from exeunt.calibration.report.words import NOTHING, count, plain, share, skipped_name, variant_name
-from exeunt.calibration.risk import Certificate, percent
-from exeunt.calibration.thresholds import BLOCK_TOKENS
-from exeunt.compression.variant import Variant
+from exeunt.calibration.report.words import count, skipped_name, variant_name
+from exeunt.calibration.risk import percent
 
 
 def certificates_section(content: ReportContent) -> Section | None:
@@ -20,127 +18,124 @@ def certificates_section(content: ReportContent) -> Section | None:
     deployed = deployed_outcome(content.certified)
     if deployed is None:
         return None
-    confidence = _confidence(content)
-    others = [each for each in content.certified if each.variant != deployed.variant]
     own = [each for each in content.certified if each.variant == deployed.variant]
-    parts: list[Figure | Table | Details] = [_risk_plot(content, deployed), _table(own)]
+    others = [each for each in content.certified if each.variant != deployed.variant]
+    figures = [_disagreement(content, deployed, own)]
+    tables = [disagreement_table(own)]
+    other_tables = [disagreement_table(others)]
+    if any(each.nll is not None and each.nll.certificates for each in own):
+        figures.append(_nll(own))
+        tables.append(nll_table(own))
+        other_tables.append(nll_table(others))
+    parts: list[Figure | Table | Text | Details] = [*figures, *tables]
     if others:
-        parts.append(
-            Details(f"The other {len({each.variant for each in others})} variants", (_table(others),))
-        )
+        summary = f"The other {len({each.variant for each in others})} variants"
+        parts.append(Details(summary, tuple(table for table in other_tables if table.rows)))
     return Section(
         "certificates",
         "Certificates",
-        f"A target is certified where, with {percent(confidence)} confidence, among the tokens that leave "
-        "early at most that share has another top token than full depth of the same variant, under teacher "
-        f"forcing on text like the certify split, which nothing else has seen. "
-        f"{len(content.selection.plan.thresholds)} thresholds were planned on other text and are tested from "
-        f"strict to loose; the unit is a block of {BLOCK_TOKENS} tokens, for tokens of one text are not independent.",
+        f"A target is certified where, with {percent(_confidence(content))} confidence, the risk on text like "
+        "the certify split, which nothing else has seen, is at most the target, under teacher forcing. The "
+        "first risk is disagreement: among the tokens that leave early, the share with another top token than "
+        "full depth of the same variant. The second is likelihood: by how many nats a token of the text "
+        f"becomes less likely, on average over all tokens, each counted with at most {CLIP:g} nats. {_unit(deployed)}",
         "It says nothing about sampled tokens, nothing about text unlike the certify split, and each "
-        "certificate holds by itself. With backfill later tokens attend to the keys and values of full depth, "
-        "with propagate to what tokens left behind where they left. A target that is not certified is refused by "
-        "the server by name.",
+        "certificate holds by itself. Unclipped perplexity is reported with an interval, not certified. A "
+        "target that is not certified is refused by the server by name.",
         tuple(parts),
     )
 
 
 def _confidence(content: ReportContent) -> float:
     entries = content.manifest.risk_table
-    return entries[0].confidence if entries else 0.0
+    return entries[0].confidence if entries else 0.95
 
 
-def _risk_plot(content: ReportContent, deployed: CertifiedVariant) -> Figure:
+def _unit(deployed: CertifiedVariant) -> str:
+    blocks = f": {count(deployed.text_blocks)} of them here" if deployed.text_blocks else ""
+    return f"Tokens of one text are not independent, so the unit is a block of text{blocks}."
+
+
+def _disagreement(content: ReportContent, deployed: CertifiedVariant, own: list[CertifiedVariant]) -> Figure:
     targets = list(content.selection.plan.begins)
-    own = _lines([each for each in content.certified if each.variant == deployed.variant])
 
     def paint(axes: Axes) -> None:
-        for number, (each, name) in enumerate(own):
-            look = series(number)
-            seen = [(c.total / c.tokens, c.risk) for _, c in each.certification.tested if c.risk is not None]
-            if seen:
-                rates, risks = zip(*seen, strict=True)
-                axes.plot(
-                    [100 * rate for rate in rates],
-                    [100 * risk for risk in risks],
-                    **look.look,
-                    label=f"measured{name}",
-                )
+        for number, (each, name) in enumerate(ways(own)):
+            tested = [counts for _, counts in each.certification.tested if counts.total]
+            rates = [100 * counts.exit_rate for counts in tested]
+            risks = [100 * counts.wrong / counts.total for counts in tested]
+            axes.plot(rates, risks, **series(number).look, label=f"measured{name}")
         for certificate in deployed.certification.certificates:
             if certificate.certified and certificate.upper_bound is not None:
-                rate = 100 * certificate.exits / certificate.tokens
-                axes.plot(
-                    [rate], [100 * certificate.upper_bound], marker="_", ms=14, mew=2, color=INK, linestyle=""
-                )
-        axes.set(xlabel="tokens that leave early, %", ylabel="of them differ from full depth, %")
+                _bound(axes, 100 * certificate.exits / certificate.tokens, 100 * certificate.upper_bound)
+        _bound_key(axes)
+        axes.set(xlabel="tokens that leave early, %", ylabel="of them differ, %")
         axes.set_xlim(left=0)
-        axes.set_ylim(0, 100 * 1.35 * max(targets, default=0.1))
-        for target in targets:
-            axes.axhline(100 * target, color=SOFT, linewidth=1, linestyle=(0, (2, 2)))
-        label_ends(axes, [(100 * target, percent(target), SOFT) for target in targets])
-        axes.legend(loc="upper left")
+        axes.set_ylim(0, 100 * 1.4 * max(targets, default=0.1))
+        _targets(axes, [(100 * target, percent(target)) for target in targets])
+        axes.legend(loc="upper left", ncols=2, columnspacing=1.2)
 
     return draw(
         "certificates",
         "Disagreement among tokens that leave early against their share, with certified bounds",
-        f"{variant_name(deployed.variant)}: each point is a threshold that was tested on the certify split. "
-        "Bars are the upper bounds of the certified thresholds; each lies below its target's dotted line.",
+        f"Disagreement, {variant_name(deployed.variant)}: each point is a threshold that was tested on the "
+        "certify split. Each bar, the upper bound of a certified threshold, lies below its target's dotted line.",
         paint,
     )
 
 
-def _lines(outcomes: Sequence[CertifiedVariant]) -> list[tuple[CertifiedVariant, str]]:
-    """Each outcome with what tells it from the others; one alone where both ways with skipped KV are one."""
-    if len({each.certification.certificates for each in outcomes}) == 1:
-        return [(outcomes[0], "")]
-    return [(each, f", {skipped_name(each.skipped_kv)}") for each in outcomes]
-
-
-def _table(outcomes: Sequence[CertifiedVariant]) -> Table:
-    headers = (
-        "combination",
-        "target",
-        "threshold",
-        "leave early",
-        "of them differ",
-        "upper bound",
-        "outcome",
+def _nll(own: list[CertifiedVariant]) -> Figure:
+    held = [each for each in own if each.nll is not None and each.nll.certificates]
+    targets = sorted(
+        {target.target for each in held if each.nll is not None for target in each.nll.certificates}
     )
-    rows = []
-    for variant, skipped, certificates in _same_merged(outcomes):
-        for number, certificate in enumerate(certificates):
-            name = Cell(variant_name(variant), skipped) if number == 0 else Cell("")
-            rows.append([name, *_cells(certificate)])
-    return Table(headers, rows)
+
+    def paint(axes: Axes) -> None:
+        top = 1.4 * max(targets)
+        for number, each in enumerate(held):
+            if each.nll is None:
+                continue
+            look = series(number)
+            rates = [100 * counts.exit_rate for _, counts in each.nll.tested]
+            increases = [counts.increase for _, counts in each.nll.tested]
+            axes.plot(rates, increases, **look.look, label=f"measured, {skipped_name(each.skipped_kv)}")
+            for certificate in each.nll.certificates:
+                if certificate.certified and certificate.upper_bound is not None:
+                    _bound(
+                        axes,
+                        100 * certificate.exits / certificate.tokens,
+                        certificate.upper_bound,
+                        look.colour,
+                    )
+            top = max(top, 1.15 * max(increases, default=0.0))
+        _bound_key(axes)
+        axes.axhline(0.0, color=INK, linewidth=1)
+        axes.set(xlabel="tokens that leave early, %", ylabel="less likely, nats per token")
+        axes.set_xlim(left=0)
+        axes.set_ylim(top=top)
+        _targets(axes, [(target, f"{target:g}") for target in targets])
+        axes.legend(loc="upper left")
+
+    return draw(
+        "nll-certificates",
+        "Mean increase of negative log-likelihood against the share of tokens that leave, with certified bounds",
+        "Likelihood: the mean clipped increase of −log probability at the thresholds tested, with the upper bounds of "
+        "certified thresholds and the targets.",
+        paint,
+        height=3.3,
+    )
 
 
-def _same_merged(
-    outcomes: Sequence[CertifiedVariant],
-) -> list[tuple[Variant, str, tuple[Certificate, ...]]]:
-    """One line for both ways with skipped keys and values where they have the same certificates."""
-    merged: list[tuple[Variant, str, tuple[Certificate, ...]]] = []
-    for variant in dict.fromkeys(each.variant for each in outcomes):
-        own = [each for each in outcomes if each.variant == variant]
-        found = {each.certification.certificates for each in own}
-        if len(found) == 1:
-            merged.append(
-                (variant, " or ".join(each.skipped_kv for each in own), own[0].certification.certificates)
-            )
-        else:
-            merged += [(variant, each.skipped_kv, each.certification.certificates) for each in own]
-    return merged
+def _bound(axes: Axes, at: float, bound: float, colour: str = INK) -> None:
+    axes.plot([at], [bound], marker="_", ms=14, mew=2, color=colour, linestyle="")
 
 
-def _cells(certificate: Certificate) -> list[Cell]:
-    rate = certificate.exits / certificate.tokens if certificate.tokens else None
-    outcome = Cell("certified", tone="good", strong=True)
-    if not certificate.certified:
-        outcome = Cell(f"not certified: {certificate.reason or 'no reason given'}", tone="bad")
-    left = f"{count(certificate.exits)} tokens" if certificate.tokens else ""
-    return [
-        Cell(percent(certificate.target)),
-        Cell(plain(certificate.threshold, "{:.4f}")),
-        Cell(share(rate), left),
-        Cell(share(certificate.disagreement, 2)),
-        Cell(share(certificate.upper_bound, 2)),
-        outcome if certificate.certified or certificate.reason else Cell(NOTHING),
-    ]
+def _bound_key(axes: Axes) -> None:
+    """The legend's entry for bounds."""
+    axes.plot([], [], marker="_", ms=12, mew=2, color=INK, linestyle="", label="certified bound")
+
+
+def _targets(axes: Axes, targets: list[tuple[float, str]]) -> None:
+    for target, _ in targets:
+        axes.axhline(target, color=SOFT, linewidth=1, linestyle=(0, (2, 2)))
+    label_ends(axes, [(target, name, SOFT) for target, name in targets])

@@ -3,7 +3,7 @@
 from matplotlib.axes import Axes
 
 from exeunt.calibration.drafting_choice import DraftPlan
-from exeunt.calibration.exit_fit import FittedExit
+from exeunt.calibration.exit_records import FittedExit
 from exeunt.calibration.exit_selection import Drafting
 from exeunt.calibration.report.content import ReportContent
 from exeunt.calibration.report.drawing import INK, draw, series

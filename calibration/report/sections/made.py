@@ -1,6 +1,8 @@
 """How the bundle was made: text, splits, seeds, versions, and the costs that were measured on the way."""
 
 from exeunt.calibration.drafting_choice import DEEP_TOKENS
+from exeunt.calibration.options import CalibrationOptions
+from exeunt.calibration.report.asked import option_lines
 from exeunt.calibration.report.content import ReportContent
 from exeunt.calibration.report.parts import Cell, Details, Section, Table
 from exeunt.calibration.report.words import count
@@ -10,6 +12,8 @@ def made_section(content: ReportContent) -> Section:
     """The section; every calibration has one."""
     manifest = content.manifest
     parts: list[Table | Details] = [_facts(content)]
+    if content.options is not None:
+        parts.append(Details("Options", (_options(content.options),)))
     if costs := _costs(content):
         parts.append(Details("Costs measured on the machine that calibrated", costs))
     versions = [[name, version] for name, version in manifest.versions.items()]
@@ -50,6 +54,10 @@ def _facts(content: ReportContent) -> Table:
     if manifest.int4_group_size is not None:
         rows.append(["INT4 group", f"{manifest.int4_group_size} inputs"])
     return Table(("", ""), rows, words=2)
+
+
+def _options(options: CalibrationOptions) -> Table:
+    return Table(("option", "value"), [[name, value] for name, value in option_lines(options)], words=2)
 
 
 def _costs(content: ReportContent) -> tuple[Table, ...]:
