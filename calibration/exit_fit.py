@@ -1,32 +1,42 @@
 """All exits of a model from the deployed stack's hidden states: heads, gates, and how good each is."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from exeunt.calibration.block_fit import Moments, ridge_map
-from exeunt.calibration.exit_training import HeadTraining, Labelled, TrainedHead, planned_visits, train_head
-from exeunt.calibration.gate_training import GateQuality, ProbeTraining, planned_gate_tokens, train_gate
+from exeunt.calibration.exit_records import FittedExit as FittedExit
+from exeunt.calibration.exit_records import read_exit, read_head, write_exit, write_head
+from exeunt.calibration.exit_training import (
+    HeadTraining,
+    Labelled,
+    Project,
+    TrainedHead,
+    planned_visits,
+    train_head,
+)
+from exeunt.calibration.gate_training import ProbeTraining, planned_gate_tokens, train_gate
+from exeunt.calibration.journal import Journal, NoJournal
+from exeunt.calibration.loss_comparison import LossComparison, compare_losses
 from exeunt.calibration.progress import ProgressReport
 from exeunt.calibration.teacher_forcing import ForcedModel
 from exeunt.compression.decoder import Decoder
-from exeunt.compression.exits import ExitHead, ExitNorm
+from exeunt.compression.exits import ExitNorm
+from exeunt.compression.linear import FullLinear
+from exeunt.kernels.native.build import processor
 
 HEAD_SHARE: Final = 0.6
 """Share of the fit split's tokens that heads are trained on; gates are trained on the others, which heads never saw."""
 RIDGE_STRENGTH: Final = 1e-3
-
-
-@dataclass(frozen=True, slots=True)
-class FittedExit:
-    """An exit in float32 on the CPU, and how good it is on the select split."""
-
-    head: ExitHead
-    training: TrainedHead
-    gate: GateQuality
+_BF16_FEATURES: Final = {
+    "avx512_bf16",
+    "amx_bf16",
+    "bf16",
+}  # as processors call the multiplication of bfloat16
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +52,24 @@ class ExitData:
     fit_tokens: int
 
     def fit(self, block: int) -> Labelled:
-        """The fit split behind `block`."""
-        return Labelled(self.states[block][: self.fit_tokens], self.top[: self.fit_tokens])
+        """The fit split behind `block`, and behind the last one."""
+        part = slice(0, self.fit_tokens)
+        return Labelled(self.states[block][part], self.top[part], self.final[part])
 
     def select(self, block: int) -> Labelled:
         """The select split behind `block`."""
         return Labelled(self.states[block][self.fit_tokens :], self.top[self.fit_tokens :])
+
+    def only(self, blocks: Collection[int]) -> "ExitData":
+        """The same behind some of the blocks."""
+        return ExitData(
+            {block: self.states[block] for block in blocks}, self.final, self.top, self.fit_tokens
+        )
+
+    @property
+    def head_tokens(self) -> int:
+        """Tokens that heads are trained on, the first of the fit split."""
+        return int(self.fit_tokens * HEAD_SHARE)
 
 
 def fit_exits(
@@ -59,59 +81,123 @@ def fit_exits(
     seed: int,
     progress: ProgressReport,
     teacher: Decoder,
+    *,
+    compared: Collection[int] = (),
+    risks: Sequence[float] = (),
+    journal: Journal | None = None,
 ) -> tuple[FittedExit, ...]:
     """Train an exit behind every block of `data.states`, shallowest first. `norm` is the model's final one.
 
     Gradients need a full-precision output matrix, `teacher`'s; what is judged goes through the deployed one, `model`'s.
+    Behind the blocks `compared` heads are trained by both losses, and what may leave at `risks` is compared; the better
+    head serves. What `journal` knows is not done again, heads and exits one by one.
     """
-    decoder = model.decoder
-    blocks = sorted(data.states)
-    cut = int(data.fit_tokens * HEAD_SHARE)
+    journal = journal or NoJournal()
+    project = training_projection(model, teacher)
+    held = {block: read_exit(journal, norm, block) for block in sorted(data.states)}
+    missing = [block for block, found in held.items() if found is None]
+    heads = _heads(norm, data.only(missing), project, head_training, seed, progress, compared, risks, journal)
+    rest_tokens, select_tokens = data.fit_tokens - data.head_tokens, len(data.top) - data.fit_tokens
+    work = len(missing) * planned_gate_tokens(rest_tokens, select_tokens, probe_training)
+    with progress.phase("Training exit gates", work) as advance:
+        for block in missing:
+            rest, select = data.fit(block).rows(slice(data.head_tokens, None)), data.select(block)
+            trained, losses = heads[block]
+            head, quality = train_gate(
+                block, trained, rest, select, project, probe_training, _generator(seed, block, 1), advance
+            )
+            fitted = FittedExit(head.to("cpu", torch.float32), trained, quality, losses)
+            write_exit(journal, fitted)
+            held[block] = fitted
+    return tuple(found for found in held.values() if found is not None)
+
+
+def _heads(
+    norm: ExitNorm,
+    data: ExitData,
+    project: Project,
+    training: HeadTraining,
+    seed: int,
+    progress: ProgressReport,
+    compared: Collection[int],
+    risks: Sequence[float],
+    journal: Journal,
+) -> dict[int, tuple[TrainedHead, LossComparison | None]]:
+    """A head behind every block of `data`, and how the losses compare where they were compared."""
+    heads = {block: read_head(journal, norm, block) for block in sorted(data.states)}
+    missing = [block for block, found in heads.items() if found is None]
+    cut = data.head_tokens
+    with progress.phase("Fitting where exit heads start", len(missing) * cut) as advance:
+        ridges = {block: ridge_start(norm, data, block, cut, advance) for block in missing}
+    rounds = len(missing) + sum(block in compared for block in missing)
+    with progress.phase("Training exit heads", rounds * planned_visits(cut, training)) as advance:
+        for block in missing:
+            learned, select = data.fit(block).rows(slice(0, cut)), data.select(block)
+            start, losses = ridges[block], None
+            head = train_head(
+                norm, start, learned, select, project, training, _generator(seed, block, 0), advance
+            )
+            if block in compared:
+                other = train_head(
+                    norm,
+                    start,
+                    learned,
+                    select,
+                    project,
+                    training,
+                    _generator(seed, block, 0),
+                    advance,
+                    "distribution",
+                )
+                head, losses = compare_losses(block, (head, other), norm, start, select, project, risks)
+            write_head(journal, block, head, losses)
+            heads[block] = head, losses
+    return {block: found for block, found in heads.items() if found is not None}
+
+
+def training_projection(model: ForcedModel, teacher: Decoder) -> Project:
+    """What heads are trained through, `teacher`'s matrix, where gradients are on; else `model`'s for exits.
+
+    Where the processor multiplies bfloat16 by itself, gradients go through the matrix in that form: heads come out as
+    good, and the product, most of what training costs, takes a third of the time.
+    """
+    decoder, output = model.decoder, teacher.output
+    matrix: Tensor | None = None
+    fast = decoder.device.type == "cpu" and not _BF16_FEATURES.isdisjoint(processor().split())
+    if fast and isinstance(output, FullLinear) and output.bias is None:
+        matrix = output.weight.to(torch.bfloat16)
 
     def project(state: Tensor) -> Tensor:
-        wanted = state.to(decoder.dtype)
-        return teacher.project(wanted) if torch.is_grad_enabled() else decoder.project_exit(wanted)
+        if not torch.is_grad_enabled():
+            return decoder.project_exit(state.to(decoder.dtype))
+        if matrix is None:
+            return teacher.project(state.to(decoder.dtype))
+        return F.linear(state.to(torch.bfloat16), matrix).float()
 
-    generators = {block: torch.Generator().manual_seed(seed * 1000 + block) for block in blocks}
-    with progress.phase("Fitting where exit heads start", len(blocks) * cut) as advance:
-        ridges = _ridge_maps(norm, data, blocks, cut, advance)
-    trained = {}
-    with progress.phase("Training exit heads", len(blocks) * planned_visits(cut, head_training)) as advance:
-        for block in blocks:
-            learned, select = data.fit(block).rows(slice(0, cut)), data.select(block)
-            trained[block] = train_head(
-                norm, ridges[block], learned, select, project, head_training, generators[block], advance
-            )
-    fitted = []
-    rest_tokens, select_tokens = data.fit_tokens - cut, len(data.top) - data.fit_tokens
-    work = len(blocks) * planned_gate_tokens(rest_tokens, select_tokens, probe_training)
-    with progress.phase("Training exit gates", work) as advance:
-        for block in blocks:
-            rest, select = data.fit(block).rows(slice(cut, None)), data.select(block)
-            head, quality = train_gate(
-                block, trained[block], rest, select, project, probe_training, generators[block], advance
-            )
-            fitted.append(FittedExit(head.to("cpu", torch.float32), trained[block], quality))
-    return tuple(fitted)
+    return project
 
 
 @torch.no_grad()
-def _ridge_maps(
-    norm: ExitNorm, data: ExitData, blocks: Sequence[int], tokens: int, advance: Callable[[int], None]
-) -> dict[int, Tensor]:
-    """By block, the map from the normalised state there to what it lacks of the last block's: [H, H] float32."""
+def ridge_start(
+    norm: ExitNorm,
+    data: ExitData,
+    block: int,
+    tokens: int,
+    advance: Callable[[int], None] = lambda _tokens: None,
+) -> Tensor:
+    """The map from the normalised state behind `block` to what it lacks of the last block's: [H, H] float32.
+
+    Of the first `tokens` tokens, which `advance` is told.
+    """
     device, hidden = norm.weight.device, norm.weight.shape[0]
-    maps = {}
-    for block in blocks:
-        moments = Moments.zeros(hidden, hidden, device)
-        for part in _chunks(tokens):
-            early, late = (
-                norm(states[part].to(device, torch.float32)) for states in (data.states[block], data.final)
-            )
-            moments.add(early, late - early)
-            advance(len(early))
-        maps[block] = ridge_map(moments, RIDGE_STRENGTH).float()
-    return maps
+    moments = Moments.zeros(hidden, hidden, device)
+    for part in _chunks(tokens):
+        early, late = (
+            norm(states[part].to(device, torch.float32)) for states in (data.states[block], data.final)
+        )
+        moments.add(early, late - early)
+        advance(len(early))
+    return ridge_map(moments, RIDGE_STRENGTH).float()
 
 
 def top_tokens(model: ForcedModel, final: Tensor, advance: Callable[[int], None]) -> Tensor:
@@ -121,6 +207,11 @@ def top_tokens(model: ForcedModel, final: Tensor, advance: Callable[[int], None]
         parts.append(model.top_tokens(final[part].to(model.decoder.device)).cpu())
         advance(len(parts[-1]))
     return torch.cat(parts)
+
+
+def _generator(seed: int, block: int, use: int) -> torch.Generator:
+    """A generator of its own for each use, so that what is read from a journal changes no other's draws."""
+    return torch.Generator().manual_seed((seed * 1000 + block) * 2 + use)
 
 
 def _chunks(tokens: int, size: int = 4096) -> list[slice]:

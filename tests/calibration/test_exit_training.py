@@ -9,6 +9,7 @@ import torch
 from exeunt.calibration.exit_training import (
     HeadTraining,
     Labelled,
+    TrainedHead,
     head_agreement,
     head_state,
     planned_visits,
@@ -19,7 +20,7 @@ from exeunt.compression.exits import ExitHead, ExitNorm, ExitProbe
 
 H, V = 16, 24
 NORM = ExitNorm("layer", torch.ones(H), torch.zeros(H), 1e-5)
-QUICK = HeadTraining(visits=120_000, batch_tokens=256, learning_rate=1e-2, most_epochs=60)
+QUICK = HeadTraining(visits=120_000, learning_rate=1e-2, most_epochs=60, anchor_tokens=0)
 
 
 def output_matrix() -> torch.Tensor:
@@ -69,7 +70,8 @@ def test_a_head_learns_what_full_depth_does() -> None:
     head = train_head(NORM, torch.zeros(H, H), fit, select, project, QUICK, torch.Generator().manual_seed(0))
     assert head.untrained_agreement < 0.3
     assert head.agreement > 0.85
-    assert head_agreement(head.norm, head.adapter, select, project) == pytest.approx(head.agreement)
+    served = head_agreement(head.norm, head.adapter, select, project)
+    assert (served.all, served.selective) == (head.agreement, head.selective)
     assert not head.adapter.requires_grad
 
 
@@ -83,6 +85,145 @@ def test_training_never_ends_below_its_starts() -> None:
     assert head.ridge_agreement == pytest.approx(1.0)
     assert head.agreement == head.ridge_agreement
     torch.testing.assert_close(head.adapter, mix - torch.eye(H))
+
+
+def test_training_ends_when_agreement_stops_rising_and_keeps_the_best() -> None:
+    """Few tokens, learnt by heart: held-out agreement rises and then falls."""
+    training = HeadTraining(
+        visits=200_000, batch_tokens=64, learning_rate=1e-2, most_epochs=2000, evaluations=50, anchor_tokens=0
+    )
+    done: list[int] = []
+    head = train_head(
+        NORM,
+        torch.zeros(H, H),
+        rotated(150, 1),
+        rotated(1000, 2),
+        project,
+        training,
+        torch.Generator().manual_seed(0),
+        done.append,
+    )
+    assert head.stopped_early
+    assert head.visits < 100_000
+    assert sum(done) == planned_visits(150, training), "what stopping spares is told as well"
+    values = [point.selective for point in head.curve]
+    assert head.selective == max(values) > values[0] + 0.2
+    best = values.index(max(values))
+    assert len(values) - 1 - best >= training.patience, "it went on to see that nothing better came"
+    assert head.agreement == head.curve[best].agreement
+
+
+def test_training_goes_on_while_agreement_rises() -> None:
+    training = HeadTraining(visits=40_000, learning_rate=1e-3, most_epochs=60, evaluations=8, anchor_tokens=0)
+    generator = torch.Generator().manual_seed(0)
+    head = train_head(
+        NORM, torch.zeros(H, H), rotated(3000, 1), rotated(1000, 2), project, training, generator
+    )
+    assert not head.stopped_early
+    assert head.visits == planned_visits(3000, training)
+    values = [point.selective for point in head.curve]
+    assert values == sorted(values)
+
+
+def test_a_head_is_held_back_towards_its_start_the_more_the_fewer_tokens_there_are() -> None:
+    def moved(anchor: int, tokens: int) -> float:
+        training = HeadTraining(
+            visits=20_000, learning_rate=1e-2, most_epochs=200, evaluations=1, anchor_tokens=anchor
+        )
+        generator = torch.Generator().manual_seed(0)
+        fit, select = rotated(tokens, 1), rotated(1000, 2)
+        head = train_head(NORM, torch.zeros(H, H), fit, select, project, training, generator)
+        return float(head.adapter.norm())
+
+    free, held, held_less = moved(0, 300), moved(10_000, 300), moved(10_000, 3000)
+    assert held < 0.5 * free
+    assert held < 0.7 * held_less
+
+
+def test_the_start_that_knows_when_it_is_right_is_taken_though_it_agrees_less_often() -> None:
+    """The state holds the class twice, in two halves; how large the second is tells whether full depth says it."""
+    half = H // 2
+    g = torch.Generator().manual_seed(3)
+    codes = torch.nn.functional.normalize(torch.randn(V, half, generator=g), dim=1)
+    kind = torch.randint(V, (4000,), generator=g)
+    right = torch.rand(4000, generator=g) < 0.6
+    size = torch.where(right, 3.0, 0.6) + 0.1 * torch.rand(4000, generator=g)
+    blurred = codes[kind] * size[:, None] + 0.6 * torch.randn(4000, half, generator=g)
+    hidden = torch.cat((codes[kind] * (1 + 2 * torch.rand(4000, 1, generator=g)), blurred), 1)
+    data = Labelled(hidden, torch.where(right, kind, (kind + 1) % V))
+    first, second = (torch.cat((torch.eye(half) * (i == 0), torch.eye(half) * (i == 1)), 1) for i in (0, 1))
+    matrix = 5.0 * torch.cat((codes, torch.zeros(V, half)), 1)  # reads the first half
+    ridge = torch.cat((second - first, torch.zeros(half, H)))  # puts the second half in its place
+    keeps = ExitNorm("rms", torch.ones(H) * 1e3, None, 1e6)  # of eps so large that sizes stay
+
+    def read(state: torch.Tensor) -> torch.Tensor:
+        return state @ matrix.T
+
+    training, generator = HeadTraining(visits=1, batch_tokens=1, learning_rate=1e-12), torch.Generator()
+    head = train_head(keeps, ridge, data, data, read, training, generator)
+    assert head.ridge_agreement < head.untrained_agreement
+    assert head.start == "ridge"
+    assert head.selective > 0.8
+
+
+def test_the_same_seed_gives_the_same_head_to_the_bit() -> None:
+    def head() -> TrainedHead:
+        training = HeadTraining(visits=5000, batch_tokens=64)
+        generator = torch.Generator().manual_seed(7)
+        return train_head(
+            NORM, torch.zeros(H, H), rotated(500, 1), rotated(500, 2), project, training, generator
+        )
+
+    one, other = head(), head()
+    assert torch.equal(one.adapter, other.adapter)
+    assert one.curve == other.curve
+
+
+def test_the_distributions_loss_is_the_top_tokens_where_all_of_it_is_on_the_top_token() -> None:
+    """The last state is made so large that what it says is one-hot; a norm that keeps sizes lets it through."""
+    flat = ExitNorm("rms", torch.ones(H), None, 1e12)  # divides by a million whatever the state
+
+    def sharp(state: torch.Tensor) -> torch.Tensor:
+        return project(state * 1e6)
+
+    g = torch.Generator().manual_seed(1)
+    hidden = torch.randn(2000, H, generator=g)
+    mix = torch.randn(H, H, generator=torch.Generator().manual_seed(77)) / H**0.5
+    final = hidden @ mix.T * 1e5
+    top = sharp(flat(final)).argmax(-1)
+    data = Labelled(hidden, top, final)
+    training = HeadTraining(visits=6000, batch_tokens=64, learning_rate=1e-2, anchor_tokens=0)
+    heads = [
+        train_head(
+            flat,
+            torch.zeros(H, H),
+            data,
+            data,
+            sharp,
+            training,
+            torch.Generator().manual_seed(0),
+            loss=loss,
+        )
+        for loss in ("top token", "distribution")
+    ]
+    assert heads[0].agreement > heads[0].untrained_agreement + 0.2
+    torch.testing.assert_close(heads[0].adapter, heads[1].adapter, atol=1e-5, rtol=1e-4)
+
+
+def test_the_distribution_cannot_be_matched_without_it() -> None:
+    data = rotated(300, 1)
+    training, generator = HeadTraining(visits=300), torch.Generator().manual_seed(0)
+    with pytest.raises(ValueError, match="no states of the last block"):
+        train_head(
+            NORM,
+            torch.zeros(H, H),
+            data,
+            data,
+            project,
+            training,
+            generator,
+            loss="distribution",
+        )
 
 
 def test_the_planned_work_is_the_work_done() -> None:
