@@ -1,18 +1,23 @@
 """`exeunt eval`: every mode of a loaded model on a text of the user's."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
+
+from torch import Tensor
 
 from exeunt.calibration.bundle_manifest import data_name
 from exeunt.calibration.corpus import numbered_rows_of, read_corpus
 from exeunt.calibration.errors import CalibrationError
-from exeunt.calibration.evaluation import EvaluationTable, evaluate_modes
+from exeunt.calibration.evaluation import EvaluationTable, Mode, evaluate_modes
+from exeunt.calibration.generation import TEMPERATURES, GenerationSize, Written, generate_modes
 from exeunt.calibration.modes import plan_modes
 from exeunt.calibration.page_arena import PageArena
 from exeunt.calibration.progress import ProgressReport
 from exeunt.calibration.scored_text import ScoredText, sliding_windows
 from exeunt.calibration.teacher_forcing import ForcedModel
 from exeunt.calibration.text_encoding import separator, text_encoding
+from exeunt.calibration.trade_off import TradeOff, trade_offs
 from exeunt.compression.model import LoadedModel
 from exeunt.compression.variant import Variant
 
@@ -32,7 +37,8 @@ class EvaluationOptions:
     window: int | None = None
     stride: int | None = None
     batch_tokens: int = 4096
-    seed: int = 0  # of the documents' order and the bootstrap
+    seed: int = 0  # of the documents' order, the bootstrap and what is drawn
+    generate: bool = False  # let every mode write, too
 
     def __post_init__(self) -> None:
         if self.tokens < LEAST_WINDOW:
@@ -61,9 +67,18 @@ class EvaluationOptions:
         return min(self.window or WINDOW, context)
 
 
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Every mode's figures, the default variant's price of exits beside the paper's, and what modes wrote if asked."""
+
+    table: EvaluationTable
+    trade_off: tuple[TradeOff, ...]
+    written: tuple[Written, ...]
+
+
 def evaluate(
     model: LoadedModel, data: str, options: EvaluationOptions, progress: ProgressReport
-) -> EvaluationTable:
+) -> Evaluation:
     """The figures of every mode that `model` holds, on the text `data` (see `corpus.read_corpus`).
 
     The reference is full weights, full KV, full depth; where only INT4 weights are loaded, those. Raises CorpusError,
@@ -88,7 +103,7 @@ def evaluate(
     )
     work = (len(plan.modes) + len(plan.sweep)) * text.read
     with progress.phase("Evaluating every mode", work) as advance:
-        return evaluate_modes(
+        table = evaluate_modes(
             plan.modes,
             models,
             text,
@@ -96,6 +111,32 @@ def evaluate(
             batch_tokens=options.batch_tokens,
             seed=options.seed,
             sweep=plan.sweep,
+            advance=advance,
+        )
+    written = _written(model, models, plan.modes, text.rows, options, progress) if options.generate else ()
+    return Evaluation(table, trade_offs(table, model.default_variant), written)
+
+
+def _written(
+    model: LoadedModel,
+    models: Mapping[Variant, ForcedModel],
+    modes: Sequence[Mode],
+    rows: Sequence[Tensor],
+    options: EvaluationOptions,
+    progress: ProgressReport,
+) -> tuple[Written, ...]:
+    size = GenerationSize().fitted(rows, model.spec.max_position_embeddings)
+    work = len(modes) * len(TEMPERATURES) * size.tokens
+    with progress.phase("Letting every mode write", work) as advance:
+        return generate_modes(
+            modes,
+            models,
+            models[modes[0].variant],
+            rows,
+            size,
+            model.tokenizer.decode,
+            seed=options.seed,
+            temperatures=TEMPERATURES,
             advance=advance,
         )
 

@@ -84,6 +84,15 @@ _EVALUATION_TOKENS = _count(
     16,
     "Use so many tokens of it: whole documents in an order drawn from --seed, of a single document the beginning.",
 )
+_WINDOW = _count(
+    "--window", 16, "Tokens that are read at a time; 512, or the model's context where that is shorter."
+)
+_STRIDE = _count(
+    "--stride",
+    1,
+    "Let windows overlap: each is so many tokens behind the one before, and counts its last so many.",
+)
+_GENERATE = typer.Option("--generate", help="Also let every mode write, and have the full model read it.")
 _EVALUATION_SEED = _count("--seed", 0, "Seed of the documents' order and of the intervals.")
 _DEVICE = typer.Option(help="auto, cpu, cuda or cuda:N.")
 _JSON = typer.Option("--json", help="Also write it as JSON to this file.")
@@ -345,6 +354,9 @@ def evaluate(
     ],
     tokens: Annotated[int, _EVALUATION_TOKENS] = 16_000,
     seed: Annotated[int, _EVALUATION_SEED] = 0,
+    window: Annotated[int | None, _WINDOW] = None,
+    stride: Annotated[int | None, _STRIDE] = None,
+    generate: Annotated[bool, _GENERATE] = False,
     device: Annotated[str, _DEVICE] = "auto",
     speed: Annotated[bool, typer.Option(help="Also measure every mode's tokens/s.")] = True,
     json_file: Annotated[Path | None, _JSON] = None,
@@ -353,14 +365,17 @@ def evaluate(
     """Measure perplexity, KL, agreement, depth and speed of every mode on a text."""
     _log_from(log_level)
     target = _json_target(json_file)
+    from exeunt.calibration.evaluate import EvaluationOptions
     from exeunt.calibration.progress import watched_progress
-    from exeunt.deploy.evaluation import evaluate_and_time, evaluation_table
+    from exeunt.deploy.evaluation import evaluate_and_time, show_evaluation
     from exeunt.deploy.preparation import load_to_measure
+
+    options = EvaluationOptions(tokens=tokens, window=window, stride=stride, seed=seed, generate=generate)
 
     with interruptible() as interruption:
         model = load_to_measure(bundle, device, InterruptibleProgress(watched_progress(), interruption))
-        evaluated = evaluate_and_time(model, data, tokens=tokens, speed=speed, seed=seed)
-        _show(evaluation_table(evaluated))
+        evaluated = evaluate_and_time(model, data, options, speed=speed)
+        show_evaluation(evaluated, _show)
         if target is not None:
             target.write(evaluated.record(model.name))
 

@@ -1,12 +1,16 @@
 """`exeunt eval`: every mode's quality on a text, and beside it what the mode is for: its speed."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
+from rich.text import Text
+
 from exeunt.calibration.evaluate import EvaluationOptions, evaluate
-from exeunt.calibration.evaluation import EvaluationTable, Mode
+from exeunt.calibration.evaluation import EvaluationTable, Mode, ModeResult
+from exeunt.calibration.generation import Written
 from exeunt.calibration.progress import watched_progress
+from exeunt.calibration.trade_off import TradeOff, paper_curve
 from exeunt.compression.model import LoadedModel
 from exeunt.deploy.bench import BenchMode, Load, bench_record
 from exeunt.deploy.bench_engine import engine_driver
@@ -31,27 +35,48 @@ LOAD = Load(concurrency=8, prompt_tokens=32, max_new_tokens=64, requests=16)
 
 @dataclass(frozen=True, slots=True)
 class Evaluated:
-    """A model's table of modes and, where it was measured, each mode's tokens per second by name."""
+    """A model's table of modes, where measured each mode's tokens per second by name, and where asked what it wrote."""
 
     model: MeasuredModel
     table: EvaluationTable
     speed: Mapping[str, float]
+    trade_off: Sequence[TradeOff] = ()
+    written: Sequence[Written] = ()
 
     def record(self, target: str) -> dict[str, Any]:
         """The table as JSON; `target` is what was asked for."""
-        rows = []
-        for result in self.table.results:
-            row = asdict(result) | result.record().model_dump(include={"name", "early_exit"})
-            rows.append(row | {"tokens_per_second": self.speed.get(result.mode.name)})
-        about = {key: value for key, value in asdict(self.table).items() if key != "results"}
-        return bench_record(target, self.model, LOAD, ()) | about | {"modes": rows}
+        rows = [
+            _record(result) | {"tokens_per_second": self.speed.get(result.mode.name)}
+            for result in self.table.results
+        ]
+        about = {key: value for key, value in asdict(self.table).items() if key not in ("results", "sweep")}
+        return (
+            bench_record(target, self.model, LOAD, ())
+            | about
+            | {
+                "modes": rows,
+                "sweep": [_record(result) for result in self.table.sweep],
+                "trade_off": {
+                    "paper": [{"saved": saved, "increase": increase} for saved, increase in paper_curve()],
+                    "curves": [asdict(each) for each in self.trade_off],
+                },
+                "written": [asdict(each) | {"name": each.mode.name} for each in self.written],
+            }
+        )
 
 
-def evaluate_and_time(model: LoadedModel, data: str, *, tokens: int, speed: bool, seed: int = 0) -> Evaluated:
-    """Every mode's quality on `data`, and its speed at eight requests at once. Raises CorpusError, BenchError."""
-    table = evaluate(model, data, EvaluationOptions(tokens=tokens, seed=seed), watched_progress())
-    speeds = _speeds(model, [result.mode for result in table.results]) if speed else {}
-    return Evaluated(measured_model(model), table, speeds)
+def _record(result: ModeResult) -> dict[str, Any]:
+    return asdict(result) | result.record().model_dump(include={"name", "early_exit"})
+
+
+def evaluate_and_time(model: LoadedModel, data: str, options: EvaluationOptions, *, speed: bool) -> Evaluated:
+    """Every mode's quality on `data`, and its speed at eight requests at once.
+
+    Raises CorpusError, CalibrationError or BenchError.
+    """
+    found = evaluate(model, data, options, watched_progress())
+    speeds = _speeds(model, [result.mode for result in found.table.results]) if speed else {}
+    return Evaluated(measured_model(model), found.table, speeds, found.trade_off, found.written)
 
 
 def _speeds(model: LoadedModel, modes: Sequence[Mode]) -> dict[str, float]:
@@ -95,3 +120,52 @@ def evaluation_table(evaluated: Evaluated) -> FigureTable:
         columns.append(FigureColumn(_SPEED, speeds, _WORTH[_SPEED]))
     title = f"{table.tokens:,} tokens of {table.text}"
     return FigureTable(table.names, tuple(columns), title, "95 % intervals in brackets")
+
+
+def show_evaluation(evaluated: Evaluated, show: Callable[[Any], None]) -> None:
+    """Give `show` the table of modes, how the price of exits compares, and what modes wrote."""
+    show(evaluation_table(evaluated))
+    for line in trade_off_lines(evaluated):
+        show(Text(line, style="dim"))
+    if evaluated.written:
+        show(written_table(evaluated))
+
+
+def trade_off_lines(evaluated: Evaluated) -> list[str]:
+    """What is to be said of the price of exits, held against the paper's curve; nothing without exits."""
+    return [_finding(each) for each in evaluated.trade_off if each.curve.base == "variant"]
+
+
+def _finding(found: TradeOff) -> str:
+    curve, held = found.curve, found.comparison
+    saved = "of layers not waited for" if curve.axis == "layers" else "of compute saved, net of gates"
+    where = f"Exits of {curve.variant.short_name}, {curve.skipped_kv}, by share {saved}"
+    if held.compared == 0:
+        return f"{where}: no threshold that can be compared with the paper's curve."
+    verdict = (
+        "below the paper's curve at every point" if held.below else "not below the paper's curve everywhere"
+    )
+    return f"{where}: {verdict} ({held.compared} compared, {held.reached} of the paper's 4 reached)."
+
+
+def written_table(evaluated: Evaluated) -> FigureTable:
+    """One line for each mode and temperature: what it wrote, as the full model sees it."""
+    written = evaluated.written
+    perplexities = [each.perplexity for each in written]
+    columns = (
+        FigureColumn(
+            "perplexity",
+            tuple(f"{each.value:.2f} [{each.low:.2f}, {each.high:.2f}]" for each in perplexities),
+            4,
+            tuple(f"{each.value:.2f}" for each in perplexities),
+            "intervals",
+        ),
+        FigureColumn("repeated", tuple(f"{each.repeated:.1%}" for each in written), 3),
+        FigureColumn("distinct pairs", tuple(f"{each.distinct:.1%}" for each in written), 0),
+        FigureColumn("exit rate", tuple(f"{each.exit_rate.value:.1%}" for each in written), 2),
+        FigureColumn("mean depth", tuple(f"{each.mean_depth.value:.2f}" for each in written), 1),
+    )
+    names = tuple(f"{each.mode.name}, {'greedy' if each.temperature == 0 else 'sampled'}" for each in written)
+    return FigureTable(
+        names, columns, "What modes write, read by the full model", "95 % intervals in brackets"
+    )
