@@ -74,6 +74,7 @@ def states_behind(
                 seen = look if order == 0 else None
                 states[order][number] = _through(block, states[order][number], rotation, group, reading, seen)
                 advance(group.tokens)
+        del block  # before a streamed decoder reads the next one
     return states
 
 

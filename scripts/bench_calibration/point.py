@@ -57,7 +57,7 @@ def measured(point: Point) -> dict[str, Any]:
             stream_weights=point.stream_weights,
             device="cpu",
             work=Path(folder) / "work" if point.journal else None,
-            costs="measured",
+            costs="now",
         )
         with MemoryWatch() as watch:
             began = time.perf_counter()

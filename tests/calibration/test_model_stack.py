@@ -1,12 +1,16 @@
 """The variants of a model: streamed or resident, and what they share."""
 
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import exeunt.compression.streamed_blocks
 from exeunt.calibration import memory_plan
+from exeunt.calibration.kv_forward import FULL_READING, states_behind
 from exeunt.calibration.memory_plan import (
     BATCH_BLOCKS,
     RESIDENT_SHARE,
@@ -19,9 +23,12 @@ from exeunt.calibration.model_stack import ModelStack
 from exeunt.calibration.sequence_batch import SequenceBatch, batches
 from exeunt.calibration.teacher_forcing import ForcedModel
 from exeunt.calibration.weights_int4 import Int4Weights
+from exeunt.compression.block import Block
+from exeunt.compression.block_weights import read_block
 from exeunt.compression.checkpoint import Checkpoint, open_checkpoint
 from exeunt.compression.checkpoint_names import linear_names
 from exeunt.compression.kv_format import kv_layout, page_bytes_for
+from exeunt.compression.linear import FullLinear
 from exeunt.compression.linear_block import LinearBlock
 from exeunt.compression.variant import Variant
 from exeunt.kernels.int4_linear import Int4Weight, quantize
@@ -90,6 +97,24 @@ def test_every_variant_says_the_same_streamed_and_resident(opened: Checkpoint) -
                 assert torch.equal(one, other)
     held = streamed.full.resident_bytes()["full"] - streamed.full.output.nbytes
     assert held * opened.spec.blocks == resident.full.resident_bytes()["full"] - resident.full.output.nbytes
+
+
+def test_a_walk_from_block_to_block_holds_one_of_them(
+    opened: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stack, read, alive = stack_of(opened, True), list[weakref.ref[Tensor]](), list[int]()
+
+    def watched(*args: Any, **options: Any) -> Block:
+        alive.append(sum(reference() is not None for reference in read))
+        block = read_block(*args, **options)
+        assert isinstance(block.down, FullLinear)
+        read.append(weakref.ref(block.down.weight))
+        return block
+
+    monkeypatch.setattr(exeunt.compression.streamed_blocks, "read_block", watched)
+    with torch.inference_mode():
+        states_behind(stack.full, list(batches(ROWS, 120)), [FULL_READING])
+    assert alive == [0] * opened.spec.blocks
 
 
 def test_streamed_full_weights_have_the_output_matrix_that_heads_train_through(opened: Checkpoint) -> None:
