@@ -1,12 +1,15 @@
 """Which thresholds are certified: those of a plan, tested on the held-out split from strict to loose.
 
-Where skipped keys and values are propagated, each threshold is a real pass with exits, `ForcedModel.with_exits`. Where
-they are backfilled, states are those of full depth, so that one look of each gate at each token tells of every
-threshold. Testing stops when every target's sequence has ended (`exeunt.calibration.risk`).
+Two risks are tested: disagreement of the tokens that leave (`exeunt.calibration.risk`) and the mean increase of the
+negative log-likelihood over all tokens (`exeunt.calibration.nll_risk`). Where skipped keys and values are backfilled,
+states are those of full depth, so that one look of each gate at each token tells of every threshold. Where they are
+propagated, each threshold is a real pass with exits, `ForcedModel.with_exits`; for disagreement it may stop at the last
+exit, the other risk needs it to the end, because tokens that stay attend to what the others left behind. Testing
+stops when every target's sequence has ended.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -14,22 +17,33 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from exeunt.calibration.exit_training import Labelled
-from exeunt.calibration.risk import CONFIDENCE, Certificate, ExitCounts, FixedSequence
+from exeunt.calibration.fixed_sequence import FixedSequence
+from exeunt.calibration.nll_risk import NllCertificate, NllCounts, nll_sequence
+from exeunt.calibration.risk import CONFIDENCE, Certificate, ExitCounts, disagreement_sequence
 from exeunt.calibration.sequence_batch import SequenceBatch, batches
 from exeunt.calibration.teacher_forcing import ForcedModel
-from exeunt.calibration.thresholds import Advance, GateView, ThresholdPlan, gate_reach, text_blocks, view_of
+from exeunt.calibration.thresholds import Advance, GateView, Steps, ThresholdPlan, gate_reach, view_of
+from exeunt.calibration.token_losses import TokenLosses, exit_nll, nll_of
 
-Count = Callable[[float], tuple[ExitCounts, tuple[int, ...]]]
-"""By threshold: exits and errors by block of text, and how many tokens left at each exit."""
+ByExit = tuple[int, ...]
+"""How many tokens left at each exit."""
 
 
 @dataclass(frozen=True, slots=True)
 class Certification:
-    """What certifying one combination found: a certificate per target, and the counts at each threshold tested."""
+    """What certifying disagreement of one combination found: a certificate per target, the counts at each threshold."""
 
     certificates: tuple[Certificate, ...]
     tested: tuple[tuple[float, ExitCounts], ...]
-    by_exit: tuple[tuple[float, tuple[int, ...]], ...]  # tokens that left at each exit, by threshold
+    by_exit: tuple[tuple[float, ByExit], ...]  # tokens that left at each exit, by threshold
+
+
+@dataclass(frozen=True, slots=True)
+class NllCertification:
+    """What certifying the NLL increase of one combination found, as `Certification`; `clip` is in nats."""
+
+    certificates: tuple[NllCertificate, ...]
+    tested: tuple[tuple[float, NllCounts], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +54,7 @@ class FullDepthPass:
     entries: tuple[Tensor, ...]  # by batch, the states [T, H] behind the first exit's block
     tops: tuple[Tensor, ...]  # by batch, the full-depth top tokens [T]
     view: GateView  # of the gates, down to the `least` threshold that was asked for
-    text_blocks: NDArray[np.int64]  # [T] over all batches
+    losses: TokenLosses | None = None  # at exits of tokens that may leave from `least` on
 
 
 @torch.inference_mode()
@@ -50,24 +64,43 @@ def full_depth_pass(
     least: float,
     *,
     batch_tokens: int,
+    documents: Sequence[int] | None = None,
+    losses: bool = True,
     advance: Advance = lambda _tokens: None,
 ) -> FullDepthPass:
     """Run `rows` at full depth and ask every gate about every token; `advance` is told the tokens.
 
-    Of tokens that leave at no threshold from `least` on the view says only that.
+    Of tokens that leave at no threshold from `least` on the view says only that. `documents` numbers the document that
+    each row was cut from (see `text_units`). Without `losses` nothing can be said of the NLL.
     """
     groups = tuple(batches(rows, batch_tokens, model.decoder.device))
-    entries, tops, seen = [], [], []
+    entries, tops, seen, lost = [], [], [], []
     for group in groups:
         states, final = model.full_depth_at_exits(group)
-        top = model.top_tokens(final)
+        top, full = _final(model, group, final, losses)
         entries.append(states[0])
         tops.append(top)
         seen.append(_asked(model, states, top, least))
+        if losses:
+            lost.append(_losses(model, group, states, full, seen[-1][0] >= least))
         advance(group.tokens)
     reach, projects, agrees = (np.concatenate(parts, axis=1) for parts in zip(*seen, strict=True))
-    view = view_of(reach, projects, agrees.astype(bool), rows)
-    return FullDepthPass(groups, tuple(entries), tuple(tops), view, text_blocks(rows))
+    view = view_of(reach, projects, agrees.astype(bool), rows, documents)
+    return FullDepthPass(groups, tuple(entries), tuple(tops), view, _joined(lost) if losses else None)
+
+
+def _final(model: ForcedModel, group: SequenceBatch, final: Tensor, losses: bool) -> tuple[Tensor, Tensor]:
+    """Full depth's top tokens [T] and, with `losses`, its NLL [T] of what follows."""
+    top = torch.empty_like(group.token_ids)
+    full = torch.zeros(group.tokens, device=final.device)
+
+    def note(_: int, tokens: Tensor, logits: Tensor) -> None:
+        top[tokens] = logits.argmax(-1)
+        if losses:
+            full[tokens] = nll_of(logits, group.targets[tokens])
+
+    model.final(final, torch.arange(group.tokens, device=final.device), note)
+    return top, full
 
 
 def _asked(
@@ -79,6 +112,65 @@ def _asked(
         for head, hidden in zip(model.exits, states, strict=True)
     ]
     return tuple(torch.stack(part).double().cpu().numpy() for part in zip(*of_exits, strict=True))
+
+
+def _losses(
+    model: ForcedModel,
+    group: SequenceBatch,
+    states: Sequence[Tensor],
+    full: Tensor,
+    may_leave: NDArray[np.bool_],
+) -> TokenLosses:
+    """The losses of one batch; at exits, of the tokens [exits, T] that may leave there."""
+    scored = (group.positions > 0) & (group.targets >= 0)
+    at_exits = torch.zeros(len(states), group.tokens, device=full.device)
+    for place, (head, hidden) in enumerate(zip(model.exits, states, strict=True)):
+        asked = torch.from_numpy(may_leave[place]).to(scored.device) & scored
+        at_exits[place, asked] = exit_nll(
+            head,
+            hidden[asked],
+            group.targets[asked],
+            model.decoder.project_exit,
+            model.decoder.spec.vocab_size,
+        )
+    return TokenLosses(at_exits.double().cpu().numpy(), full.double().cpu().numpy(), scored.cpu().numpy())
+
+
+def _joined(parts: Sequence[TokenLosses]) -> TokenLosses:
+    return TokenLosses(
+        np.concatenate([part.at_exits for part in parts], axis=1),
+        np.concatenate([part.full for part in parts]),
+        np.concatenate([part.scored for part in parts]),
+    )
+
+
+def certify_backfilled(
+    full_depth: FullDepthPass, plan: ThresholdPlan, *, confidence: float = CONFIDENCE
+) -> Certification:
+    """Test the plan's thresholds on full-depth states, which are those that backfill leaves; no further pass."""
+    tests = _Disagreement(plan, confidence)
+    view = full_depth.view
+    for threshold in plan.thresholds:
+        if tests.want(threshold):
+            split = np.bincount(view.leave_at(threshold), minlength=len(view.reach) + 1)[:-1]
+            tests.test(threshold, view.counts(threshold), tuple(int(number) for number in split))
+    return tests.outcome
+
+
+def certify_nll_backfilled(
+    full_depth: FullDepthPass, steps: Steps, *, confidence: float = CONFIDENCE
+) -> NllCertification:
+    """Test the thresholds of `steps` for the NLL increase where skipped keys and values are backfilled.
+
+    Only tokens that leave say anything else than full depth does. Raises ValueError for a pass without losses.
+    """
+    tests, view, losses = _NllIncrease(steps, confidence), full_depth.view, _known(full_depth)
+    for threshold in steps.thresholds:
+        if tests.want(threshold):
+            exits = view.leave_at(threshold)
+            mode, left = losses.left_at(exits), exits < len(view.reach)
+            tests.test(threshold, losses.counts(mode, left, view.text_block, view.blocks))
+    return tests.outcome
 
 
 def certify_propagated(
@@ -94,60 +186,183 @@ def certify_propagated(
     Differing means differing from the top token of `model` itself at full depth. `advance` is told the tokens of
     every pass; a sequence that ends early leaves some untold.
     """
-    return _certified(plan, confidence, lambda threshold: _count(model, full_depth, threshold, advance))
+    return certify_both_propagated(model, full_depth, plan, None, confidence=confidence, advance=advance)[0]
 
 
-def certify_backfilled(
-    full_depth: FullDepthPass, plan: ThresholdPlan, *, confidence: float = CONFIDENCE
-) -> Certification:
-    """Test the plan's thresholds on full-depth states, which are those that backfill leaves; no further pass."""
-    view = full_depth.view
+def certify_both_propagated(
+    model: ForcedModel,
+    full_depth: FullDepthPass,
+    plan: ThresholdPlan | None,
+    steps: Steps | None,
+    *,
+    every: int = 1,
+    confidence: float = CONFIDENCE,
+    advance: Advance = lambda _tokens: None,
+) -> tuple[Certification, NllCertification]:
+    """Test `plan` for disagreement and `steps` for the NLL increase, by the same passes where thresholds coincide.
 
-    def count(threshold: float) -> tuple[ExitCounts, tuple[int, ...]]:
-        split = np.bincount(view.leave_at(threshold), minlength=len(view.reach) + 1)[:-1]
-        return view.counts(threshold), tuple(int(number) for number in split)
+    None leaves a risk out; its certification is then empty. The NLL increase is seen on each `every`-th batch of rows.
+    `advance` is told the tokens of every pass.
+    """
+    disagreement = _Disagreement(plan or ThresholdPlan((), {}, 0.0), confidence)
+    increase = _NllIncrease(steps or Steps((), {}), confidence)
+    for threshold in sorted({*disagreement.thresholds, *increase.thresholds}, reverse=True):
+        differs, costs = disagreement.want(threshold), increase.want(threshold)
+        if not differs and not costs:
+            continue
+        seen = _exit_pass(
+            model, full_depth, threshold, all_rows=differs, every=every if costs else None, advance=advance
+        )
+        if differs:
+            disagreement.test(threshold, seen.counts, seen.by_exit)
+        if costs and seen.increase is not None:
+            increase.test(threshold, seen.increase)
+    return disagreement.outcome, increase.outcome
 
-    return _certified(plan, confidence, count)
 
+@dataclass(slots=True)
+class _Disagreement:
+    """Every target's sequence, and what they were told."""
 
-def _certified(plan: ThresholdPlan, confidence: float, count: Count) -> Certification:
-    sequences = [
-        FixedSequence(target, begin, plan.correlation, confidence) for target, begin in plan.begins.items()
-    ]
-    tested: list[tuple[float, ExitCounts]] = []
-    by_exit: list[tuple[float, tuple[int, ...]]] = []
-    for threshold in plan.thresholds:
-        if not any(sequence.open for sequence in sequences):
-            break
-        counts, split = count(threshold)
-        tested.append((threshold, counts))
-        by_exit.append((threshold, split))
-        for sequence in sequences:
+    plan: ThresholdPlan
+    confidence: float
+    sequences: list[FixedSequence[ExitCounts, Certificate]] = field(init=False)
+    tested: list[tuple[float, ExitCounts]] = field(default_factory=list)
+    by_exit: list[tuple[float, ByExit]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.sequences = [
+            disagreement_sequence(target, begin, self.plan.correlation, self.confidence)
+            for target, begin in self.plan.begins.items()
+        ]
+
+    @property
+    def thresholds(self) -> tuple[float, ...]:
+        return self.plan.thresholds
+
+    def want(self, threshold: float) -> bool:
+        return threshold in self.thresholds and any(each.wants(threshold) for each in self.sequences)
+
+    def test(self, threshold: float, counts: ExitCounts, by_exit: ByExit) -> None:
+        self.tested.append((threshold, counts))
+        self.by_exit.append((threshold, by_exit))
+        for sequence in self.sequences:
             sequence.test(threshold, counts)
-    return Certification(tuple(each.certificate for each in sequences), tuple(tested), tuple(by_exit))
+
+    @property
+    def outcome(self) -> Certification:
+        certificates = tuple(each.certificate for each in self.sequences)
+        return Certification(certificates, tuple(self.tested), tuple(self.by_exit))
 
 
-def _count(
-    model: ForcedModel, full_depth: FullDepthPass, threshold: float, advance: Advance
-) -> tuple[ExitCounts, tuple[int, ...]]:
-    where = full_depth.text_blocks
-    blocks = int(where[-1]) + 1
-    exits, errors = np.zeros(blocks), np.zeros(blocks)
-    by_exit = [0] * len(model.exits)
+@dataclass(slots=True)
+class _NllIncrease:
+    """The same for the NLL increase."""
+
+    steps: Steps
+    confidence: float
+    sequences: list[FixedSequence[NllCounts, NllCertificate]] = field(init=False)
+    tested: list[tuple[float, NllCounts]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.sequences = [
+            nll_sequence(target, begin, self.confidence) for target, begin in self.steps.begins.items()
+        ]
+
+    @property
+    def thresholds(self) -> tuple[float, ...]:
+        return self.steps.thresholds
+
+    def want(self, threshold: float) -> bool:
+        return threshold in self.thresholds and any(each.wants(threshold) for each in self.sequences)
+
+    def test(self, threshold: float, counts: NllCounts) -> None:
+        self.tested.append((threshold, counts))
+        for sequence in self.sequences:
+            sequence.test(threshold, counts)
+
+    @property
+    def outcome(self) -> NllCertification:
+        return NllCertification(tuple(each.certificate for each in self.sequences), tuple(self.tested))
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """What one pass with exits showed; `increase` only of a pass to the end."""
+
+    counts: ExitCounts
+    by_exit: ByExit
+    increase: NllCounts | None
+
+
+def _exit_pass(
+    model: ForcedModel,
+    full_depth: FullDepthPass,
+    threshold: float,
+    *,
+    all_rows: bool,
+    every: int | None,
+    advance: Advance,
+) -> _Seen:
+    """Rows with exits at `threshold`, skipped keys and values propagated: each `every`-th batch to the end.
+
+    The other batches go to the last exit with `all_rows`, else nowhere. Who leaves at the first exit, and what it says,
+    is known from full depth, for exits change nothing in front of it.
+    """
+    view, first = full_depth.view, full_depth.view.reach[0] >= threshold
+    stays = len(view.reach)
+    exits = np.where(first, 0, stays)
+    wrong = first & ~view.agrees[0]
+    losses = None if every is None else _known(full_depth)
+    mode = np.zeros(0) if losses is None else np.where(first, losses.at_exits[0], losses.full)
+    ended = np.zeros(len(exits), dtype=bool)
     start = 0
-    for group, entry, top in zip(full_depth.groups, full_depth.entries, full_depth.tops, strict=True):
-        own = where[start : start + group.tokens]
+    for place, group in enumerate(full_depth.groups):
+        own = slice(start, start + group.tokens)
+        to_the_end = every is not None and place % every == 0
+        ended[own] = to_the_end
+        top = full_depth.tops[place]
 
         def note(
-            number: int, tokens: Tensor, logits: Tensor, top: Tensor = top, own: NDArray[np.int64] = own
+            number: int,
+            at: Tensor,
+            logits: Tensor,
+            start: int = start,
+            top: Tensor = top,
+            targets: Tensor = group.targets,
         ) -> None:
-            differs = (logits.argmax(-1) != top[tokens]).cpu().numpy()
-            at = own[tokens.cpu().numpy()]
-            np.add.at(exits, at, 1.0)
-            np.add.at(errors, at[differs], 1.0)
-            by_exit[number] += len(at)
+            places = start + at.cpu().numpy()
+            if number < stays:
+                exits[places] = number
+                wrong[places] = (logits.argmax(-1) != top[at]).cpu().numpy()
+            if losses is not None:
+                mode[places] = nll_of(logits, targets[at]).double().cpu().numpy()
 
-        model.with_exits(group, threshold, entry, note, to_the_end=False)
-        start += group.tokens
+        if to_the_end or all_rows:
+            entry = full_depth.entries[place]
+            known = torch.from_numpy(first[own]).to(entry.device)
+            wanted = None if losses is None else torch.from_numpy(losses.scored[own]).to(entry.device)
+            model.with_exits(group, threshold, entry, note, to_the_end=to_the_end, first=known, wanted=wanted)
+        start = own.stop
         advance(group.tokens)
-    return ExitCounts(exits, errors, len(where)), tuple(by_exit)
+    left = exits < stays
+    by_exit = np.bincount(exits, minlength=stays + 1)[:-1]
+    increase = None
+    if losses is not None:
+        seen = replace(losses, scored=losses.scored & ended)
+        increase = seen.counts(mode, left, view.text_block, view.blocks)
+    return _Seen(
+        ExitCounts(
+            np.bincount(view.text_block[left], minlength=view.blocks).astype(np.float64),
+            np.bincount(view.text_block[wrong], minlength=view.blocks).astype(np.float64),
+            len(exits),
+        ),
+        tuple(int(number) for number in by_exit),
+        increase,
+    )
+
+
+def _known(full_depth: FullDepthPass) -> TokenLosses:
+    if full_depth.losses is None:
+        raise ValueError("the NLL increase was asked of a full-depth pass that measured no losses")
+    return full_depth.losses

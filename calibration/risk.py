@@ -1,8 +1,8 @@
-"""When a threshold may be called safe: a test of a ratio on blocks of text, and Learn-then-Test over thresholds.
+"""When a threshold may be called safe as to disagreement: a test of a ratio on blocks of text.
 
 The risk of a threshold is a ratio: tokens that left and differ from full depth, over tokens that left. Tokens of one
-stretch of text are dependent, so the unit is a block of consecutive tokens, and blocks are taken as draws from the
-text that will be served.
+text are dependent, so the unit is a block of text (`exeunt.calibration.text_units`), and blocks are taken as draws from
+the text that will be served. The other risk, by how much text becomes less likely, is in `exeunt.calibration.nll_risk`.
 
 *The test.* Bounded-variable tests (Hoeffding, Bentkus, betting) on block sums allow for the worst block, in which every
 token leaves wrongly, and so certify nothing at the exit rates that matter. We use the interval that survey
@@ -13,11 +13,6 @@ for degrees of freedom by Student quantiles. The design effect is never taken be
 m the size-weighted mean of exits in a block and ρ the correlation of errors within a block, estimated on other
 data: where no error was seen, the between-block variance is zero and says nothing. It is an approximation, and its
 coverage is tested by simulation.
-
-*The search.* Learn then Test (Angelopoulos et al., arXiv 2110.01052, fixed-sequence testing): thresholds are tested
-from strict to loose at level 1 - confidence, and the first that fails ends the sequence, so the chance that any
-threshold called safe is not stays below that level, however many were tried. Where the sequence begins is fixed
-beforehand, on other data.
 """
 
 from dataclasses import dataclass
@@ -27,11 +22,14 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import special, stats
 
+from exeunt.calibration.fixed_sequence import FixedSequence
+
 Counts = NDArray[np.float64]
 
 CONFIDENCE: Final = 0.95
 LEAST_BLOCKS: Final = 20
 """Fewer blocks with an exit than this give no idea of the variance between blocks."""
+NOTHING_TESTED: Final = "no threshold was strict enough to begin with"
 
 
 def percent(share: float) -> str:
@@ -151,67 +149,43 @@ def _effective(counts: ExitCounts, correlation: float, confidence: float) -> tup
     return tokens, tokens * float(counts.errors.sum()) / total
 
 
-class FixedSequence:
-    """Learn-then-Test for one target: takes thresholds from strict to loose, one after another.
+def disagreement_sequence(
+    target: float, begin: float, correlation: float, confidence: float = CONFIDENCE
+) -> FixedSequence[ExitCounts, Certificate]:
+    """Learn-then-Test for one target of disagreement, from the threshold `begin` on."""
 
-    `begin` is the threshold at which testing begins, fixed on other data; stricter ones are passed over.
-    """
-
-    def __init__(
-        self, target: float, begin: float, correlation: float, confidence: float = CONFIDENCE
-    ) -> None:
-        self._target = target
-        self._begin = begin
-        self._correlation = correlation
-        self._confidence = confidence
-        self._passed: Certificate | None = None
-        self._failed: Certificate | None = None
-
-    @property
-    def open(self) -> bool:
-        """Whether a looser threshold may still be tested."""
-        return self._failed is None
-
-    def test(self, threshold: float, counts: ExitCounts) -> None:
-        """Test one threshold, looser than those before it; does nothing once a test has failed."""
-        if not self.open or threshold > self._begin:
-            return
-        bound = upper_bound(counts, self._correlation, self._confidence)
-        certificate = Certificate(
-            target=self._target,
-            threshold=threshold if bound <= self._target else None,
+    def judge(threshold: float, counts: ExitCounts) -> Certificate:
+        bound = upper_bound(counts, correlation, confidence)
+        passed = bound <= target
+        return Certificate(
+            target=target,
+            threshold=threshold if passed else None,
             exits=counts.total,
             tokens=counts.tokens,
             disagreement=counts.risk,
             upper_bound=bound,
-            reason=None if bound <= self._target else self._why(threshold, counts, bound),
-        )
-        if certificate.certified:
-            self._passed = certificate
-        else:
-            self._failed = certificate
-
-    @property
-    def certificate(self) -> Certificate:
-        """The loosest threshold that passed; else why the first one failed."""
-        decided = self._passed or self._failed
-        if decided is not None:
-            return decided
-        return Certificate(
-            self._target, None, 0, 0, None, None, "no threshold was strict enough to begin with"
+            reason=None if passed else _why(threshold, counts, bound, confidence),
         )
 
-    def _why(self, threshold: float, counts: ExitCounts, bound: float) -> str:
-        blocks = int((counts.exits > 0).sum())
-        if blocks < LEAST_BLOCKS:
-            return (
-                f"at threshold {threshold:.3f} only {counts.total} tokens in {blocks} blocks of text left, and "
-                f"{LEAST_BLOCKS} blocks are needed"
-            )
-        return (
-            f"at threshold {threshold:.3f} {counts.wrong} of the {counts.total} tokens that left differ, so the "
-            f"disagreement may be as high as {bound:.1%} at {self._confidence:.0%} confidence"
-        )
+    return FixedSequence(begin, judge, Certificate(target, None, 0, 0, None, None, NOTHING_TESTED))
+
+
+def _why(threshold: float, counts: ExitCounts, bound: float, confidence: float) -> str:
+    blocks = int((counts.exits > 0).sum())
+    if blocks < LEAST_BLOCKS:
+        return too_few(threshold, counts.total, blocks)
+    return (
+        f"at threshold {threshold:.3f} {counts.wrong} of the {counts.total} tokens that left differ, so the "
+        f"disagreement may be as high as {bound:.1%} at {confidence:.0%} confidence"
+    )
+
+
+def too_few(threshold: float, exits: int, blocks: int) -> str:
+    """That `exits` tokens of `blocks` blocks are not enough to judge a threshold by."""
+    return (
+        f"at threshold {threshold:.3f} only {exits} tokens in {blocks} blocks of text left, and {LEAST_BLOCKS} blocks "
+        "are needed"
+    )
 
 
 def forecast_p_value(

@@ -2,7 +2,7 @@
 
 Tokens of one document are alike, and not only neighbours: on novels the increases of negative log-likelihood of two
 runs of 256 tokens of one book correlate at 0.3 to 0.5 whether they touch, have 64 tokens between them or stand 2,000
-tokens apart (`python -m scripts.compare_bounds units` measures it on any text). No gap between blocks undoes that, so the
+tokens apart (`python -m scripts.compare_bounds correlation`). No gap between blocks undoes that, so the
 unit is the *document*, all that a split has of it, wherever there are documents enough. Where there are few, what is
 certified can only speak of text from those documents; each is then cut into long stretches, few of them, as batch means
 are made of a correlated series (Schmeiser 1982, *Operations Research* 30: 10 to 30 batches; more give little).

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from exeunt.calibration.exit_training import Labelled
 from exeunt.calibration.risk import CONFIDENCE, ExitCounts, error_correlation, forecast_p_value
+from exeunt.calibration.text_units import text_units
 from exeunt.compression.exits import ExitHead
 
 BLOCK_TOKENS: Final = 256
-"""Tokens of a row that count as one draw: the unit of certificates and of confidence intervals."""
+"""Tokens of a row that count as one draw where confidence intervals are made by resampling."""
 FORECASTS: Final = 60  # thresholds looked at while planning
 LEAST_SHARE: Final = 0.004  # of tokens leaving, at the strictest of them
 STEPS: Final = (0.8, 0.93)
@@ -29,12 +30,35 @@ Advance = Callable[[int], None]
 
 
 @dataclass(frozen=True, slots=True)
+class Steps:
+    """Thresholds to test, descending, and by target the one that its sequence begins at."""
+
+    thresholds: tuple[float, ...]
+    begins: dict[float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class NllPlan:
+    """What to test for the NLL increase: where keys and values are backfilled, and the few passes for propagate."""
+
+    backfill: Steps
+    propagate: Steps
+
+
+@dataclass(frozen=True, slots=True)
 class ThresholdPlan:
     """Thresholds to test, strict to loose, where each target's sequence begins, and what planning saw."""
 
     thresholds: tuple[float, ...]  # descending
     begins: dict[float, float]  # by target
     correlation: float  # ρ of errors within a block of text
+    nll: NllPlan | None = None  # of the other risk; None where it has no targets
+
+    @property
+    def least(self) -> float:
+        """The loosest threshold of all that may be tested; 1 where there is none."""
+        nll = () if self.nll is None else (*self.nll.backfill.thresholds, *self.nll.propagate.thresholds)
+        return min((*self.thresholds, *nll), default=1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,10 +122,11 @@ def view_gates(
     project: Callable[[Tensor], Tensor],
     advance: Advance = lambda _tokens: None,
     chunk: int = 2048,
+    documents: Sequence[int] | None = None,
 ) -> GateView:
     """The gates' view of the tokens of `rows`, from full-depth `states` behind each exit's block.
 
-    `advance` is told every exit's tokens.
+    `advance` is told every exit's tokens. `documents` numbers the document that each row was cut from.
     """
     reach, projects, agrees = [], [], []
     for head, data in zip(exits, states, strict=True):
@@ -113,7 +138,7 @@ def view_gates(
         reach.append(torch.cat([part[0] for part in parts]).double().cpu().numpy())
         projects.append(torch.cat([part[1] for part in parts]).double().cpu().numpy())
         agrees.append(torch.cat([part[2] for part in parts]).cpu().numpy())
-    return view_of(np.stack(reach), np.stack(projects), np.stack(agrees), rows)
+    return view_of(np.stack(reach), np.stack(projects), np.stack(agrees), rows, documents)
 
 
 def view_of(
@@ -121,11 +146,15 @@ def view_of(
     projects: NDArray[np.float64],
     agrees: NDArray[np.bool_],
     rows: Sequence[Tensor],
+    documents: Sequence[int] | None = None,
 ) -> GateView:
-    """The view of what gates made of the tokens of `rows`; a row's first token stands for the prompt and stays."""
+    """The view of what gates made of the tokens of `rows`; a row's first token stands for the prompt and stays.
+
+    Its blocks of text are the units of certificates, `text_units`, by the `documents` that rows were cut from.
+    """
     starts = np.concatenate([np.arange(len(row)) == 0 for row in rows])
-    where = text_blocks(rows)
-    return GateView(np.where(starts, -1.0, reach), projects, agrees, where, int(where[-1]) + 1)
+    units = text_units(rows, documents)
+    return GateView(np.where(starts, -1.0, reach), projects, agrees, units.where, units.count)
 
 
 def gate_reach(
@@ -196,8 +225,8 @@ def plan_thresholds(
         begin_share[target] = begin
         wanted += [begin, *(step * loosest for step in STEPS if step * loosest > begin)]
     best = view.reach.max(0)
-    distinct = _distinct(wanted)
-    thresholds = [_threshold_at(best, share) for share in distinct]
+    distinct = distinct_shares(wanted)
+    thresholds = [threshold_at(best, share) for share in distinct]
     begins = {
         target: thresholds[max(i for i, kept in enumerate(distinct) if kept <= share)]
         for target, share in begin_share.items()
@@ -205,16 +234,16 @@ def plan_thresholds(
     return ThresholdPlan(tuple(dict.fromkeys(thresholds)), begins, forecast.correlation)
 
 
-def _distinct(shares: Sequence[float]) -> list[float]:
-    """`shares` ascending, those within `SAME` of the one before left out."""
+def distinct_shares(shares: Sequence[float], same: float = SAME) -> list[float]:
+    """`shares` ascending, those left out of which the one before is at least the share `same`."""
     kept: list[float] = []
     for share in sorted(shares):
-        if not kept or share * SAME > kept[-1]:
+        if not kept or share * same > kept[-1]:
             kept.append(share)
     return kept
 
 
-def _threshold_at(best: NDArray[np.float64], share: float) -> float:
+def threshold_at(best: NDArray[np.float64], share: float) -> float:
     """The threshold at which `share` of the tokens leave, with four digits, rounded to the strict side."""
     value = float(np.quantile(best, 1.0 - min(share, 1.0)))
     return float(min(0.9999, max(0.0001, np.ceil(value * 1e4) / 1e4)))

@@ -128,6 +128,56 @@ class RiskEntry(Record):
     skipped_kv: SkippedKV
     targets: tuple[RiskTarget, ...]
     confidence: Share = 0.95  # of each certificate: 1 - delta
+    text_blocks: Count = 0  # independent blocks of text behind it
+
+    @property
+    def variant(self) -> Variant:
+        """The variant this entry is about."""
+        return Variant(self.weights, self.kv_cache, self.linear_block)
+
+
+class NllRiskTarget(Record):
+    """One line of the other risk table: the threshold at which text becomes less likely by at most `target`.
+
+    `target`, `increase` and `upper_bound` are means over all tokens of held-out text, in nats per token, of the rise of
+    the negative log-likelihood over full depth of the same variant, each token's clipped to ± the entry's `clip`; with
+    the entry's confidence the mean is below `upper_bound`. `unclipped` is the mean without a clip, with the 95 %
+    interval `unclipped_low` to `unclipped_high`, and the perplexities follow from it: none of these is certified. Not
+    certified: `threshold` is None and `reason` says why.
+    """
+
+    target: Annotated[float, Field(gt=0.0)]
+    certified: bool
+    threshold: Share | None = None
+    exit_rate: Share | None = None
+    increase: float | None = None
+    upper_bound: float | None = None
+    unclipped: float | None = None
+    unclipped_low: float | None = None
+    unclipped_high: float | None = None
+    perplexity: float | None = None  # of the mode, unclipped
+    full_perplexity: float | None = None  # of full depth of the same variant
+    tokens: Count = 0  # all tokens of the certifying text that count
+    reason: str | None = None
+
+    @model_validator(mode="after")
+    def _certified_means_threshold(self) -> Self:
+        if self.certified and self.threshold is None:
+            raise ValueError(f"the NLL target {self.target} is certified but has no threshold")
+        return self
+
+
+class NllRiskEntry(Record):
+    """The certified NLL targets of one combination of variant and skipped-KV method."""
+
+    weights: WeightFormat
+    kv_cache: KVFormat
+    linear_block: bool
+    skipped_kv: SkippedKV
+    targets: tuple[NllRiskTarget, ...]
+    clip: Annotated[float, Field(gt=0.0)]  # nats: what one token may count at most
+    confidence: Share = 0.95
+    text_blocks: Count = 0  # independent blocks of text behind it
 
     @property
     def variant(self) -> Variant:
@@ -152,7 +202,7 @@ class EvaluationRow(Record):
     mean_depth: Annotated[float, Field(ge=0.0)]
     exit_rate: Share
     passes_saved: Share | None = None  # of the blocks' passes, those that no token had to wait for
-    compute_saved: float | None = None  # share of full depth's multiply-accumulates, net; below 0 where exits only cost
+    compute_saved: float | None = None  # of full depth's multiply-accumulates, net: exits may only cost
     tokens: Count
 
     @property
@@ -193,6 +243,7 @@ class Manifest(Record):
     linear_block: LinearBlockRecord | None = None
     exits: tuple[ExitRecord, ...] = ()
     risk_table: tuple[RiskEntry, ...] = ()
+    nll_risk_table: tuple[NllRiskEntry, ...] = ()
     evaluation: tuple[EvaluationRow, ...] = ()
     calibration: CalibrationRecord | None = None
     versions: dict[str, str] = {}

@@ -14,7 +14,8 @@ from exeunt.calibration.certification import (
 from exeunt.calibration.risk import upper_bound
 from exeunt.calibration.sequence_batch import batches
 from exeunt.calibration.teacher_forcing import ForcedModel
-from exeunt.calibration.thresholds import GateView, ThresholdPlan, plan_thresholds, text_blocks
+from exeunt.calibration.text_units import text_units
+from exeunt.calibration.thresholds import GateView, ThresholdPlan, plan_thresholds
 from exeunt.compression.decoder import Decoder
 from exeunt.compression.kv_format import KVPages
 from exeunt.compression.variant import KVFormat
@@ -147,7 +148,7 @@ def certified(share_wrong: float, target: float) -> Certification:
         np.repeat(np.arange(blocks), tokens // blocks),
         blocks,
     )
-    full_depth = FullDepthPass((), (), (), view, view.text_block)
+    full_depth = FullDepthPass((), (), (), view)
     return certify_backfilled(full_depth, ThresholdPlan((0.8,), {target: 0.8}, 0.001))
 
 
@@ -169,6 +170,6 @@ def _plan_view(model: ForcedModel, rows: list[torch.Tensor]) -> GateView:
         g.random((2, tokens)) * 0.8,
         np.ones((2, tokens)),
         np.ones((2, tokens), dtype=bool),
-        text_blocks(rows),
+        text_units(rows).where,
         len(rows),
     )

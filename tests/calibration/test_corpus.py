@@ -9,6 +9,7 @@ import pytest
 from exeunt.calibration.corpus import (
     BORDER_CHARACTERS,
     Corpus,
+    SplitName,
     TextEncoding,
     read_corpus,
     rows_of,
@@ -82,9 +83,10 @@ def test_a_text_cut_in_three_leaves_a_gap_at_both_borders() -> None:
 def test_rows_know_their_documents() -> None:
     """Every letter of a row is its document's, whatever order the documents were dealt in."""
     splits = split_corpus(marked(40), encoding(), tokens=8000, row_tokens=64, seed=1, least=1000)
-    for name in ("fit", "select", "certify"):
+    names: tuple[SplitName, ...] = ("fit", "select", "certify")
+    for name in names:
         rows = getattr(splits, name)
-        assert [int(row[0]) - 0x100 for row in rows] == list(splits.documents[name])  # type: ignore[index]
+        assert [int(row[0]) - 0x100 for row in rows] == list(splits.documents[name])
     assert len(set(splits.documents["fit"])) < len(splits.fit)  # some have several rows
     two = split_corpus(
         Corpus("two", ("a\n" * 9000, "b\n" * 9000)), encoding(), tokens=36_000, row_tokens=512, seed=0

@@ -7,8 +7,8 @@ from scipy import stats
 from exeunt.calibration.risk import (
     LEAST_BLOCKS,
     ExitCounts,
-    FixedSequence,
     design_effect,
+    disagreement_sequence,
     error_correlation,
     p_value,
     upper_bound,
@@ -110,7 +110,7 @@ UNSAFE = counts([20.0] * 100, [10.0] * 100)
 
 
 def test_the_sequence_keeps_the_loosest_before_the_first_failure() -> None:
-    sequence = FixedSequence(0.05, begin=0.9, correlation=0.0)
+    sequence = disagreement_sequence(0.05, begin=0.9, correlation=0.0)
     sequence.test(0.95, UNSAFE)  # stricter than where it begins: passed over
     sequence.test(0.9, SAFE)
     sequence.test(0.8, SAFE)
@@ -125,13 +125,13 @@ def test_the_sequence_keeps_the_loosest_before_the_first_failure() -> None:
 
 
 def test_a_sequence_that_fails_at_once_says_why() -> None:
-    sequence = FixedSequence(0.05, begin=0.9, correlation=0.0)
+    sequence = disagreement_sequence(0.05, begin=0.9, correlation=0.0)
     sequence.test(0.9, UNSAFE)
     certificate = sequence.certificate
     assert not certificate.certified
     assert certificate.reason is not None
     assert "1000 of the 2000 tokens that left differ" in certificate.reason
-    few = FixedSequence(0.05, begin=0.9, correlation=0.0)
+    few = disagreement_sequence(0.05, begin=0.9, correlation=0.0)
     few.test(0.9, counts([3.0] * 5, [0.0] * 5))
     assert "only 15 tokens in 5 blocks" in str(few.certificate.reason)
 
@@ -142,7 +142,7 @@ def test_the_whole_sequence_rarely_certifies_a_threshold_whose_risk_is_above_the
     target, wrongly = 0.05, 0
     risks = np.linspace(0.01, 0.09, 10)
     for _ in range(400):
-        sequence = FixedSequence(target, begin=1.0, correlation=0.05)
+        sequence = disagreement_sequence(target, begin=1.0, correlation=0.05)
         exits, errors = np.zeros(80), np.zeros(80)
         worst = 0.0
         for step, risk in enumerate(risks):
