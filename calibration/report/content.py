@@ -9,6 +9,7 @@ from exeunt.calibration.evaluation import EvaluationTable
 from exeunt.calibration.exit_records import FittedExit
 from exeunt.calibration.exit_screen import ExitScreen
 from exeunt.calibration.exit_selection import ExitSelection
+from exeunt.calibration.generation import Written
 from exeunt.calibration.kv_study import KVStudy
 from exeunt.calibration.options import CalibrationOptions
 from exeunt.calibration.rank_sweep import RankSweep
@@ -20,7 +21,7 @@ from exeunt.compression.manifest import Manifest
 class ReportContent:
     """One calibration's findings; the manifest repeats some of them for machines.
 
-    Studies that were not made are None, and the report then has no section on them.
+    Studies that were not made are None or empty, and the report then has no section on them.
     """
 
     manifest: Manifest
@@ -34,6 +35,7 @@ class ReportContent:
     kv_study: KVStudy | None = None
     rank_sweep: RankSweep | None = None
     exit_screen: ExitScreen | None = None
+    written: tuple[Written, ...] = ()
 
     @property
     def exits(self) -> tuple[FittedExit, ...]:

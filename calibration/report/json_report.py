@@ -6,6 +6,7 @@ from typing import Any
 
 from exeunt.calibration.block_choice import BlockChoice
 from exeunt.calibration.evaluation import EvaluationTable, ModeResult
+from exeunt.calibration.generation import Written
 from exeunt.calibration.report.asked import options_record
 from exeunt.calibration.report.content import ReportContent
 from exeunt.calibration.report.json_exits import certified_record, exits_record
@@ -16,7 +17,9 @@ from exeunt.calibration.report.papers import (
     KV_JOINT,
     KV_SOURCE,
 )
+from exeunt.calibration.report.sections.trade_off import trade_off_variant
 from exeunt.calibration.report.verdict import FAIR, SMALL, Cost, verdict_of
+from exeunt.calibration.trade_off import trade_offs
 from exeunt.calibration.weights_int4 import Int4Weights
 
 
@@ -36,6 +39,8 @@ def report_json(content: ReportContent) -> str:
         **exits_record(content),
         "certificates": [certified_record(each) for each in content.certified],
         "evaluation": evaluation_record(content.table),
+        "generation": [_mode(each) for each in content.written],
+        "trade_off": _trade_off(content),
         "papers": {
             "exits": {
                 "source": EXITS_SOURCE,
@@ -63,16 +68,17 @@ def evaluation_record(table: EvaluationTable) -> dict[str, Any]:
     }
 
 
-def _mode(result: ModeResult) -> dict[str, Any]:
-    record = {name: value for name, value in asdict(result).items() if name != "mode"}
+def _mode(result: ModeResult | Written) -> dict[str, Any]:
+    """A mode's figures, headed by what the mode is."""
+    mode = result.mode
     head = {
-        "name": result.mode.name,
-        **asdict(result.mode.variant),
-        "threshold": result.mode.threshold,
-        "target": result.mode.target,
-        "skipped_kv": None if result.mode.threshold is None else result.mode.skipped_kv,
+        "name": mode.name,
+        **asdict(mode.variant),
+        "threshold": mode.threshold,
+        "target": mode.target,
+        "skipped_kv": None if mode.threshold is None else mode.skipped_kv,
     }
-    return head | record
+    return head | {name: value for name, value in asdict(result).items() if name != "mode"}
 
 
 def _verdict(content: ReportContent) -> dict[str, Any]:
@@ -86,6 +92,12 @@ def _verdict(content: ReportContent) -> dict[str, Any]:
             for each in verdict.advice
         ],
     }
+
+
+def _trade_off(content: ReportContent) -> list[dict[str, Any]]:
+    """Every curve of what exits save against what they cost, and how it compares with the paper's."""
+    variant = trade_off_variant(content)
+    return [] if variant is None else [asdict(each) for each in trade_offs(content.table, variant)]
 
 
 def _cost(cost: Cost) -> dict[str, Any]:

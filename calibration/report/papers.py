@@ -2,8 +2,6 @@
 
 from typing import Final
 
-import numpy as np
-
 EXITS_SOURCE: Final = "“Variance Is Not Importance”, arXiv 2604.20682"
 EXITS_PERPLEXITY: Final = 11.32
 EXITS_TRADE_OFF: Final = ((0.064, 4.31), (0.133, 10.66), (0.174, 16.04), (0.269, 35.75))
@@ -16,11 +14,3 @@ KV_JOINT: Final = (9.19, 9.37)
 
 LINEAR_REDUCTION: Final = 34
 """Parameters of Mistral's block 31 for each of the map that replaced it, at +1.71 perplexity."""
-
-
-def exits_ratio(saved: float) -> float | None:
-    """Perplexity over that of full depth at a share of compute saved, between the points; None beyond the last."""
-    shares, increases = zip((0.0, 0.0), *EXITS_TRADE_OFF, strict=True)
-    if not 0.0 <= saved <= shares[-1]:
-        return None
-    return 1.0 + float(np.interp(saved, shares, increases)) / EXITS_PERPLEXITY

@@ -20,6 +20,7 @@ from exeunt.calibration.exit_screen import ExitScreen, ScreenedExit
 from exeunt.calibration.exit_selection import Drafting, ExitSelection
 from exeunt.calibration.exit_training import CurvePoint, TrainedHead
 from exeunt.calibration.gate_training import GateQuality
+from exeunt.calibration.generation import Written
 from exeunt.calibration.kv_forms import DEPLOYED as DEPLOYED_KV
 from exeunt.calibration.kv_forms import PER_CHANNEL, KVForm
 from exeunt.calibration.kv_forward import KVPart
@@ -281,6 +282,25 @@ def selection(*exits: FittedExit) -> ExitSelection:
     )
 
 
+def written(sample: str = "and they lived") -> tuple[Written, ...]:
+    """Two modes, each at two temperatures."""
+    return tuple(
+        Written(
+            mode=mode,
+            temperature=temperature,
+            perplexity=about(3.0 + 10 * temperature + number),
+            mean_depth=about(4.0 - number),
+            exit_rate=about(0.2 * number, 0.01),
+            repeated=0.11 + number / 100,
+            distinct=0.81 + number / 100,
+            prompt="Once upon a time",
+            sample=f"{sample} {number}",
+        )
+        for temperature in (0.0, 1.0)
+        for number, mode in enumerate((Mode(FULL), Mode(DEPLOYED, 0.91, 0.05)))
+    )
+
+
 def options() -> CalibrationOptions:
     """What was asked for, with the folders of the machine."""
     return CalibrationOptions(
@@ -304,6 +324,7 @@ def content(name: str = "tiny") -> ReportContent:
         kv_study=kv_study(),
         rank_sweep=rank_sweep(),
         exit_screen=exit_screen(),
+        written=written(),
     )
 
 

@@ -16,10 +16,10 @@ from exeunt.calibration.kv_forms import PER_CHANNEL
 from exeunt.calibration.report.content import ReportContent
 from exeunt.calibration.report.json_report import report_json
 from exeunt.calibration.report.page import report_html, report_sections
-from exeunt.calibration.report.papers import exits_ratio
 from exeunt.calibration.report.parts import Cell, Details, Figure, Part, Section, Table
 from exeunt.calibration.report.sections.certificates import certificates_section
 from exeunt.calibration.report.sections.exits import exits_section
+from exeunt.calibration.report.sections.generation import generation_section
 from exeunt.calibration.report.sections.kv import kv_section
 from exeunt.calibration.report.sections.linear_block import linear_block_section
 from exeunt.calibration.report.sections.weights import weights_section
@@ -35,6 +35,7 @@ from tests.calibration.report_content import (
     certified,
     content,
     fitted_exit,
+    written,
 )
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
@@ -200,6 +201,7 @@ def test_sections_come_with_their_data(full: ReportContent) -> None:
         ({"certified": ()}, certificates_section),
         ({"candidates": ()}, exits_section),
         ({"kv_study": None}, kv_section),
+        ({"written": ()}, generation_section),
     ],
 )
 def test_a_section_is_left_out_where_there_is_nothing_to_tell(
@@ -219,11 +221,12 @@ def test_what_others_wrote_is_escaped() -> None:
     hostile = '<script>alert("1")</script>&amp;'
     found = content(hostile)
     outcomes = (certified(DEPLOYED, reason=hostile), certified(FULL, reason=hostile))
-    page = report_html(replace(found, certified=outcomes))
+    page = report_html(replace(found, certified=outcomes, written=written(hostile)))
     tags = Tags(page)
     assert not tags.all("script")
     assert f"Calibration of {hostile}" in tags.text
     assert any(hostile in text for text in tags.text if "not certified" in text)
+    assert f"{hostile} 1" in tags.text
 
 
 def test_the_modes_are_those_of_the_record(full: ReportContent) -> None:
@@ -292,9 +295,9 @@ def test_the_trade_off_is_that_of_the_record(full: ReportContent) -> None:
         for mode in (*record["modes"], *record["sweep"])
         if mode["exits_ratio"] is not None and mode["skipped_kv"] == "propagate"
     ]
-    points.sort(key=lambda mode: mode["compute_saved"]["value"])
+    points.sort(key=lambda mode: mode["passes_saved"]["value"])
     assert len(points) == 4
-    shown = table(full, "trade-off", "passes saved")
+    shown = table(full, "trade-off", "layers skipped")
     assert [cell.text for cell in column(shown, "compute saved")] == [
         f"{100 * mode['compute_saved']['value']:.1f} %" for mode in points
     ]
@@ -302,13 +305,6 @@ def test_the_trade_off_is_that_of_the_record(full: ReportContent) -> None:
         f"{mode['exits_ratio']['value']:.3f} ×" for mode in points
     ]
     assert [cell.text for cell in column(shown, "certified")] == ["no", "at 5%", "no", "no"]
-
-
-def test_the_papers_curve_is_read_between_its_points() -> None:
-    assert exits_ratio(0.064) == pytest.approx(1 + 4.31 / 11.32)
-    assert exits_ratio(0.032) == pytest.approx(1 + 4.31 / 11.32 / 2)
-    assert exits_ratio(0.0) == 1.0
-    assert exits_ratio(0.3) is None
 
 
 def test_the_forms_of_the_cache_are_those_of_the_record(full: ReportContent) -> None:
@@ -405,3 +401,28 @@ def test_the_rank_sweep_marks_the_papers_ratio(full: ReportContent) -> None:
         ("deployed", "34.0×"),
         ("", "56.7×"),
     ]
+
+
+def test_the_comparison_with_the_paper_is_that_of_the_record(full: ReportContent) -> None:
+    record = json.loads(report_json(full))["trade_off"]
+    shown = table(full, "trade-off", "perplexity over")
+    assert [cell.text for cell in column(shown, "points")] == [
+        f"{each['comparison']['compared']}" for each in record
+    ]
+    assert [cell.text == "yes" for cell in column(shown, "below")] == [
+        each["comparison"]["below"] for each in record
+    ]
+    assert {each["curve"]["axis"] for each in record} == {"layers", "net"}
+
+
+def test_what_was_written_is_that_of_the_record(full: ReportContent) -> None:
+    record = json.loads(report_json(full))["generation"]
+    shown = table(full, "generation", "repeated")
+    assert [cell.text for cell in column(shown, "repeated")] == [
+        f"{100 * each['repeated']:.1f} %" for each in record
+    ]
+    assert [cell.text for cell in column(shown, "perplexity")] == [
+        f"{each['perplexity']['value']:.2f}" for each in record
+    ]
+    assert record[1]["target"] == 0.05
+    assert record[1]["sample"] == "and they lived 1"

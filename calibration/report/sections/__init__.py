@@ -9,6 +9,7 @@ from exeunt.calibration.report.sections.certificates import certificates_section
 from exeunt.calibration.report.sections.drafting import drafting_section
 from exeunt.calibration.report.sections.exits import exits_section
 from exeunt.calibration.report.sections.gates import gates_section
+from exeunt.calibration.report.sections.generation import generation_section
 from exeunt.calibration.report.sections.kv import kv_section
 from exeunt.calibration.report.sections.linear_block import linear_block_section
 from exeunt.calibration.report.sections.made import made_section
@@ -28,5 +29,6 @@ BUILDERS: Final[tuple[Callable[[ReportContent], Section | None], ...]] = (
     linear_block_section,
     weights_section,
     kv_section,
+    generation_section,
     made_section,
 )

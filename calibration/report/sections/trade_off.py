@@ -1,153 +1,193 @@
-"""The trade-off: what tokens that leave early cost in perplexity for the compute they save, beside the paper's."""
+"""The trade-off: what tokens that leave early cost in perplexity for what they save, beside the paper's curve."""
 
 from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from exeunt.calibration.bootstrap import Measure
 from exeunt.calibration.evaluation import ModeResult
 from exeunt.calibration.report.content import ReportContent
-from exeunt.calibration.report.drawing import INK, SOFT, draw, series, whiskers
-from exeunt.calibration.report.papers import EXITS_PERPLEXITY, EXITS_TRADE_OFF, exits_ratio
+from exeunt.calibration.report.drawing import INK, SOFT, Series, draw, series, whiskers
+from exeunt.calibration.report.papers import EXITS_PERPLEXITY, EXITS_TRADE_OFF
 from exeunt.calibration.report.parts import Cell, Details, Figure, Section, Table
-from exeunt.calibration.report.words import count, measured, measured_share, share, variant_name
+from exeunt.calibration.report.words import count, measured, measured_share, share, skipped_name, variant_name
 from exeunt.calibration.risk import percent
+from exeunt.calibration.trade_off import TradeCurve, TradeOff, trade_offs
 from exeunt.compression.variant import Variant
 
 
 def trade_off_section(content: ReportContent) -> Section | None:
     """The section; None where no mode lets tokens leave."""
-    variant, points = trade_off_points(content)
-    if variant is None or not points:
+    variant = trade_off_variant(content)
+    if variant is None:
         return None
+    held = trade_offs(content.table, variant)
+    layers, net = (_curve(held, axis) for axis in ("layers", "net"))
+    if layers is None or net is None:
+        return None
+    points = _points(content, variant)
     return Section(
         "trade-off",
         "What leaving early costs",
-        f"{_opening(points)} Perplexity is over that of the same savings with exits off, compute is the share "
-        "of full depth's multiply-accumulates that are not done, net of gates, projections and the keys and "
-        f"values of skipped blocks; {count(content.table.tokens)} tokens. Points are thresholds, loosest to "
-        "the right; larger ones are certified.",
-        "The paper's curve is another model on other data: the shapes are to be compared, in relative terms. "
-        "Skipped keys and values are propagated; with backfill no compute is saved but passes. Perplexity is "
-        "measured, not certified.",
-        (_picture(variant, points), Details("Every point", (_table(points), _paper_table()))),
+        f"{_opening(layers, points)} Perplexity is over that of the same savings with exits off, on "
+        f"{count(content.table.tokens)} tokens. Saved is told twice: the share of layers that tokens did not "
+        "wait for, which is how the paper counts, and the share of full depth's multiply-accumulates, net of "
+        "gates, projections and the keys and values of skipped blocks. Each point is a threshold; those with a "
+        "number are certified for that risk.",
+        "The paper's curve is another model on other data: shapes are to be compared, in relative terms. "
+        "Skipped keys and values are propagated here; with backfill passes are saved, and no compute.",
+        (
+            _picture(variant, layers, net, _certified(points)),
+            Details("Every point", (_table(points), _paper_table())),
+            Details("Held against the paper's curve", (_comparisons(held),)),
+        ),
     )
 
 
-def trade_off_points(content: ReportContent) -> tuple[Variant | None, list[ModeResult]]:
-    """The variant that exits were fitted on, and its modes with propagated exits, least saved first."""
-    propagated = [
-        result
-        for result in (*content.table.results, *content.table.sweep)
-        if result.mode.threshold is not None and result.mode.skipped_kv == "propagate"
-    ]
-    if not propagated:
-        return None, []
-    of_sweep = [result.mode.variant for result in content.table.sweep if result in propagated]
-    variants = dict.fromkeys(of_sweep or [result.mode.variant for result in propagated])
-    variant = max(
+def trade_off_variant(content: ReportContent) -> Variant | None:
+    """The variant whose thresholds were swept, or the most compressed one with exits; None without any."""
+    swept = content.table.sweep or content.table.results
+    variants = [result.mode.variant for result in swept if result.mode.threshold is not None]
+    if not variants:
+        return None
+    return max(
         variants, key=lambda each: (each.weights == "int4") + (each.kv_cache == "int4") - each.linear_block
     )
+
+
+def _curve(held: Sequence[TradeOff], axis: str) -> TradeOff | None:
+    """The curve of an axis over the same variant's full depth, propagated."""
+    return next(
+        (
+            each
+            for each in held
+            if (each.curve.axis, each.curve.base, each.curve.skipped_kv) == (axis, "variant", "propagate")
+            and each.curve.points
+        ),
+        None,
+    )
+
+
+def _points(content: ReportContent, variant: Variant) -> list[ModeResult]:
+    """The modes behind the curves, least saved first."""
     own = [
-        result for result in propagated if result.mode.variant == variant and result.exits_ratio is not None
+        result
+        for result in (*content.table.results, *content.table.sweep)
+        if result.mode.variant == variant
+        and result.mode.threshold is not None
+        and result.mode.skipped_kv == "propagate"
     ]
-    return variant, sorted(own, key=lambda result: result.compute_saved.value)
-
-
-def _opening(points: Sequence[ModeResult]) -> str:
-    certified = [each for each in points if each.mode.target is not None and each.compute_saved.value > 0]
-    best = max(certified or points, key=lambda each: each.compute_saved.value)
-    if best.compute_saved.value <= 0 or best.exits_ratio is None:
-        return "No threshold saves compute here: gates and projections cost more than the skipped blocks."
-    of = (
-        f"certified to differ on at most {percent(best.mode.target)}"
-        if best.mode.target
-        else "at the loosest threshold"
-    )
-    line = (
-        f"With exits {of}, {share(best.compute_saved.value)} of the compute is saved for "
-        f"{100 * (best.exits_ratio.value - 1):+.1f} % perplexity"
-    )
-    paper = exits_ratio(best.compute_saved.value)
-    return line + (
-        "." if paper is None else f"; the paper's routing pays {100 * (paper - 1):+.0f} % for as much."
+    return sorted(
+        {result.mode: result for result in own}.values(), key=lambda result: result.passes_saved.value
     )
 
 
-def _picture(variant: Variant, points: Sequence[ModeResult]) -> Figure:
+def _certified(points: Sequence[ModeResult]) -> dict[float, float]:
+    """The certified target of each threshold that has one."""
+    return {
+        result.mode.threshold: result.mode.target
+        for result in points
+        if result.mode.target is not None and result.mode.threshold is not None
+    }
+
+
+def _opening(layers: TradeOff, points: Sequence[ModeResult]) -> str:
+    parts = []
+    certified = [each for each in points if each.mode.target is not None]
+    if certified:
+        best = max(certified, key=lambda each: each.passes_saved.value)
+        increase = 0.0 if best.exits_ratio is None else best.exits_ratio.value - 1.0
+        parts.append(
+            f"Certified to differ on at most {percent(best.mode.target or 0.0)} of the tokens that leave, exits skip "
+            f"{share(best.passes_saved.value)} of the layers and save {share(best.compute_saved.value)} of the "
+            f"compute for {100 * increase:+.1f} % perplexity."
+        )
+    held = layers.comparison
+    if held.compared and held.closest is not None:
+        sure = ", also with the upper ends of their intervals" if held.surely else ""
+        parts.append(
+            f"All {held.compared} points that can be compared lie below the paper's curve{sure}; the closest pays "
+            f"{100 * held.closest:.0f} % of what the paper's routing does."
+            if held.below
+            else f"Not all of the {held.compared} points that can be compared lie below the paper's curve: the worst "
+            f"pays {100 * held.closest:.0f} % of what the paper's routing does."
+        )
+    return " ".join(parts) or "No threshold saves anything here."
+
+
+def _picture(variant: Variant, layers: TradeOff, net: TradeOff, certified: dict[float, float]) -> Figure:
     def paint(axes: Axes) -> None:
-        ours, paper = series(0), series(1)
-        ratios = [each.exits_ratio for each in points if each.exits_ratio is not None]
-        saved = [100 * each.compute_saved.value for each in points]
+        theirs = [1.0, *(1 + increase / EXITS_PERPLEXITY for _, increase in EXITS_TRADE_OFF)]
+        shares = [0.0, *(100 * saved for saved, _ in EXITS_TRADE_OFF)]
         axes.axhline(1.0, color=INK, linewidth=1)
         axes.axvline(0.0, color=SOFT, linewidth=0.8)
-        axes.errorbar(
-            saved,
-            [each.value for each in ratios],
-            xerr=[[100 * end for end in ends] for ends in whiskers([each.compute_saved for each in points])],
-            yerr=whiskers(ratios),
-            color=ours.colour,
-            marker=ours.marker,
-            markersize=4,
-            elinewidth=0.9,
-        )
-        for each, at, ratio in zip(points, saved, ratios, strict=True):
-            if each.mode.target is not None:
-                axes.plot([at], [ratio.value], marker="o", ms=8, color=ours.colour)
-                axes.annotate(
-                    percent(each.mode.target),
-                    (at, ratio.value),
-                    xytext=(0, -15),
-                    textcoords="offset points",
-                    ha="center",
-                    fontsize=9,
-                    color=ours.colour,
-                )
-        shares = [100 * share for share, _ in EXITS_TRADE_OFF]
-        theirs = [1 + increase / EXITS_PERPLEXITY for _, increase in EXITS_TRADE_OFF]
-        axes.plot([0, *shares], [1, *theirs], **paper.look)
-        axes.annotate(
-            "softmax routing,\nMistral 7B (paper)",
-            (shares[1], theirs[1]),
-            xytext=(-6, 8),
-            textcoords="offset points",
-            ha="right",
-            fontsize=9.5,
-            color=paper.colour,
-        )
-        axes.annotate(
-            "this bundle",
-            (saved[-1], ratios[-1].value),
-            xytext=(8, 2),
-            textcoords="offset points",
-            fontsize=9.5,
-            color=ours.colour,
-        )
-        _logarithmic(axes, max(theirs[-1], *(each.high for each in ratios)), min(each.low for each in ratios))
-        axes.set(xlabel="compute saved, % of full depth", ylabel="perplexity, × exits off")
-        left, right = axes.get_xlim()
-        axes.set_xlim(
-            left, max(right, saved[-1] + 0.3 * (right - left)) if saved[-1] > 0.7 * right else right
-        )
+        axes.plot(shares, theirs, **series(1).look, label="softmax routing, Mistral 7B (paper)")
+        _line(axes, layers.curve, series(0), "this bundle, layers skipped")
+        _line(axes, net.curve, series(2), "this bundle, compute saved, net")
+        _marks(axes, layers.curve, certified)
+        ratios = [ratio for each in (layers, net) for ratio in _ratios(each.curve)]
+        highest = max(theirs[-1], *(each.high for each in ratios))
+        _logarithmic(axes, highest, min(1.0, *(each.low for each in ratios)))
+        axes.set(xlabel="saved, % of full depth", ylabel="perplexity, × exits off")
+        axes.legend(loc="upper left")
 
     return draw(
         "trade-off",
-        "Perplexity against compute saved, beside the paper's curve",
-        f"{variant_name(variant)}: perplexity, as a multiple of that with exits off, against the compute "
-        "saved, with 95 % intervals; the axis of perplexity is logarithmic. Lower and further right is better.",
+        "Perplexity against layers and compute saved, beside the paper's curve",
+        f"{variant_name(variant)}: perplexity, as a multiple of that with exits off, against what is saved, with 95 % "
+        "intervals; the axis of perplexity is logarithmic. Lower and further right is better.",
         paint,
-        height=3.5,
+        height=3.7,
     )
 
 
+def _ratios(curve: TradeCurve) -> list[Measure]:
+    return [Measure(1 + p.increase.value, 1 + p.increase.low, 1 + p.increase.high) for p in curve.points]
+
+
+def _line(axes: Axes, curve: TradeCurve, look: Series, name: str) -> None:
+    ratios = _ratios(curve)
+    axes.errorbar(
+        [100 * point.saved.value for point in curve.points],
+        [ratio.value for ratio in ratios],
+        xerr=[[100 * end for end in ends] for ends in whiskers([point.saved for point in curve.points])],
+        yerr=whiskers(ratios),
+        **look.look,
+        markersize=4,
+        elinewidth=0.8,
+        label=name,
+    )
+
+
+def _marks(axes: Axes, curve: TradeCurve, certified: dict[float, float]) -> None:
+    """The certified points' risks, where there is room for them."""
+    last = -1e9
+    span = 100 * max(EXITS_TRADE_OFF[-1][0], *(point.saved.value for point in curve.points))
+    for point, ratio in zip(curve.points, _ratios(curve), strict=True):
+        target, at = certified.get(point.threshold), 100 * point.saved.value
+        if target is None:
+            continue
+        axes.plot([at], [ratio.value], "o", ms=10, mfc="none", mew=1.4, color=INK)
+        if at - last > 0.09 * span:
+            axes.annotate(
+                percent(target),
+                (at, ratio.value),
+                xytext=(0, 9),
+                textcoords="offset points",
+                ha="center",
+                fontsize=9.5,
+            )
+            last = at
+
+
 def _logarithmic(axes: Axes, high: float, low: float) -> None:
-    """A logarithmic y axis of multiples with round ticks."""
+    """A logarithmic y axis of multiples with round ticks, and room for a legend."""
+    top, bottom = 1.35 * high**1.35, min(0.94, 0.98 * low)
     axes.set_yscale("log")
-    axes.set_ylim(min(0.95, low * 0.97), high * 1.12)
+    axes.set_ylim(bottom, top)
     ticks = [
-        tick
-        for tick in (0.9, 1.0, 1.1, 1.2, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
-        if low * 0.95 <= tick <= high * 1.12
+        tick for tick in (1.0, 1.2, 1.5, 2.0, 3.0, 4.0, 6.0, 10.0, 20.0) if bottom <= tick <= 1.15 * high
     ]
     axes.yaxis.set_major_locator(FixedLocator(ticks))
     axes.yaxis.set_minor_locator(NullLocator())
@@ -158,8 +198,8 @@ def _table(points: Sequence[ModeResult]) -> Table:
     headers = (
         "threshold",
         "certified",
+        "layers skipped",
         "compute saved",
-        "passes saved",
         "leave early",
         "of them differ",
         "perplexity",
@@ -170,15 +210,14 @@ def _table(points: Sequence[ModeResult]) -> Table:
 
 
 def _row(result: ModeResult) -> list[Cell]:
-    ratio = result.exits_ratio
     return [
         Cell("–" if result.mode.threshold is None else f"{result.mode.threshold:.4f}"),
         Cell("no" if result.mode.target is None else f"at {percent(result.mode.target)}"),
-        measured_share(result.compute_saved),
         measured_share(result.passes_saved),
+        measured_share(result.compute_saved),
         measured_share(result.exit_rate),
         measured_share(result.disagreement),
-        measured(ratio, "{:.3f} ×"),
+        measured(result.exits_ratio, "{:.3f} ×"),
     ]
 
 
@@ -189,3 +228,23 @@ def _paper_table() -> Table:
     ]
     caption = f"Softmax routing on Mistral 7B, perplexity {EXITS_PERPLEXITY} (arXiv 2604.20682)"
     return Table(("compute saved", "perplexity", "over full depth"), rows, words=0, caption=caption)
+
+
+def _comparisons(held: Sequence[TradeOff]) -> Table:
+    rows = []
+    for each in held:
+        curve, found = each.curve, each.comparison
+        below = "not compared" if not found.compared else "yes" if found.below else "no"
+        rows.append(
+            [
+                Cell(
+                    f"{'layers skipped' if curve.axis == 'layers' else 'compute, net'}",
+                    skipped_name(curve.skipped_kv),
+                ),
+                Cell("same savings, exits off" if curve.base == "variant" else "nothing saved"),
+                Cell(below, "with intervals" if found.surely else "", "good" if found.below else "fair"),
+                Cell(f"{found.compared}"),
+                Cell("–" if found.closest is None else f"{100 * found.closest:.0f} %"),
+            ]
+        )
+    return Table(("saved", "perplexity over", "below", "points", "closest, of the paper's"), rows, words=3)
