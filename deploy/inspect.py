@@ -1,9 +1,9 @@
 """What `exeunt inspect` says of a bundle: what is inside, what it saves, how it was made, what is certified."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC
-from typing import Final
+from typing import Final, TypeVar
 
 import torch
 from rich import box
@@ -24,7 +24,15 @@ from exeunt.compression.bundle import (
     Bundle,
 )
 from exeunt.compression.kv_format import kv_layout, page_bytes_for
-from exeunt.compression.manifest import DraftRecord, EvaluationRow, Manifest, RiskEntry, RiskTarget
+from exeunt.compression.manifest import (
+    DraftRecord,
+    EvaluationRow,
+    Manifest,
+    NllRiskEntry,
+    NllRiskTarget,
+    RiskEntry,
+    RiskTarget,
+)
 from exeunt.compression.variant import KVFormat
 
 _KINDS: Final = {
@@ -38,6 +46,9 @@ _KINDS: Final = {
 }
 _OTHER_KIND: Final = "config and tokenizer"
 _UNITS: Final = ("bytes", "kB", "MB", "GB", "TB")
+
+Entry = TypeVar("Entry", RiskEntry, NllRiskEntry)
+"""A line of one of the two risk tables."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +157,7 @@ def render(bundle: Bundle) -> RenderableType:
     if manifest.exits:
         parts.append(_exits_table(manifest))
     parts += [_certificates(*kind) for kind in _kinds(manifest.risk_table)]
+    parts += [_certificates(*kind) for kind in _kinds(manifest.nll_risk_table)]
     if manifest.evaluation:
         parts.append(_evaluation_table(manifest.evaluation))
     return Group(*(part for each in parts for part in (each, Text())))
@@ -252,12 +264,12 @@ def _expected(name: str, draft: DraftRecord) -> str:
     )
 
 
-def _kinds(risk_table: Iterable[RiskEntry]) -> list[tuple[float, str, list[RiskEntry]]]:
+def _kinds(risk_table: Iterable[Entry]) -> list[tuple[float, str, list[Entry]]]:
     """The entries of each confidence and skipped-KV method; those of both methods once where they say the same."""
-    kinds: dict[tuple[float, str], list[RiskEntry]] = {}
+    kinds: dict[tuple[float, str], list[Entry]] = {}
     for entry in risk_table:
         kinds.setdefault((entry.confidence, entry.skipped_kv), []).append(entry)
-    found: list[tuple[float, str, list[RiskEntry]]] = []
+    found: list[tuple[float, str, list[Entry]]] = []
     for (confidence, skipped_kv), entries in sorted(kinds.items(), key=lambda kind: kind[0]):
         said = [(entry.variant, entry.targets) for entry in entries]
         if found and found[-1][0] == confidence and said == [(e.variant, e.targets) for e in found[-1][2]]:
@@ -267,25 +279,29 @@ def _kinds(risk_table: Iterable[RiskEntry]) -> list[tuple[float, str, list[RiskE
     return found
 
 
-def _certificates(confidence: float, skipped_kv: str, entries: list[RiskEntry]) -> RenderableType:
+def _certificates(confidence: float, skipped_kv: str, entries: Sequence[Entry]) -> RenderableType:
     """One line a variant: each target's threshold and the share of tokens that leave; below it what is missing."""
     targets = sorted({line.target for entry in entries for line in entry.targets})
-    title = f"Thresholds certified at {confidence:.0%}, by target; in brackets what leaves ({skipped_kv})"
-    table = _table("", "weights/KV", right=tuple(_percent(target) for target in targets))
+    what, shown = "disagreement", _percent
+    if isinstance(entries[0], NllRiskEntry):
+        what = f"rise of the mean NLL (a token's clipped at {entries[0].clip:g}), nats per token"
+        shown = _nats
+    title = f"Thresholds certified at {confidence:.0%}, by {what}; in brackets what leaves ({skipped_kv})"
+    table = _table("", "weights/KV", right=tuple(shown(target) for target in targets))
     missing: dict[str, list[str]] = {}  # by reason
     for entry in entries:
         name = f"{entry.weights}/{entry.kv_cache}{' linear' if entry.linear_block else ''}"
-        lines = {line.target: line for line in entry.targets}
+        lines: dict[float, RiskTarget | NllRiskTarget] = {line.target: line for line in entry.targets}
         table.add_row(name, *(_certificate(lines.get(target)) for target in targets))
         for line in entry.targets:
             if not line.certified:
                 reason = line.reason or "no threshold is safe"
-                missing.setdefault(reason, []).append(f"{name}, {_percent(line.target)}")
+                missing.setdefault(reason, []).append(f"{name}, {shown(line.target)}")
     told = (f"not certified: {'; '.join(rows)}: {reason}" for reason, rows in missing.items())
     return Group(Text(title, style="bold"), table, *map(Text, told))
 
 
-def _certificate(line: RiskTarget | None) -> str:
+def _certificate(line: RiskTarget | NllRiskTarget | None) -> str:
     if line is None or not line.certified:
         return "-"
     return f"{_number(line.threshold, 4)} ({_percent(line.exit_rate, 2)})"
@@ -336,6 +352,10 @@ def _size(size: int) -> str:
 
 def _percent(share: float | None, digits: int = 3) -> str:
     return "-" if share is None else f"{100 * share:.{digits}g} %"
+
+
+def _nats(value: float) -> str:
+    return f"{value:g}"
 
 
 def _number(value: float | None, digits: int) -> str:

@@ -40,8 +40,9 @@ class ExitPolicy:
     """Whether and how a request's tokens may leave early.
 
     `threshold` is the calibrated probability a token needs to leave (approximate mode), None where none may; `target`
-    the certified disagreement it was looked up for, None when the caller gave the threshold itself. `guard_step` says
-    by how many steps the exit guard had raised it when the request was admitted.
+    the certified disagreement it was looked up for, `nll_target` the certified NLL increase (nats per token), both None
+    when the caller gave the threshold itself. `guard_step` says by how many steps the exit guard had raised it when the
+    request was admitted: only ever with a `target`, for audits count disagreement.
     """
 
     mode: ExitMode = "off"
@@ -49,6 +50,7 @@ class ExitPolicy:
     target: float | None = None
     skipped_kv: SkippedKV = "propagate"
     guard_step: int = 0
+    nll_target: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

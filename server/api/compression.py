@@ -5,13 +5,16 @@ from dataclasses import dataclass
 from typing import Final
 
 from exeunt.compression.variant import SkippedKV, Variant
-from exeunt.server.api.offer import SKIPPED_KV, Offer
+from exeunt.server.api.offer import SKIPPED_KV, Offer, Risk
 from exeunt.server.api.schemas import CompressionOptions, EarlyExitOptions
 from exeunt.server.request import ExitMode, ExitPolicy
 
+RISKS: Final[tuple[Risk, ...]] = ("max_disagreement", "max_nll_increase")
+LIMITS: Final = (*RISKS, "threshold")  # of which a request gives one at most
 DEFAULT_TARGET: Final = 0.02  # the smallest certified target from here on is used where a request names none
 _WHY_UNUSED: Final = {
     ("verified", "max_disagreement"): ", whose answers are those of exits off",
+    ("verified", "max_nll_increase"): ", whose answers are those of exits off",
     ("verified", "threshold"): ", in which the server decides when a draft pays",
     ("verified", "skipped_kv"): ", whose drafts are confirmed by passes that compute all keys and values",
 }
@@ -64,6 +67,8 @@ def describe_applied(applied: AppliedCompression) -> dict[str, object]:
     if exits.mode == "approximate":
         if exits.target is not None:
             early_exit["max_disagreement"] = exits.target
+        if exits.nll_target is not None:
+            early_exit["max_nll_increase"] = exits.nll_target
         early_exit |= {"threshold": exits.threshold, "skipped_kv": exits.skipped_kv}
     return {
         "weights": variant.weights,
@@ -118,7 +123,7 @@ def _exits(asked: EarlyExitOptions, defaults: EarlyExitOptions, variant: Variant
 
 
 def _refuse_unused(asked: EarlyExitOptions, mode: ExitMode) -> None:
-    for name in ("max_disagreement", "threshold", "skipped_kv"):
+    for name in (*LIMITS, "skipped_kv"):
         if getattr(asked, name) is not None:
             raise NotOfferedError(
                 f"compression.early_exit.{name} has no use in mode '{mode}'{_WHY_UNUSED.get((mode, name), '')}; leave "
@@ -130,21 +135,32 @@ def _refuse_unused(asked: EarlyExitOptions, mode: ExitMode) -> None:
 def _approximate(
     asked: EarlyExitOptions, defaults: EarlyExitOptions, variant: Variant, offer: Offer
 ) -> ExitPolicy:
-    if asked.max_disagreement is not None and asked.threshold is not None:
+    source = asked if _given(asked) else defaults
+    given = _given(source)
+    if len(given) > 1:
         raise NotOfferedError(
-            "compression.early_exit has both max_disagreement and threshold; give one of them.",
-            "compression.early_exit.threshold",
+            f"compression.early_exit has both {given[0]} and {given[1]}; give one of them.",
+            f"compression.early_exit.{given[1]}",
         )
-    source = asked if asked.max_disagreement is not None or asked.threshold is not None else defaults
+    risk: Risk = "max_nll_increase" if given == ["max_nll_increase"] else "max_disagreement"
+    target: float | None = getattr(source, risk)
     method = asked.skipped_kv or defaults.skipped_kv
-    skipped_kv = method or offer.default_skipped_kv(variant, source.max_disagreement)
+    skipped_kv = method or offer.default_skipped_kv(variant, target, risk)
     if source.threshold is not None:
         return ExitPolicy("approximate", source.threshold, None, skipped_kv)
-    certified = offer.certified(variant, skipped_kv)
-    target = source.max_disagreement if source.max_disagreement is not None else _default_target(certified)
+    certified = offer.certified(variant, skipped_kv, risk)
+    if target is None:
+        target = _default_target(certified)
     if target is None or target not in certified:
-        raise _uncertified(target, offer, variant, method)
+        raise _uncertified(risk, target, offer, variant, method)
+    if risk == "max_nll_increase":
+        return ExitPolicy("approximate", certified[target], None, skipped_kv, nll_target=target)
     return ExitPolicy("approximate", certified[target], target, skipped_kv)
+
+
+def _given(options: EarlyExitOptions) -> list[str]:
+    """The limits that are given."""
+    return [name for name in LIMITS if getattr(options, name) is not None]
 
 
 def _default_target(certified: Iterable[float]) -> float | None:
@@ -154,22 +170,49 @@ def _default_target(certified: Iterable[float]) -> float | None:
 
 
 def _uncertified(
-    target: float | None, offer: Offer, variant: Variant, method: SkippedKV | None
+    risk: Risk, target: float | None, offer: Offer, variant: Variant, method: SkippedKV | None
 ) -> NotOfferedError:
-    certified = {each: offer.certified(variant, each) for each in SKIPPED_KV}
-    there = " and ".join(
+    there = _there(risk, offer, variant)
+    what = (
+        "compression.early_exit asks for approximate exits without a target, and none is certified"
+        if target is None
+        else f"compression.early_exit.{risk} {target} is not certified"
+    )
+    hint = f"certified are {there}" if there else "no target is certified, give a threshold instead"
+    other = next(each for each in RISKS if each != risk)
+    if not there and (instead := _there(other, offer, variant)):
+        hint = f"no target of it is certified; of {other} certified are {instead}"
+    named = f" with skipped_kv={method}" if method else ""
+    return NotOfferedError(
+        f"{what} for {variant}{named}; {hint}.{_why_not(risk, target, offer, variant, method)}",
+        f"compression.early_exit.{risk}",
+    )
+
+
+def _there(risk: Risk, offer: Offer, variant: Variant) -> str:
+    """The certified targets of a variant by method; empty where there are none."""
+    certified = {each: offer.certified(variant, each, risk) for each in SKIPPED_KV}
+    return " and ".join(
         f"{', '.join(map(str, targets))} with skipped_kv={each}"
         for each, targets in certified.items()
         if targets
     )
-    what = (
-        "compression.early_exit asks for approximate exits without a target, and none is certified"
-        if target is None
-        else f"compression.early_exit.max_disagreement {target} is not certified"
-    )
-    hint = f"certified are {there}" if there else "no target is certified, give a threshold instead"
-    named = f" with skipped_kv={method}" if method else ""
-    return NotOfferedError(f"{what} for {variant}{named}; {hint}.", "compression.early_exit.max_disagreement")
+
+
+def _why_not(
+    risk: Risk, target: float | None, offer: Offer, variant: Variant, method: SkippedKV | None
+) -> str:
+    """A sentence with the bundle's own reason, where it looked at the target; empty otherwise."""
+    if target is None:
+        return ""
+    asked = (method,) if method else SKIPPED_KV
+    reasons = {each: offer.why_not(variant, each, risk, target) for each in asked}
+    said = {each: reason for each, reason in reasons.items() if reason}
+    if not said:
+        return ""
+    if len(set(said.values())) == 1:
+        return f" Why: {next(iter(said.values()))}."
+    return f" Why: {'; '.join(f'with {each}, {reason}' for each, reason in said.items())}."
 
 
 def _listed(values: Iterable[str]) -> str:

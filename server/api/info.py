@@ -21,6 +21,7 @@ from exeunt.server.api.info_responses import (
     ModelInfo,
     ModelList,
     ModesInfo,
+    NllCertificateInfo,
     VariantInfo,
 )
 from exeunt.server.api.offer import SKIPPED_KV
@@ -47,6 +48,7 @@ async def info(service: ServiceLoaded) -> InfoResponse:
         modes=_modes(service),
         defaults=applied(resolve(None, service.defaults, service.offer)),
         risk_table=[] if manifest is None else _risk_table(manifest),
+        nll_risk_table=[] if manifest is None else _nll_risk_table(manifest),
         exits=list(service.offer.exits),
         audits=AuditInfo(share=service.config.audit_share, **asdict(service.engine.audit_totals)),
         limits=_limits(service),
@@ -107,6 +109,19 @@ def _risk_table(manifest: Manifest) -> list[CertificateInfo]:
             **target.model_dump(include=set(CertificateInfo.model_fields)),
         )
         for entry in manifest.risk_table
+        for target in entry.targets
+    ]
+
+
+def _nll_risk_table(manifest: Manifest) -> list[NllCertificateInfo]:
+    return [
+        NllCertificateInfo(
+            **entry.model_dump(
+                include={"weights", "kv_cache", "linear_block", "skipped_kv", "clip", "confidence"}
+            ),
+            **target.model_dump(include=set(NllCertificateInfo.model_fields)),
+        )
+        for entry in manifest.nll_risk_table
         for target in entry.targets
     ]
 

@@ -123,6 +123,47 @@ class CertificateInfo(BaseModel):
     reason: str | None = Field(description="Why the target is not certified; null where it is.")
 
 
+class NllCertificateInfo(BaseModel):
+    """One target of the NLL risk table under one combination.
+
+    The certificate is about teacher-forced text like the calibration text: over all its tokens, the negative
+    log-likelihood under this threshold is on average at most the target above that of full depth of the same
+    combination, each token's difference clipped to ± `clip`.
+    """
+
+    weights: WeightFormat = Field(description="The combination's weights.")
+    kv_cache: KVFormat = Field(description="The combination's KV cache.")
+    linear_block: bool = Field(description="Whether the combination runs one block as a linear map.")
+    skipped_kv: SkippedKV = Field(description="How keys and values of skipped blocks come to be.")
+    target: float = Field(
+        description="The mean increase to stay below, nats per token: what `max_nll_increase` asks for."
+    )
+    certified: bool = Field(description="Whether it may be asked for.")
+    threshold: float | None = Field(
+        description="The calibrated probability to leave at; null where it is not certified."
+    )
+    exit_rate: float | None = Field(description="Share of the certifying text's tokens that left early.")
+    increase: float | None = Field(description="The mean clipped increase that was seen, nats per token.")
+    upper_bound: float | None = Field(
+        description="What that mean is at most, with the stated confidence: below the target where it is certified."
+    )
+    unclipped: float | None = Field(
+        description="The mean increase without a clip, nats per token: not certified."
+    )
+    unclipped_low: float | None = Field(description="Lower end of its 95 % interval.")
+    unclipped_high: float | None = Field(description="Upper end of its 95 % interval.")
+    perplexity: float | None = Field(
+        description="Perplexity of the certifying text under the threshold, without a clip: not certified."
+    )
+    full_perplexity: float | None = Field(
+        description="The same at full depth of the same combination, from the same tokens."
+    )
+    tokens: int = Field(description="Tokens of the certifying text that count.")
+    clip: float = Field(description="Nats: the most that one token's increase counts as.")
+    confidence: float = Field(description="Confidence of the certificate, e.g. 0.95.")
+    reason: str | None = Field(description="Why the target is not certified; null where it is.")
+
+
 class AuditInfo(BaseModel):
     """Tokens that left early under approximate exits and were compared with the full model, since the start."""
 
@@ -158,7 +199,11 @@ class InfoResponse(BaseModel):
     modes: ModesInfo = Field(description="What `compression` may ask for.")
     defaults: CompressionApplied = Field(description="What a request without `compression` gets.")
     risk_table: list[CertificateInfo] = Field(
-        description="Every target under every combination; empty for a plain model."
+        description="Every target of disagreement under every combination; empty for a plain model."
+    )
+    nll_risk_table: list[NllCertificateInfo] = Field(
+        description="Every target of the NLL increase under every combination; empty for a plain model, and for a "
+        "bundle that was not calibrated for any."
     )
     exits: list[str] = Field(description="The exits' names, shallowest first.")
     audits: AuditInfo = Field(description="How approximate exits do on the text that is served.")

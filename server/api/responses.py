@@ -55,7 +55,11 @@ class EarlyExitApplied(BaseModel):
         description="`off`; `verified`: the answer is that of `off`; `approximate`: tokens left for good."
     )
     max_disagreement: float | None = Field(
-        default=None, description="The certified target; absent with a bare threshold."
+        default=None, description="The certified target of disagreement; absent where none was asked for."
+    )
+    max_nll_increase: float | None = Field(
+        default=None,
+        description="The certified target of the NLL increase, nats per token; absent where none was asked for.",
     )
     threshold: float | None = Field(
         default=None,

@@ -37,14 +37,23 @@ class EarlyExitOptions(Body):
         gt=0,
         le=1,
         description="Approximate only: a certified target of the risk table, the share of early tokens that may "
-        "differ from full depth of the same weights, KV cache and linear block. Left out together with `threshold`: "
-        "the smallest certified target from 0.02.",
+        "differ from full depth of the same weights, KV cache and linear block. Left out together with "
+        "`max_nll_increase` and `threshold`: the smallest certified target from 0.02.",
+    )
+    max_nll_increase: float | None = Field(
+        default=None,
+        gt=0,
+        le=100,
+        description="Approximate only, instead of `max_disagreement`: a certified target of the NLL risk table, the "
+        "nats per token by which the negative log-likelihood of text may rise over full depth of the same weights, KV "
+        "cache and linear block, each token's rise clipped; exp of it bounds the ratio of the clipped perplexities. "
+        "The exit guard does not watch it.",
     )
     threshold: float | None = Field(
         default=None,
         ge=0,
         le=1,
-        description="Approximate only, instead of `max_disagreement`: the calibrated probability to leave at, one for "
+        description="Approximate only, instead of a target: the calibrated probability to leave at, one for "
         "all certified exits. Nothing is certified for it.",
     )
     skipped_kv: SkippedKV | None = Field(

@@ -21,6 +21,8 @@ from exeunt.compression.manifest import (
     ExitRecord,
     LinearBlockRecord,
     Manifest,
+    NllRiskEntry,
+    NllRiskTarget,
     RiskEntry,
     RiskTarget,
 )
@@ -85,6 +87,9 @@ def _exit(block: int, hidden: int) -> ExitHead:
     return ExitHead(block, norm, torch.randn(hidden, hidden) / 9, probe, torch.randn(4), 0.5)
 
 
+_NLL_THRESHOLDS: Final[dict[SkippedKV, dict[float, float]]] = {"backfill": {0.05: 0.71}, "propagate": {}}
+
+
 def _risk_target(target: float, certified: Mapping[float, float]) -> RiskTarget:
     if target in certified:
         return RiskTarget(target=target, certified=True, threshold=certified[target])
@@ -115,4 +120,20 @@ def _manifest(sha256: str, weights: tuple[WeightFormat, ...], hidden: int) -> Ma
         ),
         exits=(ExitRecord(block=1, name="block_1", agreement=0.5),),
         risk_table=table,
+        nll_risk_table=tuple(_nll_entry(weights[0], method) for method in ("backfill", "propagate")),
+    )
+
+
+def _nll_entry(weights: WeightFormat, skipped_kv: SkippedKV) -> NllRiskEntry:
+    certified = _NLL_THRESHOLDS[skipped_kv]
+    targets = tuple(
+        NllRiskTarget(
+            target=target, certified=True, threshold=certified[target], increase=0.03, upper_bound=0.04
+        )
+        if target in certified
+        else NllRiskTarget(target=target, certified=False, reason="only 12 tokens left")
+        for target in (0.02, 0.05)
+    )
+    return NllRiskEntry(
+        weights=weights, kv_cache="int4", linear_block=False, skipped_kv=skipped_kv, targets=targets, clip=3.0
     )

@@ -23,6 +23,8 @@ from exeunt.compression.manifest import (
     ExitRecord,
     LinearBlockRecord,
     Manifest,
+    NllRiskEntry,
+    NllRiskTarget,
     RiskEntry,
     RiskTarget,
 )
@@ -195,7 +197,7 @@ def test_everything_is_shown(bundle: Bundle) -> None:
         "62.5 %",
         "block_0 drafts up to 3 in a row where its gate says 0.4000: 55 % of the tokens, 72.5 % of them rightly",
         "expected 0.91× the speed without drafts",
-        "Thresholds certified at 95%, by target; in brackets what leaves (propagate)",
+        "Thresholds certified at 95%, by disagreement; in brackets what leaves (propagate)",
         "0.9312 (23 %)",
         "not certified: int4/int4, 1 %: only 12 tokens left early",
         "approximate, 5 %",
@@ -275,6 +277,34 @@ def test_certificates_that_say_the_same_are_shown_once(bundle: Bundle) -> None:
     assert "(backfill)" in twice
     assert "(propagate)" in twice
     assert twice.count("0.9312") == 2
+
+
+def test_the_second_risk_has_a_table_of_its_own(bundle: Bundle) -> None:
+    targets = (
+        NllRiskTarget(target=0.01, certified=False, reason="only 3 tokens left"),
+        NllRiskTarget(target=0.05, certified=True, threshold=0.8125, exit_rate=0.125, upper_bound=0.04),
+    )
+    entries = [
+        NllRiskEntry(
+            weights=weights,
+            kv_cache="int4",
+            linear_block=False,
+            skipped_kv="backfill",
+            targets=targets,
+            clip=3.0,
+        )
+        for weights in ("int4", "full")
+    ]
+    other = entries[0].model_copy(update={"skipped_kv": "propagate", "targets": targets[:1]})
+    table = (*entries, other)
+    text = _printed(Bundle(bundle.path, bundle.manifest.model_copy(update={"nll_risk_table": table})), 200)
+    title = "by rise of the mean NLL (a token's clipped at 3), nats per token; in brackets what leaves"
+    assert f"Thresholds certified at 95%, {title} (backfill)" in text
+    assert f"{title} (propagate)" in text
+    assert re.search(r"weights/KV +0.01 +0.05", text)
+    assert re.search(r"full/int4 +- +0.8125 \(12 %\)", text)
+    assert "not certified: int4/int4, 0.01; full/int4, 0.01: only 3 tokens left" in text
+    assert "0.9312" in text  # the first risk's table is there as before
 
 
 def test_the_json_form_holds_the_same(bundle: Bundle) -> None:

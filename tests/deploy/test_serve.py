@@ -157,6 +157,30 @@ def test_a_certified_target_names_its_threshold(server: ServerProcess) -> None:
     assert answer["compression"]["early_exit"]["skipped_kv"] == "propagate"
 
 
+def test_a_certified_increase_of_the_nll_names_its_threshold(server: ServerProcess) -> None:
+    exits = {"early_exit": {"mode": "approximate", "max_nll_increase": 0.05}}
+    answer = server.generate(prompt="abc", max_new_tokens=2, compression=exits)
+    assert answer["compression"]["early_exit"] == {
+        "mode": "approximate",
+        "max_nll_increase": 0.05,
+        "threshold": 0.71,
+        "skipped_kv": "backfill",
+    }
+    exits["early_exit"]["max_nll_increase"] = 0.02
+    refused = server.client.post("/generate", json={"prompt": "abc", "compression": exits})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "compression.early_exit.max_nll_increase"
+    assert "certified are 0.05 with skipped_kv=backfill. Why: only 12 tokens left." in refused.text
+    lines = server.client.get("/info").json()["nll_risk_table"]
+    assert [(x["skipped_kv"], x["target"], x["threshold"]) for x in lines] == [
+        ("backfill", 0.02, None),
+        ("backfill", 0.05, 0.71),
+        ("propagate", 0.02, None),
+        ("propagate", 0.05, None),
+    ]
+    assert (lines[1]["increase"], lines[1]["upper_bound"], lines[1]["clip"]) == (0.03, 0.04, 3.0)
+
+
 def test_every_variant_answers_and_says_so(server: ServerProcess) -> None:
     for weights in ("int4", "full"):
         for kv_cache in ("int4", "full"):

@@ -155,7 +155,9 @@ def offer() -> Offer:
         (FULL, "propagate"): (Certificate(0.01, 0.99),),
     }
     modes = ("off", "verified", "approximate")
-    return Offer((FULL, INT4), INT4, ("block_0", "block_2"), cast(Any, modes), cast(Any, certificates))
+    nll = {(INT4, "propagate"): (Certificate(0.01, None, "only 3 tokens left"), Certificate(0.05, 0.86))}
+    exits = ("block_0", "block_2")
+    return Offer((FULL, INT4), INT4, exits, cast(Any, modes), cast(Any, certificates), cast(Any, nll))
 
 
 def make_service(engine: ScriptedEngine, **changes: Any) -> Service:

@@ -26,6 +26,10 @@ OFFER = Offer(
         (INT4, "backfill"): (Certificate(0.01, None), Certificate(0.05, 0.85), Certificate(0.1, 0.7)),
         (FULL, "propagate"): (Certificate(0.01, 0.99),),
     },
+    {
+        (INT4, "backfill"): (Certificate(0.01, None, "only 12 tokens left"), Certificate(0.05, 0.75)),
+        (INT4, "propagate"): (Certificate(0.01, None, "it was not tested"), Certificate(0.02, 0.88)),
+    },
 )
 DRAFTS_ONLY = Offer((FULL,), FULL, ("block_2",), ("off", "verified"))
 PLAIN = Offer((FULL,), FULL)
@@ -98,6 +102,40 @@ def test_approximate_thresholds(
     assert exits_of(asked) == ExitPolicy("approximate", threshold, target, skipped_kv)
 
 
+@pytest.mark.parametrize(
+    ("chosen", "target", "threshold", "skipped_kv"),
+    [
+        ('"max_nll_increase": 0.05', 0.05, 0.75, "backfill"),
+        ('"max_nll_increase": 0.02', 0.02, 0.88, "propagate"),  # for backfill it is not certified
+        ('"max_nll_increase": 0.05, "skipped_kv": "backfill"', 0.05, 0.75, "backfill"),
+    ],
+)
+def test_targets_of_the_nll_increase(
+    chosen: str, target: float, threshold: float, skipped_kv: SkippedKV
+) -> None:
+    asked = f'{{"early_exit": {{{APPROXIMATE}, {chosen}}}}}'
+    applied = resolve(options(asked), CompressionOptions(), OFFER)
+    assert applied.exits == ExitPolicy("approximate", threshold, None, skipped_kv, nll_target=target)
+    assert describe_applied(applied)["early_exit"] == {
+        "mode": "approximate",
+        "max_nll_increase": target,
+        "threshold": threshold,
+        "skipped_kv": skipped_kv,
+    }
+
+
+def test_a_limit_that_is_asked_for_replaces_the_servers() -> None:
+    defaults = '{"early_exit": {"mode": "approximate", "max_nll_increase": 0.05}}'
+    assert exits_of("{}", defaults) == ExitPolicy("approximate", 0.75, None, "backfill", nll_target=0.05)
+    assert exits_of('{"early_exit": {"skipped_kv": "backfill"}}', defaults).nll_target == 0.05
+    assert exits_of('{"early_exit": {"max_disagreement": 0.1}}', defaults).target == 0.1
+    assert exits_of('{"early_exit": {"max_disagreement": 0.1}}', defaults).nll_target is None
+    assert exits_of('{"early_exit": {"threshold": 0.4}}', defaults).nll_target is None
+    plain = '{"early_exit": {"mode": "approximate", "max_disagreement": 0.1}}'
+    assert exits_of('{"early_exit": {"max_nll_increase": 0.02}}', plain).nll_target == 0.02
+    assert exits_of('{"early_exit": {"max_nll_increase": 0.02}}', plain).target is None
+
+
 def test_the_response_says_which_target_and_threshold_applied() -> None:
     applied = resolve(options('{"early_exit": {"mode": "approximate"}}'), CompressionOptions(), OFFER)
     assert describe_applied(applied) == {
@@ -149,6 +187,47 @@ def test_server_defaults_fill_in_how_to_leave() -> None:
             '{"early_exit": {"mode": "approximate", "max_disagreement": 0.01, "skipped_kv": "backfill"}}',
             "compression.early_exit.max_disagreement",
             ["0.01 is not certified", "with skipped_kv=backfill; certified are 0.05, 0.1"],
+        ),
+        (
+            '{"early_exit": {"mode": "approximate", "max_disagreement": 0.05, "max_nll_increase": 0.05}}',
+            "compression.early_exit.max_nll_increase",
+            ["both max_disagreement and max_nll_increase", "give one"],
+        ),
+        (
+            '{"early_exit": {"mode": "approximate", "max_nll_increase": 0.05, "threshold": 0.5}}',
+            "compression.early_exit.threshold",
+            ["both max_nll_increase and threshold"],
+        ),
+        (
+            '{"early_exit": {"mode": "approximate", "max_nll_increase": 0.01}}',
+            "compression.early_exit.max_nll_increase",
+            [
+                "max_nll_increase 0.01 is not certified for weights=int4 kv_cache=int4",
+                "certified are 0.05 with skipped_kv=backfill and 0.02 with skipped_kv=propagate",
+                "Why: with backfill, only 12 tokens left; with propagate, it was not tested.",
+            ],
+        ),
+        (
+            '{"early_exit": {"mode": "approximate", "max_nll_increase": 0.01, "skipped_kv": "propagate"}}',
+            "compression.early_exit.max_nll_increase",
+            ["with skipped_kv=propagate; certified are", "Why: it was not tested."],
+        ),
+        (
+            '{"early_exit": {"mode": "approximate", "max_nll_increase": 0.3}}',
+            "compression.early_exit.max_nll_increase",
+            ["0.3 is not certified", "certified are 0.05"],
+        ),
+        (
+            '{"weights": "full", "kv_cache": "full", "early_exit": {"mode": "approximate", "max_nll_increase": 0.02}}',
+            "compression.early_exit.max_nll_increase",
+            [
+                "no target of it is certified; of max_disagreement certified are 0.01 with skipped_kv=propagate"
+            ],
+        ),
+        (
+            '{"early_exit": {"mode": "verified", "max_nll_increase": 0.05}}',
+            "compression.early_exit.max_nll_increase",
+            ["no use in mode 'verified'", "those of exits off"],
         ),
         (
             '{"linear_block": true, "early_exit": {"mode": "approximate"}}',
@@ -206,6 +285,12 @@ def test_exits_that_only_draft_let_no_token_leave_for_good() -> None:
     error = refusal('{"early_exit": {"mode": "approximate", "threshold": 0.5}}', DRAFTS_ONLY)
     assert error.param == "compression.early_exit.mode"
     assert "no exit at which tokens may leave for good; there is 'off' and 'verified'" in str(error)
+
+
+@pytest.mark.parametrize("target", ["0", "-0.1", "NaN", "Infinity", '"0.02"', "true", "101"])
+def test_nll_targets_are_positive_numbers(target: str) -> None:
+    with pytest.raises(ValidationError):
+        options(f'{{"early_exit": {{"mode": "approximate", "max_nll_increase": {target}}}}}')
 
 
 @pytest.mark.parametrize("threshold", ["-0.1", "1.01", "NaN", '"0.5"', "true"])

@@ -49,6 +49,25 @@ def test_the_answer_says_the_threshold_that_applied(client: httpx.Client, engine
     }
 
 
+def test_the_guard_leaves_targets_of_the_nll_increase_alone(
+    client: httpx.Client, engine: ScriptedEngine
+) -> None:
+    """Audits count disagreement, which says nothing of this target: its requests keep the certified threshold."""
+    act(engine.guard, LAST_STEP)
+    for route in ("/generate", "/score"):
+        said = ask(client, route, max_nll_increase=0.05)
+        assert said == {
+            "mode": "approximate",
+            "max_nll_increase": 0.05,
+            "threshold": 0.86,
+            "skipped_kv": "propagate",
+        }
+        exits = engine.requests[-1].exits
+        assert (exits.threshold, exits.target, exits.nll_target, exits.guard_step) == (0.86, None, 0.05, 0)
+        engine.guard.observe(exits, agreed=False)  # and tell it nothing
+    assert ask(client, max_disagreement=0.05)["threshold"] is None
+
+
 def test_where_no_token_may_leave_the_threshold_is_null(client: httpx.Client, engine: ScriptedEngine) -> None:
     act(engine.guard, LAST_STEP)
     said = ask(client, max_disagreement=0.05)
