@@ -45,26 +45,30 @@ class EvaluationOptions:
             raise CalibrationError(
                 f"{self.tokens} tokens are too few to evaluate on; give at least {LEAST_WINDOW}."
             )
-        window = WINDOW if self.window is None else self.window
-        if window < LEAST_WINDOW:
+        if self.window is not None and self.window < LEAST_WINDOW:
             raise CalibrationError(
-                f"A window of {window} tokens is too short to evaluate in; give at least {LEAST_WINDOW}."
+                f"A window of {self.window} tokens is too short to evaluate in; give at least {LEAST_WINDOW}."
             )
         if self.stride is not None and self.stride < 1:
             raise CalibrationError(f"The stride is {self.stride} tokens; it must be at least 1.")
+        self._check_stride(self.window or WINDOW)
+
+    def window_and_stride(self, context: int) -> tuple[int, int]:
+        """Both for a model of that context; raises CalibrationError for what the model cannot read."""
+        if self.window is not None and self.window > context:
+            raise CalibrationError(
+                f"The window of {self.window} tokens is longer than the model's context; give at most {context}."
+            )
+        window = min(self.window or WINDOW, context)
+        self._check_stride(window)
+        return window, self.stride or window
+
+    def _check_stride(self, window: int) -> None:
         if self.stride is not None and self.stride > window:
             raise CalibrationError(
                 f"The stride of {self.stride} tokens is longer than the window of {window}, and what lies between two "
                 "windows would count nowhere; give a stride of at most the window."
             )
-
-    def window_of(self, context: int) -> int:
-        """The window for a model of that context; raises CalibrationError for one that the model cannot read."""
-        if self.window is not None and self.window > context:
-            raise CalibrationError(
-                f"The window of {self.window} tokens is longer than the model's context; give at most {context}."
-            )
-        return min(self.window or WINDOW, context)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,8 +147,7 @@ def _written(
 
 def _text(model: LoadedModel, data: str, options: EvaluationOptions) -> ScoredText:
     spec, tokens, seed = model.spec, options.tokens, options.seed
-    window = options.window_of(spec.max_position_embeddings)
-    stride = min(options.stride or window, window)
+    window, stride = options.window_and_stride(spec.max_position_embeddings)
     corpus = read_corpus(data, separator(model.tokenizer))
     encoding = text_encoding(model.tokenizer, spec)
     if stride == window:

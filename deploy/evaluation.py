@@ -1,6 +1,6 @@
 """`exeunt eval`: every mode's quality on a text, and beside it what the mode is for: its speed."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
@@ -149,23 +149,30 @@ def _finding(found: TradeOff) -> str:
 
 
 def written_table(evaluated: Evaluated) -> FigureTable:
-    """One line for each mode and temperature: what it wrote, as the full model sees it."""
-    written = evaluated.written
-    perplexities = [each.perplexity for each in written]
-    columns = (
-        FigureColumn(
-            "perplexity",
-            tuple(f"{each.value:.2f} [{each.low:.2f}, {each.high:.2f}]" for each in perplexities),
-            4,
-            tuple(f"{each.value:.2f}" for each in perplexities),
-            "intervals",
-        ),
-        FigureColumn("repeated", tuple(f"{each.repeated:.1%}" for each in written), 3),
-        FigureColumn("distinct pairs", tuple(f"{each.distinct:.1%}" for each in written), 0),
-        FigureColumn("exit rate", tuple(f"{each.exit_rate.value:.1%}" for each in written), 2),
-        FigureColumn("mean depth", tuple(f"{each.mean_depth.value:.2f}" for each in written), 1),
-    )
-    names = tuple(f"{each.mode.name}, {'greedy' if each.temperature == 0 else 'sampled'}" for each in written)
+    """One line a mode: what it wrote at each temperature, as the full model sees it."""
+    written = {(each.mode, each.temperature): each for each in evaluated.written}
+    modes = tuple(dict.fromkeys(mode for mode, _ in written))
+    temperatures = sorted({temperature for _, temperature in written})
+    columns = [
+        column
+        for worth, temperature in enumerate(temperatures)
+        for column in _written_columns([written[mode, temperature] for mode in modes], worth)
+    ]
+    title = "What modes write, read by the full model"
     return FigureTable(
-        names, columns, "What modes write, read by the full model", "95 % intervals in brackets"
+        tuple(mode.name for mode in modes), tuple(columns), title, "95 % intervals in brackets"
     )
+
+
+def _written_columns(written: Sequence[Written], worth: int) -> Iterator[FigureColumn]:
+    """The columns of one temperature; of several those with a higher `worth` are kept first."""
+    how = "greedy" if written[0].temperature == 0 else "sampled"
+    perplexities = [each.perplexity for each in written]
+    brief = tuple(f"{each.value:.2f}" for each in perplexities)
+    whole = tuple(f"{each.value:.2f} [{each.low:.2f}, {each.high:.2f}]" for each in perplexities)
+    yield FigureColumn(f"perplexity {how}", whole, 8 + worth, brief, "intervals")
+    yield FigureColumn(f"repeated {how}", tuple(f"{each.repeated:.1%}" for each in written), 6 + worth)
+    yield FigureColumn(
+        f"exit rate {how}", tuple(f"{each.exit_rate.value:.1%}" for each in written), 4 + worth
+    )
+    yield FigureColumn(f"distinct pairs {how}", tuple(f"{each.distinct:.1%}" for each in written), worth)
