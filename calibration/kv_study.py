@@ -18,7 +18,7 @@ from exeunt.calibration.bootstrap import Floats, Measure, block_difference, bloc
 from exeunt.calibration.kv_forms import DEPLOYED, FORMS, UNROTATED, KVForm
 from exeunt.calibration.kv_forward import FULL_READING, KVPart, KVReading, states_behind
 from exeunt.calibration.sequence_batch import SequenceBatch, batches, first_rows
-from exeunt.calibration.teacher_forcing import LOGITS_AT_ONCE
+from exeunt.calibration.teacher_forcing import logit_rows
 from exeunt.calibration.thresholds import text_blocks
 from exeunt.compression.decoder import Decoder
 from exeunt.compression.variant import WeightFormat
@@ -234,7 +234,7 @@ def _losses(
     """Every reading's losses from its states behind the last block; the first reading is what KL is taken to."""
     total = sum(group.tokens for group in groups)
     found = [_Losses(np.zeros(total), np.zeros(total)) for _ in states]
-    step = max(1, LOGITS_AT_ONCE // 4 // decoder.spec.vocab_size)
+    step = logit_rows(decoder.spec.vocab_size, decoder.device)
     start = 0
     for number, group in enumerate(groups):
         for first in range(0, group.tokens, step):

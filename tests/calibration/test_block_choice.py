@@ -17,6 +17,7 @@ from exeunt.calibration.teacher_forcing import ForcedModel
 from exeunt.compression.decoder import Decoder
 from exeunt.compression.linear_block import LinearBlock
 from tests.calibration.conftest import BLOCKS
+from tests.calibration.counted_weights import streamed_decoder
 from tests.calibration.planted import PLANTED, fitted, planted_block, spoken, text, with_planted
 
 
@@ -66,6 +67,20 @@ def test_one_replacement_is_the_decoders_own(decoder: Decoder, tmp_path: Path) -
     logits = decoder.head(served.full_depth(batch)[1])
     wanted = float(F.cross_entropy(logits, batch.targets, ignore_index=-1, reduction="sum"))
     assert losses.replaced[0].sum() == pytest.approx(wanted, rel=1e-6)
+
+
+def test_a_streamed_block_is_read_once_for_all_replacements(
+    checkpoint: Path, decoder: Decoder, tmp_path: Path
+) -> None:
+    streamed, weights = streamed_decoder(checkpoint)
+    rows, maps = text(5, 3), [fit.map for fit in fitted(ForcedModel(decoder, "int4", ()), tmp_path).fits]
+    sets = [[each] for each in maps]
+    found, wanted = (
+        losses_of(ForcedModel(each, "int4", ()), sets, rows, batch_tokens=130, seed=0)
+        for each in (streamed, decoder)
+    )
+    assert weights.asked == list(range(BLOCKS))
+    assert all(np.array_equal(a, b) for a, b in zip(found.replaced, wanted.replaced, strict=True))
 
 
 def test_a_planted_affine_block_is_chosen_and_costs_nothing(decoder: Decoder, tmp_path: Path) -> None:

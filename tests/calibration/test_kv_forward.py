@@ -14,6 +14,7 @@ from exeunt.compression.decoder import Decoder
 from exeunt.compression.linear_block import LinearBlock
 from exeunt.compression.variant import KVFormat
 from tests.calibration.conftest import BLOCKS, HIDDEN
+from tests.calibration.counted_weights import streamed_decoder
 from tests.compression.family_configs import CONFIGS
 from tests.compression.reference_models import build_model, save
 
@@ -90,6 +91,20 @@ def test_the_look_sees_every_rows_keys_and_values_as_they_are_made(decoder: Deco
     states_behind(decoder, list(batches(rows, 50)), readings, look=look)
     spec = decoder.spec
     assert seen == [(length, spec.kv_heads, spec.head_dim) for length in LENGTHS] * BLOCKS
+
+
+def test_a_streamed_block_is_read_once_for_all_readings(checkpoint: Path, decoder: Decoder) -> None:
+    streamed, weights = streamed_decoder(checkpoint)
+    rows = some_rows(decoder.spec.vocab_size)
+    readings = [FULL_READING, KVReading(DEPLOYED, "both")]
+    groups = list(batches(rows, 50))
+    found, wanted = (states_behind(each, groups, readings) for each in (streamed, decoder))
+    assert weights.asked == list(range(BLOCKS))
+    assert all(
+        torch.equal(a, b)
+        for one, two in zip(found, wanted, strict=True)
+        for a, b in zip(one, two, strict=True)
+    )
 
 
 def test_rows_are_found_in_a_batch() -> None:
