@@ -10,7 +10,7 @@ from exeunt.calibration.options import CalibrationOptions
 
 def options_record(options: CalibrationOptions) -> dict[str, Any]:
     """What was asked for, but for where things lie on the machine."""
-    named = {"model", "out", "data", "origin"}  # the manifest names them, without their folders
+    named = {"model", "out", "data", "origin", "work"}  # the manifest names them, without their folders
     return {
         field.name: _plain(getattr(options, field.name))
         for field in fields(options)

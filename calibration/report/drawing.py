@@ -49,11 +49,11 @@ LIGHT: Final = {
     "good": "#1f7a4d",
     "bad": "#b3372f",
     "series-1": "#0072b2",
-    "series-2": "#c8500a",
-    "series-3": "#008f68",
-    "series-4": "#b0558a",
-    "series-5": "#8a7000",
-    "series-6": "#5d6675",
+    "series-2": "#a04000",
+    "series-3": "#007a58",
+    "series-4": "#b970a5",
+    "series-5": "#928018",
+    "series-6": "#434a55",
 }
 DARK: Final = {
     "ink": "#e4e7ec",
@@ -62,11 +62,11 @@ DARK: Final = {
     "good": "#5ec48f",
     "bad": "#f08a80",
     "series-1": "#56b4e9",
-    "series-2": "#f0913e",
+    "series-2": "#f2702a",
     "series-3": "#2fc497",
-    "series-4": "#e08fbf",
-    "series-5": "#dfc93f",
-    "series-6": "#9aa3b1",
+    "series-4": "#e9b8d6",
+    "series-5": "#f0dc3a",
+    "series-6": "#7f8a99",
 }
 
 WIDTH: Final = 4.4

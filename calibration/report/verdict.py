@@ -11,9 +11,9 @@ from typing import Final
 
 from exeunt.calibration.certificates import CertifiedVariant
 from exeunt.calibration.evaluation import EvaluationTable, Measure, ModeResult
+from exeunt.calibration.nll_risk import NllCertificate
 from exeunt.calibration.report.content import ReportContent
 from exeunt.calibration.report.parts import Tone
-from exeunt.calibration.report.words import variant_name
 from exeunt.calibration.risk import Certificate
 from exeunt.compression.variant import Variant
 
@@ -72,6 +72,7 @@ class Verdict:
     alone: tuple[Cost, ...]
     together: tuple[Cost, ...]
     certified: tuple[Certificate, ...]  # of the deployed variant, skipped keys and values propagated
+    likelihood: tuple[NllCertificate, ...]  # the same of the second risk
     deployed: Variant | None  # the variant that exits were fitted on; None where there are none
     advice: tuple[Advice, ...]
 
@@ -88,6 +89,7 @@ def verdict_of(content: ReportContent) -> Verdict:
         alone=alone,
         together=together,
         certified=certified,
+        likelihood=() if deployed is None or deployed.nll is None else deployed.nll.certificates,
         deployed=None if deployed is None else deployed.variant,
         advice=_advice(table, together),
     )
@@ -128,26 +130,27 @@ def _savings(variant: Variant) -> int:
 
 
 def _advice(table: EvaluationTable, costs: Sequence[Cost]) -> tuple[Advice, ...]:
-    """The most compressed mode of small and of fair cost, and the certified exits that leave most at fair cost."""
-    advice: list[Advice] = []
-    for limit, use in ((SMALL, "Quality first"), (FAIR, "Most saved at a fair cost")):
-        within = [cost for cost in costs if cost.relative.high <= limit]
-        if within:
-            best = max(within, key=lambda cost: (_savings(cost.variant), -cost.relative.value))
-            if all(best.variant != each.cost.variant for each in advice):
-                advice.append(Advice(use, best))
+    """The most compressed modes of small and of fair cost, and certified exits of fair cost that save compute."""
+    uncompressed = _cost(table.results[0], table)
+    small, fair = (
+        max(
+            (cost for cost in (uncompressed, *costs) if cost.relative.high <= limit),
+            key=lambda cost: (_savings(cost.variant), -cost.relative.value),
+        )
+        for limit in (SMALL, FAIR)
+    )
+    advice = [Advice("Quality first", small)]
+    if fair.variant != small.variant:
+        advice.append(Advice("More saved at a fair cost", fair))
     exits = [
-        result
+        (result, cost)
         for result in table.results
-        if result.mode.target is not None and result.mode.skipped_kv == "propagate"
+        if result.mode.target is not None
+        and result.mode.skipped_kv == "propagate"
+        and result.compute_saved.value > 0
+        and (cost := _cost(result, table)).relative.high <= FAIR
     ]
-    fair = [(result, cost) for result in exits if (cost := _cost(result, table)).relative.high <= FAIR]
-    if fair:
-        result, cost = max(fair, key=lambda pair: pair[0].exit_rate.value)
+    if exits:
+        result, cost = max(exits, key=lambda pair: (_savings(pair[1].variant), pair[0].compute_saved.value))
         advice.append(Advice("Exits at a stated risk", cost, result.mode.target))
     return tuple(advice)
-
-
-def cost_name(cost: Cost) -> str:
-    """What was saved, in words."""
-    return variant_name(cost.variant)

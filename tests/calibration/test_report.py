@@ -333,9 +333,17 @@ def test_the_verdict_calls_costs_by_the_end_of_their_interval() -> None:
     assert called[LINEAR] == "bad"
     assert [cost.variant for cost in verdict.alone] == [WEIGHTS, KV, LINEAR]
     assert [(each.cost.variant, each.target) for each in verdict.advice] == [
+        (FULL, None),  # no saving stays within 1 %
         (DEPLOYED, None),
         (DEPLOYED, 0.05),
     ]
+
+
+def test_exits_that_save_no_compute_are_not_advised() -> None:
+    found = content()
+    results = tuple(replace(each, compute_saved=Measure(-0.1, -0.2, 0.0)) for each in found.table.results)
+    verdict = verdict_of(replace(found, table=replace(found.table, results=results)))
+    assert [each.target for each in verdict.advice] == [None, None]
 
 
 def test_a_cost_that_the_text_cannot_show_is_called_so() -> None:

@@ -29,7 +29,8 @@ def certificates_section(content: ReportContent) -> Section | None:
         other_tables.append(nll_table(others))
     parts: list[Figure | Table | Text | Details] = [*figures, *tables]
     if others:
-        summary = f"The other {len({each.variant for each in others})} variants"
+        number = len({each.variant for each in others})
+        summary = f"The other {number} variants" if number > 1 else "The other variant"
         parts.append(Details(summary, tuple(table for table in other_tables if table.rows)))
     return Section(
         "certificates",

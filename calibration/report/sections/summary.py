@@ -123,10 +123,22 @@ def _exits(content: ReportContent, verdict: Verdict) -> list[Finding]:
     return [
         Finding(
             f"Exits: {len(held)} of {len(verdict.certified)} targets certified",
-            f"At most that share of the tokens that leave differs from full depth, at 95 % confidence. {lines}.",
+            f"At most that share of the tokens that leave differs from full depth, at 95 % confidence. {lines}."
+            + _likelihood(verdict),
             tone,
         )
     ]
+
+
+def _likelihood(verdict: Verdict) -> str:
+    """What the second risk lets leave."""
+    if not verdict.likelihood:
+        return ""
+    held = [each for each in verdict.likelihood if each.certified]
+    if not held:
+        return " No bound on the likelihood of the text is certified."
+    best = max(held, key=lambda each: each.target)
+    return f" With the text at most {best.target:g} nats a token less likely, {share(best.exits / best.tokens)} leave."
 
 
 def _target_cost(content: ReportContent, deployed: Variant, target: float) -> str:
@@ -170,8 +182,8 @@ def _advice(content: ReportContent, advice: Sequence[Advice]) -> Table:
                 Cell(exits),
                 Cell(plain(None if result is None else result.perplexity.value)),
                 measured(each.cost.relative, "{:+.1f} %", each.cost.tone, 100.0),
-                Cell(share(None if result is None or each.target is None else result.exit_rate.value)),
+                Cell(share(None if result is None or each.target is None else result.compute_saved.value)),
             ]
         )
-    headers = ("what to use", "savings", "exits", "perplexity", "change", "leave early")
+    headers = ("what to use", "savings", "exits", "perplexity", "change", "compute saved by exits")
     return Table(headers, rows, words=3)
