@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from exeunt.calibration.block_choice import BlockChoice
-from exeunt.calibration.certificates import CertifiedVariant
+from exeunt.calibration.certificates import CertifiedVariant, nll_risk_table
 from exeunt.calibration.corpus import HUB_PREFIX, Corpus, Splits
 from exeunt.calibration.evaluation import EvaluationTable
 from exeunt.calibration.exit_fit import FittedExit
@@ -66,6 +66,7 @@ def build_manifest(
         linear_block=_linear_block(choice, spec.block_parameters),
         exits=tuple(_exit(each, exits) for each in exits.kept),
         risk_table=tuple(each.entry(options.confidence) for each in certified),
+        nll_risk_table=nll_risk_table(certified, options.confidence),
         evaluation=tuple(result.record() for result in table.results),
         calibration=_calibration(options, text),
         versions={name: found for name in _PACKAGES if (found := _version(name))}

@@ -32,6 +32,13 @@ def calibration_fingerprint(options: CalibrationOptions, checkpoint: Checkpoint,
     versions = [f"{package} {version(package)}" for package in ("exeunt", "torch", "numpy", "scipy")]
     code = [fingerprint_of(path.read_text() for path in source_files())]
     return fingerprint_of(
-        [*asked, *file_state(checkpoint.files), corpus_sha256, *machine, *versions, *code, str(FORMAT_VERSION)]
+        [
+            *asked,
+            *file_state(checkpoint.files),
+            corpus_sha256,
+            *machine,
+            *versions,
+            *code,
+            str(FORMAT_VERSION),
+        ]
     )
-

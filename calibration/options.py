@@ -1,28 +1,27 @@
 """What a calibration is asked for: plain data, checked against the model before any work."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal
 
 import torch
 
+from exeunt.calibration.block_choice import CANDIDATES
 from exeunt.calibration.corpus import LEAST_TOKENS
 from exeunt.calibration.errors import OptionError
 from exeunt.calibration.exit_training import HeadTraining
+from exeunt.calibration.exit_screen import ScreenSize
 from exeunt.calibration.gate_training import ProbeTraining
+from exeunt.calibration.nll_risk import CLIP
+from exeunt.calibration.presets import StudySizes
+from exeunt.calibration.weights_int4 import Rounding
 from exeunt.compression.architecture import Architecture
 from exeunt.compression.device import DeviceError, find_device
 from exeunt.compression.model import WeightChoice
 from exeunt.compression.variant import KVFormat
 
 TARGETS: Final = (0.01, 0.02, 0.05, 0.1)
-EXIT_DEPTHS: Final = (1 / 4, 1 / 2, 2 / 3, 5 / 6)
-"""Where exits that may be certified stand unless asked otherwise, as a share of the depth."""
-DRAFT_DEPTHS: Final = (1 / 6, 1 / 4, 1 / 3)
-"""Where else the exit that drafts may stand: a wrong draft costs a shallow pass, so that shallow ones may do best."""
-
-
+"""Shares of early tokens that may differ from full depth, and increases of the mean NLL in nats per token."""
 LARGE: Final = 200_000_000
 """Parameters from which on a calibration takes so long that an interrupted one should not be begun anew."""
 
@@ -31,12 +30,14 @@ LARGE: Final = 200_000_000
 class CalibrationOptions:
     """A calibration to make. Lengths are tokens; exits are named by the numbers of the blocks they follow.
 
-    `exits` are those that are certified. The one that drafts for the verified mode is chosen among these and some
-    early ones, or `drafting_exit`, or with "none" none is chosen.
+    `exits` are those that are certified, and `drafting_exit` is the one that drafts for the verified mode: named,
+    "auto" for calibration to choose among all blocks, or "none". `risk` and `nll_risk` are the targets of the two
+    certified risks; of the second there may be none.
 
     `work` is the folder in which unfinished work is kept, to go on from; None keeps nothing, "auto" keeps it beside
-    `out` where the model has at least `LARGE` parameters. `costs` are the times that decide which exits pay: those
-    measured before on this machine for this shape of model, where there are any, or measured anew.
+    `out` where the model has at least `LARGE` parameters. `costs` says which times decide what pays: "remembered" are
+    those measured before on this machine for this shape of model, where there are any; "anew" measures, and remembers
+    that; "now" measures and remembers nothing.
 
     `weights` "both" puts INT4 weights beside the full ones, "int4" in their place (no full-precision copy of what is
     INT4), "full" leaves them out; `kv_cache` "int4" adds the INT4 cache, "full" does not. Exits are trained on the
@@ -53,11 +54,18 @@ class CalibrationOptions:
     weights: WeightChoice = "both"
     kv_cache: KVFormat = "int4"
     risk: tuple[float, ...] = TARGETS
+    nll_risk: tuple[float, ...] = TARGETS
     confidence: float = 0.95
     device: str = "auto"
     dtype: torch.dtype | None = None  # None: float32 on a CPU, the checkpoint's own elsewhere
     seed: int = 0
     group_size: int = 32  # inputs that share an INT4 scale
+    rounding: Rounding = "gptq"
+    hessian_tokens: int = 8_000  # of the fit split that GPTQ sees
+    block_tokens: int = 4_000  # of the select split that linear blocks are compared on
+    block_candidates: int | None = CANDIDATES  # blocks to replace that are tried; None: all
+    screen: ScreenSize = field(default_factory=ScreenSize)
+    studies: StudySizes = field(default_factory=StudySizes)
     row_tokens: int = 512
     batch_tokens: int = 4096
     stream_weights: bool | None = None  # read full-precision blocks as they are run; None: by the free memory
@@ -65,7 +73,7 @@ class CalibrationOptions:
     least_tokens: int = LEAST_TOKENS
     origin: str | None = None  # where the text comes from, for the manifest
     work: Path | None | Literal["auto"] = "auto"
-    costs: Literal["remembered", "measured"] = "remembered"
+    costs: Literal["remembered", "anew", "now"] = "remembered"
     head: HeadTraining = field(default_factory=HeadTraining)
     probe: ProbeTraining = field(default_factory=ProbeTraining)
 
@@ -79,6 +87,12 @@ class CalibrationOptions:
                 raise OptionError(f"The risk target {target} must be above 0 and below 1 (0.05 is 5 %).")
         if not self.risk:
             raise OptionError("Give at least one risk target, 0.05 for 5 %.")
+        for target in self.nll_risk:
+            if not 0.0 < target < CLIP:
+                raise OptionError(
+                    f"The NLL risk target {target} must be above 0 and below {CLIP:g} nats per token (0.05 lets perplexity "
+                    "rise by 5 %)."
+                )
         if not 0.5 <= self.confidence < 1.0:
             raise OptionError(f"The confidence is {self.confidence}; it must be at least 0.5 and below 1.")
         if self.row_tokens < 16 or self.batch_tokens < self.row_tokens:
@@ -92,21 +106,34 @@ class CalibrationOptions:
         """The risk targets, ascending, each once."""
         return tuple(sorted(set(self.risk)))
 
+    @property
+    def nll_targets(self) -> tuple[float, ...]:
+        """The targets of the NLL increase, ascending, each once; in nats per token."""
+        return tuple(sorted(set(self.nll_risk)))
+
 
 def work_folder(options: CalibrationOptions, spec: Architecture) -> Path | None:
     """The folder in which unfinished work is kept; None where it is not."""
-    if options.work != "auto":
-        return options.work
-    if spec.parameters < LARGE:
+    if options.work is None or (options.work == "auto" and spec.parameters < LARGE):
         return None
+    return work_place(options)
+
+
+def work_place(options: CalibrationOptions) -> Path:
+    """The folder in which unfinished work is kept if it is kept."""
+    if isinstance(options.work, Path):
+        return options.work
     return options.out.with_name(f".{options.out.name}.unfinished")
 
 
 def exit_blocks(spec: Architecture, asked: Literal["auto"] | tuple[int, ...]) -> tuple[int, ...]:
-    """The blocks that exits may be certified behind, ascending. Raises OptionError for any that cannot be."""
-    if asked == "auto":
-        return _blocks_at(spec, EXIT_DEPTHS)
+    """The blocks that exits may stand behind, ascending: with "auto" all but the last, else those named.
+
+    Raises OptionError for any that cannot be.
+    """
     last = spec.blocks - 2
+    if asked == "auto":
+        return tuple(range(last + 1))
     wrong = [block for block in asked if not 0 <= block <= last]
     if wrong:
         raise OptionError(
@@ -116,23 +143,11 @@ def exit_blocks(spec: Architecture, asked: Literal["auto"] | tuple[int, ...]) ->
     return tuple(sorted(set(asked)))
 
 
-def drafting_blocks(
-    spec: Architecture,
-    exits: Literal["auto"] | tuple[int, ...],
-    asked: Literal["auto", "none"] | int,
-) -> tuple[int, ...]:
-    """The blocks that the drafting exit may follow, ascending. Raises OptionError for any that cannot be."""
+def drafting_blocks(spec: Architecture, asked: Literal["auto", "none"] | int) -> tuple[int, ...]:
+    """The blocks that the drafting exit may follow, ascending; none with "none". Raises as `exit_blocks`."""
     if asked == "none":
         return ()
-    if asked == "auto":
-        return tuple(sorted({*exit_blocks(spec, exits), *_blocks_at(spec, DRAFT_DEPTHS)}))
-    return exit_blocks(spec, (asked,))
-
-
-def _blocks_at(spec: Architecture, shares: Sequence[float]) -> tuple[int, ...]:
-    """The blocks at some shares of the depth, ascending: none in a model of one block."""
-    last = spec.blocks - 2
-    return tuple(sorted({min(max(round(share * spec.blocks) - 1, 0), last) for share in shares} - {-1}))
+    return exit_blocks(spec, asked if asked == "auto" else (asked,))
 
 
 def wanted_linear_block(spec: Architecture, asked: Literal["auto", "none"] | int) -> int | None:

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from exeunt.calibration.options import CalibrationOptions
+from exeunt.calibration.options import CalibrationOptions, work_place
 from exeunt.calibration.pipeline import calibrate
 from exeunt.calibration.progress import watched_progress
 from exeunt.compression.bundle import BundleError
@@ -12,14 +12,24 @@ from exeunt.deploy import packaged_model
 from exeunt.deploy.arguments import UsageError
 from exeunt.deploy.loading import find_source
 from exeunt.deploy.packaged import CALIBRATION_TEXT
-from exeunt.deploy.signals import InterruptibleProgress, interruptible
+from exeunt.deploy.signals import Interrupted, InterruptibleProgress, interruptible
 
 
 def make_bundle(options: CalibrationOptions) -> None:
     """Calibrate, telling how far it is, and say what can be done with the bundle. Raises what `calibrate` raises."""
-    with interruptible() as interruption:
-        path = calibrate(options, InterruptibleProgress(watched_progress(), interruption))
-        print(f"{path} is ready: exeunt inspect {path}; exeunt serve {path}")
+    try:
+        with interruptible() as interruption:
+            path = calibrate(options, InterruptibleProgress(watched_progress(), interruption))
+            print(f"{path} is ready: exeunt inspect {path}; exeunt serve {path}")
+    except Interrupted as ended:
+        ended.kept = _kept(options)
+        raise
+
+
+def _kept(options: CalibrationOptions) -> Path | None:
+    """The folder in which what was finished is kept, if anything is."""
+    folder = work_place(options)
+    return folder if folder.is_dir() else None
 
 
 def check_checkpoint(model: str) -> None:

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Final
 
@@ -32,11 +33,21 @@ class Interrupted(BaseException):
     def __init__(self, number: int) -> None:
         super().__init__(f"signal {number}")
         self.number = number
+        self.kept: Path | None = None  # the folder in which unfinished work is kept, where it is
 
     @property
     def word(self) -> str:
         """What happened, in a word."""
         return "interrupted" if self.number == signal.SIGINT else "terminated"
+
+    @property
+    def told(self) -> str:
+        """What is said of it at the end."""
+        if self.kept is not None:
+            return (
+                f"{self.word} before it was done; the same command goes on from what is kept in {self.kept}"
+            )
+        return f"{self.word} before it was done; nothing was written"
 
 
 class Interruption:

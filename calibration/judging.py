@@ -1,0 +1,130 @@
+"""What the held-out split says of what was learned: certificates, every mode's figures, and what modes write."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from exeunt.calibration.bundle_manifest import data_name
+from exeunt.calibration.certificates import CertifiedVariant, certify_variants, certify_work
+from exeunt.calibration.evaluation import EvaluationTable, evaluate_modes
+from exeunt.calibration.generation import Written, generate_modes
+from exeunt.calibration.learning import Learned
+from exeunt.calibration.modes import modes_of, plan_modes
+from exeunt.calibration.risk import percent
+from exeunt.calibration.scored_text import ScoredText
+from exeunt.calibration.task import Task, head_rows
+from exeunt.compression.manifest import RiskEntry
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """What was found on text that nothing was fitted or chosen on."""
+
+    certified: tuple[CertifiedVariant, ...]
+    table: EvaluationTable
+    written: tuple[Written, ...]
+
+
+def judge(task: Task, learned: Learned) -> Judged:
+    """Certify thresholds, evaluate every mode, and let some of them write."""
+    certified = _certify(task, learned)
+    risk_table = [each.entry(task.options.confidence) for each in certified]
+    return Judged(certified, _evaluate(task, learned, risk_table), _generate(task, learned, risk_table))
+
+
+def _certify(task: Task, learned: Learned) -> tuple[CertifiedVariant, ...]:
+    heads, plan = [each.head for each in learned.selection.certified], learned.selection.plan
+    if not heads:
+        return ()
+    splits, stack = task.splits, learned.stack
+    with task.progress.phase(
+        "Certifying thresholds", certify_work(stack, heads, splits.certify, plan)
+    ) as advance:
+        certified = certify_variants(
+            stack,
+            heads,
+            splits.certify,
+            plan,
+            batch_tokens=task.options.batch_tokens,
+            confidence=task.options.confidence,
+            advance=advance,
+            documents=splits.documents.get("certify"),
+            journal=task.journal,
+        )
+    for each in certified:
+        found = [c for c in each.certification.certificates if c.certified]
+        shown = ", ".join(
+            f"{percent(c.target)} at {c.threshold:.3f} ({c.exits / c.tokens:.1%} leave)" for c in found
+        )
+        task.progress.note(f"{each.variant}, {each.skipped_kv}: {shown or 'no exits certified'}")
+    if not any(target.certified for each in certified for target in each.certification.certificates):
+        task.progress.note(_uncertified(certified, splits.tokens()["certify"]))
+    return certified
+
+
+def _uncertified(outcomes: Sequence[CertifiedVariant], tokens: int) -> str:
+    """That nothing is certified, why, and what helps. `tokens` are those of the certify split."""
+    of_targets = [target for each in outcomes for target in each.certification.certificates]
+    most = max(of_targets, key=lambda target: target.target)  # the loosest: what it fell short of is least
+    return (
+        f"No target is certified for any variant, so no request may ask for one ({percent(most.target)}, the loosest: "
+        f"{most.reason}); the certify split had {tokens:,} tokens: give more text or more --tokens."
+    )
+
+
+def _evaluate(task: Task, learned: Learned, risk_table: Sequence[RiskEntry]) -> EvaluationTable:
+    options, stack, splits = task.options, learned.stack, task.splits
+    heads = [each.head for each in learned.selection.certified]
+    models = {variant: stack.forced(variant, heads) for variant in (*stack.variants, stack.reference)}
+    rows = head_rows(splits.certify, options.evaluation_tokens)
+    documents = splits.documents.get("certify")
+    text = ScoredText.of_rows(rows, None if documents is None else documents[: len(rows)])
+    plan = plan_modes(
+        models,
+        stack.variants,
+        stack.reference,
+        stack.deployed,
+        risk_table,
+        rows,
+        task.progress,
+        batch_tokens=options.batch_tokens,
+    )
+    work = (len(plan.modes) + len(plan.sweep)) * text.read
+    with task.progress.phase("Evaluating every mode", work) as advance:
+        return evaluate_modes(
+            plan.modes,
+            models,
+            text,
+            text=f"{data_name(options.data)}, certify split",
+            batch_tokens=options.batch_tokens,
+            seed=options.seed,
+            sweep=plan.sweep,
+            journal=task.journal,
+            advance=advance,
+        )
+
+
+def _generate(task: Task, learned: Learned, risk_table: Sequence[RiskEntry]) -> tuple[Written, ...]:
+    """What the reference and the deployed variant write, the latter with exits off and at each certified target."""
+    size = task.options.studies.generation
+    if size is None:
+        return ()
+    stack, rows = learned.stack, task.splits.certify
+    heads = [each.head for each in learned.selection.certified]
+    wanted = tuple(dict.fromkeys((stack.reference, stack.deployed)))
+    models = {variant: stack.forced(variant, heads) for variant in wanted}
+    own = [entry for entry in risk_table if entry.variant == stack.deployed]
+    modes = modes_of(wanted, stack.reference, stack.deployed, own, {})
+    size = size.fitted(rows, task.spec.max_position_embeddings)
+    temperatures = (0.0, 1.0)
+    with task.progress.phase("Letting modes write", size.tokens * len(modes) * len(temperatures)) as advance:
+        return generate_modes(
+            modes,
+            models,
+            models[stack.reference],
+            rows,
+            size,
+            task.tokenizer.decode,
+            seed=task.options.seed,
+            temperatures=temperatures,
+            advance=advance,
+        )
