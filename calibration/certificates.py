@@ -128,7 +128,7 @@ def certify_variants(
                 model,
                 own,
                 plan.least,
-                batch_tokens=batch_tokens,
+                batch_tokens=stack.batch_tokens(variant.weights, batch_tokens),
                 documents=numbers,
                 losses=plan.nll is not None,
                 advance=advance,

@@ -99,13 +99,13 @@ def expected_bundle(folder: Path, settings: Settings) -> ExpectedModel:
     spec = load_architecture(folder)
     options = calibration_options(folder, cache_folder())
     early_exit = settings.default_compression.early_exit
-    asked = None if early_exit is None else early_exit.max_disagreement
-    if asked is not None and asked not in options.targets:
-        targets = ", ".join(f"{target:g}" for target in options.targets)
-        raise SettingsError(
-            f"--default-compression: compression.early_exit.max_disagreement is {asked:g}; the packaged model is "
-            f"calibrated for {targets}."
-        )
+    for name, targets in (("max_disagreement", options.targets), ("max_nll_increase", options.nll_targets)):
+        asked = None if early_exit is None else getattr(early_exit, name)
+        if asked is not None and asked not in targets:
+            raise SettingsError(
+                f"--default-compression: compression.early_exit.{name} is {asked:g}; the packaged model is calibrated "
+                f"for {', '.join(f'{target:g}' for target in targets)}."
+            )
     weights: tuple[WeightFormat, ...] = (
         ("int4", "full") if settings.weights == "both" else (settings.weights,)
     )
@@ -113,7 +113,10 @@ def expected_bundle(folder: Path, settings: Settings) -> ExpectedModel:
     variants = tuple(
         Variant(each, kv, linear) for each in weights for kv in kv_cache for linear in (False, True)
     )
-    hoped = tuple(Certificate(target, 1.0) for target in options.targets)
+    hoped, hoped_nll = (
+        tuple(Certificate(target, 1.0) for target in targets)
+        for targets in (options.targets, options.nll_targets)
+    )
     exits = tuple(f"block_{block}" for block in exit_blocks(spec, options.exits))
     offer = Offer(
         variants=variants,
@@ -121,6 +124,7 @@ def expected_bundle(folder: Path, settings: Settings) -> ExpectedModel:
         exits=exits,
         modes=exit_modes(exits=len(exits), certified=len(exits)),
         certificates={(variant, method): hoped for variant in variants for method in SKIPPED_KV},
+        nll_certificates={(variant, method): hoped_nll for variant in variants for method in SKIPPED_KV},
     )
     return ExpectedModel(spec, offer)
 

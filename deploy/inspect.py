@@ -282,7 +282,7 @@ def _kinds(risk_table: Iterable[Entry]) -> list[tuple[float, str, list[Entry]]]:
 def _certificates(confidence: float, skipped_kv: str, entries: Sequence[Entry]) -> RenderableType:
     """One line a variant: each target's threshold and the share of tokens that leave; below it what is missing."""
     targets = sorted({line.target for entry in entries for line in entry.targets})
-    what, shown = "disagreement", _percent
+    what, shown = "disagreement", _share
     if isinstance(entries[0], NllRiskEntry):
         what = f"rise of the mean NLL (a token's clipped at {entries[0].clip:g}), nats per token"
         shown = _nats
@@ -354,8 +354,12 @@ def _percent(share: float | None, digits: int = 3) -> str:
     return "-" if share is None else f"{100 * share:.{digits}g} %"
 
 
-def _nats(value: float) -> str:
-    return f"{value:g}"
+def _share(target: float) -> str:
+    return _percent(target)
+
+
+def _nats(target: float) -> str:
+    return f"{target:g}"
 
 
 def _number(value: float | None, digits: int) -> str:

@@ -36,6 +36,24 @@ def test_what_is_usual_would_not_cover(name: str) -> None:
         assert certified(name, Text(60, 0.2, 0.1), 120) > 0.2
 
 
+def test_blocks_of_one_document_are_no_independent_draws() -> None:
+    """Thirty documents of four blocks each, alike within a document: documents as units cover, their blocks do not."""
+    g, by_block, by_document = np.random.default_rng(8), 0, 0
+    for _ in range(TEXTS):
+        own = g.gamma(3.0, 1.0 / 3.0, (30, 1))
+        sums = g.gamma(4.0, 1.0 / 4.0, (30, 4)) * own  # 1 on average
+        blocks, documents = (
+            upper_bound(counts(sums.ravel().tolist())),
+            upper_bound(counts(sums.mean(1).tolist())),
+        )
+        assert blocks is not None
+        assert documents is not None
+        by_block += blocks <= 1.0 / 250
+        by_document += documents <= 1.0 / 250
+    assert by_document / TEXTS <= LIMIT
+    assert by_block / TEXTS > 2 * LIMIT
+
+
 def test_what_is_safe_is_found() -> None:
     """It is not so careful as to certify nothing, as bounds are that allow for the worst block there could be."""
     text = Text(60, 0.2, 0.05)

@@ -73,6 +73,10 @@ def test_what_the_calibrated_packaged_model_may_hold_is_let_through(checkpoint: 
             compression(early_exit={"mode": "approximate", "max_disagreement": 0.03}),
             "max_disagreement is 0.03; the packaged model is calibrated for 0.01, 0.02, 0.05, 0.1",
         ),
+        (
+            compression(early_exit={"mode": "approximate", "max_nll_increase": 0.03}),
+            "max_nll_increase is 0.03; the packaged model is calibrated for 0.01, 0.02, 0.05, 0.1",
+        ),
         ({"weights": "int4", **compression(weights="full")}, "compression.weights is 'full'"),
     ],
 )
@@ -89,6 +93,9 @@ def test_what_is_expected_is_what_calibration_is_asked_for(checkpoint: Path, tmp
     assert model.offer.exits
     for method in SKIPPED_KV:
         assert {tuple(model.offer.certified(v, method)) for v in model.offer.variants} == {options.targets}
+        for variant in model.offer.variants:
+            found = model.offer.certified(variant, method, "max_nll_increase")
+            assert tuple(found) == options.nll_targets
 
 
 @pytest.mark.parametrize(
