@@ -1,8 +1,8 @@
 """Behind which blocks exits are worth training: every block is looked at before any head is trained.
 
 Two heads cost nothing to speak of, the model's own applied early and the ridge map in front of it. What the better of
-them says on part of the select split, with its own top probability and margin for a gate, shows the shape over depth of
-what trained exits will do there: how often they agree, how well they know it, what leaving there would save at the risk
+them says on part of the select split, with its own top probability for a gate, shows the shape over depth of what
+trained exits will do there: how often they agree, how well they know it, what leaving there would save at the risk
 targets and how fast drafts from there would be, at measured costs. Only the best few are trained, and those that are
 kept are chosen among them by their real gates.
 
@@ -23,8 +23,8 @@ from torch import Tensor
 from exeunt.calibration.drafting_choice import PassCosts, choose_drafting
 from exeunt.calibration.exit_choice import ExitCosts, net_saving
 from exeunt.calibration.exit_fit import ExitData, ridge_start
-from exeunt.calibration.exit_training import Labelled, Project, Start, head_state
-from exeunt.calibration.gate_training import auc, logistic_regression
+from exeunt.calibration.exit_training import Project, Start, head_sureness
+from exeunt.calibration.gate_training import auc
 from exeunt.calibration.selective import selective_agreement, share_within
 from exeunt.calibration.thresholds import view_of
 from exeunt.compression.exits import ExitNorm
@@ -40,7 +40,7 @@ LEAST_PER_WEIGHT: Final = 2
 class ScreenSize:
     """How much is looked at: tokens of the select split, and exits trained in the end."""
 
-    tokens: int = 4_096
+    tokens: int = 3_072
     trained: int = 4
 
 
@@ -194,38 +194,20 @@ def _look(
 ) -> _Look:
     ridge = ridge_start(norm, data, block, _ridge_tokens(data, size), advance)
     seen = data.select(block).rows(slice(0, tokens))
-    own, linear = (_features(project, norm, adapter, seen) for adapter in (torch.zeros_like(ridge), ridge))
+    looks = [head_sureness(norm, adapter, seen, project) for adapter in (torch.zeros_like(ridge), ridge)]
     advance(tokens)
-    values = [
-        selective_agreement(features[:, 0].numpy(), agrees.numpy()) for features, agrees in (own, linear)
-    ]
-    features, agrees = linear if values[1] > values[0] else own
-    weights = logistic_regression(features, agrees)
-    reach = (features.double() @ weights[:-1].double() + weights[-1].double()).sigmoid()
+    values = [selective_agreement(sure, agrees) for sure, agrees in looks]
+    linear = values[1] > values[0]
+    sure, agrees = looks[int(linear)]
     return _Look(
         block,
-        (float(own[1].float().mean()), float(linear[1].float().mean())),
-        "ridge" if values[1] > values[0] else "own head",
+        (float(looks[0][1].mean()), float(looks[1][1].mean())),
+        "ridge" if linear else "own head",
         max(values),
-        auc(features[:, 0].double().numpy(), agrees.numpy()),
-        reach.numpy(),
-        agrees.numpy(),
+        auc(sure.astype(np.float64), agrees),
+        np.exp(sure.astype(np.float64)),
+        agrees,
     )
-
-
-def _features(
-    project: Project, norm: ExitNorm, adapter: Tensor, data: Labelled, chunk: int = 2048
-) -> tuple[Tensor, Tensor]:
-    """Log-odds of the top token and its margin [T, 2], and whether it is the full model's [T], on the CPU."""
-    features, agrees = [], []
-    for start in range(0, data.tokens, chunk):
-        part = data.rows(slice(start, start + chunk), adapter.device)
-        logits = project(head_state(norm, adapter, part.hidden)).float()
-        best = logits.topk(2, -1)
-        chance = (best.values[:, 0] - logits.logsumexp(-1)).double().exp().clamp(1e-7, 1.0 - 1e-7)
-        features.append(torch.stack((chance.logit().float(), best.values[:, 0] - best.values[:, 1]), 1).cpu())
-        agrees.append((best.indices[:, 0] == part.top).cpu())
-    return torch.cat(features), torch.cat(agrees)
 
 
 def _reach_at(reach: NDArray[np.float64], share: float) -> float:
