@@ -36,7 +36,8 @@ def standalone(svg: str) -> str:
     if size is None:
         raise FigureError("The picture has no viewBox; it is not one of a report.")
     style = f"<style>:root {{ {_FONTS} {_variables(LIGHT)} }}"
-    style += f" @media (prefers-color-scheme: dark) {{ :root {{ {_variables(DARK)} }} }}</style>"
+    style += f" @media (prefers-color-scheme: dark) {{ :root {{ {_variables(DARK)} }} }}"
+    style += " text { paint-order: stroke; stroke: var(--paper); stroke-width: 3px; stroke-linejoin: round }</style>"
     paper = f'<rect width="{size[1]}" height="{size[2]}" rx="6" style="fill: var(--paper)"/>'
     start = svg.index(">") + 1
     return f"{svg[:start]}\n{style}\n{paper}{svg[start:]}\n"

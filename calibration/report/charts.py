@@ -1,5 +1,6 @@
 """Kinds of pictures that several sections draw."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,14 +19,38 @@ class Line:
     group: int = 0
 
 
-def forest(axes: Axes, lines: Sequence[Line], zero: float | None = 0.0, form: str = "{:+.2f}") -> None:
+def forest(
+    axes: Axes,
+    lines: Sequence[Line],
+    zero: float | None = 0.0,
+    form: str = "{:+.2f}",
+    clip: bool = False,
+) -> None:
     """Estimates under one another with their intervals, each under its name, its value beside it.
 
     Names stand inside the picture, so that it needs no margin that a phone has no room for. `zero` is where nothing
-    changed.
+    changed. With `clip` an estimate that would leave the others no room is an arrow at the edge, with its value.
     """
+    limit = _limit(lines) if clip else math.inf
     for place, line in enumerate(lines):
         colour, measure = SERIES[line.group % len(SERIES)], line.measure
+        axes.text(
+            0.0, place - 0.36, line.name, transform=axes.get_yaxis_transform(), va="center", fontsize=9.5
+        )
+        if measure.value > limit:
+            axes.plot([limit], [place], marker=">", color=colour, linestyle="")
+            text = form.format(measure.value)
+            axes.annotate(
+                text,
+                (limit, place),
+                (-8, 0),
+                textcoords="offset points",
+                ha="right",
+                va="center",
+                color=colour,
+                fontsize=9.5,
+            )
+            continue
         axes.errorbar(
             [measure.value],
             [place],
@@ -49,14 +74,23 @@ def forest(axes: Axes, lines: Sequence[Line], zero: float | None = 0.0, form: st
         )
     if zero is not None:
         axes.axvline(zero, color=INK, linewidth=1)
-    low = min([*(line.measure.low for line in lines), *([] if zero is None else [zero])])
-    high = max([*(line.measure.high for line in lines), *([] if zero is None else [zero])])
+    ends = [] if zero is None else [zero]
+    low = min([*(line.measure.low for line in lines if line.measure.value <= limit), *ends])
+    high = max([*(min(line.measure.high, limit) for line in lines), *ends])
     room = (high - low) or 1.0
     axes.set_xlim(low - 0.04 * room, high + 0.2 * room)
     axes.set_ylim(len(lines) - 0.5, -0.8)
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
     axes.grid(axis="y", visible=False)
+
+
+def _limit(lines: Sequence[Line]) -> float:
+    """Where the axis ends: beyond it lie estimates of more than five times the middle one's."""
+    values = sorted(line.measure.value for line in lines)
+    most = 5 * values[(len(values) - 1) // 2]
+    inside = [line.measure.high for line in lines if line.measure.value <= most]
+    return 1.1 * max(inside) if inside and most > 0 and values[-1] > most else math.inf
 
 
 def forest_height(lines: int) -> float:

@@ -21,8 +21,8 @@ from exeunt.calibration.report.sections import BUILDERS
 from exeunt.calibration.report.words import count
 
 _ASSETS: Final = "exeunt.calibration.report"
-_LIGHT: Final = {"line": "#d5d8dd", "raised": "#f2f4f6", "edge": "#1d243038", "fair": "#8a5a00"}
-_DARK: Final = {"line": "#353b45", "raised": "#1f242c", "edge": "#000000a0", "fair": "#e0b04a"}
+_LIGHT: Final = {"line": "#d5d8dd", "raised": "#f2f4f6", "edge": "#1d243028", "fair": "#8a5a00"}
+_DARK: Final = {"line": "#353b45", "raised": "#1f242c", "edge": "#00000090", "fair": "#e0b04a"}
 _WRAPS: Final[dict[type, str]] = {Figure: "figures", Finding: "findings"}
 
 

@@ -35,14 +35,14 @@ def certificates_section(content: ReportContent) -> Section | None:
     return Section(
         "certificates",
         "Certificates",
-        f"A target is certified where, with {percent(_confidence(content))} confidence, the risk on text like "
-        "the certify split, which nothing else has seen, is at most the target, under teacher forcing. The "
-        "first risk is disagreement: among the tokens that leave early, the share with another top token than "
-        "full depth of the same variant. The second is likelihood: by how many nats a token of the text "
-        f"becomes less likely, on average over all tokens, each counted with at most {CLIP:g} nats. {_unit(deployed)}",
+        f"A target is certified where, with {percent(_confidence(content))} confidence, the risk on text like the "
+        "certify split, which nothing else has seen, is at most the target. Disagreement: among the tokens that leave "
+        "early, the share with another top token than full depth of the same variant. Likelihood: by how many "
+        f"nats the text's tokens become less likely, on average over all of them, each counted with at most "
+        f"{CLIP:g} nats. {_unit(deployed)}",
         "It says nothing about sampled tokens, nothing about text unlike the certify split, and each "
-        "certificate holds by itself. Unclipped perplexity is reported with an interval, not certified. A "
-        "target that is not certified is refused by the server by name.",
+        "certificate holds by itself; unclipped perplexity has an interval and no certificate. The server "
+        "refuses a target that is not certified by name.",
         tuple(parts),
     )
 

@@ -54,6 +54,7 @@ def _speeds(drafting: Drafting) -> Figure:
             )
         speeds = [1.0, *(plan.speed for _, plan in pairs)]
         room = 0.25 * (max(speeds) - min(speeds)) + 0.02
+        axes.margins(x=0.1)
         axes.set_ylim(min(speeds) - room, max(speeds) + room)
         axes.set(
             xlabel="drafting exit after block",

@@ -1,9 +1,11 @@
 """Gates: whether what they say is true, and how well they tell tokens that may leave from others."""
 
 from matplotlib.axes import Axes
+from scipy import stats
 
+from exeunt.calibration.bootstrap import Measure
 from exeunt.calibration.report.content import ReportContent
-from exeunt.calibration.report.drawing import SOFT, draw, series
+from exeunt.calibration.report.drawing import SOFT, draw, series, whiskers
 from exeunt.calibration.report.parts import Cell, Figure, Section, Table
 from exeunt.calibration.report.words import count
 
@@ -29,11 +31,14 @@ def _reliability(content: ReportContent) -> Figure:
     def paint(axes: Axes) -> None:
         axes.plot([0, 100], [0, 100], color=SOFT, linewidth=1)
         for number, each in enumerate(content.exits):
-            said, was, _ = zip(*each.gate.reliability, strict=True)
-            axes.plot(
+            said, was, tokens = zip(*each.gate.reliability, strict=True)
+            measures = [_agreement(value, count) for value, count in zip(was, tokens, strict=True)]
+            axes.errorbar(
                 [100 * value for value in said],
-                [100 * value for value in was],
+                [measure.value for measure in measures],
+                yerr=whiskers(measures),
                 **series(number).look,
+                elinewidth=1.0,
                 label=each.head.name,
             )
         axes.set(
@@ -48,10 +53,17 @@ def _reliability(content: ReportContent) -> Figure:
     return draw(
         "reliability",
         "Reliability of the gates",
-        "What gates say against what happens, by tenths of their probability.",
+        "What gates say against what happens, by tenths of their probability, with Wilson's 95 % intervals, "
+        "which take tokens as independent.",
         paint,
         height=3.8,
     )
+
+
+def _agreement(agrees: float, tokens: int) -> Measure:
+    """A share in per cent with Wilson's interval, which takes tokens as independent."""
+    found = stats.binomtest(round(agrees * tokens), tokens).proportion_ci(method="wilson")
+    return Measure(100 * agrees, 100 * float(found.low), 100 * float(found.high))
 
 
 def _table(content: ReportContent) -> Table:

@@ -1,7 +1,7 @@
 """The linear block: which block a map replaces, by its cost rather than by its fit, and how large the map is."""
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from exeunt.calibration.block_choice import BlockChoice, Replacement
 from exeunt.calibration.rank_sweep import RankPoint, RankSweep
@@ -75,7 +75,9 @@ def _costs(choice: BlockChoice) -> Figure:
         alone = [
             Line(_name(each), each.increase, int(_is_chosen(choice, each))) for each in choice.candidates
         ]
-        forest(axes, [*alone, *(Line(f"{_name(each)} at once", each.increase, 2) for each in several)])
+        forest(
+            axes, [*alone, *(Line(f"{_name(each)} at once", each.increase, 2) for each in several)], clip=True
+        )
         axes.set_xlabel("change of perplexity")
 
     return draw(
@@ -112,9 +114,14 @@ def _cost_against_fit(choice: BlockChoice) -> Figure:
                 fontsize=9.5,
                 color=look.colour,
             )
-        axes.axhline(0.0, color=INK, linewidth=1)
         axes.margins(x=0.12)
         axes.set(xlabel="R² of the map within the size budget", ylabel="change of perplexity")
+        values = sorted(each.increase.value for each in choice.candidates)
+        if values[0] > 0 and values[-1] > 8 * values[0]:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        else:
+            axes.axhline(0.0, color=INK, linewidth=1)
 
     return draw(
         "linear-fit",

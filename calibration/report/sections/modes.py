@@ -29,12 +29,12 @@ def modes_section(content: ReportContent) -> Section:
         "modes",
         "Every mode",
         f"Each combination of savings, teacher-forced on {count(table.tokens)} tokens ({table.text}) in "
-        f"{table.text_blocks} blocks of text. The change is in perplexity over the first row; KL is in nats "
-        "per token from the first row's distribution, agreement is of top tokens with it. Small print gives 95 "
-        "% intervals: bootstraps over blocks of text, all modes on the same blocks.",
-        "Modes are compared on the same text, so that their differences are sharper than the intervals "
-        "suggest. Where a mode's threshold was certified on the same split its figures lean a little to the "
-        "good side. The verified mode has no row: its output is that of exits off.",
+        f"{table.text_blocks} blocks of text. The change is in perplexity over the first row, KL in nats per "
+        "token from its distribution, agreement of top tokens with it. Small print is 95 % intervals, from "
+        "bootstraps over blocks of text, the same for all modes: their differences are sharper than the "
+        "intervals suggest.",
+        "Thresholds were certified on the same split, so that figures with exits lean a little to the good side. The "
+        "verified mode has no row: its output is that of exits off.",
         tuple(parts),
     )
 

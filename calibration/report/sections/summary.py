@@ -119,15 +119,31 @@ def _exits(content: ReportContent, verdict: Verdict) -> list[Finding]:
         + (f", {cost}" if (cost := _target_cost(content, verdict.deployed, each.target)) else "")
         for each in held
     )
-    tone: Tone = "good" if len(held) == len(verdict.certified) else "fair"
+    net = _net(content, verdict.deployed)
+    complete = len(held) == len(verdict.certified)
     return [
         Finding(
             f"Exits: {len(held)} of {len(verdict.certified)} targets certified",
             f"At most that share of the tokens that leave differs from full depth, at 95 % confidence. {lines}."
-            + _likelihood(verdict),
-            tone,
+            f"{_likelihood(verdict)}{net}",
+            "good" if complete and not net else "fair",
         )
     ]
+
+
+def _net(content: ReportContent, deployed: Variant) -> str:
+    """That exits save no compute, where they do not."""
+    own = [
+        each
+        for each in content.table.results
+        if each.mode.variant == deployed and each.mode.target is not None
+    ]
+    if not own or any(each.compute_saved.value > 0 for each in own):
+        return ""
+    return (
+        " They skip passes, but with what gates and projections compute themselves none of them saves compute on this "
+        "model."
+    )
 
 
 def _likelihood(verdict: Verdict) -> str:

@@ -1,6 +1,7 @@
 """The trade-off: what tokens that leave early cost in perplexity for what they save, beside the paper's curve."""
 
 from collections.abc import Sequence
+from typing import Final
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
@@ -8,13 +9,21 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from exeunt.calibration.bootstrap import Measure
 from exeunt.calibration.evaluation import ModeResult
 from exeunt.calibration.report.content import ReportContent
-from exeunt.calibration.report.drawing import INK, SOFT, Series, draw, series, whiskers
+from exeunt.calibration.report.drawing import INK, Series, draw, series, whiskers
 from exeunt.calibration.report.papers import EXITS_PERPLEXITY, EXITS_TRADE_OFF
-from exeunt.calibration.report.parts import Cell, Details, Figure, Section, Table
+from exeunt.calibration.report.parts import Cell, Details, Figure, Section, Table, Text
 from exeunt.calibration.report.words import count, measured, measured_share, share, skipped_name, variant_name
 from exeunt.calibration.risk import percent
 from exeunt.calibration.trade_off import TradeCurve, TradeOff, trade_offs
 from exeunt.compression.variant import Variant
+
+_COUNTED: Final = (
+    "Perplexity is over that of the same savings with exits off. Layers skipped are the share of layers that "
+    "tokens did not wait for, which is how the paper counts. Compute saved is the share of full depth's "
+    "multiply-accumulates that are not done, net of gates, projections and the keys and values of skipped "
+    "blocks, which are propagated here; with backfill they are computed later, together, so "
+    "that passes are saved and no compute."
+)
 
 
 def trade_off_section(content: ReportContent) -> Section | None:
@@ -30,16 +39,13 @@ def trade_off_section(content: ReportContent) -> Section | None:
     return Section(
         "trade-off",
         "What leaving early costs",
-        f"{_opening(layers, points)} Perplexity is over that of the same savings with exits off, on "
-        f"{count(content.table.tokens)} tokens. Saved is told twice: the share of layers that tokens did not "
-        "wait for, which is how the paper counts, and the share of full depth's multiply-accumulates, net of "
-        "gates, projections and the keys and values of skipped blocks. Each point is a threshold; those with a "
-        "number are certified for that risk.",
-        "The paper's curve is another model on other data: shapes are to be compared, in relative terms. "
-        "Skipped keys and values are propagated here; with backfill passes are saved, and no compute.",
+        f"{_opening(layers, points)} Each point is a threshold, on {count(content.table.tokens)} tokens; "
+        "ringed ones are certified for the risk beside them.",
+        "The paper's curve is another model on other data: shapes are to be compared, in relative terms.",
         (
             _picture(variant, layers, net, _certified(points)),
             Details("Every point", (_table(points), _paper_table())),
+            Details("How saving is counted", (Text(_COUNTED),)),
             Details("Held against the paper's curve", (_comparisons(held),)),
         ),
     )
@@ -100,8 +106,7 @@ def _opening(layers: TradeOff, points: Sequence[ModeResult]) -> str:
         increase = 0.0 if best.exits_ratio is None else best.exits_ratio.value - 1.0
         parts.append(
             f"Certified to differ on at most {percent(best.mode.target or 0.0)} of the tokens that leave, exits skip "
-            f"{share(best.passes_saved.value)} of the layers and save {share(best.compute_saved.value)} of the "
-            f"compute for {100 * increase:+.1f} % perplexity."
+            f"{share(best.passes_saved.value)} of the layers for {100 * increase:+.1f} % perplexity. {_net(best)}"
         )
     held = layers.comparison
     if held.compared and held.closest is not None:
@@ -116,12 +121,19 @@ def _opening(layers: TradeOff, points: Sequence[ModeResult]) -> str:
     return " ".join(parts) or "No threshold saves anything here."
 
 
+def _net(result: ModeResult) -> str:
+    """What is left of a mode's saving when its exits are paid for."""
+    saved = result.compute_saved.value
+    if saved > 0:
+        return f"Net of what exits compute themselves, {share(saved)} of the compute is saved."
+    return f"With what exits compute themselves it is {share(-saved)} more than full depth computes."
+
+
 def _picture(variant: Variant, layers: TradeOff, net: TradeOff, certified: dict[float, float]) -> Figure:
     def paint(axes: Axes) -> None:
         theirs = [1.0, *(1 + increase / EXITS_PERPLEXITY for _, increase in EXITS_TRADE_OFF)]
         shares = [0.0, *(100 * saved for saved, _ in EXITS_TRADE_OFF)]
         axes.axhline(1.0, color=INK, linewidth=1)
-        axes.axvline(0.0, color=SOFT, linewidth=0.8)
         axes.plot(shares, theirs, **series(1).look, label="softmax routing, Mistral 7B (paper)")
         _line(axes, layers.curve, series(0), "this bundle, layers skipped")
         _line(axes, net.curve, series(2), "this bundle, compute saved, net")
