@@ -52,12 +52,12 @@ class HeadTraining:
     are (a prior's weight, as in maximum a posteriori estimates).
     """
 
-    visits: int = 48_000
+    visits: int = 40_000
     batch_tokens: int = 256
     learning_rate: float = 3e-3
-    evaluations: int = 8
+    evaluations: int = 6
     patience: int = 3
-    select_tokens: int = 8_000  # the most of them that evaluations look at
+    select_tokens: int = 4_000  # the most of them that evaluations look at
     most_epochs: float = 4.0
     anchor_tokens: int = 130_000  # what the start counts for, against the tokens trained on
 
