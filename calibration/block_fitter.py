@@ -99,6 +99,12 @@ class BlockFitter:
         self._keep(block, held, tensors["r2"], float(record["missed"]))
         return True
 
+    def forget(self) -> None:
+        """Know of no block: the pass begins anew."""
+        self.fits.clear()
+        self.ranked.clear()
+        self._begin()
+
     def _begin(self) -> None:
         """No tokens of the next block seen."""
         self._fit = Moments.zeros(self._hidden, self._hidden, self._device)
