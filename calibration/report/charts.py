@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from matplotlib.axes import Axes
 
 from exeunt.calibration.evaluation import Measure
-from exeunt.calibration.report.drawing import INK, SERIES, whiskers
+from exeunt.calibration.report.drawing import INK, MARKERS, SERIES, whiskers
+
+_APART = 0.32
+"""Of a row's height, between estimates that share one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One estimate of a forest plot; `group` picks its colour and marker."""
+    """One estimate of a forest plot; `group` picks its colour and marker. Estimates of one name share a row."""
 
     name: str
     measure: Measure
@@ -32,46 +35,14 @@ def forest(
     changed. With `clip` an estimate that would leave the others no room is an arrow at the edge, with its value.
     """
     limit = _limit(lines) if clip else math.inf
-    for place, line in enumerate(lines):
-        colour, measure = SERIES[line.group % len(SERIES)], line.measure
-        axes.text(
-            0.0, place - 0.36, line.name, transform=axes.get_yaxis_transform(), va="center", fontsize=9.5
-        )
-        if measure.value > limit:
-            axes.plot([limit], [place], marker=">", color=colour, linestyle="")
-            text = form.format(measure.value)
-            axes.annotate(
-                text,
-                (limit, place),
-                (-8, 0),
-                textcoords="offset points",
-                ha="right",
-                va="center",
-                color=colour,
-                fontsize=9.5,
+    rows = list(dict.fromkeys(line.name for line in lines))
+    for place, name in enumerate(rows):
+        axes.text(0.0, place - 0.36, name, transform=axes.get_yaxis_transform(), va="center", fontsize=9.5)
+        own = [line for line in lines if line.name == name]
+        for number, line in enumerate(own):
+            _estimate(
+                axes, line, place + _APART * (number / max(1, len(own) - 1) if number else 0.0), form, limit
             )
-            continue
-        axes.errorbar(
-            [measure.value],
-            [place],
-            xerr=whiskers([measure]),
-            fmt=("o", "s", "^", "D")[line.group % 4],
-            color=colour,
-            capsize=3,
-            linewidth=1.6,
-        )
-        axes.text(
-            0.0, place - 0.36, line.name, transform=axes.get_yaxis_transform(), va="center", fontsize=9.5
-        )
-        axes.annotate(
-            form.format(measure.value),
-            (measure.high, place),
-            xytext=(6, 0),
-            textcoords="offset points",
-            va="center",
-            color=colour,
-            fontsize=9.5,
-        )
     if zero is not None:
         axes.axvline(zero, color=INK, linewidth=1)
     ends = [] if zero is None else [zero]
@@ -79,10 +50,43 @@ def forest(
     high = max([*(min(line.measure.high, limit) for line in lines), *ends])
     room = (high - low) or 1.0
     axes.set_xlim(low - 0.04 * room, high + 0.2 * room)
-    axes.set_ylim(len(lines) - 0.5, -0.8)
+    axes.set_ylim(len(rows) - 0.5, -0.8)
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
     axes.grid(axis="y", visible=False)
+
+
+def forest_height(lines: int) -> float:
+    """Inches that so many rows want."""
+    return 0.85 + 0.46 * lines
+
+
+def _estimate(axes: Axes, line: Line, place: float, form: str, limit: float) -> None:
+    """One estimate at a height, its value to the right; at the edge, to the left, where it lies beyond `limit`."""
+    colour, measure = SERIES[line.group % len(SERIES)], line.measure
+    beyond = measure.value > limit
+    if beyond:
+        axes.plot([limit], [place], marker=">", color=colour, linestyle="")
+    else:
+        axes.errorbar(
+            [measure.value],
+            [place],
+            xerr=whiskers([measure]),
+            fmt=MARKERS[line.group % len(MARKERS)],
+            color=colour,
+            capsize=3,
+            linewidth=1.6,
+        )
+    axes.annotate(
+        form.format(measure.value),
+        (limit if beyond else measure.high, place),
+        xytext=(-8 if beyond else 6, 0),
+        textcoords="offset points",
+        ha="right" if beyond else "left",
+        va="center",
+        color=colour,
+        fontsize=9.5,
+    )
 
 
 def _limit(lines: Sequence[Line]) -> float:
@@ -91,8 +95,3 @@ def _limit(lines: Sequence[Line]) -> float:
     most = 5 * values[(len(values) - 1) // 2]
     inside = [line.measure.high for line in lines if line.measure.value <= most]
     return 1.1 * max(inside) if inside and most > 0 and values[-1] > most else math.inf
-
-
-def forest_height(lines: int) -> float:
-    """Inches that so many estimates want."""
-    return 0.85 + 0.46 * lines

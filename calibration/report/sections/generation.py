@@ -8,7 +8,7 @@ from exeunt.calibration.evaluation_table import Mode
 from exeunt.calibration.generation import REPEATED, Written
 from exeunt.calibration.report.charts import Line, forest, forest_height
 from exeunt.calibration.report.content import ReportContent
-from exeunt.calibration.report.drawing import draw
+from exeunt.calibration.report.drawing import draw, series
 from exeunt.calibration.report.parts import Cell, Details, Figure, Listing, Section, Table
 from exeunt.calibration.report.words import measured, measured_share, share, variant_name
 from exeunt.calibration.risk import percent
@@ -37,14 +37,15 @@ def generation_section(content: ReportContent) -> Section | None:
 
 def mode_words(mode: Mode) -> str:
     """A mode in a few words: its savings, then its exits."""
-    parts = [variant_name(mode.variant)]
-    if mode.target is not None:
-        parts.append(f"exits at {percent(mode.target)}")
-    elif mode.threshold is not None:
-        parts.append(f"exits from {mode.threshold:.2f}")
-    if mode.threshold is not None:
-        parts.append(mode.skipped_kv)
-    return ", ".join(parts)
+    return ", ".join(part for part in (variant_name(mode.variant), _exits(mode)) if part)
+
+
+def _exits(mode: Mode) -> str:
+    """A mode's exits; nothing where they are off."""
+    if mode.threshold is None:
+        return ""
+    exits = f"exits from {mode.threshold:.2f}" if mode.target is None else f"exits at {percent(mode.target)}"
+    return f"{exits}, {mode.skipped_kv}"
 
 
 def _temperature(temperature: float) -> str:
@@ -54,25 +55,29 @@ def _temperature(temperature: float) -> str:
 def _perplexities(written: Sequence[Written]) -> Figure:
     temperatures = list(dict.fromkeys(each.temperature for each in written))
 
+    names = dict.fromkeys(mode_words(each.mode) for each in written)
+
     def paint(axes: Axes) -> None:
         lines = [
-            Line(
-                f"{mode_words(each.mode)}; {_temperature(each.temperature)}",
-                each.perplexity,
-                temperatures.index(each.temperature),
-            )
+            Line(mode_words(each.mode), each.perplexity, temperatures.index(each.temperature))
             for each in written
         ]
         forest(axes, lines, zero=None, form="{:.1f}")
         axes.set_xlabel("perplexity by the reference")
+        for number, temperature in enumerate(temperatures):
+            look = series(number)
+            axes.plot([], [], look.marker, color=look.colour, label=_temperature(temperature))
+        top, bottom = -0.8 - 0.45 * len(temperatures), axes.get_ylim()[0]
+        axes.set_ylim(bottom, top)
+        axes.legend(loc="upper right")
 
     return draw(
         "generation",
         "Perplexity that the full model gives to what each mode writes",
-        "What the reference thinks of each mode's texts, with 95 % intervals over texts; a colour for each way of "
-        "choosing tokens.",
+        "What the reference thinks of each mode's texts, with 95 % intervals over texts; a mark for each way "
+        "of choosing tokens.",
         paint,
-        height=forest_height(len(written)),
+        height=forest_height(len(names) + 1),
     )
 
 
@@ -80,7 +85,7 @@ def _table(written: Sequence[Written]) -> Table:
     headers = ("mode", "tokens", "perplexity", "repeated", "distinct pairs", "mean depth", "leave early")
     rows = [
         [
-            Cell(mode_words(each.mode)),
+            Cell(variant_name(each.mode.variant), _exits(each.mode)),
             Cell(_temperature(each.temperature)),
             measured(each.perplexity),
             Cell(share(each.repeated)),
