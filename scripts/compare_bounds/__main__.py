@@ -17,7 +17,7 @@ from scripts.compare_bounds.draws import Text
 TEXTS: Final[tuple[tuple[float, float], ...]] = ((12, 0.2), (30, 0.1), (30, 0.3), (60, 0.2), (100, 0.3))
 """Mean exits in a block of 256 tokens, and the share of them that costs: true increases of 0.010 to 0.126 nats."""
 CORRELATIONS: Final = (0.01, 0.05, 0.1)
-BLOCKS: Final = (33, 66, 150, 300)
+BLOCKS: Final = (25, 43, 96, 200)
 ROOM: Final = 4 / 3
 """Power is the share of texts that are certified for a target so much above their true increase."""
 

@@ -14,6 +14,7 @@ BLOCK: Final = 256  # tokens
 _SURPRISE: Final = 1.2  # nats, the mean cost of a token that leaves wrongly, before the clip
 _NOISE: Final = 0.25  # nats, the spread of what others cost or gain
 _SHAPE: Final = 2.0  # of the gamma distribution of exits over blocks: their spread is 0.7 of their mean
+_TOKENS_AT_ONCE: Final = 2_000_000  # drawn at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,17 @@ class Text:
 
     def draw(self, generator: np.random.Generator, texts: int, blocks: int) -> "Draws":
         """So many texts of so many blocks."""
+        at_once = max(1, int(_TOKENS_AT_ONCE / (self.exits * blocks)))
+        parts = [
+            self._drawn(generator, min(at_once, texts - first), blocks) for first in range(0, texts, at_once)
+        ]
+        sums, squares, exits = (np.concatenate(each) for each in zip(*parts, strict=True))
+        return Draws(sums, squares, exits)
+
+    def _drawn(
+        self, generator: np.random.Generator, texts: int, blocks: int
+    ) -> tuple[Counts, Counts, Counts]:
+        """Sums, their squares and exits, each [texts, blocks]."""
         left = _left(self.exits, generator, (texts, blocks))
         odds = 1.0 / self.correlation - 1.0
         wrong = generator.beta(self.wrong * odds, (1.0 - self.wrong) * odds, left.shape)
@@ -52,7 +64,7 @@ class Text:
         def summed(values: Counts) -> Counts:
             return np.bincount(own, values, left.size).reshape(texts, blocks).astype(np.float64)
 
-        return Draws(summed(cost), summed(np.square(cost)), left.astype(np.float64))
+        return summed(cost), summed(np.square(cost)), left.astype(np.float64)
 
 
 @dataclass(frozen=True, slots=True)
