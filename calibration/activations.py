@@ -5,6 +5,8 @@ block's states for longer keeps its own copy. Arrays live in files of a scratch 
 large model's do not have to fit.
 """
 
+import hashlib
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -12,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from exeunt.calibration.journal import Entry
 from exeunt.calibration.sequence_batch import SequenceBatch, batches
 from exeunt.calibration.teacher_forcing import ForcedModel
 
@@ -29,6 +32,18 @@ class BlockVisitor(Protocol):
         """All tokens have passed `block`."""
         ...
 
+    def record(self, block: int) -> Entry:
+        """What it has learned of the finished `block` and must know to go on behind it: tensors, and JSON values."""
+        ...
+
+    def restore(self, block: int, entry: Entry) -> bool:
+        """Learn of `block` from what `record` said; False where that cannot be, and the pass has to begin anew."""
+        ...
+
+    def forget(self) -> None:
+        """Know of no block: the pass begins anew."""
+        ...
+
 
 class Scratch:
     """Arrays of hidden states in the files of one folder; the folder's owner deletes it."""
@@ -37,12 +52,26 @@ class Scratch:
         self._folder = folder
         self._arrays = 0
 
-    def array(self, tokens: int, hidden: int, dtype: torch.dtype) -> Tensor:
-        """A zeroed array [tokens, hidden] on the CPU, backed by a file."""
-        path = self._folder / f"states-{self._arrays}"
-        self._arrays += 1
+    def array(self, tokens: int, hidden: int, dtype: torch.dtype, name: str | None = None) -> Tensor:
+        """An array [tokens, hidden] on the CPU, backed by a file: zeroed, or what stands in the file called `name`."""
+        path = self._folder / (f"states-{self._arrays}" if name is None else name)
+        self._arrays += name is None
         flat = torch.from_file(str(path), shared=True, size=tokens * hidden, dtype=dtype)
         return flat.view(tokens, hidden)
+
+    def sync(self, name: str) -> None:
+        """Force the array called `name` onto the disk."""
+        descriptor = os.open(self._folder / name, os.O_RDWR)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def digest(states: Tensor) -> str:
+    """What tells whether an array on the CPU is as it was: 128 bits, hexadecimal."""
+    data = states.contiguous().view(torch.uint8).numpy()
+    return hashlib.blake2b(data.data, digest_size=16).hexdigest()
 
 
 def stream_blocks(
@@ -95,7 +124,8 @@ class StateKeeper:
     def __init__(
         self, blocks: Sequence[int], tokens: int, hidden: int, dtype: torch.dtype, scratch: Scratch
     ) -> None:
-        self.states = {block: scratch.array(tokens, hidden, dtype) for block in blocks}
+        self.states = {block: scratch.array(tokens, hidden, dtype, self._name(block)) for block in blocks}
+        self._scratch = scratch
 
     def see(self, block: int, tokens: slice, before: Tensor, after: Tensor) -> None:
         """Keep `after` where the block is one of those."""
@@ -104,3 +134,21 @@ class StateKeeper:
 
     def finish(self, block: int) -> None:
         """Nothing to do."""
+
+    def record(self, block: int) -> Entry:
+        """A digest of the states, which are on the disk when it returns."""
+        if block not in self.states:
+            return {}, None
+        self._scratch.sync(self._name(block))
+        return {}, digest(self.states[block])
+
+    def restore(self, block: int, entry: Entry) -> bool:
+        """Whether the states in the scratch folder are those that were recorded."""
+        return block not in self.states or digest(self.states[block]) == entry[1]
+
+    def forget(self) -> None:
+        """Nothing to do: the states are overwritten."""
+
+    @staticmethod
+    def _name(block: int) -> str:
+        return f"behind-block-{block}"

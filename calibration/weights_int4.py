@@ -1,12 +1,25 @@
-"""The checkpoint's linear layers in INT4: quantised directly, one block at a time, under canonical names."""
+"""The checkpoint's linear layers in INT4: quantised directly, one block at a time, under canonical names.
+
+Direct, because factored forms at equal bits err two to twenty-five times as much (arXiv 2604.20682); uniform, because
+the kernels' inner loop is an integer product. `exeunt.calibration.gptq` rounds where second moments of the inputs are
+known, `exeunt.kernels.int4_linear.quantize` to nearest where not.
+
+The output matrix is INT4 like the rest: it is what turns the last state into logits under INT4 weights, and what exits
+read under any. It too is rounded by GPTQ, for the second moments of the states that the last block gives it. Exits give
+it others, normed states of earlier blocks plus their adapter's part, which is trained to make them like those; what
+that is worth to them is measured (`docs/calibration.md`). A tied embedding stays in full precision beside it for the
+look-up, which reads one row of it per token: rounding it would save no time.
+"""
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from exeunt.calibration.errors import CalibrationError
+from exeunt.calibration.gptq import Gptq, gptq, weighted_error
 from exeunt.compression.architecture import Architecture
 from exeunt.compression.bundle_weights import int4_tensors
 from exeunt.compression.checkpoint_names import linear_names, linear_shapes
@@ -14,6 +27,30 @@ from exeunt.compression.weights import WeightSource
 from exeunt.kernels.int4_linear import Int4Weight, dequantize, quantize
 
 Advance = Callable[[int], None]
+Rounding = Literal["gptq", "nearest"]
+
+
+@dataclass(frozen=True, slots=True)
+class Int4Plan:
+    """How weights become INT4: in groups of `group_size` inputs, rounded by GPTQ or to nearest.
+
+    `hessian_tokens` of the fit split, in whole rows spread over it, are what GPTQ sees of each layer's inputs.
+    """
+
+    group_size: int = 32
+    rounding: Rounding = "gptq"
+    hessian_tokens: int = 8_000
+    gptq: Gptq = field(default_factory=Gptq)
+
+
+@dataclass(frozen=True, slots=True)
+class QuantisedLinear:
+    """A layer in INT4 on the CPU, and its errors: |W - Ŵ|² / |W|², and of its outputs on the inputs that GPTQ saw,
+    |X (W - Ŵ)ᵀ|² / |X Wᵀ|² (None where no inputs were looked at)."""
+
+    weight: Int4Weight
+    relative_error: float
+    output_error: float | None
 
 
 class Int4Weights:
@@ -28,11 +65,17 @@ class Int4Weights:
         output: Int4Weight,
         group_size: int,
         relative_error: Mapping[tuple[int, str], float],
+        output_error: Mapping[tuple[int, str], float] | None = None,
+        rounding: Rounding = "nearest",
     ) -> None:
         self.weights = weights  # by (block, canonical name of the linear)
         self.output = output  # [vocab, hidden]
         self.group_size = group_size
         self.relative_error = relative_error  # |W - quantised W|² / |W|²
+        self.output_error = (
+            output_error or {}
+        )  # of the layers whose inputs were looked at, see QuantisedLinear
+        self.rounding = rounding
 
     def shared(self) -> Mapping[str, Tensor]:
         """The output matrix's tensors."""
@@ -86,6 +129,25 @@ def quantize_weights(
     output = _on_cpu(_quantized(matrix, group_size, "The output matrix"))
     advance(1)
     return Int4Weights(weights, output, group_size, errors)
+
+
+def quantize_linear(
+    weight: Tensor, plan: Int4Plan, moments: Tensor | None, device: torch.device, name: str
+) -> QuantisedLinear:
+    """`weight` [out, in], which may lie elsewhere than on `device`, rounded there as `plan` says.
+
+    `moments` [in, in], the inputs' second moments on `device`, are what GPTQ needs. Raises CalibrationError with
+    `name`, that of the layer, for weights that INT4 cannot hold.
+    """
+    try:
+        if plan.rounding == "nearest" or moments is None:
+            packed = quantize(weight.to(device), plan.group_size)
+        else:
+            packed = gptq(weight, moments, plan.group_size, plan.gptq)
+    except ValueError as error:
+        raise CalibrationError(f"{name} cannot be held in INT4: {error}.") from error
+    output_error = None if moments is None else weighted_error(weight, packed, moments)
+    return QuantisedLinear(_on_cpu(packed), _relative_error(weight.to(device), packed), output_error)
 
 
 def _quantized(weight: Tensor, group_size: int, name: str) -> Int4Weight:

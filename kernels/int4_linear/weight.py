@@ -60,13 +60,13 @@ def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype
         )
 
 
-def quantize(weight: Tensor, group_size: int) -> Int4Weight:
+def quantize(weight: Tensor, group_size: int, importance: Tensor | None = None) -> Int4Weight:
     """Return `weight` [out, in] rounded to nearest INT4 in groups of `group_size` along the input dimension.
 
     Each group's range is its minimum to its maximum, shrunk by the ratio of `CLIP_RATIOS` with the least
-    squared error. Codes are rounded with the float16 scale and offset that are stored, so that dequantising
-    repeats exactly what the search measured. Raises ValueError for an odd input size and for weights that
-    are not finite float16s.
+    squared error, each input's counted `importance` [in] times where that is given. Codes are rounded with the
+    float16 scale and offset that are stored, so that dequantising repeats exactly what the search measured. Raises
+    ValueError for an odd input size and for weights that are not finite float16s.
     """
     out_features, in_features = weight.shape
     check_geometry(in_features, group_size)
@@ -78,48 +78,63 @@ def quantize(weight: Tensor, group_size: int) -> Int4Weight:
     rows = max(1, _ROWS_ELEMENTS // in_features)
     for start in range(0, out_features, rows):
         part = slice(start, start + rows)
-        codes[part], scales[part], offsets[part] = _quantize_rows(weight[part].float(), group_size)
+        codes[part], scales[part], offsets[part] = _quantize_rows(
+            weight[part].float(), group_size, importance
+        )
     return Int4Weight(codes, scales, offsets, group_size, in_features, out_features)
 
 
-def _quantize_rows(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    rows, in_features = weight.shape
+def check_range(weight: Tensor) -> None:
+    """Raise ValueError where a weight is not a finite float16."""
     if not bool((weight.abs() <= FP16_MAX).all()):
         raise ValueError(f"a weight is not finite or exceeds {FP16_MAX:g}, INT4 offsets are float16")
+
+
+def _quantize_rows(
+    weight: Tensor, group_size: int, importance: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, in_features = weight.shape
+    check_range(weight)
     whole = in_features // group_size * group_size
     parts = []
     if whole:
-        parts.append(_quantize_groups(weight[:, :whole].reshape(rows, -1, group_size)))
+        inner = None if importance is None else importance[:whole].reshape(-1, group_size)
+        parts.append(fit_groups(weight[:, :whole].reshape(rows, -1, group_size), inner))
     if whole < in_features:
-        parts.append(_quantize_groups(weight[:, None, whole:]))
+        parts.append(fit_groups(weight[:, None, whole:], None if importance is None else importance[whole:]))
     codes = torch.cat([part[0].reshape(rows, -1) for part in parts], dim=1)
     return (
-        pack_nibbles(codes),
+        pack_nibbles(codes.to(torch.uint8)),
         torch.cat([part[1] for part in parts], 1),
         torch.cat([part[2] for part in parts], 1),
     )
 
 
-def _quantize_groups(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes [rows, groups, size], scales and offsets [rows, groups] of `weight` [rows, groups, size]
-    float32."""
+def fit_groups(weight: Tensor, importance: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes [rows, groups, size] (float), scales and offsets [rows, groups] float16 of `weight` [rows, groups, size].
+
+    The range of each group is searched as `quantize` says; `importance` ([size] or [groups, size]) weighs its inputs.
+    """
     low, high = weight.amin(-1), weight.amax(-1)
     codes, scale, offset = round_groups(weight, low, high)
-    least = _squared_error(weight, codes, scale, offset)
+    least = _squared_error(weight, codes, scale, offset, importance)
     for ratio in CLIP_RATIOS:
         tried, tried_scale, tried_offset = round_groups(weight, low * ratio, high * ratio)
-        error = _squared_error(weight, tried, tried_scale, tried_offset)
+        error = _squared_error(weight, tried, tried_scale, tried_offset, importance)
         better = error < least
         least = torch.where(better, error, least)
         codes = torch.where(better.unsqueeze(-1), tried, codes)
         scale = torch.where(better, tried_scale, scale)
         offset = torch.where(better, tried_offset, offset)
-    return codes.to(torch.uint8), scale, offset
+    return codes, scale, offset
 
 
-def _squared_error(weight: Tensor, codes: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+def _squared_error(
+    weight: Tensor, codes: Tensor, scale: Tensor, offset: Tensor, importance: Tensor | None
+) -> Tensor:
     restored = codes * scale.float().unsqueeze(-1) + offset.float().unsqueeze(-1)
-    return restored.sub_(weight).square_().sum(-1)
+    squares = restored.sub_(weight).square_()
+    return (squares if importance is None else squares.mul_(importance)).sum(-1)
 
 
 def round_groups(weight: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
