@@ -1,11 +1,12 @@
 """What counts as one draw of text: the unit of certificates.
 
-Tokens of one document are alike, and not only neighbours: on novels the increases of negative log-likelihood of two
-runs of 256 tokens of one book correlate at 0.3 to 0.5 whether they touch, have 64 tokens between them or stand 2,000
-tokens apart (`python -m scripts.compare_bounds correlation`). No gap between blocks undoes that, so the
-unit is the *document*, all that a split has of it, wherever there are documents enough. Where there are few, what is
-certified can only speak of text from those documents; each is then cut into long stretches, few of them, as batch means
-are made of a correlated series (Schmeiser 1982, *Operations Research* 30: 10 to 30 batches; more give little).
+Tokens of one document are alike, and not only neighbours. In novels the NLL increases of two stretches of 224 tokens
+correlate at 0.3 to 0.4, whether they touch or have 32 or 64 tokens between them, and at 0.1 to 0.2 where these are 300 to
+1,800 (`python -m scripts.compare_bounds correlation`): besides what neighbours share there is what the document is. A
+gap between blocks does not undo that, so the unit is the *document*, all that a split has of it, wherever there are
+documents enough. Where there are few, what is certified can only speak of text from those documents; each is then cut
+into stretches, few and long, as batch means are made of a correlated series (Schmeiser, *Operations Research* 30, 1982:
+10 to 30 batches; more give little).
 """
 
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from torch import Tensor
 
 LEAST_DOCUMENTS: Final = 20
 """With fewer documents in a split a document is not the unit: a variance between so few says little."""
-STRETCHES: Final = 40
+STRETCHES: Final = 30
 """Stretches that few documents are cut into, together."""
 LEAST_STRETCH: Final = 256  # tokens
 
