@@ -115,7 +115,7 @@ def _generate(task: Task, learned: Learned, risk_table: Sequence[RiskEntry]) -> 
     own = [entry for entry in risk_table if entry.variant == stack.deployed]
     modes = modes_of(wanted, stack.reference, stack.deployed, own, {})
     size = size.fitted(rows, task.spec.max_position_embeddings)
-    temperatures = (0.0, 1.0)
+    temperatures = task.options.studies.temperatures
     with task.progress.phase("Letting modes write", size.tokens * len(modes) * len(temperatures)) as advance:
         return generate_modes(
             modes,

@@ -21,11 +21,12 @@ EVERY_TOKEN: Final = 2**40
 class StudySizes:
     """What the comparisons in the report are made on; 0 or None leaves one out."""
 
-    weights: int = 3_000  # roundings of weights compared, tokens of the select split
-    kv: int = 3_000  # forms of keys and values, tokens of the select split
+    weights: int = 2_000  # roundings of weights compared, tokens of the select split
+    kv: int = 2_000  # forms of keys and values, tokens of the select split
     losses: int | None = 1  # exits whose heads are trained by both losses; None: all that are trained
     ranks: bool = True  # the linear block in other sizes
     generation: GenerationSize | None = field(default_factory=GenerationSize)
+    temperatures: tuple[float, ...] = (1.0,)  # that modes write at
 
 
 PRESETS: Final[dict[PresetName, dict[str, Any]]] = {
@@ -53,6 +54,7 @@ PRESETS: Final[dict[PresetName, dict[str, Any]]] = {
             kv=30_000,
             losses=None,
             generation=GenerationSize(texts=64, prompt_tokens=32, new_tokens=128),
+            temperatures=(0.0, 1.0),
         ),
     },
 }

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from exeunt.calibration.kv_study import KVStudy, KVSubject, study_kv, study_work
+from exeunt.calibration.kv_study import PARTS, KVStudy, KVSubject, study_kv, study_work
 from exeunt.calibration.learning import Learned
 from exeunt.calibration.task import Task, head_rows
 
@@ -30,7 +30,8 @@ def _kv(task: Task, learned: Learned) -> KVStudy | None:
     tokens = options.studies.kv
     if options.kv_cache == "full" or not tokens:
         return None
-    subjects = [KVSubject("full", stack.full)]
+    # Keys and values apart are studied under the deployed weights; under full ones that costs as much again.
+    subjects = [KVSubject("full", stack.full, parts=PARTS if stack.int4 is None else ("both",))]
     if stack.int4 is not None:
         subjects.append(KVSubject("int4", stack.int4))
     rows = task.splits.select
