@@ -84,7 +84,7 @@ def main(out: Out = None, quick: Quick = False) -> None:
         "machine": machine(),
         "settings": asdict(plan),
         "memory": _memory_points(plan),
-        "time": _time_points(plan),
+        "time": _time_points(plan, quick=quick),
         "arithmetic": _arithmetic(),
     }
     record["memory_growth"] = memory_growth(record["memory"])
@@ -123,6 +123,7 @@ def _memory_points(plan: Plan) -> list[dict[str, Any]]:
                 batch_tokens=plan.batch_tokens,
                 stream_weights=True,
                 journal=True,
+                brief=True,
             )
             found = run_point(point)
         dtype = torch.float32
@@ -140,7 +141,7 @@ def _memory_points(plan: Plan) -> list[dict[str, Any]]:
     return rows
 
 
-def _time_points(plan: Plan) -> list[dict[str, Any]]:
+def _time_points(plan: Plan, *, quick: bool) -> list[dict[str, Any]]:
     rows = []
     for tokens in plan.tokens:
         console.print(f"calibrating the packaged model on {tokens:,} tokens", style="dim")
@@ -153,6 +154,7 @@ def _time_points(plan: Plan) -> list[dict[str, Any]]:
             batch_tokens=4096,
             stream_weights=None,
             journal=False,
+            brief=quick,
         )
         rows.append({"tokens": tokens, **run_point(point)})
     return rows

@@ -16,12 +16,14 @@ from typing import Any, Final
 
 from exeunt.calibration.options import CalibrationOptions
 from exeunt.calibration.pipeline import calibrate
+from exeunt.calibration.presets import PRESETS, StudySizes
 from exeunt.calibration.progress import Advance
 from exeunt.kernels.native.library import native_library
 
 STATUS: Final = Path("/proc/self/status")
 EVERY_S: Final = 0.005
 ANONYMOUS: Final = "RssAnon"
+BRIEF_STUDIES: Final = StudySizes(weights=1_000, kv=1_000, losses=0, ranks=False, generation=None)
 KINDS: Final = {ANONYMOUS: "anonymous", "RssFile": "mapped_files", "RssShmem": "shared", "VmRSS": "resident"}
 
 
@@ -29,7 +31,8 @@ KINDS: Final = {ANONYMOUS: "anonymous", "RssFile": "mapped_files", "RssShmem": "
 class Point:
     """A calibration to measure. `stream_weights` None leaves that to the free memory, as `exeunt calibrate` does.
 
-    `journal` keeps finished steps in files, as `exeunt calibrate` does for large models.
+    `journal` keeps finished steps in files, as `exeunt calibrate` does for large models. `brief` trains for a short
+    time and compares on little text: what is in memory is the same.
     """
 
     model: str
@@ -40,25 +43,14 @@ class Point:
     batch_tokens: int
     stream_weights: bool | None
     journal: bool
+    brief: bool
 
 
 def measured(point: Point) -> dict[str, Any]:
     """Seconds and peak bytes of calibrating `point`, in all and by phase."""
     native_library()  # compiled once on a machine: no part of what is measured
     with tempfile.TemporaryDirectory(prefix="exeunt-bench-") as folder:
-        options = CalibrationOptions(
-            model=point.model,
-            out=Path(folder) / "bundle",
-            data=point.data,
-            tokens=point.tokens,
-            least_tokens=point.least_tokens,
-            row_tokens=point.row_tokens,
-            batch_tokens=point.batch_tokens,
-            stream_weights=point.stream_weights,
-            device="cpu",
-            work=Path(folder) / "work" if point.journal else None,
-            costs="now",
-        )
+        options = options_of(point, Path(folder))
         with MemoryWatch() as watch:
             began = time.perf_counter()
             calibrate(options, WatchedPhases(watch))
@@ -72,6 +64,25 @@ def measured(point: Point) -> dict[str, Any]:
         "phases": watch.phases,
         "bundle_bytes": bundle_bytes,
     }
+
+
+def options_of(point: Point, folder: Path) -> CalibrationOptions:
+    """The calibration of `point`, which writes into `folder`; every time is measured there and then."""
+    asked: dict[str, Any] = {**PRESETS["quick"], "studies": BRIEF_STUDIES} if point.brief else {}
+    asked |= {
+        "model": point.model,
+        "data": point.data,
+        "out": folder / "bundle",
+        "tokens": point.tokens,
+        "least_tokens": point.least_tokens,
+        "row_tokens": point.row_tokens,
+        "batch_tokens": point.batch_tokens,
+        "stream_weights": point.stream_weights,
+        "device": "cpu",
+        "work": folder / "work" if point.journal else None,
+        "costs": "now",
+    }
+    return CalibrationOptions(**asked)
 
 
 def memory(kinds: Mapping[str, str] = KINDS) -> dict[str, int]:

@@ -11,6 +11,7 @@ import torch
 
 from exeunt.calibration.memory_plan import batch_token_bytes, full_batch_tokens
 from exeunt.calibration.options import CalibrationOptions
+from exeunt.calibration.presets import PRESETS
 from exeunt.calibration.progress import ProgressReport
 from exeunt.calibration.weight_check import check_weights
 from exeunt.compression.checkpoint import open_checkpoint
@@ -102,29 +103,33 @@ def test_the_memory_of_every_phase_is_seen(monkeypatch: pytest.MonkeyPatch) -> N
 
     def calibrates(options: CalibrationOptions, progress: ProgressReport) -> Path:
         asked.append(options)
-        with progress.phase("step 1 of 2: Small", 1) as advance:
+        with progress.phase("step 1 of 3: Small", 1) as advance:
             advance(1)
-        with progress.phase("step 2 of 2: Large", 1):
+        with progress.phase("step 2 of 3: Large", 1):
             held = np.ones(64 * MIB, dtype=np.uint8)
-            assert held[-1] == 1
-            del held
+        assert held[-1] == 1  # still there when the phase ends, and looked at then at the latest
+        del held
+        with progress.phase("step 3 of 3: Small again", 1):
+            pass
         options.out.mkdir()
         (options.out / "weights").write_bytes(b"1234")
         return options.out
 
     monkeypatch.setattr(point, "calibrate", calibrates)
-    wanted = Point("model", "text", 3000, 2000, 128, 512, stream_weights=True, journal=True)
+    wanted = Point("model", "text", 3000, 2000, 128, 512, stream_weights=True, journal=True, brief=True)
     found = measured(wanted)
     (options,) = asked
     assert (options.tokens, options.stream_weights, options.batch_tokens) == (3000, True, 512)
     assert options.work is not None
+    assert options.head == PRESETS["quick"]["head"]
     peaks = {each["phase"]: each["peak"]["anonymous"] for each in found["phases"]}
-    assert list(peaks) == ["beginning", "Small", "after small", "Large", "after large"]
+    named = ("Small", "after small", "Large", "after large", "Small again", "after small again")
+    assert tuple(peaks) == ("beginning", *named)
     start = found["before"]["anonymous"]
     assert peaks["Small"] - start < 32 * MIB
     assert 60 * MIB < peaks["Large"] - start < 100 * MIB
     assert command.anonymous(found) == peaks["Large"] - start
-    assert peaks["after large"] - start < 32 * MIB
+    assert peaks["Small again"] - start < 32 * MIB
     assert found["peak_resident_by_kernel"] >= found["peak"]["resident"] > 0
     assert found["bundle_bytes"] == 4
 
