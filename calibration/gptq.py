@@ -10,6 +10,7 @@ is the weight with the errors so far made good. That takes one Cholesky factor a
 uniform, and the result is the layout that round to nearest gives, whatever the order in which inputs are visited.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final, Literal
@@ -70,11 +71,22 @@ def weighted_error(weight: Tensor, packed: Int4Weight, hessian: Tensor) -> float
 
     Computed on the Hessian's device in float32; 0 where the weight gives nothing to compare with.
     """
+    return _relative_loss(
+        weight, hessian, lambda rows: dequantize_rows(packed, rows.start, rows.stop, torch.float32)
+    )
+
+
+def relative_loss(weight: Tensor, restored: Tensor, hessian: Tensor) -> float:
+    """`weighted_error` of `weight` and any other [out, in] in its place."""
+    return _relative_loss(weight, hessian, lambda rows: restored[rows])
+
+
+def _relative_loss(weight: Tensor, hessian: Tensor, restored: Callable[[slice], Tensor]) -> float:
     lost = wanted = 0.0
-    for rows in _slices(packed.out_features, packed.in_features):
+    for rows in _slices(*weight.shape):
         own = weight[rows].to(hessian.device, torch.float32)
-        restored = dequantize_rows(packed, rows.start, rows.stop, torch.float32).to(hessian.device)
-        lost += float(_quadratic(own - restored, hessian).sum(dtype=torch.float64))
+        error = own - restored(rows).to(hessian.device)
+        lost += float(_quadratic(error, hessian).sum(dtype=torch.float64))
         wanted += float(_quadratic(own, hessian).sum(dtype=torch.float64))
     return lost / wanted if wanted > 0 else 0.0
 
