@@ -247,6 +247,12 @@ class _Pass:
             "errors": {name: [layer.relative_error, layer.output_error] for name, layer in layers.items()},
         }
         self._journal.write(_block_entry(index), tensors, record)
+        written = self._journal.read(_block_entry(index))
+        if (
+            written is not None
+        ):  # views of its file: the model's layers need not lie in memory beside their packed form
+            for name, errors in record["errors"].items():
+                self._linears[index, name] = self._layer(name, written[0], errors)
 
     def _resumed(self) -> int:
         """How many blocks are finished: what is known of them is taken over."""

@@ -28,6 +28,7 @@ from exeunt.compression.variant import KVFormat
 from exeunt.kernels.int4_linear import dequantize, quantize
 
 CPU = torch.device("cpu")
+MAPS = Path("/proc/self/maps")
 BATCH = 128
 FIT_ROWS = 12
 PLAN = Int4Plan(hessian_tokens=300)
@@ -358,3 +359,31 @@ def test_a_weight_that_int4_cannot_hold_is_named(
             NoJournal(),
             batch_tokens=BATCH,
         )
+
+
+@pytest.mark.skipif(not MAPS.exists(), reason="needs Linux's list of what is mapped into a process")
+def test_layers_that_the_journal_has_are_read_from_its_files(
+    opened: Checkpoint, rows: tuple[Tensor, ...], tmp_path: Path
+) -> None:
+    kept = streamed(opened, rows, tmp_path / "kept").int4
+    journal = FolderJournal(tmp_path / "work", "a calibration")
+    filed = streamed(opened, rows, tmp_path / "filed", journal=journal).int4
+    assert kept is not None
+    assert filed is not None
+    for (block, name), weight in filed.weights.items():
+        for part in ("codes", "scales", "offsets"):
+            tensor = getattr(weight, part)
+            assert torch.equal(tensor, getattr(kept.weights[block, name], part))
+            assert Path(file_at(tensor.data_ptr())).parent == tmp_path / "work"
+    assert filed.relative_error == kept.relative_error
+    assert filed.output_error == kept.output_error
+
+
+def file_at(address: int) -> str:
+    """The file that is mapped at an address of this process; nothing where none is."""
+    for line in MAPS.read_text().splitlines():
+        span, *rest = line.split(maxsplit=5)
+        first, last = (int(each, 16) for each in span.split("-"))
+        if first <= address < last:
+            return rest[4] if len(rest) > 4 else ""
+    return ""

@@ -130,7 +130,9 @@ def test_the_memory_of_every_phase_is_seen(monkeypatch: pytest.MonkeyPatch) -> N
     assert 60 * MIB < peaks["Large"] - start < 100 * MIB
     assert command.anonymous(found) == peaks["Large"] - start
     assert peaks["Small again"] - start < 32 * MIB
-    assert found["peak_resident_by_kernel"] >= found["peak"]["resident"] > 0
+    assert (
+        found["peak_resident_by_kernel"] > 0.9 * found["peak"]["resident"] > 0
+    )  # its sums are rounded by thread
     assert found["bundle_bytes"] == 4
 
 
