@@ -14,6 +14,7 @@ from exeunt.calibration.exit_records import read_exit, read_head, write_exit, wr
 from exeunt.calibration.exit_training import (
     HeadTraining,
     Labelled,
+    Loss,
     Project,
     TrainedHead,
     planned_visits,
@@ -32,6 +33,8 @@ from exeunt.kernels.native.build import processor
 HEAD_SHARE: Final = 0.6
 """Share of the fit split's tokens that heads are trained on; gates are trained on the others, which heads never saw."""
 RIDGE_STRENGTH: Final = 1e-3
+LOSSES: Final[tuple[Loss, ...]] = ("both", "top token", "distribution")
+"""What heads are trained by: the first, and where losses are compared all of them."""
 _BF16_FEATURES: Final = {
     "avx512_bf16",
     "amx_bf16",
@@ -89,8 +92,8 @@ def fit_exits(
     """Train an exit behind every block of `data.states`, shallowest first. `norm` is the model's final one.
 
     Gradients need a full-precision output matrix, `teacher`'s; what is judged goes through the deployed one, `model`'s.
-    Behind the blocks `compared` heads are trained by both losses, and what may leave at `risks` is compared; the better
-    head serves. What `journal` knows is not done again, heads and exits one by one.
+    Behind the blocks `compared` heads are trained by each loss alone, too, and what may leave at `risks` is compared;
+    the best head serves. What `journal` knows is not done again, heads and exits one by one.
     """
     journal = journal or NoJournal()
     project = training_projection(model, teacher)
@@ -129,16 +132,13 @@ def _heads(
     cut = data.head_tokens
     with progress.phase("Fitting where exit heads start", len(missing) * cut) as advance:
         ridges = {block: ridge_start(norm, data, block, cut, advance) for block in missing}
-    rounds = len(missing) + sum(block in compared for block in missing)
+    rounds = sum(len(LOSSES) if block in compared else 1 for block in missing)
     with progress.phase("Training exit heads", rounds * planned_visits(cut, training)) as advance:
         for block in missing:
             learned, select = data.fit(block).rows(slice(0, cut)), data.select(block)
-            start, losses = ridges[block], None
-            head = train_head(
-                norm, start, learned, select, project, training, _generator(seed, block, 0), advance
-            )
-            if block in compared:
-                other = train_head(
+            start = ridges[block]
+            tried = {
+                loss: train_head(
                     norm,
                     start,
                     learned,
@@ -147,9 +147,13 @@ def _heads(
                     training,
                     _generator(seed, block, 0),
                     advance,
-                    "distribution",
+                    loss,
                 )
-                head, losses = compare_losses(block, (head, other), norm, start, select, project, risks)
+                for loss in (LOSSES if block in compared else LOSSES[:1])
+            }
+            head, losses = tried[LOSSES[0]], None
+            if block in compared:
+                head, losses = compare_losses(block, tried, norm, start, select, project, risks)
             write_head(journal, block, head, losses)
             heads[block] = head, losses
     return {block: found for block, found in heads.items() if found is not None}

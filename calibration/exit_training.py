@@ -1,10 +1,13 @@
 """Exit heads: a norm and an adapter in front of the model's own output matrix, trained to say what full depth says.
 
-Two losses: cross-entropy to the full model's own top token, or the divergence from its whole distribution. The first
-teaches the head how likely it is to agree, which is what a gate must know, the second how sure the full model is of the
-text ("Variance Is Not Importance", arXiv 2604.20682, compares them by agreement; `exeunt.calibration.loss_comparison`
-by what may leave). The adapter starts from zero, which is the model's own head applied early, or from the ridge map of
-the exit's normalised state onto the last block's (a tuned lens, arXiv 2303.08112, in closed form).
+Two losses: cross-entropy to the full model's own top token, and the divergence from its whole distribution. The first
+teaches the head how likely it is to agree, which is what a gate must know, but learns few tokens by heart; the second
+generalises, but teaches how sure the full model is of the text. ("Variance Is Not Importance", arXiv 2604.20682,
+compares them by agreement, `exeunt.calibration.loss_comparison` by what may leave.) Half of each, as in distillation
+with hard and soft labels (arXiv 1503.02531), does what both do, and is what heads are trained by.
+
+The adapter starts from zero, which is the model's own head applied early, or from the ridge map of the exit's
+normalised state onto the last block's (a tuned lens, arXiv 2303.08112, in closed form).
 
 Starts and stops are judged by selective agreement on the select split: agreement among the surest share of the tokens,
 averaged over all shares. A head that agrees no more often but knows better when is worth more, and agreement alone does
@@ -28,7 +31,7 @@ from exeunt.kernels.exit_gate.reference import adapted_state_reference
 
 Project = Callable[[Tensor], Tensor]
 """States [T, H] to logits [T, V] float32, differentiable in the states."""
-Loss = Literal["top token", "distribution"]
+Loss = Literal["top token", "distribution", "both"]
 Start = Literal["own head", "ridge"]
 
 WARM_UP: Final = 0.05
@@ -165,9 +168,9 @@ def train_head(
     """A head for the hidden states of `fit`, kept where its selective agreement with `select` is highest.
 
     `norm` is the model's final one in float32, `ridge` [H, H] maps its output here to what that still lacks of
-    the last block's. For `loss` "distribution" `fit` must have the last block's states, which `norm` and `project` turn
-    into the distribution to match. `advance` is told the tokens trained on, and in the end those that early stopping
-    spares; they sum to `planned_visits`.
+    the last block's. But for the `loss` "top token" `fit` must have the last block's states, which `norm` and `project`
+    turn into the distribution to match. `advance` is told the tokens trained on, and in the end those that early
+    stopping spares; they sum to `planned_visits`.
     """
     seen = select.rows(slice(0, training.select_tokens))
     starts = (torch.zeros_like(ridge, dtype=torch.float32), ridge.float())
@@ -301,13 +304,15 @@ class _Course:
 def _missed(live: _Live, part: Labelled, project: Project, norm: ExitNorm, loss: Loss) -> Tensor:
     """The mean loss of a batch, in nats."""
     logits = project(head_state(live.norm, live.adapter, part.hidden))
+    top = F.cross_entropy(logits, part.top)
     if loss == "top token":
-        return F.cross_entropy(logits, part.top)
+        return top
     if part.final is None:
-        raise ValueError("the loss is 'distribution', and the data has no states of the last block")
+        raise ValueError(f"the loss is {loss!r}, and the data has no states of the last block")
     with torch.no_grad():
         wanted = project(norm(part.final.float())).softmax(-1)
-    return F.cross_entropy(logits, wanted)  # the divergence, but for the entropy of what is wanted
+    divergence = F.cross_entropy(logits, wanted)  # but for the entropy of what is wanted, a constant
+    return divergence if loss == "distribution" else (top + divergence) / 2
 
 
 def _batches(tokens: int, size: int, steps: int, generator: torch.Generator) -> Iterator[Tensor]:

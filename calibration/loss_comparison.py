@@ -1,12 +1,12 @@
 """Cross-entropy to the full model's own top token against the divergence from its whole distribution, at one exit.
 
-Both heads saw the same tokens in the same order from the same start. What counts is not only how often a head agrees:
-one that was taught the top token says with its own top probability how likely it is to agree, one that was taught the
-distribution how sure the full model is of the text; the first can let more tokens go at the same risk even where the
-second agrees more often.
+The heads, one of each loss and one of both, saw the same tokens in the same order from the same start. What counts is
+not only how often a head agrees: one that was taught the top token says with its own top probability how likely it is
+to agree, one that was taught the distribution how sure the full model is of the text; the first can let more tokens go
+at the same risk even where the second agrees more often.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +29,7 @@ class LossOutcome:
 
 @dataclass(frozen=True, slots=True)
 class LossComparison:
-    """The start of one exit's head, what each loss made of it, and the loss whose head serves."""
+    """The start of one exit's head, what each loss and half of both made of it, and the loss whose head serves."""
 
     block: int
     tokens: int  # that all are judged on
@@ -38,34 +38,39 @@ class LossComparison:
     top_token: LossOutcome
     distribution: LossOutcome
     served: Loss
+    both: LossOutcome | None = None
 
 
 def compare_losses(
     block: int,
-    heads: tuple[TrainedHead, TrainedHead],
+    heads: Mapping[Loss, TrainedHead],
     norm: ExitNorm,
     ridge: Tensor,
     select: Labelled,
     project: Project,
     risks: Sequence[float],
 ) -> tuple[TrainedHead, LossComparison]:
-    """The better of `heads`, the first trained by top tokens and the second by distributions, and how they compare.
+    """The best of `heads`, one for each loss, and how they compare.
 
-    Better is the higher selective agreement on the tokens that training was stopped by; of equals the first. `norm` is
+    Best is the highest selective agreement on the tokens that training was stopped by; of equals the first. `norm` is
     the model's final one, `ridge` the other start, as in `train_head`. Choosing here is sound: certificates are made on
     a split that has no part in it.
     """
-    first, second = heads
-    adapter = ridge.float() if first.start == "ridge" else torch.zeros_like(ridge, dtype=torch.float32)
-    served = second if second.selective > first.selective else first
+    served = max(heads.values(), key=lambda head: head.selective)
+    adapter = ridge.float() if served.start == "ridge" else torch.zeros_like(ridge, dtype=torch.float32)
+    outcomes = {
+        loss: _outcome(head.norm, head.adapter, head.visits, select, project, risks)
+        for loss, head in heads.items()
+    }
     comparison = LossComparison(
         block,
         select.tokens,
         tuple(risks),
         start=_outcome(norm, adapter, 0, select, project, risks),
-        top_token=_outcome(first.norm, first.adapter, first.visits, select, project, risks),
-        distribution=_outcome(second.norm, second.adapter, second.visits, select, project, risks),
+        top_token=outcomes["top token"],
+        distribution=outcomes["distribution"],
         served=served.loss,
+        both=outcomes.get("both"),
     )
     return served, comparison
 

@@ -143,22 +143,23 @@ def test_one_exit_does_not_hang_on_which_others_are_fitted(model: ForcedModel, d
     expect_same(both[1:], alone)
 
 
-def test_losses_are_compared_where_asked_and_the_better_head_serves(
-    model: ForcedModel, data: ExitData
-) -> None:
+def test_losses_are_compared_where_asked_and_the_best_head_serves(model: ForcedModel, data: ExitData) -> None:
     early, late = fit(model, data)
     assert early.losses is None
+    assert early.training.loss == "both"
     assert late.losses is not None
     losses = late.losses
     assert (losses.block, losses.tokens, losses.risks) == (2, SELECT, (0.05, 0.2))
-    best = max(losses.top_token.selective, losses.distribution.selective)
-    served = losses.top_token if losses.served == "top token" else losses.distribution
+    assert losses.both is not None
+    outcomes = {"top token": losses.top_token, "distribution": losses.distribution, "both": losses.both}
+    best = max(outcome.selective for outcome in outcomes.values())
+    served = outcomes[losses.served]
     assert served.selective == best == late.training.selective
     assert served.agreement == late.training.agreement
     assert late.training.loss == losses.served
     assert losses.start.visits == 0
     assert losses.start.selective <= best
-    for outcome in (losses.start, losses.top_token, losses.distribution):
+    for outcome in (losses.start, *outcomes.values()):
         assert 0.0 <= outcome.leaving[0] <= outcome.leaving[1] <= 1.0
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from exeunt.calibration.exit_training import CurvePoint, Labelled, TrainedHead
+from exeunt.calibration.exit_training import CurvePoint, Labelled, Loss, TrainedHead
 from exeunt.calibration.loss_comparison import compare_losses
 from exeunt.compression.exits import ExitNorm
 
@@ -29,7 +29,7 @@ def data() -> Labelled:
     return Labelled(hidden, top)
 
 
-def head(adapter: torch.Tensor, selective: float, loss: str) -> TrainedHead:
+def head(adapter: torch.Tensor, selective: float, loss: Loss) -> TrainedHead:
     return TrainedHead(
         NORM,
         adapter,
@@ -37,15 +37,19 @@ def head(adapter: torch.Tensor, selective: float, loss: str) -> TrainedHead:
         0.0,
         0.0,
         selective=selective,
-        loss="distribution" if loss == "distribution" else "top token",
+        loss=loss,
         curve=(CurvePoint(0, 0.0, 0.0), CurvePoint(640, 0.0, selective)),
     )
 
 
 def test_outcomes_are_counted_on_all_tokens() -> None:
-    heads = (head(SWAP, 0.9, "top token"), head(ZERO, 0.5, "distribution"))
+    heads: dict[Loss, TrainedHead] = {
+        "top token": head(SWAP, 0.9, "top token"),
+        "distribution": head(ZERO, 0.5, "distribution"),
+    }
     served, losses = compare_losses(7, heads, NORM, ZERO, data(), project, (0.02, 0.6))
-    assert served is heads[0]
+    assert served is heads["top token"]
+    assert losses.both is None
     assert (losses.block, losses.tokens, losses.risks, losses.served) == (7, TOKENS, (0.02, 0.6), "top token")
     assert losses.distribution.agreement == losses.start.agreement == 0.5
     # the own head is surest of the ten that it has right, then wrong fifty times
@@ -56,11 +60,16 @@ def test_outcomes_are_counted_on_all_tokens() -> None:
     assert (losses.start.visits, losses.top_token.visits) == (0, 640)
 
 
-@pytest.mark.parametrize(("first", "second", "served"), [(0.5, 0.5, 0), (0.5, 0.6, 1), (0.6, 0.5, 0)])
-def test_the_better_head_serves_and_of_equals_the_one_that_was_taught_top_tokens(
-    first: float, second: float, served: int
+@pytest.mark.parametrize(
+    ("selective", "served"),
+    [((0.5, 0.5, 0.5), "both"), ((0.5, 0.6, 0.5), "top token"), ((0.5, 0.6, 0.7), "distribution")],
+)
+def test_the_best_head_serves_and_of_equals_the_first(
+    selective: tuple[float, float, float], served: Loss
 ) -> None:
-    heads = (head(ZERO, first, "top token"), head(SWAP, second, "distribution"))
+    names: tuple[Loss, ...] = ("both", "top token", "distribution")
+    heads = {name: head(ZERO, value, name) for name, value in zip(names, selective, strict=True)}
     kept, losses = compare_losses(0, heads, NORM, ZERO, data(), project, (0.1,))
     assert kept is heads[served]
-    assert losses.served == heads[served].loss
+    assert losses.served == served
+    assert losses.both is not None

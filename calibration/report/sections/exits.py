@@ -162,13 +162,14 @@ def _outcomes(each: LossComparison) -> tuple[tuple[str, LossOutcome, bool], ...]
         ("before training", each.start, False),
         ("top token (cross-entropy)", each.top_token, each.served == "top token"),
         ("distribution (KL)", each.distribution, each.served == "distribution"),
+        *(() if each.both is None else (("half of both", each.both, each.served == "both"),)),
     )
 
 
 def _losses(comparisons: Sequence[LossComparison]) -> Figure:
     def paint(axes: Axes) -> None:
-        for number in range(3):
-            look = series((5, 0, 1)[number])
+        for number in range(len(_outcomes(comparisons[0]))):
+            look = series((5, 0, 1, 2)[number])
             outcomes = [_outcomes(each)[number] for each in comparisons]
             axes.plot(
                 [100 * outcome.selective for _, outcome, _ in outcomes],
@@ -193,7 +194,7 @@ def _losses(comparisons: Sequence[LossComparison]) -> Figure:
             color=INK,
         )
         axes.set_yticks(range(len(comparisons)), [f"block_{each.block}" for each in comparisons])
-        axes.set_ylim(len(comparisons) - 0.5, -0.5 - 0.3 * 3)
+        axes.set_ylim(len(comparisons) - 0.5, -0.5 - 0.3 * 4)
         axes.set(xlabel="selective agreement, %")
         axes.margins(x=0.12)
         axes.legend(loc="upper center", ncols=1)
