@@ -13,6 +13,7 @@ from exeunt.calibration.generation import Written
 from exeunt.calibration.kv_study import KVStudy
 from exeunt.calibration.options import CalibrationOptions
 from exeunt.calibration.rank_sweep import RankSweep
+from exeunt.calibration.weight_study import WeightStudy
 from exeunt.calibration.weights_int4 import Int4Weights
 from exeunt.compression.manifest import Manifest
 
@@ -36,6 +37,7 @@ class ReportContent:
     rank_sweep: RankSweep | None = None
     exit_screen: ExitScreen | None = None
     written: tuple[Written, ...] = ()
+    weight_study: WeightStudy | None = None
 
     @property
     def exits(self) -> tuple[FittedExit, ...]:

@@ -33,6 +33,7 @@ def report_json(content: ReportContent) -> str:
         "versions": {"exeunt": manifest.exeunt_version, **manifest.versions},
         "verdict": _verdict(content),
         "weights_int4": None if content.int4 is None else _weights(content.int4),
+        "weight_study": None if content.weight_study is None else content.weight_study.as_json(),
         "kv_study": None if content.kv_study is None else asdict(content.kv_study),
         "linear_block": None if content.choice is None else _choice(content.choice),
         "rank_sweep": None if content.rank_sweep is None else asdict(content.rank_sweep),

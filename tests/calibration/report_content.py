@@ -32,6 +32,7 @@ from exeunt.calibration.rank_sweep import RankPoint, RankSweep
 from exeunt.calibration.report.content import ReportContent
 from exeunt.calibration.risk import Certificate, ExitCounts
 from exeunt.calibration.thresholds import ThresholdPlan
+from exeunt.calibration.weight_study import FormName, WeightForm, WeightStudy
 from exeunt.calibration.weights_int4 import Int4Weights
 from exeunt.compression.linear_block import LinearBlock
 from exeunt.compression.manifest import BaseModelRecord, CalibrationRecord, LinearBlockRecord, Manifest
@@ -237,7 +238,27 @@ def int4_weights() -> Int4Weights:
         for block in range(4)
         for number, name in enumerate(("attention.query", "mlp.up"))
     }
-    return Int4Weights({}, quantize(torch.ones(8, 32), 32), 32, errors)
+    outputs = {key: error / 2 for key, error in errors.items()}
+    return Int4Weights({}, quantize(torch.ones(8, 32), 32), 32, errors, outputs, "gptq")
+
+
+def weight_study() -> WeightStudy:
+    """Three ways of rounding."""
+    kinds = ("attention.query", "mlp.up", "output")
+    costs: dict[FormName, float] = {"nearest": 0.404, "gptq": 0.202, "nf4": 0.303}
+    forms = [
+        WeightForm(
+            name=name,
+            bits=5.0,
+            weight_error={kind: 0.01 + number / 1000 for number, kind in enumerate(kinds)},
+            output_error={kind: cost / 100 + number / 1000 for number, kind in enumerate(kinds)},
+            perplexity=about(20 + cost),
+            increase=about(cost, 0.05),
+            kl=about(0.01),
+        )
+        for name, cost in costs.items()
+    ]
+    return WeightStudy(1000, 7, 32, about(20.0), tuple(forms))
 
 
 def manifest(name: str = "tiny") -> Manifest:
@@ -325,6 +346,7 @@ def content(name: str = "tiny") -> ReportContent:
         rank_sweep=rank_sweep(),
         exit_screen=exit_screen(),
         written=written(),
+        weight_study=weight_study(),
     )
 
 

@@ -434,3 +434,21 @@ def test_what_was_written_is_that_of_the_record(full: ReportContent) -> None:
     ]
     assert record[1]["target"] == 0.05
     assert record[1]["sample"] == "and they lived 1"
+
+
+def test_the_ways_of_rounding_are_those_of_the_record(full: ReportContent) -> None:
+    record = json.loads(report_json(full))["weight_study"]
+    shown = table(full, "weights", "rounding")
+    assert [cell.text for cell in column(shown, "change")[1:]] == [
+        f"{form['increase']['value']:+.3f}" for form in record["forms"]
+    ]
+    assert [row[0].text for row in shown.cells() if row[0].interval == "in the bundle"] == ["GPTQ"]
+    assert [cell.text for cell in column(shown, "up, outputs")[1:]] == [
+        f"{100 * form['output_error']['mlp.up']:.3f} %" for form in record["forms"]
+    ]
+
+
+def test_weights_are_shown_without_a_comparison_too(full: ReportContent) -> None:
+    section = weights_section(replace(full, weight_study=None))
+    assert section is not None
+    assert [part.name for part in section.parts if isinstance(part, Figure)] == ["weight-errors"]
