@@ -203,7 +203,7 @@ def _losses(comparisons: Sequence[LossComparison]) -> Figure:
         "losses",
         "Selective agreement of heads trained by cross-entropy and by matching distributions",
         "Heads trained by cross-entropy to full depth's top token against heads trained to match its "
-        "distribution, same tokens in the same order. Rings mark the heads that serve.",
+        "distribution, and by half of both: same tokens in the same order. Rings mark the heads that serve.",
         paint,
         height=1.9 + 0.4 * len(comparisons),
     )
