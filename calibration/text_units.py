@@ -4,9 +4,9 @@ Tokens of one document are alike, and not only neighbours. In novels the NLL inc
 correlate at 0.3 to 0.4, whether they touch or have 32 or 64 tokens between them, and at 0.1 to 0.2 where these are
 300 to 1,800 (`python -m scripts.compare_bounds correlation`): besides what neighbours share there is what the document
 is. A gap between blocks does not undo that, so the unit is the *document*, all that a split has of it, wherever there
-are documents enough. Where there are few, what is certified can only speak of text from those documents; each is then cut
-into stretches, few and long, as batch means are made of a correlated series (Schmeiser, *Operations Research* 30, 1982:
-10 to 30 batches; more give little).
+are documents enough. Where there are few, what is certified can only speak of text from those documents; each is then
+cut into stretches, few and long, as batch means are made of a correlated series (Schmeiser, *Operations Research* 30,
+1982: 10 to 30 batches; more give little).
 """
 
 from collections.abc import Sequence
