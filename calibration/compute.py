@@ -57,6 +57,7 @@ class ComputeCost:
         self._kv = _before([kv * float(attends) for attends in attending])
         self._asked = np.array([asked_cost(head) for head in exits], np.float64)
         self._projected = np.array([projected_cost(head, spec) for head in exits], np.float64)
+        self._leaving = np.array([leaving_cost(head, spec) for head in exits], np.float64)
 
     @property
     def head(self) -> float:
@@ -81,12 +82,12 @@ class ComputeCost:
 
         With backfill the blocks behind an exit are computed too, later: what exits save then are passes.
         """
-        exits, depths = len(self._exits), self._depths[passage.left]
+        depths = self._depths[passage.left]
         through = depths if skipped_kv == "propagate" else np.full_like(depths, self._spec.blocks)
         done = self.blocks(passage.positions, through)
         if skipped_kv == "propagate":
             done += self._kv[self._spec.blocks] - self._kv[depths]
-        done += np.where(passage.left == exits, self.head, 0.0)
+        done += np.append(self._leaving, self.head)[passage.left]
         return done + self._asked @ passage.asked + self._projected @ passage.projected
 
 
@@ -97,8 +98,15 @@ def asked_cost(head: ExitHead) -> float:
 
 
 def projected_cost(head: ExitHead, spec: Architecture) -> float:
-    """Multiply-accumulates of an exit's look at the vocabulary for one token."""
-    return float(head.adapter.shape[0] * spec.vocab_size)
+    """Multiply-accumulates of an exit's look at one token: at its shortlist, or at the vocabulary; and of its judge."""
+    looked_at = spec.vocab_size if head.shortlist is None else len(head.shortlist)
+    judge = 0 if head.judge is None else head.judge.top_weight.numel() + head.judge.output_weight.numel()
+    return float(head.adapter.shape[0] * looked_at + judge)
+
+
+def leaving_cost(head: ExitHead, spec: Architecture) -> float:
+    """Multiply-accumulates of letting a token go that was looked at: the vocabulary, where the look was not at it."""
+    return float(head.adapter.shape[0] * spec.vocab_size) if head.shortlist is not None else 0.0
 
 
 def _block_linears(spec: Architecture, linear_block: LinearBlock | None, block: int) -> float:

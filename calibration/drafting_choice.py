@@ -11,7 +11,7 @@ token, which is on the careful side: in text, tokens that are easy to draft come
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
@@ -34,10 +34,20 @@ class PassCosts:
     tokens of one row as `DEEP_TOKENS` says through the blocks behind it and the head.
     """
 
-    gate: float  # a whole gate that projects nothing
-    projection: float  # what a gate that projects costs more
+    gate: float  # a whole gate that looks at nobody
+    projection: float  # what a look costs more: at the whole vocabulary, or at a shortlist
     shallow: Mapping[int, float]
     deep: Mapping[int, tuple[float, ...]]
+    leaving: float = (
+        0.0  # what a token that leaves costs beyond a look: its logits, where the look had a shortlist's
+    )
+    looks: tuple[tuple[int, float], ...] = ()  # what looks would cost with shortlists of other sizes
+
+    def with_shortlist(self, size: int | None) -> "PassCosts":
+        """The costs with a shortlist of one of the sizes of `looks`; None: as they are."""
+        if size is None:
+            return self
+        return replace(self, projection=dict(self.looks)[size], leaving=self.projection)
 
     def deep_pass(self, depth: int, tokens: int) -> float:
         """The time of a pass over `tokens` tokens from `depth` blocks on."""
@@ -84,7 +94,7 @@ def draft_speed(rates: DraftRates, depth: int, length: int, costs: PassCosts) ->
     tokens = np.cumsum(rates.acceptance**drafts)
     asked = np.minimum(drafts + 1, length)
     deep = np.array([costs.deep_pass(depth, int(each) + 1) for each in drafts])
-    gate = costs.gate + rates.projected * costs.projection
+    gate = costs.gate + rates.projected * costs.projection + rates.drafted * costs.leaving
     seconds = (drafts + 1) * costs.shallow[depth] + asked * gate + deep
     return float(chance @ tokens / (chance @ seconds))
 

@@ -6,7 +6,7 @@ half of the tokens may agree and almost none may leave safely, while all of them
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Final
 
@@ -22,9 +22,18 @@ MOST_EXITS: Final = 2
 class ExitCosts:
     """What exits cost per token, in units of one block (see `exeunt.calibration.exit_costs`)."""
 
-    gate: float  # a whole gate that projects nothing: norm, adapter, probe and the call
-    projection: float  # the output matrix, and how sure its logits are
+    gate: float  # a whole gate that looks at nobody: norm, adapter, probe and the call
+    projection: float  # a look in vain: the output matrix, or a shortlist of it, and how sure its logits are
     skipped_kv: float  # keys and values of one skipped block
+    leaving: float = 0.0  # a look at a token that leaves, beyond the projection it owes anyway
+    looks: tuple[tuple[int, float], ...] = ()  # what looks in vain would cost with shortlists of other sizes
+
+    def with_shortlist(self, size: int | None) -> "ExitCosts":
+        """The costs with a shortlist of one of the sizes of `looks`; None: as they are."""
+        if size is None:
+            return self
+        look = dict(self.looks)[size]
+        return replace(self, projection=look, leaving=look)
 
 
 LEAST_SAVING: Final = 0.005
@@ -53,6 +62,7 @@ def net_saving(
         vain = passing & (view.projects[place] >= threshold) & ~leaves
         saved += (blocks - depth) * (1.0 - costs.skipped_kv) * int(leaves.sum())
         saved -= costs.gate * int(passing.sum()) + costs.projection * int(vain.sum())
+        saved -= costs.leaving * int(leaves.sum())
         passing &= ~leaves
     tokens = int(may_leave.sum())
     return saved / (tokens * blocks) if tokens else 0.0

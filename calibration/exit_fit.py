@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from exeunt.calibration.block_fit import Moments, ridge_map
+from exeunt.calibration.exit_choice import ExitCosts
 from exeunt.calibration.exit_records import FittedExit as FittedExit
 from exeunt.calibration.exit_records import read_exit, read_head, write_exit, write_head
 from exeunt.calibration.exit_training import (
@@ -24,6 +25,7 @@ from exeunt.calibration.gate_training import ProbeTraining, planned_gate_tokens,
 from exeunt.calibration.journal import Journal, NoJournal
 from exeunt.calibration.loss_comparison import LossComparison, compare_losses
 from exeunt.calibration.progress import ProgressReport
+from exeunt.calibration.shortlist_choice import choose_shortlist, planned_shortlist_tokens
 from exeunt.calibration.teacher_forcing import ForcedModel
 from exeunt.compression.decoder import Decoder
 from exeunt.compression.exits import ExitNorm
@@ -88,31 +90,60 @@ def fit_exits(
     compared: Collection[int] = (),
     risks: Sequence[float] = (),
     journal: Journal | None = None,
+    costs: ExitCosts | None = None,
 ) -> tuple[FittedExit, ...]:
     """Train an exit behind every block of `data.states`, shallowest first. `norm` is the model's final one.
 
     Gradients need a full-precision output matrix, `teacher`'s; what is judged goes through the deployed one, `model`'s.
     Behind the blocks `compared` heads are trained by each loss alone, too, and what may leave at `risks` is compared;
-    the best head serves. What `journal` knows is not done again, heads and exits one by one.
+    the best head serves. What `journal` knows is not done again, heads and exits one by one. With `costs` a shortlist
+    of tokens may decide at all exits, where that is expected to save more; without, the whole vocabulary does.
     """
     journal = journal or NoJournal()
     project = training_projection(model, teacher)
     held = {block: read_exit(journal, norm, block) for block in sorted(data.states)}
     missing = [block for block, found in held.items() if found is None]
     heads = _heads(norm, data.only(missing), project, head_training, seed, progress, compared, risks, journal)
-    rest_tokens, select_tokens = data.fit_tokens - data.head_tokens, len(data.top) - data.fit_tokens
-    work = len(missing) * planned_gate_tokens(rest_tokens, select_tokens, probe_training)
+    trained = {block: head for block, (head, _) in heads.items()}
+    trained |= {block: found.training for block, found in held.items() if found is not None}
+    unseen = {block: _unseen(trained[block], norm, data) for block in missing}
+    select_tokens = len(data.top) - data.fit_tokens
+    listing = costs if len(missing) == len(held) else None  # or those that are held say what decides
+    work = 0 if listing is None else planned_shortlist_tokens(len(trained), select_tokens)
+    work += sum(
+        planned_gate_tokens(data.fit_tokens - unseen[block], select_tokens, probe_training)
+        for block in missing
+    )
     with progress.phase("Training exit gates", work) as advance:
+        shortlist = next((found.head.shortlist for found in held.values() if found is not None), None)
+        if listing is not None:
+            shortlist = choose_shortlist(
+                trained,
+                data.select,
+                data.top[: data.fit_tokens],
+                model.decoder.spec.vocab_size,
+                project,
+                model.blocks,
+                listing,
+                risks,
+                advance,
+            ).shortlist
         for block in missing:
-            rest, select = data.fit(block).rows(slice(data.head_tokens, None)), data.select(block)
-            trained, losses = heads[block]
+            rest, select = data.fit(block).rows(slice(unseen[block], None)), data.select(block)
+            generator = _generator(seed, block, 1)
             head, quality = train_gate(
-                block, trained, rest, select, project, probe_training, _generator(seed, block, 1), advance
+                block, trained[block], rest, select, project, probe_training, generator, advance, shortlist
             )
-            fitted = FittedExit(head.to("cpu", torch.float32), trained, quality, losses)
+            fitted = FittedExit(head.to("cpu", torch.float32), trained[block], quality, heads[block][1])
             write_exit(journal, fitted)
             held[block] = fitted
     return tuple(found for found in held.values() if found is not None)
+
+
+def _unseen(head: TrainedHead, norm: ExitNorm, data: ExitData) -> int:
+    """The first token of the fit split that `head` was not trained on: 0 where it is still the model's own."""
+    own = not bool(head.adapter.any()) and torch.equal(head.norm.weight, norm.weight)
+    return 0 if own else data.head_tokens
 
 
 def _heads(

@@ -10,10 +10,11 @@ from exeunt.calibration.drafting_choice import PassCosts
 from exeunt.calibration.exit_choice import ExitCosts
 from exeunt.calibration.exit_fit import ExitData
 from exeunt.calibration.exit_screen import ExitScreen, ScreenSize, kept_blocks, screen_exits, screen_work
+from exeunt.calibration.gate_training import TOPS
 from exeunt.calibration.progress import ProgressReport
 from exeunt.calibration.teacher_forcing import ForcedModel
 from exeunt.compression.architecture import Architecture
-from exeunt.compression.exits import ExitHead, ExitNorm, ExitProbe
+from exeunt.compression.exits import ExitHead, ExitJudge, ExitNorm, ExitProbe
 
 Exits = Literal["auto"] | tuple[int, ...]
 """The blocks that certified exits follow, or that calibration chooses them."""
@@ -52,7 +53,8 @@ def untrained_exit(norm: ExitNorm, block: int) -> ExitHead:
         return torch.zeros(shape, dtype=torch.float32, device=device)
 
     probe = ExitProbe(zeros(_UNITS, hidden), zeros(_UNITS), zeros(_UNITS), zeros())
-    return ExitHead(block, norm, zeros(hidden, hidden), probe, zeros(4), 0.5)
+    judge = ExitJudge(zeros(TOPS, _UNITS), zeros(_UNITS), zeros(_UNITS), zeros())
+    return ExitHead(block, norm, zeros(hidden, hidden), probe, zeros(4), 0.5, judge)
 
 
 def place_exits(

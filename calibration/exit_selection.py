@@ -73,8 +73,9 @@ def select_exits(
         view = view_gates(model.exits, states, rows, model.decoder.project_exit, advance)
     certified, choice = _among(fitted, options.exits), None
     candidates = certified
+    size = None if fitted[0].head.shortlist is None else len(fitted[0].head.shortlist)
     if options.exits == "auto":
-        costs = costs or measure_exit_costs(model)
+        costs = (costs or measure_exit_costs(model)).with_shortlist(size)
         choice = _choice(view, fitted, model.blocks, costs, certify_tokens, options, progress)
         certified = choice.kept
     plan = plan_thresholds(view.only(certified), options.targets, certify_tokens, options.confidence)
@@ -82,7 +83,7 @@ def select_exits(
         nll = _nll_plan(model, view, certified, data, rows, plan, certify_tokens, options)
         plan = replace(plan, nll=nll)
     drafts = _among(fitted, _drafting_blocks(options))
-    drafting = _drafting(model, view, fitted, drafts, passes, progress) if drafts else None
+    drafting = _drafting(model, view, fitted, drafts, passes, progress, size) if drafts else None
     return ExitSelection(
         tuple(fitted[place] for place in certified),
         plan,
@@ -138,7 +139,7 @@ def _choice(
             view, depths, blocks, costs, options.targets, certify_tokens, options.confidence, advance
         )
     progress.note(
-        f"in units of a block a gate costs {costs.gate:.2f}, a projection {costs.projection:.2f}, the keys and values "
+        f"in units of a block a gate costs {costs.gate:.2f}, a look in vain {costs.projection:.2f}, keys and values "
         f"of a skipped block {costs.skipped_kv:.2f}"
     )
     progress.note(
@@ -155,10 +156,11 @@ def _drafting(
     candidates: tuple[int, ...],
     costs: PassCosts | None,
     progress: ProgressReport,
+    shortlist: int | None = None,
 ) -> Drafting:
     exits = tuple(fitted[place] for place in candidates)
     depths = [each.head.depth for each in exits]
-    costs = costs or measure_pass_costs(model, depths)
+    costs = (costs or measure_pass_costs(model, depths)).with_shortlist(shortlist)
     choice = choose_drafting(view.only(candidates), depths, costs)
     plan, chosen = choice.plan, exits[choice.place]
     progress.note(

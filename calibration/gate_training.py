@@ -1,57 +1,59 @@
 """Gates: the probability that an exit's top token is the full model's, and how well it separates.
 
-A probe (a small perceptron on the head's state) is trained on tokens that the head was not trained on; a logistic
-regression of four weights then joins its logit with the head's own top log-odds and margin, on the select split.
-What comes out is a calibrated probability as far as the select split can tell; certificates do not rely on it.
+A probe (a small perceptron on the head's state) and its judge (the same with the largest log-probabilities added to its
+units) are trained together on tokens that the head was not trained on; a logistic regression of four weights then joins
+the judge's logit with the top log-odds and the margin of the logits that decide, on the select split. What comes out is
+a calibrated probability as far as the select split can tell; certificates do not rely on it.
+
+How well it separates is measured on tokens that neither probe nor regression has seen: the probe's training stops by a
+part of its own tokens, and of the select split each half is judged by a regression of the other.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
-from scipy import stats
 from torch import Tensor
 
 from exeunt.calibration.exit_training import Labelled, Project, TrainedHead, head_state
-from exeunt.compression.exits import ExitHead, ExitProbe
-from exeunt.kernels.exit_gate.reference import ProbeParts, confidence_of, gate_features, probe_logit_reference
+from exeunt.calibration.gate_quality import GateQuality as GateQuality
+from exeunt.calibration.gate_quality import auc as auc
+from exeunt.calibration.gate_quality import gate_quality
+from exeunt.compression.exit_output import Shortlist
+from exeunt.compression.exits import ExitHead, ExitJudge, ExitProbe
+from exeunt.kernels.exit_gate.reference import (
+    JudgeParts,
+    ProbeParts,
+    confidence_of,
+    gate_features,
+    judge_logit_reference,
+    probe_output_reference,
+    probe_units_reference,
+    top_log_probabilities,
+)
 
 SCREENS: Final = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0)
 SCREEN_RECALL: Final = 0.98
 """The probe may turn away so few of the tokens that the whole gate would let go."""
-RELIABILITY_BINS: Final = 10
+TOPS: Final = 8
+"""Log-probabilities that the judge sees."""
+STOPPING_SHARE: Final = 0.1
+"""Of the tokens that a probe is trained on, the last, which say when to stop."""
 
 
 @dataclass(frozen=True, slots=True)
 class ProbeTraining:
-    """How the probe is trained."""
+    """How the probe and its judge are trained."""
 
     units: int = 64
     steps: int = 600
     batch_tokens: int = 512
     learning_rate: float = 2e-3
-    weight_decay: float = 1e-2
+    weight_decay: float = 1e-1
     evaluations: int = 12
-
-
-@dataclass(frozen=True, slots=True)
-class GateQuality:
-    """How well a gate tells agreeing tokens from others, on the split it is judged on.
-
-    AUC is the chance that an agreeing token gets more than a disagreeing one; `reliability` holds for each
-    occupied tenth of confidence (mean confidence, share that agrees, tokens).
-    """
-
-    auc: float
-    auc_probe: float
-    auc_top: float  # of the head's own top probability alone
-    calibration_error: float  # mean distance of confidence and agreement over the tenths, weighted by tokens
-    reliability: tuple[tuple[float, float, int], ...]
-    tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +62,11 @@ class _Seen:
 
     state: Tensor  # [T, H] float32
     agrees: Tensor  # [T] bool
-    features: Tensor  # [T, 2] float32: the two features of `gate_features` that do not need the probe
+    tops: Tensor  # [T, K] float32, the largest log-probabilities of the logits that decide
+    features: Tensor  # [T, 2] float32: the two features of `gate_features` that need no opinion
+
+    def rows(self, index: slice) -> "_Seen":
+        return _Seen(self.state[index], self.agrees[index], self.tops[index], self.features[index])
 
 
 def train_gate(
@@ -72,22 +78,28 @@ def train_gate(
     training: ProbeTraining,
     generator: torch.Generator,
     advance: Callable[[int], None] = lambda _tokens: None,
+    shortlist: Shortlist | None = None,
 ) -> tuple[ExitHead, GateQuality]:
-    """The whole exit after `block`: `head` with its probe, regression and screen, and how well it separates.
+    """The whole exit after `block`: `head` with its probe, judge, regression and screen, and how well it separates.
 
-    `fit` are tokens that `head` was not trained on; the quality is measured on `select`. `advance` is told the tokens
-    looked at and trained on; they sum to `planned_gate_tokens`.
+    `fit` are tokens that `head` was not trained on; the quality is measured on `select`. Where there is a `shortlist`,
+    its logits decide; agreement is that of the whole vocabulary in any case. `advance` is told the tokens looked at and
+    trained on; they sum to `planned_gate_tokens`.
     """
-    learned, judged = (_look(head, part, project, advance) for part in (fit, select))
-    probe = _train_probe(learned, judged, training, generator, advance)
+    learned, judged = (_look(head, part, project, shortlist, advance) for part in (fit, select))
+    probe, judge = _train_probe(learned, training, generator, advance)
     with torch.no_grad():
-        logit = probe_logit_reference(judged.state, probe)
-        features = torch.cat((logit[:, None], judged.features), 1)
+        units = probe_units_reference(judged.state, probe)
+        logit = probe_output_reference(units, probe)
+        opinion = judge_logit_reference(units, judged.tops, judge)
+        features = torch.cat((opinion[:, None], judged.features), 1)
     combine = logistic_regression(features, judged.agrees)
-    confidence = confidence_of(features, combine)
-    screen = _screen_ratio(logit.sigmoid(), confidence)
-    exit_head = ExitHead(block, head.norm, head.adapter, ExitProbe(*probe), combine, screen)
-    return exit_head, gate_quality(confidence, logit, judged.features[:, 0], judged.agrees)
+    screen = _screen_ratio(logit.sigmoid(), confidence_of(features, combine))
+    exit_head = ExitHead(
+        block, head.norm, head.adapter, ExitProbe(*probe), combine, screen, ExitJudge(*judge), shortlist
+    )
+    unseen = _cross_fitted(features, judged.agrees)
+    return exit_head, gate_quality(unseen, logit, judged.features[:, 0], judged.agrees)
 
 
 def planned_gate_tokens(fit: int, select: int, training: ProbeTraining) -> int:
@@ -95,35 +107,16 @@ def planned_gate_tokens(fit: int, select: int, training: ProbeTraining) -> int:
     return fit + select + training.steps * training.batch_tokens
 
 
-def gate_quality(confidence: Tensor, probe_logit: Tensor, top: Tensor, agrees: Tensor) -> GateQuality:
-    """The quality of a gate from [T] tensors of its confidence, its parts and the truth."""
-    sure = confidence.double().cpu().numpy()
-    truth = agrees.cpu().numpy()
-    bins = np.minimum((sure * RELIABILITY_BINS).astype(int), RELIABILITY_BINS - 1)
-    table = [
-        (float(sure[bins == b].mean()), float(truth[bins == b].mean()), int((bins == b).sum()))
-        for b in range(RELIABILITY_BINS)
-        if (bins == b).any()
-    ]
-    error = sum(count * abs(said - was) for said, was, count in table) / max(1, len(sure))
-    return GateQuality(
-        auc=auc(sure, truth),
-        auc_probe=auc(probe_logit.double().cpu().numpy(), truth),
-        auc_top=auc(top.double().cpu().numpy(), truth),
-        calibration_error=error,
-        reliability=tuple(table),
-        tokens=len(sure),
+def _cross_fitted(features: Tensor, agrees: Tensor) -> Tensor:
+    """The confidence [T] of each half of the tokens by a regression of the other: neighbours are in one half."""
+    half = len(agrees) // 2
+    parts = (slice(0, half), slice(half, None))
+    return torch.cat(
+        [
+            confidence_of(features[own], logistic_regression(features[other], agrees[other]))
+            for own, other in (parts, parts[::-1])
+        ]
     )
-
-
-def auc(score: NDArray[np.float64], truth: NDArray[np.bool_]) -> float:
-    """Area under the ROC curve (Mann-Whitney, ties count half); 0.5 where all agree or none does."""
-    positive = int(truth.sum())
-    negative = len(truth) - positive
-    if positive == 0 or negative == 0:
-        return 0.5
-    ranks = stats.rankdata(score)
-    return float((ranks[truth].sum() - positive * (positive + 1) / 2) / (positive * negative))
 
 
 def logistic_regression(features: Tensor, truth: Tensor, penalty: float = 1e-2, steps: int = 50) -> Tensor:
@@ -161,50 +154,51 @@ def logistic_regression(features: Tensor, truth: Tensor, penalty: float = 1e-2, 
 
 @torch.no_grad()
 def _look(
-    head: TrainedHead, data: Labelled, project: Project, advance: Callable[[int], None], chunk: int = 2048
+    head: TrainedHead,
+    data: Labelled,
+    project: Project,
+    shortlist: Shortlist | None,
+    advance: Callable[[int], None],
+    chunk: int = 2048,
 ) -> _Seen:
-    states, agrees, features = [], [], []
+    states, agrees, tops, features = [], [], [], []
+    device = head.adapter.device
+    ids = None if shortlist is None else shortlist.ids.to(device)
     for start in range(0, data.tokens, chunk):
-        part = data.rows(slice(start, start + chunk), head.adapter.device)
+        part = data.rows(slice(start, start + chunk), device)
         state = head_state(head.norm, head.adapter, part.hidden)
         logits = project(state).float()
+        decisive = logits if ids is None else logits[:, ids]
         states.append(state.float())
         agrees.append(logits.argmax(-1) == part.top)
-        features.append(gate_features(torch.zeros_like(logits[:, 0]), logits)[:, 1:])
+        tops.append(top_log_probabilities(decisive, min(TOPS, decisive.shape[1])))
+        features.append(gate_features(torch.zeros_like(logits[:, 0]), decisive)[:, 1:])
         advance(part.tokens)
-    return _Seen(torch.cat(states), torch.cat(agrees), torch.cat(features))
+    return _Seen(torch.cat(states), torch.cat(agrees), torch.cat(tops), torch.cat(features))
 
 
 def _train_probe(
-    fit: _Seen,
-    select: _Seen,
-    training: ProbeTraining,
-    generator: torch.Generator,
-    advance: Callable[[int], None],
-) -> ProbeParts:
-    """The probe that predicts agreement from the state, stopped where it does so best on `select`."""
-    mean, spread = fit.state.mean(0), fit.state.std(0, correction=0).clamp(min=1e-6)
-    inputs, hidden = (fit.state - mean) / spread, fit.state.shape[1]
-    judged, truth = (select.state - mean) / spread, select.agrees.float()
-    device = inputs.device
-    share = float(fit.agrees.float().mean().clamp(1e-3, 1 - 1e-3))
-    weights = (
-        (torch.randn(training.units, hidden, generator=generator) / hidden**0.5).to(device),
-        torch.zeros(training.units, device=device),
-        (torch.randn(training.units, generator=generator) / training.units).to(device),
-        torch.tensor(np.log(share / (1 - share)), dtype=torch.float32, device=device),
-    )
-    for weight in weights:
-        weight.requires_grad_()
+    seen: _Seen, training: ProbeTraining, generator: torch.Generator, advance: Callable[[int], None]
+) -> tuple[ProbeParts, JudgeParts]:
+    """The probe that predicts agreement from the state, and its judge, stopped where they do so best.
+
+    Their losses are added up: they share the units, of which each needs its own reading. The last `STOPPING_SHARE` of
+    `seen` says when to stop.
+    """
+    mean, spread = seen.state.mean(0), seen.state.std(0, correction=0).clamp(min=1e-6)
+    scale = seen.tops.std(0, correction=0).clamp(min=1e-6)
+    centre = seen.tops.mean(0)
+    standard = _Seen((seen.state - mean) / spread, seen.agrees, (seen.tops - centre) / scale, seen.features)
+    cut = len(seen.agrees) - int(len(seen.agrees) * STOPPING_SHARE)
+    fit, stop = standard.rows(slice(0, cut)), standard.rows(slice(cut if cut < len(seen.agrees) else 0, None))
+    weights = _first_weights(fit, training.units, generator)
     optimizer = torch.optim.AdamW(weights, lr=training.learning_rate, weight_decay=training.weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, training.steps)
     best, kept = float("inf"), [weight.detach().clone() for weight in weights]
     every = max(1, training.steps // training.evaluations)
     for step in range(1, training.steps + 1):
-        rows = torch.randint(len(inputs), (training.batch_tokens,), generator=generator).to(device)
-        loss = F.binary_cross_entropy_with_logits(
-            probe_logit_reference(inputs[rows], weights), fit.agrees[rows].float()
-        )
+        rows = torch.randint(cut, (training.batch_tokens,), generator=generator).to(fit.state.device)
+        loss = _loss(weights, fit.state[rows], fit.tops[rows], fit.agrees[rows])
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -212,13 +206,47 @@ def _train_probe(
         advance(training.batch_tokens)
         if step % every == 0:
             with torch.no_grad():
-                missed = float(
-                    F.binary_cross_entropy_with_logits(probe_logit_reference(judged, weights), truth)
-                )
+                missed = float(_loss(weights, stop.state, stop.tops, stop.agrees))
             if missed < best:
                 best, kept = missed, [weight.detach().clone() for weight in weights]
-    first = kept[0] / spread  # the standardisation folded into the first layer
-    return first, kept[1] - first @ mean, kept[2], kept[3]
+    # the standardisation folded into the first layers
+    first, tops = kept[0] / spread, kept[4] / scale[:, None]
+    probe = first, kept[1] - first @ mean, kept[2], kept[3]
+    return probe, (tops, kept[5] - centre @ tops, kept[6], kept[7])
+
+
+def _first_weights(seen: _Seen, units: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+    """What the probe's four tensors and the judge's four begin as: both say how many agree, and little else."""
+    device, hidden, tops = seen.state.device, seen.state.shape[1], seen.tops.shape[1]
+    share = float(seen.agrees.float().mean().clamp(1e-3, 1 - 1e-3))
+
+    def drawn(*shape: int, scale: float) -> Tensor:
+        return (torch.randn(shape, generator=generator) * scale).to(device)
+
+    odds = torch.tensor(np.log(share / (1 - share)), dtype=torch.float32, device=device)
+    weights = (
+        drawn(units, hidden, scale=hidden**-0.5),
+        torch.zeros(units, device=device),
+        drawn(units, scale=1 / units),
+        odds,
+        drawn(tops, units, scale=tops**-0.5),
+        torch.zeros(units, device=device),
+        drawn(units, scale=1 / units),
+        odds.clone(),
+    )
+    for weight in weights:
+        weight.requires_grad_()
+    return weights
+
+
+def _loss(weights: Sequence[Tensor], state: Tensor, tops: Tensor, agrees: Tensor) -> Tensor:
+    """The cross-entropies of probe and judge, added up."""
+    hidden, bias, output, output_bias, *judge = weights
+    probe, truth = (hidden, bias, output, output_bias), agrees.float()
+    units = probe_units_reference(state, probe)
+    alone = F.binary_cross_entropy_with_logits(probe_output_reference(units, probe), truth)
+    opinion = judge_logit_reference(units, tops, (judge[0], judge[1], judge[2], judge[3]))
+    return alone + F.binary_cross_entropy_with_logits(opinion, truth)
 
 
 def _screen_ratio(probe: Tensor, confidence: Tensor) -> float:

@@ -221,7 +221,7 @@ class _Writer:
         gone = present[gate.leaves]
         if len(gone) == 0:
             return present, hidden
-        logits[gone] = gate.logits[gate.leaves[gate.projected]]
+        logits[gone] = gate.logits
         open_[gone] = False
         self._left[gone, self._at - self._prompt] = number
         if self._mode.skipped_kv == "backfill":

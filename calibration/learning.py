@@ -196,6 +196,7 @@ def _exits(
         compared=sorted(data.states) if options.studies.losses is None else compared,
         risks=options.targets,
         journal=task.journal,
+        costs=None if costs is None else costs.exits,
     )
     for each in exits:
         task.progress.note(

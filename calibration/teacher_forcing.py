@@ -188,11 +188,11 @@ class ForcedModel:
         for part in self._parts(len(kept)):
             gate = self.exits[number].gate(hidden[part], thresholds[part], self.decoder.project_exit)
             leaves[part] = gate.leaves
-            projected = torch.zeros_like(gate.leaves)
-            projected[gate.projected] = True
-            asked(number, kept[part], projected)
+            looked = torch.zeros_like(gate.leaves)
+            looked[gate.looked] = True
+            asked(number, kept[part], looked)
             if bool(gate.leaves.any()):
-                sink(number, kept[part][gate.leaves], gate.logits[gate.leaves[gate.projected]])
+                sink(number, kept[part][gate.leaves], gate.logits)
         return leaves
 
     def _final_logits(self, hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:

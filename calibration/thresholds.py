@@ -160,16 +160,19 @@ def view_of(
 def gate_reach(
     head: ExitHead, data: Labelled, project: Callable[[Tensor], Tensor], least: float = 0.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The largest threshold at which each token leaves, at which it is projected, and whether leaving is right.
+    """The largest threshold at which each token leaves, at which it is looked at, and whether leaving is right.
 
-    Tokens that leave at no threshold from `least` on are not projected: they have any lower reach, and no agreement.
+    `project` gives logits of the whole vocabulary, of which those of the head's shortlist decide. Tokens that leave at
+    no threshold from `least` on are not looked at: they have any lower reach, and no agreement.
     """
-    state, logit = head.read(data.hidden)
+    reading = head.inspect(data.hidden)
+    logit = reading.probe_logit
     screened = logit.sigmoid() / head.screen_ratio if head.screen_ratio > 0 else torch.ones_like(logit)
     asked = screened >= least
-    logits = project(state[asked]).float()
+    seen = reading.rows(asked)
+    logits = project(seen.state).float()
     reach, agrees = screened.clone(), torch.zeros_like(asked)
-    reach[asked] = torch.minimum(head.confidence(logit[asked], logits), screened[asked])
+    reach[asked] = torch.minimum(head.confidence(seen, head.decisive(logits).contiguous()), screened[asked])
     agrees[asked] = logits.argmax(-1) == data.top[asked]
     return reach, screened, agrees
 

@@ -33,9 +33,15 @@ from exeunt.compression.bundle import (
     needed_files,
     unseen,
 )
-from exeunt.compression.exits import ExitHead, exit_metadata, exit_tensors
+from exeunt.compression.exits import ExitHead, exit_metadata, exit_tensors, needs_newest_format
 from exeunt.compression.linear_block import LinearBlock, linear_block_tensors
-from exeunt.compression.manifest import FileRecord, Manifest, manifest_json
+from exeunt.compression.manifest import (
+    FORMAT_VERSION,
+    PLAIN_VERSION,
+    FileRecord,
+    Manifest,
+    manifest_json,
+)
 from exeunt.compression.tensor_file import HashingWriter, WrittenFile, write_tensors
 
 # What a checkpoint's folder may hold besides weights, and a bundle takes over as it is.
@@ -132,7 +138,8 @@ def _write_files(directory: Path, contents: BundleContents, advance: Advance) ->
     written[REPORT_HTML] = _write_bytes(directory / REPORT_HTML, contents.report_html.encode())
     written[REPORT_JSON] = _write_bytes(directory / REPORT_JSON, contents.report_json.encode())
     records = {name: FileRecord(sha256=file.sha256, bytes=file.bytes) for name, file in written.items()}
-    manifest = contents.manifest.model_copy(update={"files": records})
+    version = FORMAT_VERSION if needs_newest_format(contents.exits) else PLAIN_VERSION
+    manifest = contents.manifest.model_copy(update={"files": records, "format_version": version})
     _check_complete(manifest)
     _write_bytes(directory / MANIFEST, manifest_json(manifest).encode())
     return manifest

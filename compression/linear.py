@@ -6,7 +6,7 @@ from typing import Literal, Protocol
 from torch import Tensor
 
 from exeunt.kernels.full_linear import full_linear
-from exeunt.kernels.int4_linear import Int4Weight, PackedWeight, int4_linear, pack
+from exeunt.kernels.int4_linear import Int4Weight, PackedWeight, int4_linear, pack, pick
 
 
 class Linear(Protocol):
@@ -32,6 +32,10 @@ class Linear(Protocol):
         """The layer of outputs `start` to `stop` - 1 alone, sharing this one's tensors."""
         ...
 
+    def pick(self, outputs: Tensor) -> "Linear":
+        """The layer of some outputs alone, [n] int64 in the order wanted: copies of this one's weights."""
+        ...
+
 
 class FullLinear:
     """A linear layer in the model's own dtype."""
@@ -55,6 +59,10 @@ class FullLinear:
     def rows(self, start: int, stop: int) -> "FullLinear":
         """The layer of outputs `start` to `stop` - 1: views of this one's weight and bias, no copies."""
         return FullLinear(self.weight[start:stop], self.bias[start:stop] if self.bias is not None else None)
+
+    def pick(self, outputs: Tensor) -> "FullLinear":
+        """The layer of some outputs alone, [n] int64 in the order wanted: copies of this one's weight and bias."""
+        return FullLinear(self.weight[outputs], None if self.bias is None else self.bias[outputs])
 
     @property
     def nbytes(self) -> int:
@@ -89,6 +97,19 @@ class Int4Linear:
         bias = self.bias[first : stop + self.skipped] if self.bias is not None else None
         part = Int4Linear.__new__(Int4Linear)
         part._hold(weight, bias, start + self.skipped - first)
+        return part
+
+    def pick(self, outputs: Tensor) -> "Int4Linear":
+        """The layer of some outputs alone, [n] int64 in the order wanted: copies of this one's codes and bias.
+
+        With the native kernel its results are the whole layer's bits.
+        """
+        part = Int4Linear.__new__(Int4Linear)
+        part._hold(
+            pick(self.weight, outputs + self.skipped),
+            None if self.bias is None else self.bias[outputs + self.skipped],
+            0,
+        )
         return part
 
     def _hold(self, weight: PackedWeight, bias: Tensor | None, skipped: int) -> None:

@@ -16,8 +16,12 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationErro
 
 from exeunt.compression.variant import KVFormat, SkippedKV, Variant, WeightFormat
 
-FORMAT_VERSION: Final = 2
-"""2: an exit may be there for drafts alone. A reader of 1 would let tokens of the approximate mode leave at it."""
+FORMAT_VERSION: Final = 3
+"""3: exits may decide by a judge, and by the logits of a shortlist. A reader of 2 would overlook both, and weigh what
+their regression was not fitted to."""
+PLAIN_VERSION: Final = 2
+"""What is written where exits have neither, so that older readers take it. 2: an exit may be there for drafts alone. A
+reader of 1 would let tokens of the approximate mode leave at it."""
 CHECKSUM_KEY: Final = "manifest_sha256"
 BUNDLE_KIND: Final = "exeunt-bundle"
 
@@ -233,7 +237,7 @@ class Manifest(Record):
     """The contents of `manifest.json`."""
 
     kind: Literal["exeunt-bundle"] = BUNDLE_KIND
-    format_version: int = FORMAT_VERSION
+    format_version: int = PLAIN_VERSION  # `write_bundle` raises it where the exits need it
     created: AwareDatetime
     exeunt_version: str
     base_model: BaseModelRecord

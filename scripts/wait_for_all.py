@@ -17,7 +17,7 @@ class UnanimousExit(ExitHead):
         found = super().gate(hidden, thresholds, project)
         if bool(found.leaves.all()):
             return found
-        return replace(found, leaves=torch.zeros_like(found.leaves))
+        return replace(found, leaves=torch.zeros_like(found.leaves), logits=found.logits[:0])
 
 
 def waiting_for_all(model: LoadedModel) -> LoadedModel:

@@ -282,18 +282,16 @@ class Runner:
         thresholds = [tokens[i][0].threshold for i in gated]
         asked = torch.from_numpy(np.array(thresholds, dtype=np.float32)).to(self._device)
         gate = self._model.exits[stage].gate(states, asked, decoder.project_exit)
-        leaves, projected = gate.leaves.tolist(), gate.projected.tolist()
+        leaves = gate.leaves.tolist()
         run.gated, run.gate_seconds = len(gated), time.perf_counter() - began
-        chosen = [number for number, index in enumerate(projected) if leaves[index]]
-        if not chosen:
+        leaving = [index for index, leave in zip(gated, leaves, strict=True) if leave]
+        if not leaving:
             return [], gate.logits[:0]
-        leaving = [gated[projected[number]] for number in chosen]
-        logits = selected(gate.logits, chosen)
         for i in leaving:
             row, position = tokens[i]
             row.left.add(position)
-        self._emit([tokens[i] for i in leaving], logits, stage, run)
-        return leaving, logits
+        self._emit([tokens[i] for i in leaving], gate.logits, stage, run)
+        return leaving, gate.logits
 
     def _propagate(
         self, stage: int, decoder: Decoder, pages: KVPages, batch: TickBatch, left: list[int]

@@ -2,5 +2,6 @@
 
 from exeunt.kernels.exit_gate.dispatch import ExitWeights, exit_state, gate_confidence
 from exeunt.kernels.exit_gate.gate import GateRule, exit_gate
+from exeunt.kernels.exit_gate.judge import JudgeWeights
 
-__all__ = ["ExitWeights", "GateRule", "exit_gate", "exit_state", "gate_confidence"]
+__all__ = ["ExitWeights", "GateRule", "JudgeWeights", "exit_gate", "exit_state", "gate_confidence"]

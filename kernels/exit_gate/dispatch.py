@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from exeunt.kernels.exit_gate.judge import JudgeStruct, JudgeWeights
 from exeunt.kernels.exit_gate.reference import (
     LEAST_DOUBT,
     exit_state_reference,
@@ -92,10 +93,11 @@ class ExitWeights:
         )
 
 
-def exit_state(hidden: Tensor, weights: ExitWeights) -> tuple[Tensor, Tensor]:
-    """Return n + A n [tokens, size] of hidden [tokens, size], n its norm, and the probe's logit [tokens] float32.
+def exit_state(hidden: Tensor, weights: ExitWeights) -> tuple[Tensor, Tensor, Tensor]:
+    """Return n + A n [tokens, size] of hidden [tokens, size], n its norm, the probe's logit [tokens] and its units.
 
-    Raises ValueError where hidden has another width than the weights.
+    The units [tokens, units] are those before GELU; they and the logit are float32. Raises ValueError where hidden has
+    another width than the weights.
     """
     if hidden.dim() != 2 or hidden.shape[1] != weights.norm.shape[0]:
         raise ValueError(f"hidden is {list(hidden.shape)}, expected [tokens, {weights.norm.shape[0]}]")
@@ -121,32 +123,45 @@ def exit_state(hidden: Tensor, weights: ExitWeights) -> tuple[Tensor, Tensor]:
         DTYPE_CODES[dtype],
         torch.get_num_threads(),
     )
-    return state, logits
+    return state, logits, wide[rows * size :].view(rows, -1)
 
 
-def gate_confidence(probe_logit: Tensor, logits: Tensor, combine: Tensor) -> Tensor:
+def gate_confidence(
+    probe_logit: Tensor,
+    logits: Tensor,
+    combine: Tensor,
+    units: Tensor | None = None,
+    judge: JudgeWeights | None = None,
+) -> Tensor:
     """Return the probability [K] float32 that each row's top token is the full model's.
 
     `probe_logit` [K] and `logits` [K, V], V at least 2, are float32; `combine` [4] weighs the features and a constant.
+    A judge reads the probe's `units` [K, units] float32 too, and needs as many logits as it looks at.
     Raises ValueError for other shapes, TypeError for other dtypes.
     """
-    tensors = (probe_logit, logits, combine)
+    tensors = (probe_logit, logits, combine, *(() if units is None else (units,)))
     rows = probe_logit.shape[0] if probe_logit.dim() == 1 else -1
     if logits.dim() != 2 or logits.shape[0] != rows or logits.shape[1] < 2 or combine.shape != (4,):
         raise ValueError(
             f"probe logits {list(probe_logit.shape)}, logits {list(logits.shape)} and combine {list(combine.shape)} "
             "are not [K], [K, V] with V at least 2, and [4]"
         )
+    if judge is not None:
+        judge.check(units, rows, logits.shape[1])
     if any(tensor.dtype != torch.float32 for tensor in tensors):
-        raise TypeError(f"probe logits, logits and combine are {_dtypes(tensors)}, expected float32")
-    library = _library(*tensors)
-    if library is None or not all(tensor.is_contiguous() and tensor.is_cpu for tensor in tensors):
-        return gate_confidence_reference(probe_logit, logits, combine)
+        raise TypeError(f"probe logits, logits, combine and units are {_dtypes(tensors)}, expected float32")
+    parts = None if judge is None else judge.parts
+    library, struct = _library(*tensors, *(parts or ())), JudgeStruct() if judge is None else judge.native
+    dense = all(tensor.is_contiguous() and tensor.is_cpu for tensor in tensors)
+    if library is None or struct is None or not dense:
+        return gate_confidence_reference(probe_logit, logits, combine, units, parts)
     out = torch.empty(logits.shape[0])
     library.gate_confidence(
         out.data_ptr(),
         logits.data_ptr(),
         probe_logit.data_ptr(),
+        None if units is None else units.data_ptr(),
+        ctypes.addressof(struct),
         combine.data_ptr(),
         *logits.shape,
         LEAST_DOUBT,

@@ -1,4 +1,4 @@
-"""A whole gate in one native call: state, probe, the projection of the rows that pass the screen, confidence.
+"""A whole gate in one native call: state, probe, a look at the rows that pass the screen, logits of those that leave.
 
 Called one operation at a time a gate of a small model takes several times as long as its arithmetic. The reference is
 `exeunt.compression.exits.ExitHead.gate`, which strings the same kernels together.
@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from exeunt.kernels.exit_gate.dispatch import ExitStruct, ExitWeights
+from exeunt.kernels.exit_gate.judge import JudgeStruct, JudgeWeights
 from exeunt.kernels.exit_gate.reference import LEAST_DOUBT
 from exeunt.kernels.native.descriptors import Matrix
 from exeunt.kernels.native.library import DTYPE_CODES, native_library
 
 _MOST_LOGITS = 1 << 26  # room is made for every row's logits at once: 256 MB
 
-_pointer = ctypes.c_void_p
+_pointer, _long = ctypes.c_void_p, ctypes.c_int64
 
 
 class _Gate(ctypes.Structure):
@@ -26,6 +27,8 @@ class _Gate(ctypes.Structure):
     _fields_ = (
         ("weights", ExitStruct),
         ("output", Matrix),
+        ("shortlist", Matrix),
+        ("judge", JudgeStruct),
         ("combine", _pointer),
         ("screen_ratio", ctypes.c_double),
         ("least_doubt", ctypes.c_double),
@@ -38,34 +41,50 @@ class _Decisions(ctypes.Structure):
     _fields_ = (
         ("confidence", _pointer),
         ("leaves", _pointer),
-        ("projected", _pointer),
+        ("looked", _pointer),
         ("logits", _pointer),
     )
+
+
+class _Counts(ctypes.Structure):
+    """`struct Counts`."""
+
+    _fields_ = (("looked", _long), ("left", _long))
 
 
 @dataclass(frozen=True, slots=True)
 class GateRule:
     """What decides once an exit's state is read: `combine` [4] float32 weighs the features and a constant.
 
-    A row whose probe says less than `screen_ratio` × its threshold is not projected.
+    A row whose probe says less than `screen_ratio` × its threshold is not looked at. The first feature is the judge's
+    logit, or the probe's where there is no judge.
     """
 
     combine: Tensor
     screen_ratio: float
+    judge: JudgeWeights | None = None
 
 
 def exit_gate(
-    hidden: Tensor, thresholds: Tensor, weights: ExitWeights, rule: GateRule, output: Matrix
+    hidden: Tensor,
+    thresholds: Tensor,
+    weights: ExitWeights,
+    rule: GateRule,
+    output: Matrix,
+    shortlist: Matrix | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-    """Return confidence [T] float32, leaves [T] bool, projected [K] int64, logits [K, V] float32; None where it cannot.
+    """Return confidence [T] float32, leaves [T] bool, looked [K] int64, logits [L, V] float32; None where it cannot.
 
-    `hidden` [T, size] is of the weights' dtype, `thresholds` [T] float32. `output` is of that dtype or INT4 and must
-    stay alive with what it points to. It cannot without native kernels, on another device, where gradients are wanted,
-    and for so many rows that room for all their logits would be too much. Raises ValueError where sizes do not fit.
+    Looked at are rows that pass the screen, and the logits are those of the L rows that leave, by `output`. What
+    decides are the logits by `shortlist`, some of its rows, or by `output` itself where there is none. `hidden`
+    [T, size] is of the weights' dtype, `thresholds` [T] float32; both matrices are of that dtype or INT4 and must stay
+    alive with what they point to. It cannot without native kernels, on another device, where gradients are wanted, and
+    for so many rows that room for all their logits would be too much. Raises ValueError where sizes do not fit.
     """
     library, struct, (rows, size) = native_library(), weights.native, hidden.shape
+    judge = JudgeStruct() if rule.judge is None else rule.judge.native
     tensors, outputs = (hidden, thresholds, rule.combine), int(output.outputs)
-    if library is None or struct is None or rows * outputs > _MOST_LOGITS:
+    if library is None or struct is None or judge is None or rows * outputs > _MOST_LOGITS:
         return None
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return None
@@ -73,37 +92,67 @@ def exit_gate(
         return None
     if any(tensor.dtype != torch.float32 for tensor in tensors[1:]):
         return None
-    if size != struct.size or output.inputs != size or outputs < 2:
-        raise ValueError(
-            f"hidden is {list(hidden.shape)} and the output matrix takes {output.inputs} and gives {outputs}, expected "
-            f"[tokens, {struct.size}], {struct.size} and at least 2"
-        )
-    if thresholds.shape != (rows,) or rule.combine.shape != (4,):
-        raise ValueError(
-            f"thresholds are {list(thresholds.shape)} and combine is {list(rule.combine.shape)}, expected [{rows}] "
-            "and [4]"
-        )
+    decisive = output if shortlist is None else shortlist
+    _check_sizes(tensors, struct, rule, output, decisive)
     hidden, thresholds, combine = (tensor.contiguous() for tensor in tensors)
     confidence, leaves = torch.empty(rows), torch.empty(rows, dtype=torch.bool)
-    projected, logits = torch.empty(rows, dtype=torch.int64), torch.empty(rows, outputs)
-    narrow = 2 * size + (0 if hidden.dtype == torch.float32 else outputs)
-    scratch, wide = (
-        torch.empty(rows * narrow, dtype=hidden.dtype),
-        torch.empty(rows * (size + struct.units + 2)),
+    looked, logits = torch.empty(rows, dtype=torch.int64), torch.empty(rows, outputs)
+    listed = 0 if shortlist is None else int(shortlist.outputs)
+    narrow = 2 * size + (0 if hidden.dtype == torch.float32 else max(outputs, listed))
+    scratch = torch.empty(rows * narrow, dtype=hidden.dtype)
+    wide = torch.empty(rows * (size + struct.units + 2 + listed))
+    counts = _Counts()
+    gate = _Gate(
+        struct,
+        output,
+        shortlist or Matrix(),
+        judge,
+        combine.data_ptr(),
+        rule.screen_ratio,
+        LEAST_DOUBT,
     )
-    count = ctypes.c_int64()
     library.exit_gate(
         ctypes.byref(
-            _Decisions(confidence.data_ptr(), leaves.data_ptr(), projected.data_ptr(), logits.data_ptr())
+            _Decisions(confidence.data_ptr(), leaves.data_ptr(), looked.data_ptr(), logits.data_ptr())
         ),
-        ctypes.byref(count),
+        ctypes.byref(counts),
         hidden.data_ptr(),
         thresholds.data_ptr(),
-        ctypes.byref(_Gate(struct, output, combine.data_ptr(), rule.screen_ratio, LEAST_DOUBT)),
+        ctypes.byref(gate),
         rows,
         scratch.data_ptr(),
         wide.data_ptr(),
         DTYPE_CODES[hidden.dtype],
         torch.get_num_threads(),
     )
-    return confidence, leaves, projected[: count.value], logits[: count.value]
+    return confidence, leaves, looked[: counts.looked], logits[: counts.left]
+
+
+def _check_sizes(
+    tensors: tuple[Tensor, Tensor, Tensor],
+    struct: ExitStruct,
+    rule: GateRule,
+    output: Matrix,
+    decisive: Matrix,
+) -> None:
+    """Raise ValueError where sizes do not fit each other."""
+    hidden, thresholds, combine = tensors
+    rows, size = hidden.shape
+    for matrix in (output, decisive):
+        if size != struct.size or matrix.inputs != size or matrix.outputs < 2:
+            raise ValueError(
+                f"hidden is {list(hidden.shape)} and the output matrix takes {matrix.inputs} and gives "
+                f"{matrix.outputs}, expected [tokens, {struct.size}], {struct.size} and at least 2"
+            )
+    if decisive.outputs > output.outputs:
+        raise ValueError(f"the shortlist gives {decisive.outputs} of only {output.outputs} logits")
+    if thresholds.shape != (rows,) or combine.shape != (4,):
+        raise ValueError(
+            f"thresholds are {list(thresholds.shape)} and combine is {list(combine.shape)}, expected [{rows}] and [4]"
+        )
+    judge = rule.judge
+    if judge is not None and (judge.units != struct.units or judge.count > decisive.outputs):
+        raise ValueError(
+            f"the judge reads {judge.units} units and {judge.count} logits, the probe has {struct.units} and the "
+            f"matrix that decides gives {decisive.outputs}"
+        )

@@ -17,12 +17,18 @@ ProbeParts = tuple[Tensor, Tensor, Tensor, Tensor]
 """A perceptron with GELU: hidden weight [units, size] and bias [units], output weight [units] and bias []."""
 
 
+JudgeParts = tuple[Tensor, Tensor, Tensor, Tensor]
+"""A probe's second opinion: what each of the K largest log-probabilities adds to its units [K, units], a bias of the
+units [units], output weight [units] and bias []."""
+
+
 def exit_state_reference(
     hidden: Tensor, norm: NormParts, adapter: Tensor, probe: ProbeParts
-) -> tuple[Tensor, Tensor]:
-    """Return the state of hidden [tokens, size] and the probe's logit of it [tokens] float32."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the state of hidden [tokens, size], the probe's logit of it [tokens] and its units [tokens, units]."""
     state = adapted_state_reference(hidden, norm, adapter)
-    return state, probe_logit_reference(state, probe)
+    units = probe_units_reference(state, probe)
+    return state, probe_output_reference(units, probe), units
 
 
 def adapted_state_reference(hidden: Tensor, norm: NormParts, adapter: Tensor) -> Tensor:
@@ -36,29 +42,60 @@ def adapted_state_reference(hidden: Tensor, norm: NormParts, adapter: Tensor) ->
     return normed + F.linear(normed, adapter)
 
 
+def probe_units_reference(state: Tensor, probe: ProbeParts) -> Tensor:
+    """Return the probe's hidden units for rows of state [tokens, size], before GELU: [tokens, units] float32."""
+    return F.linear(state.float(), probe[0], probe[1])
+
+
+def probe_output_reference(units: Tensor, probe: ProbeParts) -> Tensor:
+    """Return the probe's logit for rows of its units [tokens, units] before GELU: [tokens] float32."""
+    return torch.addmv(probe[3], F.gelu(units), probe[2])
+
+
 def probe_logit_reference(state: Tensor, probe: ProbeParts) -> Tensor:
     """Return the probe's logit of each row of state [tokens, size]: [tokens] float32."""
-    hidden_weight, hidden_bias, output_weight, output_bias = probe
-    units = F.gelu(F.linear(state.float(), hidden_weight, hidden_bias))
-    return torch.addmv(output_bias, units, output_weight)
+    return probe_output_reference(probe_units_reference(state, probe), probe)
 
 
-def gate_features(probe_logit: Tensor, logits: Tensor) -> Tensor:
+def top_log_probabilities(logits: Tensor, count: int) -> Tensor:
+    """Return the `count` largest log-probabilities of each row of logits [K, V] float32, descending: [K, count]."""
+    return torch.log_softmax(logits, -1).topk(count, dim=-1).values
+
+
+def judge_logit_reference(units: Tensor, tops: Tensor, judge: JudgeParts) -> Tensor:
+    """Return w · GELU(u + T t + c) + b for the probe's units u [K, units] and log-probabilities t [K, count]: [K]."""
+    weight, hidden_bias, output_weight, output_bias = judge
+    return torch.addmv(output_bias, F.gelu(torch.addmm(units + hidden_bias, tops, weight)), output_weight)
+
+
+def gate_features(opinion: Tensor, logits: Tensor) -> Tensor:
     """Return the features of the gate's logistic regression for rows of logits [K, V] float32: [K, 3].
 
-    `probe_logit` [K] as it is; the log-odds log(p / (1 - p)) of the exit's own top probability p; the distance between
-    its two largest raw logits.
+    `opinion` [K], the judge's logit or the probe's, as it is; the log-odds log(p / (1 - p)) of the exit's own top
+    probability p; the distance between its two largest raw logits.
     """
     # log_softmax is one fused pass, and exact where the top probability is near 1
     first, second = torch.log_softmax(logits, -1).topk(2, dim=-1).values.unbind(1)
     log_p = first.clamp(max=LEAST_DOUBT)
     log_odds = log_p - torch.log(-torch.expm1(log_p))
-    return torch.stack((probe_logit, log_odds, first - second), dim=1)
+    return torch.stack((opinion, log_odds, first - second), dim=1)
 
 
-def gate_confidence_reference(probe_logit: Tensor, logits: Tensor, combine: Tensor) -> Tensor:
-    """Return the probability [K] float32 that the rows' top tokens are the full model's; `combine` [4]."""
-    return confidence_of(gate_features(probe_logit, logits), combine)
+def gate_confidence_reference(
+    probe_logit: Tensor,
+    logits: Tensor,
+    combine: Tensor,
+    units: Tensor | None = None,
+    judge: JudgeParts | None = None,
+) -> Tensor:
+    """Return the probability [K] float32 that the rows' top tokens are the full model's; `combine` [4].
+
+    A judge reads the probe's `units` [K, units], and its logit takes the place of `probe_logit` [K].
+    """
+    opinion = probe_logit
+    if judge is not None and units is not None:
+        opinion = judge_logit_reference(units, top_log_probabilities(logits, judge[0].shape[0]), judge)
+    return confidence_of(gate_features(opinion, logits), combine)
 
 
 def confidence_of(features: Tensor, combine: Tensor) -> Tensor:

@@ -1,8 +1,10 @@
 """The public INT4 linear: picks the version by how the weight was packed."""
 
+from dataclasses import replace
+
 from torch import Tensor
 
-from exeunt.kernels.int4_linear.native import PackedInt4, int4_linear_native, pack_panels
+from exeunt.kernels.int4_linear.native import PackedInt4, int4_linear_native, pack_panels, pick_outputs
 from exeunt.kernels.int4_linear.reference import int4_linear_reference
 from exeunt.kernels.int4_linear.weight import Int4Weight
 from exeunt.kernels.native.library import native_library
@@ -18,6 +20,14 @@ def pack(weight: Int4Weight) -> PackedWeight:
     """
     library = native_library() if weight.codes.is_cpu else None
     return weight if library is None else pack_panels(weight, library)
+
+
+def pick(weight: PackedWeight, outputs: Tensor) -> PackedWeight:
+    """Return a weight of some outputs alone, [n] int64 in the order wanted: copies of the whole weight's own codes."""
+    if isinstance(weight, PackedInt4):
+        return pick_outputs(weight, outputs)
+    codes, scales, offsets = (part[outputs] for part in (weight.codes, weight.scales, weight.offsets))
+    return replace(weight, codes=codes, scales=scales, offsets=offsets, out_features=len(outputs))
 
 
 def int4_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:

@@ -82,6 +82,30 @@ def _pack_groups(codes: Tensor, scales: Tensor, offsets: Tensor, lanes: int) -> 
     return torch.cat([*tables, packed], dim=2).flatten(1)
 
 
+def pick_outputs(weight: PackedInt4, outputs: Tensor) -> PackedInt4:
+    """Return the weight of some outputs alone, [n] int64 in the order wanted, with the very codes of the whole one."""
+    lanes = weight.library.lanes
+    wanted = F.pad(
+        outputs, (0, -len(outputs) % lanes)
+    )  # the rest of the last panel is output 0, which nobody reads
+    panel, lane = wanted // lanes, wanted % lanes
+    parts, at = [], 0
+    for start in range(0, weight.in_features, weight.group_size):
+        steps = -(-min(weight.group_size, weight.in_features - start) // _STEP)
+        for count, width in (
+            (1, 2),
+            (1, 2),
+            (steps, 4),
+        ):  # scales, offsets, packed codes: bytes of one output
+            stop = at + count * lanes * width
+            whole = weight.panels[:, at:stop].view(-1, count, lanes, width)
+            own = whole[panel, :, lane]  # [padded outputs, count, width]
+            parts.append(own.view(-1, lanes, count, width).transpose(1, 2).flatten(1))
+            at = stop
+    panels = torch.cat(parts, dim=1).contiguous()
+    return PackedInt4(panels, weight.group_size, weight.in_features, len(outputs), weight.library)
+
+
 def int4_linear_native(x: Tensor, weight: PackedInt4, bias: Tensor | None) -> Tensor:
     """Return x [..., in] times the weight transposed, plus bias [out], in x's dtype (a float type of the CPU's)."""
     *leading, features = x.shape

@@ -111,21 +111,3 @@ inline void draw_rows(int64_t* ids, float* logprobs, const float* logits, const 
     }
   });
 }
-
-// The probability that an exit's top token is the full model's, by rows [rows, n] of its logits: logistic regression
-// over the probe's logit, the log-odds of the top probability and the margin (gate_features of
-// kernels/exit_gate/reference.py).
-inline void gate_confidence(float* out, const float* logits, const float* probe, const float* weights, int64_t rows,
-                            int64_t n, float least_doubt, int threads) {
-  share(rows, rows * n >= SHARED_LOGITS ? threads : 1, 1, [&](int64_t first, int64_t last) {
-    for (int64_t r = first; r < last; r++) {
-      const TopOfRow top = top_of_row(logits + r * n, n);
-      float log_p = -top.log_total;
-      if (log_p > least_doubt) log_p = least_doubt;
-      const float odds = log_p - std::log(-std::expm1(log_p));
-      const float logit =
-          weights[0] * probe[r] + weights[1] * odds + weights[2] * (top.first - top.second) + weights[3];
-      out[r] = 1.0f / (1.0f + std::exp(-logit));
-    }
-  });
-}

@@ -77,19 +77,21 @@ EXPORTED void exeunt_exit_state(void* state, float* logits, const void* x, const
   });
 }
 
-// x [rows, size] and thresholds [rows] to decisions, and how many rows were projected to `count`. Scratch and wide
-// hold a row what kernels/native/exit_gate.h says.
-EXPORTED void exeunt_exit_gate(const Decisions* out, int64_t* count, const void* x, const float* thresholds,
+// x [rows, size] and thresholds [rows] to decisions, and how many rows were looked at and leave to `counts`. Scratch and
+// wide hold a row what kernels/native/exit_gate.h says.
+EXPORTED void exeunt_exit_gate(const Decisions* out, Counts* counts, const void* x, const float* thresholds,
                                const Gate* gate, int64_t rows, void* scratch, float* wide, int dtype, int threads) {
   with_dtype(dtype, [&](auto* kind) {
     using T = std::remove_pointer_t<decltype(kind)>;
-    *count = exit_gate(*out, (const T*)x, thresholds, *gate, rows, (T*)scratch, wide, threads);
+    *counts = exit_gate(*out, (const T*)x, thresholds, *gate, rows, (T*)scratch, wide, threads);
   });
 }
 
-EXPORTED void exeunt_gate_confidence(float* out, const float* logits, const float* probe, const float* weights,
-                                     int64_t rows, int64_t n, float least_doubt, int threads) {
-  gate_confidence(out, logits, probe, weights, rows, n, least_doubt, threads);
+// logits [rows, n], probe [rows] and units [rows, judge->units], which only a judge reads, to out [rows].
+EXPORTED void exeunt_gate_confidence(float* out, const float* logits, const float* probe, const float* units,
+                                     const Judge* judge, const float* weights, int64_t rows, int64_t n,
+                                     float least_doubt, int threads) {
+  gate_confidence(out, logits, probe, units, *judge, weights, rows, n, least_doubt, threads);
 }
 
 EXPORTED void exeunt_draw(int64_t* ids, float* logprobs, const float* logits, const float* scores, int64_t rows,

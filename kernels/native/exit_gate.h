@@ -1,4 +1,5 @@
-// Which rows leave at an exit: the probe screens all, the projection of those that pass decides.
+// Which rows leave at an exit: the probe screens all, a projection of those that pass decides, and only rows that leave
+// are projected onto the whole vocabulary.
 #pragma once
 
 #include <type_traits>
@@ -6,62 +7,155 @@
 #include "draw.h"
 #include "exit_state.h"
 
-// The struct is that of kernels/exit_gate/gate.py, field by field.
+constexpr int MOST_TOPS = 16;  // the most log-probabilities that a judge sees
+
+// The structs are those of kernels/exit_gate/gate.py, field by field.
+struct Judge {  // the probe's second opinion, once the largest log-probabilities are known
+  const float* tops;  // [count, units], what each of them, largest first, adds to the probe's units; null: no judge
+  const float *hidden_bias, *output, *output_bias;  // [units], [units], [1]
+  int64_t units, count;
+};
+
 struct Gate {
   ExitWeights weights;
-  Matrix output;         // [outputs, size], what the head's state is projected with
+  Matrix output;     // [outputs, size], what the head's state is projected with
+  Matrix shortlist;  // a few rows of it, which decide; none of them: the whole of it decides
+  Judge judge;
   const float* combine;  // [4]
   double screen_ratio, least_doubt;
 };
 
-struct Decisions {  // by row, and by projected row in ascending order
-  float* confidence;   // [rows], 0 where a row is not projected
-  bool* leaves;        // [rows]
-  int64_t* projected;  // [rows] row numbers, the first as many as the result of `exit_gate` says
-  float* logits;       // [rows, outputs] of the projected ones, dense from the first on
+struct Decisions {  // by row, and by rows looked at or leaving in ascending order
+  float* confidence;  // [rows], 0 where a row is not looked at
+  bool* leaves;       // [rows]
+  int64_t* looked;    // [rows] numbers of the rows that were looked at, the first as many as `exit_gate` says
+  float* logits;      // [rows, outputs] of the rows that leave, dense from the first on
 };
 
-// The rows whose probe lets them pass, their states and probes moved to the front.
+struct Counts {
+  int64_t looked, left;
+};
+
+// The `count` largest of x [n], descending; NaN counts for nothing.
+inline void largest_of(const float* x, int64_t n, int64_t count, float* best) {
+  for (int64_t k = 0; k < count; k++) best[k] = -INFINITY;
+  for (int64_t i = 0; i < n; i += LANES) {
+    const int here = vector_at(i, n);
+    const vf v = load(x + i, here);
+    const vi higher = v > splat(best[count - 1]);
+    int32_t any = 0;
+    for (int l = 0; l < LANES; l++) any |= higher[l];
+    if (!any) continue;
+    for (int l = 0; l < here; l++) {
+      if (!(v[l] > best[count - 1])) continue;
+      int64_t k = count - 1;
+      for (; k > 0 && best[k - 1] < v[l]; k--) best[k] = best[k - 1];
+      best[k] = v[l];
+    }
+  }
+}
+
+// The judge's logit for a row: its probe's units [units] before their activation, and the row's logits x [n].
+inline float judged(const Judge& judge, const float* units, const float* x, int64_t n, const TopOfRow& top) {
+  float best[MOST_TOPS];
+  largest_of(x, n, judge.count, best);
+  for (int64_t k = 0; k < judge.count; k++) best[k] = (best[k] - top.first) - top.log_total;
+  vf total{};
+  for (int64_t i = 0; i < judge.units; i += LANES) {
+    const int count = vector_at(i, judge.units);
+    vf unit = load(units + i, count) + load(judge.hidden_bias + i, count);
+    for (int64_t k = 0; k < judge.count; k++)
+      unit = fused(splat(best[k]), load(judge.tops + k * judge.units + i, count), unit);
+    total = fused(activated(unit, GELU), load(judge.output + i, count), total);
+  }
+  return sum(total) + *judge.output_bias;
+}
+
+// The probability that an exit's top token is the full model's, by rows [rows, n] of its logits: logistic regression
+// over the judge's logit (the probe's, where there is no judge), the log-odds of the top probability and the margin
+// (kernels/exit_gate/reference.py). `units` [rows, judge.units] are read by the judge alone.
+inline void gate_confidence(float* out, const float* logits, const float* probe, const float* units,
+                            const Judge& judge, const float* weights, int64_t rows, int64_t n, float least_doubt,
+                            int threads) {
+  share(rows, rows * n >= SHARED_LOGITS ? threads : 1, 1, [&](int64_t first, int64_t last) {
+    for (int64_t r = first; r < last; r++) {
+      const float* x = logits + r * n;
+      const TopOfRow top = top_of_row(x, n);
+      float log_p = -top.log_total;
+      if (log_p > least_doubt) log_p = least_doubt;
+      const float odds = log_p - std::log(-std::expm1(log_p));
+      const float opinion = judge.tops ? judged(judge, units + r * judge.units, x, n, top) : probe[r];
+      const float logit = weights[0] * opinion + weights[1] * odds + weights[2] * (top.first - top.second) + weights[3];
+      out[r] = 1.0f / (1.0f + std::exp(-logit));
+    }
+  });
+}
+
+// The rows whose probe lets them pass; their states, probes and units are moved to the front.
 template <class T>
-int64_t screened(T* state, float* probe, int64_t* passing, const float* thresholds, const Gate& gate, int64_t rows) {
-  const int64_t n = gate.weights.size;
+int64_t screened(T* state, float* probe, float* units, int64_t* passing, const float* thresholds, const Gate& gate,
+                 int64_t rows) {
+  const int64_t n = gate.weights.size, width = gate.weights.units;
   int64_t kept = 0;
   for (int64_t r = 0; r < rows; r++) {
     // 0 times an infinite threshold is NaN, and a row with it never passes
     if (!(1.0f / (1.0f + std::exp(-probe[r])) >= thresholds[r] * float(gate.screen_ratio))) continue;
-    if (kept != r) memcpy(state + kept * n, state + r * n, size_t(n) * sizeof(T));
-    probe[kept] = probe[r];
+    if (kept != r) {
+      memcpy(state + kept * n, state + r * n, size_t(n) * sizeof(T));
+      memcpy(units + kept * width, units + r * width, size_t(width) * sizeof(float));
+      probe[kept] = probe[r];
+    }
     passing[kept++] = r;
   }
   return kept;
 }
 
-// Decides for x [rows, size] with thresholds [rows]; returns how many rows were projected. Scratch: a row 2 * size values
-// of T, and `outputs` more where T is not float, and size + units + 2 floats.
+// Logits [rows, outputs] float32 of states [rows, size]; `product` is scratch of that size where T is not float.
 template <class T>
-int64_t exit_gate(const Decisions& out, const T* x, const float* thresholds, const Gate& gate, int64_t rows,
-                  T* scratch, float* wide, int threads) {
-  const int64_t n = gate.weights.size, outputs = gate.output.outputs;
-  T *state = scratch + rows * n, *product = state + rows * n;
-  float *probe = wide + rows * (n + gate.weights.units), *sure = probe + rows;
-  exit_state(state, probe, x, gate.weights, rows, scratch, wide, threads);
-  for (int64_t r = 0; r < rows; r++) out.confidence[r] = 0, out.leaves[r] = false;
-  const int64_t kept = screened(state, probe, out.projected, thresholds, gate, rows);
-  if (kept == 0) return 0;
+void project(float* logits, const Matrix& output, const T* state, int64_t rows, T* product, int threads) {
   if constexpr (std::is_same<T, float>::value) {
-    matrix_product(gate.output, state, out.logits, kept, 0, threads);
+    matrix_product(output, state, logits, rows, 0, threads);
   } else {
-    matrix_product(gate.output, state, product, kept, 0, threads);
-    for (int64_t i = 0; i < kept * outputs; i += LANES) {
-      const int count = vector_at(i, kept * outputs);
-      store(out.logits + i, load(product + i, count), count);
+    matrix_product(output, state, product, rows, 0, threads);
+    const int64_t values = rows * output.outputs;
+    for (int64_t i = 0; i < values; i += LANES) {
+      const int count = vector_at(i, values);
+      store(logits + i, load(product + i, count), count);
     }
   }
-  gate_confidence(sure, out.logits, probe, gate.combine, kept, outputs, float(gate.least_doubt), threads);
-  for (int64_t k = 0; k < kept; k++) {
-    const int64_t r = out.projected[k];
+}
+
+// Decides for x [rows, size] with thresholds [rows]; returns how many rows were looked at and leave. Scratch: a row
+// 2 * size values of T, and `outputs` more where T is not float; size + units + 2 floats, and the shortlist's outputs.
+template <class T>
+Counts exit_gate(const Decisions& out, const T* x, const float* thresholds, const Gate& gate, int64_t rows, T* scratch,
+                 float* wide, int threads) {
+  const int64_t n = gate.weights.size, width = gate.weights.units, outputs = gate.output.outputs;
+  T *state = scratch + rows * n, *product = state + rows * n;
+  float *units = wide + rows * n, *probe = units + rows * width, *sure = probe + rows, *listed = sure + rows;
+  exit_state(state, probe, x, gate.weights, rows, scratch, wide, threads);
+  for (int64_t r = 0; r < rows; r++) out.confidence[r] = 0, out.leaves[r] = false;
+  Counts counts{screened(state, probe, units, out.looked, thresholds, gate, rows), 0};
+  if (counts.looked == 0) return counts;
+  const bool short_list = gate.shortlist.outputs > 0;
+  const Matrix& decisive = short_list ? gate.shortlist : gate.output;
+  float* seen = short_list ? listed : out.logits;
+  project(seen, decisive, state, counts.looked, product, threads);
+  gate_confidence(sure, seen, probe, units, gate.judge, gate.combine, counts.looked, decisive.outputs,
+                  float(gate.least_doubt), threads);
+  for (int64_t k = 0; k < counts.looked; k++) {
+    const int64_t r = out.looked[k];
     out.confidence[r] = sure[k];
-    out.leaves[r] = sure[k] >= thresholds[r];
+    if (!(sure[k] >= thresholds[r])) continue;
+    out.leaves[r] = true;
+    if (counts.left != k) {
+      if (short_list)
+        memcpy(state + counts.left * n, state + k * n, size_t(n) * sizeof(T));
+      else
+        memcpy(out.logits + counts.left * outputs, out.logits + k * outputs, size_t(outputs) * sizeof(float));
+    }
+    counts.left++;
   }
-  return kept;
+  if (short_list && counts.left) project(out.logits, gate.output, state, counts.left, product, threads);
+  return counts;
 }

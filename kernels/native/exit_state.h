@@ -11,7 +11,8 @@ struct ExitWeights {
   double eps;
 };
 
-// state [rows, size] = n + A n with n = norm(x); logits [rows]. Scratch: size values of T and size + units floats a row.
+// state [rows, size] = n + A n with n = norm(x); logits [rows]. Scratch: size values of T and size + units floats a row;
+// behind the first rows * size of these stand the probe's units [rows, units] before their activation.
 template <class T>
 void exit_state(T* state, float* logits, const T* x, const ExitWeights& w, int64_t rows, T* scratch, float* wide,
                 int threads) {

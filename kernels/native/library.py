@@ -37,7 +37,7 @@ _SIGNATURES = {
     "exeunt_project_kv": [_pointer, _long] + [_pointer] * 3 + [_long] + [_pointer] * 4 + [_long] + [_int] * 2,
     "exeunt_exit_state": [_pointer] * 4 + [_long] + [_pointer] * 2 + [_int] * 2,
     "exeunt_exit_gate": [_pointer] * 5 + [_long] + [_pointer] * 2 + [_int] * 2,
-    "exeunt_gate_confidence": [_pointer] * 4 + [_long] * 2 + [_float, _int],
+    "exeunt_gate_confidence": [_pointer] * 6 + [_long] * 2 + [_float, _int],
     "exeunt_draw": [_pointer] * 4 + [_long] * 2 + [_pointer] * 3 + [_int],
     "exeunt_write_kv": [_pointer] * 3 + [_long] * 2 + [_pointer, _long] + [_int] * 2,
     "exeunt_paged_attention": [_pointer] * 4 + [_long] * 4 + [_float] + [_int] * 2,

@@ -8,6 +8,8 @@ import torch
 
 from exeunt.calibration.compute import ComputeCost, Passage, asked_cost, projected_cost
 from exeunt.compression.decoder import Decoder
+from exeunt.compression.exit_output import Shortlist
+from exeunt.compression.exits import ExitJudge
 from exeunt.compression.linear_block import LinearBlock
 from exeunt.compression.variant import SkippedKV
 from tests.calibration.conftest import BLOCKS, HIDDEN, VOCAB, random_exit
@@ -47,6 +49,22 @@ def test_a_linear_block_costs_its_two_matrices_and_has_no_keys(decoder: Decoder)
     assert cost.full_depth(np.array([2])).tolist() == [3 * (LINEARS + attention(2)) + 2 * 5 * HIDDEN + HEAD]
     assert cost.done(passage([0], [[True]], [[True]]), "propagate").tolist() == [
         2 * (LINEARS + attention(7)) + ASKED + LOOK + KV_ONLY
+    ]
+
+
+def test_a_shortlist_is_charged_for_every_look_and_the_vocabulary_for_who_leaves(decoder: Decoder) -> None:
+    plain = random_exit(1, 1)
+    judge = ExitJudge(torch.zeros(4, 8), torch.zeros(8), torch.zeros(8), torch.zeros(()))
+    listed = replace(plain, judge=judge, shortlist=Shortlist(torch.arange(20)))
+    look = HIDDEN * 20 + 4 * 8 + 8
+    assert projected_cost(listed, decoder.spec) == look
+    cost = ComputeCost(decoder.spec, (listed,))
+    walk = passage([0, 1, 1], [[True, True, True]], [[True, True, False]])
+    block = LINEARS + attention(7)
+    assert cost.done(walk, "propagate").tolist() == [
+        2 * (block + KV_ONLY) + ASKED + look + LOOK,
+        4 * block + ASKED + look + HEAD,
+        4 * block + ASKED + HEAD,
     ]
 
 

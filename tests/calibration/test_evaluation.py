@@ -85,7 +85,7 @@ def test_with_backfill_who_stays_is_at_full_depth(decoder: Decoder) -> None:
     backwards = zip(reversed(model.exits), reversed(states), strict=True)
     for head, hidden in backwards:  # the first exit has the last word
         gate = head.gate(hidden, torch.where(may_leave, 0.55, torch.inf), decoder.project_exit)
-        logits[gate.leaves] = gate.logits[gate.leaves[gate.projected]]
+        logits[gate.leaves] = gate.logits
         depth[gate.leaves] = float(head.depth)
     assert backfilled.perplexity.value == pytest.approx(
         math.exp(F.cross_entropy(logits, batch.targets, ignore_index=-1)), rel=1e-4

@@ -1,33 +1,44 @@
 """Exit costs are those of the machine: measured on a real decode batch, and only their ratios are used."""
 
-import dataclasses
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 
 from exeunt.calibration import exit_costs
 from exeunt.calibration.drafting_choice import DEEP_TOKENS
-from exeunt.calibration.exit_choice import ExitCosts
+from exeunt.calibration.shortlist_choice import shortlist_sizes
 from exeunt.calibration.teacher_forcing import ForcedModel
 from exeunt.compression.decoder import Decoder
+from exeunt.compression.exit_output import Shortlist
 from tests.calibration.conftest import BLOCKS, random_exit
 
 
 def test_every_part_runs_and_costs_something(decoder: Decoder) -> None:
     calls = decoder.block_calls.tokens[0]
     costs = exit_costs.measure_exit_costs(ForcedModel(decoder, "int4", (random_exit(1, 1),)))
-    assert all(cost > 0 for cost in dataclasses.astuple(costs))
+    assert min(costs.gate, costs.projection, costs.skipped_kv) > 0
+    assert costs.leaving == 0.0
+    assert [size for size, _ in costs.looks] == list(shortlist_sizes(decoder.spec.vocab_size)) != []
     assert decoder.block_calls.tokens[0] - calls == 2 * exit_costs.ROUNDS * exit_costs.ROWS
 
 
 def test_costs_are_in_units_of_a_block(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     def timed(parts: dict[str, Callable[[], object]], device: torch.device) -> dict[str, float]:
-        return dict(zip(parts, (BLOCKS * 2.0, 0.5, 3.0, BLOCKS * 0.2), strict=True))
+        known = {"blocks": BLOCKS * 2.0, "gate": 0.5, "skipped_kv": BLOCKS * 0.2, "look": 3.5}
+        known |= {"look at 12": 0.9} | {f"look at {size}": 1.1 for size in sizes}
+        return {part: known[part] for part in parts}
 
+    sizes = shortlist_sizes(decoder.spec.vocab_size)
     monkeypatch.setattr(exit_costs, "_in_turn", timed)
-    costs = exit_costs.measure_exit_costs(ForcedModel(decoder, "full", (random_exit(1, 1),)))
-    assert dataclasses.astuple(costs) == pytest.approx(dataclasses.astuple(ExitCosts(0.25, 1.5, 0.1)))
+    head = replace(random_exit(1, 1), shortlist=Shortlist(torch.arange(12)))
+    costs = exit_costs.measure_exit_costs(ForcedModel(decoder, "full", (head,)))
+    assert (costs.gate, costs.projection, costs.skipped_kv) == pytest.approx((0.25, 1.5, 0.1))
+    assert dict(costs.looks) == pytest.approx({12: 0.2} | dict.fromkeys(sizes, 0.3))
+    listed = costs.with_shortlist(12)
+    assert (listed.projection, listed.leaving) == pytest.approx((0.2, 0.2)), "who leaves was looked at too"
+    assert costs.with_shortlist(None) == costs
 
 
 def test_passes_of_drafts_cost_what_they_run(decoder: Decoder) -> None:
@@ -44,7 +55,8 @@ def test_passes_are_in_units_of_a_token(decoder: Decoder, monkeypatch: pytest.Mo
     """A block costs 2 and a call 1; of nine tokens each costs half as much again."""
     known = {f"blocks {n}": 1.0 + BLOCKS * 2.0 * (1 + 0.5 * (n - 1)) for n in DEEP_TOKENS}
     known |= {f"head {n}": 0.5 for n in DEEP_TOKENS}
-    known |= {"embedding": 0.5, "block": 3.0, "gate": 1.0, "projecting gate": 3.0}
+    known |= {"embedding": 0.5, "block": 3.0, "gate": 1.0, "look": 3.0}
+    known |= {f"look at {size}": 1.5 for size in shortlist_sizes(decoder.spec.vocab_size)}
 
     def timed(parts: dict[str, Callable[[], object]], device: torch.device) -> dict[str, float]:
         assert set(parts) == set(known)
@@ -55,6 +67,8 @@ def test_passes_are_in_units_of_a_token(decoder: Decoder, monkeypatch: pytest.Mo
     token = 0.5 + (1.0 + BLOCKS * 2.0) + 0.5
     assert costs.gate == pytest.approx(1.0 / token)
     assert costs.projection == pytest.approx(2.0 / token)
+    listed = costs.with_shortlist(shortlist_sizes(decoder.spec.vocab_size)[0])
+    assert (listed.projection, listed.leaving) == pytest.approx((0.5 / token, 2.0 / token))
     assert costs.shallow[1] == pytest.approx((0.5 + 1.0 + 2.0) / token)
     wanted = [(1.0 + (BLOCKS - 1) * 2.0 * (1 + 0.5 * (n - 1)) + 0.5) / token for n in DEEP_TOKENS]
     assert costs.deep[1] == pytest.approx(wanted)

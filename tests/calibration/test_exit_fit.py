@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from exeunt.calibration.exit_choice import ExitCosts
 from exeunt.calibration.exit_fit import ExitData, fit_exits, top_tokens
 from exeunt.calibration.exit_records import FittedExit, read_exit
 from exeunt.calibration.exit_training import HeadTraining
 from exeunt.calibration.gate_training import ProbeTraining
 from exeunt.calibration.journal import FolderJournal, Journal, NoJournal
 from exeunt.calibration.progress import Advance, ProgressReport
+from exeunt.calibration.shortlist_choice import shortlist_sizes
 from exeunt.calibration.teacher_forcing import ForcedModel
 from exeunt.compression.decoder import Decoder
 from exeunt.compression.exits import ExitNorm, exit_metadata, exit_tensors
@@ -71,6 +73,7 @@ def fit(
     journal: Journal | None = None,
     progress: ProgressReport | None = None,
     compared: Sequence[int] = (2,),
+    costs: ExitCosts | None = None,
 ) -> tuple[FittedExit, ...]:
     return fit_exits(
         model,
@@ -84,6 +87,7 @@ def fit(
         compared=compared,
         risks=(0.05, 0.2),
         journal=journal,
+        costs=costs,
     )
 
 
@@ -125,6 +129,26 @@ def test_an_interrupted_fit_ends_as_one_that_was_not(
         fit(model, data, journal, StopsIn(title, after))
     resumed = fit(model, data, FolderJournal(tmp_path / "work", "it"))
     expect_same(resumed, fit(model, data, NoJournal()))
+
+
+def test_exits_share_the_shortlist_that_dear_looks_ask_for(
+    model: ForcedModel, data: ExitData, tmp_path: Path
+) -> None:
+    sizes = shortlist_sizes(model.decoder.spec.vocab_size)
+    dear = ExitCosts(0.1, 50.0, 0.1, looks=tuple((size, 0.01) for size in sizes))
+    journal = FolderJournal(tmp_path / "work", "it")
+    with pytest.raises(StoppedError):
+        fit(model, data, journal, StopsIn("Training exit gates", 35), costs=dear)
+    resumed = fit(model, data, FolderJournal(tmp_path / "work", "it"), costs=dear)
+    listed = {None if each.head.shortlist is None else each.head.shortlist.key for each in resumed}
+    assert len(listed) == 1
+    assert None not in listed
+    assert resumed[0].head.shortlist is not None
+    assert len(resumed[0].head.shortlist) in sizes
+    expect_same(resumed, fit(model, data, NoJournal(), costs=dear))
+    free = ExitCosts(0.1, 0.0, 0.1, looks=tuple((size, 1.0) for size in sizes))
+    assert all(each.head.shortlist is None for each in fit(model, data, costs=free))
+    assert all(each.head.shortlist is None for each in fit(model, data))
 
 
 def test_what_is_finished_is_not_done_again(model: ForcedModel, data: ExitData, tmp_path: Path) -> None:

@@ -261,7 +261,7 @@ def test_a_planted_gate_is_recovered() -> None:
     assert float(agrees[gate.leaves].float().mean()) > 0.95
     assert int(gate.leaves.sum()) > 400
     assert exit_head.screen_ratio > 0
-    assert len(gate.projected) < 1500, "the screen turns away those that cannot leave"
+    assert len(gate.looked) < 1500, "the screen turns away those that cannot leave"
 
 
 def test_auc_is_the_chance_of_the_right_order() -> None:

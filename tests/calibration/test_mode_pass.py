@@ -90,7 +90,7 @@ def one_by_one(model: ForcedModel, row: Tensor, mode: Mode) -> list[Told]:
             if found is not None or number == len(model.exits) or position == 0 or mode.threshold is None:
                 continue
             gate = model.exits[number].gate(hidden, limit, decoder.project)
-            computed += ASKED + len(gate.projected) * HIDDEN * VOCAB
+            computed += ASKED + len(gate.looked) * HIDDEN * VOCAB
             if bool(gate.leaves):
                 found = gate.logits[0], number
                 if mode.skipped_kv == "propagate":

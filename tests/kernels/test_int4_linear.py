@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from exeunt.kernels.int4_linear import Int4Weight, dequantize, int4_linear, pack, quantize
+from exeunt.kernels.int4_linear import Int4Weight, dequantize, int4_linear, pack, pick, quantize
 from exeunt.kernels.int4_linear.native import PackedInt4, pack_panels
 from exeunt.kernels.int4_linear.reference import int4_linear_reference
 from exeunt.kernels.int4_linear.weight import FP16_MAX, round_groups
@@ -205,3 +205,20 @@ def test_wrong_sizes_are_refused_with_the_reason(library: NativeLibrary) -> None
         quantize(torch.full((4, 8), FP16_MAX * 2), 4)
     with pytest.raises(ValueError, match="INT4 codes are"):
         Int4Weight(weight.codes[:2], weight.scales, weight.offsets, 4, 8, 4)
+
+
+@pytest.mark.parametrize(("out_features", "in_features", "group"), SHAPES)
+@pytest.mark.parametrize("packed", [False, True])
+def test_some_outputs_are_those_of_the_whole_weight(
+    seed: int, out_features: int, in_features: int, group: int, packed: bool
+) -> None:
+    weight = quantize(torch.randn(out_features, in_features), group)
+    held = pack(weight) if packed else weight
+    wanted = torch.randint(out_features, (19,))  # some twice, in any order
+    part, x = pick(held, wanted), torch.randn(3, in_features)
+    assert part.out_features == 19
+    whole = int4_linear(x, held)[:, wanted]
+    if isinstance(held, PackedInt4):
+        assert torch.equal(int4_linear(x, part), whole)
+    else:  # PyTorch's product rounds by the shape of the matrix
+        torch.testing.assert_close(int4_linear(x, part), whole, rtol=1e-5, atol=1e-5)
