@@ -19,7 +19,7 @@ from exeunt.calibration.exit_records import FittedExit
 from exeunt.calibration.exit_screen import ExitScreen, ScreenedExit
 from exeunt.calibration.exit_selection import Drafting, ExitSelection
 from exeunt.calibration.exit_training import CurvePoint, TrainedHead
-from exeunt.calibration.gate_training import GateQuality
+from exeunt.calibration.gate_quality import GateQuality
 from exeunt.calibration.generation import Written
 from exeunt.calibration.kv_forms import DEPLOYED as DEPLOYED_KV
 from exeunt.calibration.kv_forms import PER_CHANNEL, KVForm
@@ -132,6 +132,8 @@ def fitted_exit(block: int, agreement: float) -> FittedExit:
         calibration_error=0.012,
         reliability=((0.15, 0.12, 100), (0.55, 0.6, 300), (0.95, 0.97, 600)),
         tokens=1000,
+        roc=((0.0, 0.0), (0.1, 0.6), (1.0, 1.0)),
+        coverage=((0.1, 0.01), (0.25 + block / 100, 0.03), (1.0, 0.3)),
     )
     training = TrainedHead(
         head.norm,

@@ -19,6 +19,7 @@ from exeunt.calibration.report.page import report_html, report_sections
 from exeunt.calibration.report.parts import Cell, Details, Figure, Part, Section, Table
 from exeunt.calibration.report.sections.certificates import certificates_section
 from exeunt.calibration.report.sections.exits import exits_section
+from exeunt.calibration.report.sections.gates import gates_section, within
 from exeunt.calibration.report.sections.generation import generation_section
 from exeunt.calibration.report.sections.kv import kv_section
 from exeunt.calibration.report.sections.linear_block import linear_block_section
@@ -452,3 +453,22 @@ def test_weights_are_shown_without_a_comparison_too(full: ReportContent) -> None
     section = weights_section(replace(full, weight_study=None))
     assert section is not None
     assert [part.name for part in section.parts if isinstance(part, Figure)] == ["weight-errors"]
+
+
+def test_how_many_tokens_a_gate_alone_would_let_go_is_read_off_its_curve(full: ReportContent) -> None:
+    shown = table(full, "gates", "within 5%")
+    assert [cell.text for cell in column(shown, "within 5%")] == ["25.0 %", "27.0 %"]
+    assert [cell.text for cell in column(shown, "within 2%")] == ["10.0 %", "10.0 %"]
+    assert within((), 0.5) == 0.0
+    gates = json.loads(report_json(full))["exits"]
+    assert [each["gate"]["coverage"][1] for each in gates] == [[0.25, 0.03], [0.27, 0.03]]
+
+
+def test_gates_without_curves_are_shown_by_their_reliability(full: ReportContent) -> None:
+    quality = replace(full.exits[0].gate, roc=(), coverage=())
+    bare = replace(full.exits[0], gate=quality)
+    section = gates_section(
+        replace(full, selection=replace(full.selection, certified=(bare,), drafting=None))
+    )
+    assert section is not None
+    assert [part.name for part in section.parts if isinstance(part, Figure)] == ["reliability"]

@@ -1,29 +1,39 @@
 """Gates: whether what they say is true, and how well they tell tokens that may leave from others."""
 
+from collections.abc import Callable
+
 from matplotlib.axes import Axes
 from scipy import stats
 
 from exeunt.calibration.bootstrap import Measure
+from exeunt.calibration.gate_quality import Curve, GateQuality
 from exeunt.calibration.report.content import ReportContent
-from exeunt.calibration.report.drawing import SOFT, draw, series, whiskers
+from exeunt.calibration.report.drawing import SOFT, draw, label_ends, series, whiskers
 from exeunt.calibration.report.parts import Cell, Figure, Section, Table
-from exeunt.calibration.report.words import count
+from exeunt.calibration.report.words import NOTHING, count, share
+from exeunt.calibration.risk import percent
 
 
 def gates_section(content: ReportContent) -> Section | None:
     """The section; None where no exit was kept."""
     if not content.exits:
         return None
+    figures = [_reliability(content)]
+    if any(each.gate.roc for each in content.exits):
+        figures.append(_roc(content))
+    if any(each.gate.coverage for each in content.exits):
+        figures.append(_coverage(content))
     tokens = max(each.gate.tokens for each in content.exits)
     return Section(
         "gates",
         "Gates",
         f"A gate says with which probability its exit's token is full depth's; all on {count(tokens)} tokens of the "
-        "select split. On the diagonal of the first picture a gate is right about itself. AUC is the chance that it "
-        "puts an agreeing token above a disagreeing one.",
+        "select split. On the diagonal of the first picture a gate is right about itself. AUC, the area below the "
+        "second, is the chance that it puts an agreeing token above a disagreeing one; the third lets tokens go, "
+        "surest first, and counts those that differ.",
         "The regression that joins a gate's parts was fitted on the same split; certificates do not rely on it being "
         "calibrated, they are counted on text that gates never saw.",
-        (_reliability(content), _table(content)),
+        (*figures, _table(content)),
     )
 
 
@@ -32,7 +42,7 @@ def _reliability(content: ReportContent) -> Figure:
         axes.plot([0, 100], [0, 100], color=SOFT, linewidth=1)
         for number, each in enumerate(content.exits):
             said, was, tokens = zip(*each.gate.reliability, strict=True)
-            measures = [_agreement(value, count) for value, count in zip(was, tokens, strict=True)]
+            measures = [_agreement(value, seen) for value, seen in zip(was, tokens, strict=True)]
             axes.errorbar(
                 [100 * value for value in said],
                 [measure.value for measure in measures],
@@ -41,13 +51,8 @@ def _reliability(content: ReportContent) -> Figure:
                 elinewidth=1.0,
                 label=each.head.name,
             )
-        axes.set(
-            xlabel="gate's probability, %",
-            ylabel="share that agrees, %",
-            xlim=(0, 100),
-            ylim=(0, 100),
-            aspect="equal",
-        )
+        axes.set(xlabel="gate's probability, %", ylabel="share that agrees, %", xlim=(0, 100), ylim=(0, 100))
+        axes.set_aspect("equal")
         axes.legend(loc="upper left")
 
     return draw(
@@ -66,18 +71,87 @@ def _agreement(agrees: float, tokens: int) -> Measure:
     return Measure(100 * agrees, 100 * float(found.low), 100 * float(found.high))
 
 
-def _table(content: ReportContent) -> Table:
-    headers = ("exit", "AUC", "probe alone", "top probability alone", "calibration error")
-    return Table(
-        headers,
-        [
-            [
-                Cell(each.head.name),
-                Cell(f"{each.gate.auc:.3f}", strong=True),
-                Cell(f"{each.gate.auc_probe:.3f}"),
-                Cell(f"{each.gate.auc_top:.3f}"),
-                Cell(f"{each.gate.calibration_error:.3f}"),
-            ]
-            for each in content.exits
-        ],
+def _curves(axes: Axes, content: ReportContent, curve: Callable[[GateQuality], Curve]) -> None:
+    for number, each in enumerate(content.exits):
+        points = curve(each.gate)
+        look = series(number)
+        axes.plot(
+            [100 * x for x, _ in points],
+            [100 * y for _, y in points],
+            color=look.colour,
+            linestyle=look.line,
+            label=each.head.name,
+        )
+
+
+def _roc(content: ReportContent) -> Figure:
+    def paint(axes: Axes) -> None:
+        axes.plot([0, 100], [0, 100], color=SOFT, linewidth=1)
+        _curves(axes, content, lambda gate: gate.roc)
+        axes.set(
+            xlabel="of the differing tokens, %",
+            ylabel="of the agreeing tokens, %",
+            xlim=(0, 100),
+            ylim=(0, 100),
+        )
+        axes.set_aspect("equal")
+        axes.legend(loc="lower right")
+
+    areas = ", ".join(f"{each.head.name} {each.gate.auc:.3f}" for each in content.exits)
+    return draw(
+        "roc",
+        "Receiver operating characteristic of the gates",
+        f"Shares that a threshold lets go, of agreeing and of differing tokens; the diagonal is a coin. Area: {areas}.",
+        paint,
+        height=3.8,
     )
+
+
+def _coverage(content: ReportContent) -> Figure:
+    targets = list(content.selection.plan.begins)
+
+    def paint(axes: Axes) -> None:
+        _curves(axes, content, lambda gate: gate.coverage)
+        axes.set(xlabel="tokens let go, surest first, %", ylabel="of them differ, %", xlim=(0, 100))
+        axes.set_ylim(bottom=0)
+        for target in targets:
+            axes.axhline(100 * target, color=SOFT, linewidth=1, linestyle=(0, (2, 2)))
+        label_ends(axes, [(100 * target, percent(target), SOFT) for target in targets])
+        axes.legend(loc="upper left")
+
+    return draw(
+        "coverage",
+        "Disagreement against the share of tokens let go, surest first",
+        "Risk by coverage: each exit alone, every token asked. Dotted lines are the risk targets; where a "
+        "curve crosses one, so many tokens could leave if the gate were all there is.",
+        paint,
+        height=3.4,
+    )
+
+
+def within(curve: Curve, target: float) -> float:
+    """The largest share of the tokens on the curve at which the risk is within `target`; 0 where it never is."""
+    return max((covered for covered, risk in curve if risk <= target), default=0.0)
+
+
+def _table(content: ReportContent) -> Table:
+    targets = list(content.selection.plan.begins)
+    headers = ("exit", "AUC", "probe alone", "top probability alone", "calibration error", "looks at")
+    rows = [
+        [
+            Cell(each.head.name),
+            Cell(f"{each.gate.auc:.3f}", strong=True),
+            Cell(f"{each.gate.auc_probe:.3f}"),
+            Cell(f"{each.gate.auc_top:.3f}"),
+            Cell(f"{each.gate.calibration_error:.3f}"),
+            Cell(
+                "all tokens" if each.head.shortlist is None else f"{count(len(each.head.shortlist))} tokens"
+            ),
+            *(
+                Cell(share(within(each.gate.coverage, target)) if each.gate.coverage else NOTHING)
+                for target in targets
+            ),
+        ]
+        for each in content.exits
+    ]
+    return Table((*headers, *(f"within {percent(target)}" for target in targets)), rows)

@@ -66,7 +66,9 @@ def _costs(content: ReportContent) -> tuple[Table, ...]:
     if costs is not None:
         rows = [
             ["gate", f"{costs.gate:.3f}"],
-            ["projection", f"{costs.projection:.3f}"],
+            ["look at the vocabulary, in vain", f"{costs.projection:.3f}"],
+            ["look, of a token that leaves", f"{costs.leaving:.3f}"],
+            *([f"look at {count(size)} tokens", f"{look:.3f}"] for size, look in costs.looks),
             ["keys and values of a skipped block", f"{costs.skipped_kv:.3f}"],
         ]
         tables.append(
