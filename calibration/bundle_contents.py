@@ -46,6 +46,7 @@ def bundle_contents(task: Task, learned: Learned, judged: Judged, studies: Studi
         kv_study=studies.kv,
         rank_sweep=learned.ranks,
         exit_screen=learned.screen,
+        weight_study=studies.weights,
         written=judged.written,
     )
     choice = learned.choice

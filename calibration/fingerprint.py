@@ -1,4 +1,4 @@
-"""What a calibration's result hangs on: two with one fingerprint would give one bundle, so one may go on for the other."""
+"""What a calibration's result hangs on: of two with one fingerprint, one may go on for the other."""
 
 import platform
 from dataclasses import fields

@@ -9,8 +9,8 @@ import torch
 from exeunt.calibration.block_choice import CANDIDATES
 from exeunt.calibration.corpus import LEAST_TOKENS
 from exeunt.calibration.errors import OptionError
-from exeunt.calibration.exit_training import HeadTraining
 from exeunt.calibration.exit_screen import ScreenSize
+from exeunt.calibration.exit_training import HeadTraining
 from exeunt.calibration.gate_training import ProbeTraining
 from exeunt.calibration.nll_risk import CLIP
 from exeunt.calibration.presets import StudySizes
@@ -72,7 +72,7 @@ class CalibrationOptions:
     evaluation_tokens: int = 6_000  # of the certify split
     least_tokens: int = LEAST_TOKENS
     origin: str | None = None  # where the text comes from, for the manifest
-    work: Path | None | Literal["auto"] = "auto"
+    work: Path | Literal["auto"] | None = "auto"
     costs: Literal["remembered", "anew", "now"] = "remembered"
     head: HeadTraining = field(default_factory=HeadTraining)
     probe: ProbeTraining = field(default_factory=ProbeTraining)
@@ -90,8 +90,8 @@ class CalibrationOptions:
         for target in self.nll_risk:
             if not 0.0 < target < CLIP:
                 raise OptionError(
-                    f"The NLL risk target {target} must be above 0 and below {CLIP:g} nats per token (0.05 lets perplexity "
-                    "rise by 5 %)."
+                    f"The NLL risk target {target} must be above 0 and below {CLIP:g} nats per token (0.05 lets "
+                    "perplexity rise by 5 %)."
                 )
         if not 0.5 <= self.confidence < 1.0:
             raise OptionError(f"The confidence is {self.confidence}; it must be at least 0.5 and below 1.")
