@@ -1,6 +1,6 @@
 """What a calibration costs: that memory is really watched, that sums are right, and lines through what is measured."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -141,7 +141,8 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[Point]]:
     """The points that are run; their processes say that a byte of weights takes a byte, and a token a millisecond."""
     seen: list[Point] = []
 
-    def run(wanted: Point) -> dict[str, Any]:
+    def run(wanted: Point, environment: Mapping[str, str] | None = None) -> dict[str, Any]:
+        assert (environment is not None) == wanted.journal  # where memory is measured
         seen.append(wanted)
         kinds = dict.fromkeys(("anonymous", "mapped_files", "shared", "resident"), 0)
         size = open_checkpoint(wanted.model).spec.parameters
