@@ -1,13 +1,12 @@
-"""Hidden states of a whole split, block by block: what is fitted and trained on.
+"""Hidden states of whole splits, block by block: where they are kept, and who looks on while they pass.
 
-One array of states is kept, that of the current block's inputs, and overwritten with its outputs; whoever wants a
-block's states for longer keeps its own copy. Arrays live in files of a scratch folder, mapped into memory, so that a
-large model's do not have to fit.
+States pass a model in `exeunt.calibration.streaming_pass`; whoever wants a block's for longer keeps its own copy.
+Arrays live in files of a scratch folder, mapped into memory, so that a large model's do not have to fit.
 """
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -15,10 +14,6 @@ import torch
 from torch import Tensor
 
 from exeunt.calibration.journal import Entry
-from exeunt.calibration.sequence_batch import SequenceBatch, batches
-from exeunt.calibration.teacher_forcing import ForcedModel
-
-Advance = Callable[[int], None]
 
 
 class BlockVisitor(Protocol):
@@ -72,50 +67,6 @@ def digest(states: Tensor) -> str:
     """What tells whether an array on the CPU is as it was: 128 bits, hexadecimal."""
     data = states.contiguous().view(torch.uint8).numpy()
     return hashlib.blake2b(data.data, digest_size=16).hexdigest()
-
-
-def stream_blocks(
-    model: ForcedModel,
-    rows: Sequence[Tensor],
-    visitors: Sequence[BlockVisitor],
-    scratch: Scratch,
-    *,
-    batch_tokens: int,
-    advance: Advance = lambda _tokens: None,
-) -> Tensor:
-    """Pass `rows` (each [n] int64) through the model's blocks one block at a time, exits off.
-
-    Returns the states behind the last block, [tokens, hidden] on the CPU, tokens in the order of `rows`. `advance` is
-    told each batch's tokens once per block.
-    """
-    decoder = model.decoder
-    groups = list(batches(rows, batch_tokens, decoder.device))
-    starts = _starts(groups)
-    states = scratch.array(sum(group.tokens for group in groups), decoder.spec.hidden_size, decoder.dtype)
-    for group, start in zip(groups, starts, strict=True):
-        states[start : start + group.tokens] = decoder.embed(group.token_ids, group.positions)
-    for block in range(decoder.spec.blocks):
-        for group, start in zip(groups, starts, strict=True):
-            tokens = slice(start, start + group.tokens)
-            before = states[tokens].to(decoder.device)
-            with torch.inference_mode():
-                geometry = group.geometry(model.layout.page_tokens)
-                after = decoder.run_blocks(before, geometry, model.pages(group), block, block + 1)
-            for visitor in visitors:
-                visitor.see(block, tokens, before, after)
-            states[tokens] = after
-            advance(group.tokens)
-        for visitor in visitors:
-            visitor.finish(block)
-    return states
-
-
-def _starts(groups: Sequence[SequenceBatch]) -> list[int]:
-    starts, total = [], 0
-    for group in groups:
-        starts.append(total)
-        total += group.tokens
-    return starts
 
 
 class StateKeeper:

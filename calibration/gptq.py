@@ -146,19 +146,12 @@ def _check_hessian(hessian: Tensor, in_features: int) -> None:
 
 
 def _plan(hessian: Tensor, group_size: int, how: Gptq) -> _Plan:
-    diagonal = hessian.diagonal().double()
-    order = _order(diagonal, group_size, how.order)
-    factor = _factor(hessian, order, how.damping)
-    importance = factor.diagonal().square()
+    order = _order(hessian.diagonal().double(), group_size, how.order)
+    factor, importance = _factor(hessian, order, how.damping)
     group_of = (order // group_size).tolist()
+    beforehand = how.order == "inputs"
     return _Plan(
-        order,
-        (factor / factor.diagonal()).float(),
-        importance.float(),
-        group_of,
-        _spans(group_of, group_size, how.order == "inputs"),
-        group_size,
-        how.order == "inputs",
+        order, factor, importance, group_of, _spans(group_of, group_size, beforehand), group_size, beforehand
     )
 
 
@@ -193,23 +186,29 @@ def _spans(group_of: list[int], group_size: int, split_groups: bool) -> list[tup
     return [*spans, (start, inputs)]
 
 
-def _factor(hessian: Tensor, order: Tensor, damping: float) -> Tensor:
-    """Upper triangular R [in, in] float64 with R Rᵀ the damped Hessian of the inputs in `order`.
+def _factor(hessian: Tensor, order: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """R_ij / R_jj [in, in] and R_jj² [in], float32, with R Rᵀ the damped Hessian of the inputs in `order`.
 
-    More damping is added where rounding has left it indefinite; without any inputs at all it is the identity.
+    More damping is added where rounding has left it indefinite; without any inputs at all it is the identity. Two
+    matrices in float64 are in memory at most: a wide layer's are larger than a block.
     """
     turned = order.flip(0)  # R is the lower factor of the Hessian backwards, turned round again
-    moments = hessian.double()[turned][:, turned]
+    moments = torch.empty(hessian.shape, dtype=torch.float64, device=hessian.device)
+    for part in _slices(*hessian.shape):
+        moments[part] = hessian[turned[part]].index_select(1, turned).double()
     diagonal = moments.diagonal().clone()
     mean, added = float(diagonal.mean()), max(damping, 1e-9)
     while mean > 0 and added <= _STRONGEST:
         moments.diagonal().copy_(diagonal + added * mean)
         lower, failed = torch.linalg.cholesky_ex(moments)
         if int(failed) == 0:
-            factor: Tensor = lower.flip(0, 1)
-            return factor
+            del moments
+            spread = lower.diagonal().flip(0).clone()
+            lower /= lower.diagonal().clone()
+            return lower.float().flip(0, 1), spread.square().float()
         added *= 10
-    return torch.eye(len(order), dtype=torch.float64, device=hessian.device)
+    eye = torch.eye(len(order), dtype=torch.float32, device=hessian.device)
+    return eye, eye.diagonal().clone()
 
 
 class _Visits:

@@ -11,9 +11,9 @@ that is worth to them is measured (`docs/calibration.md`). A tied embedding stay
 look-up, which reads one row of it per token: rounding it would save no time.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Final, Literal
 
 import torch
 from torch import Tensor
@@ -22,12 +22,12 @@ from exeunt.calibration.errors import CalibrationError
 from exeunt.calibration.gptq import Gptq, gptq, weighted_error
 from exeunt.compression.architecture import Architecture
 from exeunt.compression.bundle_weights import int4_tensors
-from exeunt.compression.checkpoint_names import linear_names, linear_shapes
-from exeunt.compression.weights import WeightSource
-from exeunt.kernels.int4_linear import Int4Weight, dequantize, quantize
+from exeunt.compression.checkpoint_names import linear_shapes
+from exeunt.kernels.int4_linear import Int4Weight, quantize
+from exeunt.kernels.int4_linear.weight import dequantize_rows
 
-Advance = Callable[[int], None]
 Rounding = Literal["gptq", "nearest"]
+_ELEMENTS: Final = 1 << 24  # weights compared at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,34 +103,6 @@ def check_group_size(spec: Architecture, group_size: int) -> None:
             )
 
 
-def quantize_weights(
-    source: WeightSource,
-    spec: Architecture,
-    group_size: int,
-    device: torch.device | str = "cpu",
-    advance: Advance = lambda _blocks: None,
-) -> Int4Weights:
-    """The linears of `source` and its output matrix in INT4, each rounded to nearest in groups of `group_size` inputs,
-    clipped for the least squared error. A tied embedding keeps its full precision for the look-up. `device` does the
-    work; `advance` is told each block, and the output matrix as one more. Raises CalibrationError."""
-    check_group_size(spec, group_size)
-    weights: dict[tuple[int, str], Int4Weight] = {}
-    errors: dict[tuple[int, str], float] = {}
-    for index in range(spec.blocks):
-        block = source.block(index)
-        for name in linear_names(spec):
-            weight = block[f"{name}.weight"].to(device)
-            packed = _quantized(weight, group_size, f"Layer {name} of block {index}")
-            errors[index, name] = _relative_error(weight, packed)
-            weights[index, name] = _on_cpu(packed)
-        advance(1)
-    shared = source.shared()
-    matrix = shared["embedding.tokens" if spec.tied else "output.weight"].to(device)
-    output = _on_cpu(_quantized(matrix, group_size, "The output matrix"))
-    advance(1)
-    return Int4Weights(weights, output, group_size, errors)
-
-
 def quantize_linear(
     weight: Tensor, plan: Int4Plan, moments: Tensor | None, device: torch.device, name: str
 ) -> QuantisedLinear:
@@ -147,14 +119,7 @@ def quantize_linear(
     except ValueError as error:
         raise CalibrationError(f"{name} cannot be held in INT4: {error}.") from error
     output_error = None if moments is None else weighted_error(weight, packed, moments)
-    return QuantisedLinear(_on_cpu(packed), _relative_error(weight.to(device), packed), output_error)
-
-
-def _quantized(weight: Tensor, group_size: int, name: str) -> Int4Weight:
-    try:
-        return quantize(weight, group_size)
-    except ValueError as error:
-        raise CalibrationError(f"{name} cannot be held in INT4: {error}.") from error
+    return QuantisedLinear(_on_cpu(packed), _relative_error(weight, packed), output_error)
 
 
 def _on_cpu(packed: Int4Weight) -> Int4Weight:
@@ -162,6 +127,13 @@ def _on_cpu(packed: Int4Weight) -> Int4Weight:
 
 
 def _relative_error(weight: Tensor, packed: Int4Weight) -> float:
-    wanted = weight.float()
-    norm = float(wanted.square().sum())
-    return float((wanted - dequantize(packed, torch.float32)).square().sum()) / norm if norm > 0 else 0.0
+    """|W - Ŵ|² / |W|², a slice of outputs at a time."""
+    lost = wanted = 0.0
+    rows = max(1, _ELEMENTS // packed.in_features)
+    for start in range(0, packed.out_features, rows):
+        stop = min(start + rows, packed.out_features)
+        own = weight[start:stop].to(packed.codes.device, torch.float32)
+        wanted += float(own.square().sum(dtype=torch.float64))
+        restored = dequantize_rows(packed, start, stop, torch.float32)
+        lost += float((own - restored).square_().sum(dtype=torch.float64))
+    return lost / wanted if wanted > 0 else 0.0

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from exeunt.calibration.activations import Scratch, stream_blocks
+from exeunt.calibration.activations import Scratch
 from exeunt.calibration.block_fit import Moments
 from exeunt.calibration.block_fitter import BlockFitter
 from exeunt.calibration.ranked_map import parameters_of
@@ -82,5 +82,14 @@ def fitted(model: ForcedModel, folder: Path) -> BlockFitter:
     visitor = BlockFitter(
         HIDDEN, parameters_of(RANK, HIDDEN), 20 * 64, torch.device("cpu"), scratch, reduction=1.0
     )
-    stream_blocks(model, [*fit, *select], [visitor], scratch, batch_tokens=500)
+    groups = list(batches([*fit, *select], 500))
+    states = [model.decoder.embed(group.token_ids, group.positions) for group in groups]
+    starts = [0, *torch.tensor([group.tokens for group in groups]).cumsum(0).tolist()]
+    for block in range(model.blocks):
+        for number, group in enumerate(groups):
+            geometry, pages = group.geometry(model.layout.page_tokens), model.pages(group)
+            behind = model.decoder.run_blocks(states[number], geometry, pages, block, block + 1)
+            visitor.see(block, slice(starts[number], starts[number + 1]), states[number], behind)
+            states[number] = behind
+        visitor.finish(block)
     return visitor

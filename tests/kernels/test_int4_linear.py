@@ -63,6 +63,21 @@ def test_clip_search_never_does_worse_than_the_whole_range(
         assert bool((error[:, index * group : (index + 1) * group].sum(-1) <= plain * 1.0001 + 1e-9).all())
 
 
+@pytest.mark.parametrize(("out_features", "in_features", "group"), SHAPES)
+def test_clip_search_counts_inputs_by_their_importance(
+    seed: int, out_features: int, in_features: int, group: int
+) -> None:
+    weight, importance = torch.randn(out_features, in_features), torch.rand(in_features).pow(4) * 50
+
+    def lost(importance_searched: torch.Tensor | None) -> float:
+        error = dequantize(quantize(weight, group, importance_searched), torch.float32) - weight
+        return float((error.square() * importance).sum())
+
+    assert lost(importance) <= lost(None) * 1.0001
+    even = quantize(weight, group, torch.full((in_features,), 4.0))
+    assert torch.equal(even.codes, quantize(weight, group).codes)
+
+
 def test_weights_stay_packed(library: NativeLibrary) -> None:
     weight = quantize(torch.randn(256, 512), 32)
     assert weight.nbytes == 256 * 512 // 2 + 2 * 256 * 16 * 2
