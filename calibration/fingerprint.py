@@ -13,7 +13,7 @@ from exeunt.calibration.sources import source_files
 from exeunt.compression.checkpoint import Checkpoint
 from exeunt.compression.manifest import FORMAT_VERSION
 
-_OF_NO_MOMENT: Final = frozenset({"out", "work", "model", "data", "costs"})
+_OF_NO_MOMENT: Final = frozenset({"out", "work", "model", "data", "costs", "stream_weights"})
 """Options that do not change the result, or that are looked at by their contents."""
 
 

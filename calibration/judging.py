@@ -95,7 +95,7 @@ def _evaluate(task: Task, learned: Learned, risk_table: Sequence[RiskEntry]) -> 
             models,
             text,
             text=f"{data_name(options.data)}, certify split",
-            batch_tokens=options.batch_tokens,
+            batch_tokens=stack.batch_tokens(stack.reference.weights, options.batch_tokens),
             seed=options.seed,
             sweep=plan.sweep,
             journal=task.journal,
@@ -113,7 +113,11 @@ def _generate(task: Task, learned: Learned, risk_table: Sequence[RiskEntry]) -> 
     wanted = tuple(dict.fromkeys((stack.reference, stack.deployed)))
     models = {variant: stack.forced(variant, heads) for variant in wanted}
     own = [entry for entry in risk_table if entry.variant == stack.deployed]
-    modes = modes_of(wanted, stack.reference, stack.deployed, own, {})
+    modes = [
+        mode
+        for mode in modes_of(wanted, stack.reference, stack.deployed, own, {})
+        if not models[mode.variant].decoder.streamed  # who writes a token at a time would read the model as often
+    ]
     size = size.fitted(rows, task.spec.max_position_embeddings)
     temperatures = task.options.studies.temperatures
     with task.progress.phase("Letting modes write", size.tokens * len(modes) * len(temperatures)) as advance:
