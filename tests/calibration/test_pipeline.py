@@ -165,7 +165,7 @@ def test_the_report_stands_alone(made: tuple[Path, Watched]) -> None:
     assert len(record["linear_block"]["together"]["blocks"]) == 3
     assert [each["use"] for each in record["exits"]] == ["certified", "drafts", "certified"]
     assert record["costs"]["in_units_of_a_block"] is None, "the exits were named"
-    assert set(record["costs"]["in_units_of_a_token_of_one_stream"]["shallow"]) == {"2"}
+    assert set(record["costs"]["in_units_of_a_token_of_one_stream"]["shallow"]) == {"1", "2", "3"}
     assert record["drafting"]["exit"] == "block_1"
 
 
