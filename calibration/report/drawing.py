@@ -101,6 +101,7 @@ _STYLE: Final[dict[Any, Any]] = {
     "legend.handlelength": 2.2,
 }
 _FONT: Final = re.compile(r"font: ([^;\"']*?)([\d.]+px) [^;\"]*")
+_DIGITS: Final = re.compile(r"(\d\.\d\d)\d+")  # of coordinates: hundredths of a unit are too small to see
 _ID: Final = re.compile(r' id="([^"]*)"')
 
 
@@ -173,6 +174,7 @@ def _inline(svg: str, name: str, label: str) -> str:
     )
     for colour, variable in VARIABLES.items():
         svg = svg.replace(colour, f"var(--{variable})")
+    svg = re.sub(r"<[^>]+>", lambda tag: _DIGITS.sub(r"\1", tag[0]), svg)
     svg = _FONT.sub(r"font: \1\2 var(--sans)", svg)
     used = set(re.findall(r"(?:href=\"#|url\(#)([^\")]*)", svg))
     svg = _ID.sub(lambda found: f' id="figure-{name}-{found[1]}"' if found[1] in used else "", svg)

@@ -76,15 +76,17 @@ def test_labels_are_moved_apart_and_stay_in_order() -> None:
 def test_a_picture_is_one_element_in_the_pages_colours() -> None:
     def paint(axes: Axes) -> None:
         axes.plot([0, 1], [0, 1], **series(0).look)
-        axes.set_xlabel("a & b <c>")
+        axes.set_xlabel("a & b <c>, 0.12345")
 
     figure = draw("some-name", 'says "this" & that', "caption", paint)
     assert figure.svg.startswith(
         '<svg id="figure-some-name" role="img" aria-label="says &quot;this&quot; &amp; that"'
     )
     assert figure.svg.count("<svg") == figure.svg.count("</svg>") == 1
-    assert "a &amp; b &lt;c&gt;" in figure.svg
+    assert "a &amp; b &lt;c&gt;, 0.12345" in figure.svg
     assert not re.search(r"#[0-9a-f]{6}\b", figure.svg)
+    assert re.findall(r' [xy]="[^"]*"', figure.svg)
+    assert not re.search(r"<[^>]*\d\.\d{3}", figure.svg)
     assert figure.svg == draw("some-name", 'says "this" & that', "caption", paint).svg
 
 
