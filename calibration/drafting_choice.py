@@ -49,6 +49,11 @@ class PassCosts:
             return self
         return replace(self, projection=dict(self.looks)[size], leaving=self.projection)
 
+    @property
+    def listed(self) -> "PassCosts":
+        """The costs with the longest shortlist: a gate then tells about what all logits do by themselves."""
+        return self.with_shortlist(max((size for size, _ in self.looks), default=None))
+
     def deep_pass(self, depth: int, tokens: int) -> float:
         """The time of a pass over `tokens` tokens from `depth` blocks on."""
         return float(np.interp(tokens, DEEP_TOKENS, self.deep[depth]))

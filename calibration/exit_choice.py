@@ -35,6 +35,11 @@ class ExitCosts:
         look = dict(self.looks)[size]
         return replace(self, projection=look, leaving=look)
 
+    @property
+    def listed(self) -> "ExitCosts":
+        """The costs with the longest shortlist: a gate then tells about what all logits do by themselves."""
+        return self.with_shortlist(max((size for size, _ in self.looks), default=None))
+
 
 LEAST_SAVING: Final = 0.005
 """Share of the blocks below which exits pay for nothing but themselves."""

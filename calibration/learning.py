@@ -25,6 +25,7 @@ from exeunt.calibration.model_stack import ModelStack, final_exit_norm
 from exeunt.calibration.options import wanted_linear_block
 from exeunt.calibration.rank_sweep import RankSweep, sweep_of
 from exeunt.calibration.replacement import Losses, walk_work
+from exeunt.calibration.shortlist_choice import shortlist_sizes
 from exeunt.calibration.streaming_pass import planned_tokens, stream_model
 from exeunt.calibration.task import Task, head_rows
 from exeunt.calibration.weights_int4 import Int4Weights
@@ -176,8 +177,8 @@ def _exits(
             splits.select,
             options.exits,
             options.drafting_exit,
-            costs.exits,
-            costs.passes,
+            costs.exits.listed,
+            costs.passes.listed,
             options.targets,
             options.screen,
             task.progress,
@@ -222,6 +223,7 @@ def _costs(task: Task, stack: ModelStack, norm: ExitNorm) -> _Costs:
     spec, deployed = task.spec, stack.deployed
     model = stack.forced(deployed, [untrained_exit(norm, spec.blocks // 2)])
     about = [repr(spec), str(deployed), str(task.dtype), str(task.device), str(task.options.group_size)]
+    about.append(f"looks at {shortlist_sizes(spec.vocab_size)}")
     depths = tuple(range(1, spec.blocks))
     exits = task.measurements.of("exits", about, ExitCosts, lambda: measure_exit_costs(model))
     passes = task.measurements.of("drafts", about, PassCosts, lambda: measure_pass_costs(model, depths))

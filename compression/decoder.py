@@ -223,8 +223,9 @@ class Decoder:
 
     def resident_bytes(self) -> dict[str, int]:
         """Bytes held, by kind: embedding, full, int4 (linears; the output matrix, unless it is the embedding itself,
-        among them), norms (with biases), kv_projection, exit_output (where exits read another form), rope,
-        linear_block. Tensors that another decoder shares count in both; of streamed blocks those of the one held."""
+        among them), norms (with biases), kv_projection, exit_output (where exits read another form), exit_shortlists
+        (copies of rows of what exits read), rope, linear_block. Tensors that another decoder shares count in both; of
+        streamed blocks those of the one held."""
         sizes = {"embedding": self._embedding.nbytes, **self._blocks.nbytes()}
         sizes["norms"] += self._embedding.final_norm.nbytes
         if not (isinstance(self._output, FullLinear) and self._output.weight is self._embedding.tokens):
@@ -232,6 +233,7 @@ class Decoder:
         sizes["exit_output"] = (
             self._project_exit.linear.nbytes if self._project_exit.linear is not self._output else 0
         )
+        sizes["exit_shortlists"] = self._project_exit.shortlist_bytes
         sizes["rope"] = self._rope.nbytes if self._rope is not None else 0
         sizes["linear_block"] = self.linear_block.nbytes if self.linear_block is not None else 0
         return sizes

@@ -1,5 +1,6 @@
 """A model ready to serve: its decoders by variant, exits, tokenizer, and the manifest of its bundle."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -114,7 +115,7 @@ class LoadedModel:
         for (_, linear), decoder in self.decoders.items():
             for kind, size in decoder.resident_bytes().items():
                 own = not linear
-                if kind in ("embedding", "norms", "rope", "linear_block", "exit_output"):
+                if kind in ("embedding", "norms", "rope", "linear_block", "exit_output", "exit_shortlists"):
                     total[kind] = max(total.get(kind, 0), size)
                 else:
                     total[kind] = total.get(kind, 0) + (size if own else 0)
@@ -157,6 +158,7 @@ def load_bundle(
         dtype = dtype or default_dtype(spec, place)
         decoders = _bundle_decoders(bundle, spec, formats, place, dtype)
         exits = tuple(_fitting(head, spec).to(place, dtype) for head in bundle.exits())
+        _pick_shortlists(exits, decoders.values())
         tokenizer = load_tokenizer(bundle.path)
     except (ConfigError, UnsupportedModelError, WeightError, ModelLoadError) as error:
         raise BundleError(f"{bundle.path}: {error}") from error
@@ -226,11 +228,23 @@ def _exit_output(
     return read_int4_output(spec, shared, device, group_size)
 
 
+def _pick_shortlists(exits: Iterable[ExitHead], decoders: Iterable[Decoder]) -> None:
+    """Copy the rows of the output matrix that exits look at, before anybody waits for it."""
+    shortlists = [head.shortlist for head in exits if head.shortlist is not None]
+    for decoder in decoders:
+        for shortlist in shortlists:
+            decoder.project_exit.only(shortlist)
+
+
 def _fitting(head: ExitHead, spec: Architecture) -> ExitHead:
     if head.block >= spec.blocks - 1 or head.adapter.shape[0] != spec.hidden_size:
         raise ModelLoadError(
             f"the exit {head.name} of width {head.adapter.shape[0]} does not fit a model of {spec.blocks} blocks "
             f"of width {spec.hidden_size}"
+        )
+    if head.shortlist is not None and int(head.shortlist.ids[-1]) >= spec.vocab_size:
+        raise ModelLoadError(
+            f"the shortlist of {head.name} names token {int(head.shortlist.ids[-1])}, the model has {spec.vocab_size}"
         )
     return head
 

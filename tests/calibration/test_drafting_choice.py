@@ -1,5 +1,7 @@
 """Which exit drafts: planted cases where the answer is known, and the speed that is expected against a simulation."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -120,3 +122,14 @@ def test_the_longest_draft_is_looked_at_where_drafts_are_right() -> None:
 def test_where_nothing_pays_the_least_slow_is_kept_and_said_to_be_slow() -> None:
     choice = choose_drafting(view((0.1, 0.2), (0.2, 0.2)), (3, 8), costs(0.5, 0.5, 1.0))
     assert choice.plan.speed == max(plan.speed for plan in choice.plans) < 1.0
+
+
+def test_with_a_shortlist_drafts_pay_for_their_logits_apart() -> None:
+    dear = replace(costs(projection=0.2), looks=((64, 0.01),))
+    listed = dear.with_shortlist(64)
+    assert (listed.projection, listed.leaving) == (0.01, dear.projection)
+    assert dear.listed == listed
+    assert costs().listed == costs()
+    none, every = (DraftRates(0.5, 1.0, drafted, 0.9) for drafted in (0.0, 1.0))
+    assert draft_speed(none, 3, 1, listed) > draft_speed(none, 3, 1, dear), "vain looks are cheaper"
+    assert draft_speed(every, 3, 1, listed) < draft_speed(every, 3, 1, dear), "and who drafts pays both"

@@ -64,3 +64,19 @@ def test_where_none_pays_the_one_that_skips_most_is_kept_whatever_the_costs(late
     chosen = [choose_exits(seen, (3, 8), BLOCKS, costs, TARGETS, 2 * TOKENS, 0.95) for costs in dear]
     assert {choice.kept for choice in chosen} == {(0,) if late == 0.3 else (1,)}
     assert {choice.saving for choice in chosen} == {0.0}
+
+
+def test_a_shortlist_is_paid_by_everybody_looked_at() -> None:
+    """With one a look in vain is cheap, and a token that leaves pays for a look it would not have owed."""
+    costs = ExitCosts(0.1, 2.0, 0.1, looks=((64, 0.25), (256, 0.5)))
+    assert costs.with_shortlist(64) == ExitCosts(0.1, 0.25, 0.1, leaving=0.25, looks=costs.looks)
+    assert costs.listed == costs.with_shortlist(256)
+    assert FREE.listed == FREE
+    seen = view((0.25, 0.0))
+    projects = np.where(
+        np.arange(TOKENS) % 2 == 0, 1.0, seen.reach
+    )  # every other token is looked at in any case
+    eager = GateView(seen.reach, projects, seen.agrees, seen.text_block, seen.blocks)
+    free = net_saving(eager, 0.9, (6,), BLOCKS, FREE)
+    paid = net_saving(eager, 0.9, (6,), BLOCKS, ExitCosts(0.0, 0.25, 0.0, leaving=0.25))
+    assert free - paid == pytest.approx(0.25 * float((projects >= 0.9).mean()) / BLOCKS)

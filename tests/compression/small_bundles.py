@@ -1,6 +1,7 @@
 """Small bundles of random models, made without calibration: what loading and serving need, none of the quality."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
@@ -14,7 +15,8 @@ from exeunt.compression.bundle_weights import checkpoint_tensors, int4_tensors, 
 from exeunt.compression.bundle_writer import BundleContents, write_bundle
 from exeunt.compression.checkpoint import open_checkpoint
 from exeunt.compression.checkpoint_names import linear_names
-from exeunt.compression.exits import ExitHead, ExitProbe
+from exeunt.compression.exit_output import Shortlist
+from exeunt.compression.exits import ExitHead, ExitJudge, ExitProbe
 from exeunt.compression.linear_block import LinearBlock
 from exeunt.compression.manifest import (
     BaseModelRecord,
@@ -49,9 +51,15 @@ def small_checkpoint(directory: Path, family: str = "llama", shard: str = "1GB",
 
 
 def small_bundle(
-    directory: Path, checkpoint_directory: Path, weights: Sequence[WeightFormat] = ("int4", "full")
+    directory: Path,
+    checkpoint_directory: Path,
+    weights: Sequence[WeightFormat] = ("int4", "full"),
+    shortlist: Sequence[int] = (),
 ) -> Bundle:
-    """A bundle of the checkpoint with an exit after block 1, a linear block 2, and a risk table."""
+    """A bundle of the checkpoint with an exit after block 1, a linear block 2, and a risk table.
+
+    Where tokens are given as its `shortlist` the exit decides by them and has a judge.
+    """
     checkpoint = open_checkpoint(checkpoint_directory)
     spec, source = checkpoint.spec, checkpoint.weights()
     int4 = int4_tensors(
@@ -74,17 +82,21 @@ def small_bundle(
         linear_block=LinearBlock(
             2, torch.randn(3, hidden) / 5, torch.randn(hidden, 3) / 5, torch.randn(hidden) / 5
         ),
-        exits=[_exit(1, hidden)],
+        exits=[_exit(1, hidden, shortlist)],
         report_html="",
         report_json="{}",
     )
     return write_bundle(directory, contents)
 
 
-def _exit(block: int, hidden: int) -> ExitHead:
+def _exit(block: int, hidden: int, shortlist: Sequence[int]) -> ExitHead:
     probe = ExitProbe(torch.randn(4, hidden), torch.randn(4), torch.randn(4), torch.tensor(0.0))
     norm = Norm("rms", torch.ones(hidden), None, 1e-6)
-    return ExitHead(block, norm, torch.randn(hidden, hidden) / 9, probe, torch.randn(4), 0.5)
+    head = ExitHead(block, norm, torch.randn(hidden, hidden) / 9, probe, torch.randn(4), 0.5)
+    if not shortlist:
+        return head
+    judge = ExitJudge(torch.randn(3, 4), torch.randn(4), torch.randn(4), torch.tensor(0.0))
+    return replace(head, judge=judge, shortlist=Shortlist(torch.tensor(shortlist)))
 
 
 _NLL_THRESHOLDS: Final[dict[SkippedKV, dict[float, float]]] = {"backfill": {0.05: 0.71}, "propagate": {}}

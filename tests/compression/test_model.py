@@ -13,7 +13,7 @@ from exeunt.compression.bundle import BundleError, open_bundle
 from exeunt.compression.checkpoint_names import linear_shapes
 from exeunt.compression.decoder import Decoder
 from exeunt.compression.kv_format import page_bytes_for
-from exeunt.compression.manifest import ExitRecord
+from exeunt.compression.manifest import FORMAT_VERSION, PLAIN_VERSION, ExitRecord
 from exeunt.compression.model import (
     LoadedModel,
     ModelLoadError,
@@ -132,6 +132,29 @@ def test_decoders_share_what_they_can(model: LoadedModel) -> None:
     assert sizes["int4"] == int4.resident_bytes()["int4"]
     assert sizes["linear_block"] > 0
     assert sizes["exits"] > 0
+
+
+def test_a_bundle_with_a_shortlist_says_so_and_all_decoders_share_it(tmp_path: Path) -> None:
+    checkpoint = small_checkpoint(tmp_path / "checkpoint")
+    plain = small_bundle(tmp_path / "plain", checkpoint)
+    listed = small_bundle(tmp_path / "listed", checkpoint, shortlist=(1, 5, 6, 20))
+    assert open_bundle(plain.path).manifest.format_version == PLAIN_VERSION, "older readers take it"
+    assert open_bundle(listed.path).manifest.format_version == FORMAT_VERSION > PLAIN_VERSION
+    model = load_bundle(listed.path)
+    shortlist = model.exits[0].shortlist
+    assert shortlist is not None
+    assert shortlist.ids.tolist() == [1, 5, 6, 20]
+    assert len({id(decoder.project_exit.only(shortlist)) for decoder in model.decoders.values()}) == 1
+    picked = model.decoder(Variant("int4", "full")).project_exit.only(shortlist)
+    assert model.resident_bytes()["exit_shortlists"] == picked.linear.nbytes > 0
+    assert load_bundle(plain.path).resident_bytes()["exit_shortlists"] == 0
+
+
+def test_a_shortlist_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
+    checkpoint = small_checkpoint(tmp_path / "checkpoint")
+    path = small_bundle(tmp_path / "bundle", checkpoint, shortlist=(1, 5, 1_000_000)).path
+    with pytest.raises(BundleError, match="the shortlist of block_1 names token 1000000, the model has "):
+        load_bundle(path)
 
 
 @pytest.mark.parametrize("held", [("int4", "full"), ("int4",)])
