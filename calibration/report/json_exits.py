@@ -96,6 +96,7 @@ def _exit(fitted: FittedExit) -> dict[str, Any]:
         "gate": asdict(fitted.gate),
         "combine": [float(weight) for weight in fitted.head.combine],
         "screen_ratio": fitted.head.screen_ratio,
+        "shortlist": None if fitted.head.shortlist is None else len(fitted.head.shortlist),
         "shortlist_tokens": None if fitted.head.shortlist is None else len(fitted.head.shortlist),
     }
 

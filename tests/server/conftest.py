@@ -8,7 +8,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from exeunt.compression.exits import ExitHead, ExitNorm, ExitProbe
+from exeunt.compression.exit_output import Shortlist
+from exeunt.compression.exits import ExitHead, ExitJudge, ExitNorm, ExitProbe
 from exeunt.compression.linear_block import LinearBlock
 from exeunt.compression.model import LoadedModel, load_plain_model
 
@@ -65,9 +66,18 @@ def random_exit(block: int, model: LoadedModel, seed: int) -> ExitHead:
 
 @pytest.fixture(scope="session")
 def tiny_model(tiny_checkpoint: Path) -> LoadedModel:
-    """The tiny checkpoint at full depth, with random exits after blocks 1 and 3 and a linear block."""
+    """The tiny checkpoint at full depth, with random exits after blocks 1 and 3 and a linear block.
+
+    The first exit decides by a shortlist and has a judge, the second looks at all tokens and has none.
+    """
     model = load_plain_model(tiny_checkpoint, device="cpu", dtype=torch.float32)
-    exits = (random_exit(1, model, 1), random_exit(3, model, 2))
+    g = torch.Generator().manual_seed(3)
+    judge = ExitJudge(
+        torch.randn(5, 8, generator=g) / 5, torch.zeros(8), torch.randn(8, generator=g), torch.zeros(())
+    )
+    shortlist = Shortlist(torch.randperm(VOCAB, generator=g)[: VOCAB // 3].sort().values)
+    first = replace(random_exit(1, model, 1), judge=judge, shortlist=shortlist)
+    exits = (first, random_exit(3, model, 2))
     g = torch.Generator().manual_seed(3)
     linear = LinearBlock(
         4,
