@@ -36,21 +36,27 @@ struct Counts {
   int64_t looked, left;
 };
 
-// The `count` largest of x [n], descending; NaN counts for nothing.
+// The `count` largest of x [n], descending. Runs in which nothing is larger than the least of them are passed at once.
+// Where a value is NaN they need not be found: the row's sum is NaN then, and with it whatever comes of it.
 inline void largest_of(const float* x, int64_t n, int64_t count, float* best) {
+  constexpr int64_t RUN = 8 * LANES;
   for (int64_t k = 0; k < count; k++) best[k] = -INFINITY;
-  for (int64_t i = 0; i < n; i += LANES) {
-    const int here = vector_at(i, n);
-    const vf v = load(x + i, here);
-    const vi higher = v > splat(best[count - 1]);
-    int32_t any = 0;
-    for (int l = 0; l < LANES; l++) any |= higher[l];
-    if (!any) continue;
-    for (int l = 0; l < here; l++) {
-      if (!(v[l] > best[count - 1])) continue;
-      int64_t k = count - 1;
-      for (; k > 0 && best[k - 1] < v[l]; k--) best[k] = best[k - 1];
-      best[k] = v[l];
+  for (int64_t i = 0; i < n; i += RUN) {
+    const int64_t end = i + RUN < n ? i + RUN : n;
+    if (end - i == RUN) {
+      vf most = load(x + i, LANES);
+      for (int64_t j = i + LANES; j < end; j += LANES) most = larger(most, load(x + j, LANES));
+      if (!(largest(most) > best[count - 1])) continue;
+    }
+    for (int64_t at = i; at < end; at += LANES) {
+      const int64_t stop = at + LANES < end ? at + LANES : end;
+      if (stop - at == LANES && !(largest(load(x + at, LANES)) > best[count - 1])) continue;
+      for (int64_t j = at; j < stop; j++) {
+        if (!(x[j] > best[count - 1])) continue;
+        int64_t k = count - 1;
+        for (; k > 0 && best[k - 1] < x[j]; k--) best[k] = best[k - 1];
+        best[k] = x[j];
+      }
     }
   }
 }
