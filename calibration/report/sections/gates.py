@@ -113,7 +113,8 @@ def _coverage(content: ReportContent) -> Figure:
     def paint(axes: Axes) -> None:
         _curves(axes, content, lambda gate: gate.coverage)
         axes.set(xlabel="tokens let go, surest first, %", ylabel="of them differ, %", xlim=(0, 100))
-        axes.set_ylim(bottom=0)
+        most = max((risk for each in content.exits for _, risk in each.gate.coverage), default=0.0)
+        axes.set_ylim(0, 105 * max(most, *targets, 0.01))  # the targets too, where hardly a token differs
         for target in targets:
             axes.axhline(100 * target, color=SOFT, linewidth=1, linestyle=(0, (2, 2)))
         label_ends(axes, [(100 * target, percent(target), SOFT) for target in targets])
