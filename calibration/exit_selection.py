@@ -61,8 +61,9 @@ def select_exits(
     progress: ProgressReport,
     costs: ExitCosts | None = None,
     passes: PassCosts | None = None,
+    documents: Sequence[int] | None = None,
 ) -> ExitSelection:
-    """Choose among the `fitted` exits, all of which `model` has. `rows` are the select split's.
+    """Choose among the `fitted` exits, all of which `model` has. `rows` are the select split's, of these `documents`.
 
     Where exits are chosen all are candidates, where they are named those named. Costs that are not given are measured.
     """
@@ -70,7 +71,7 @@ def select_exits(
         return ExitSelection((), NO_THRESHOLDS)
     states = [data.select(head.block) for head in model.exits]
     with progress.phase("Asking the gates", sum(each.tokens for each in states)) as advance:
-        view = view_gates(model.exits, states, rows, model.decoder.project_exit, advance)
+        view = view_gates(model.exits, states, rows, model.decoder.project_exit, advance, documents=documents)
     certified, choice = _among(fitted, options.exits), None
     candidates = certified
     size = None if fitted[0].head.shortlist is None else len(fitted[0].head.shortlist)

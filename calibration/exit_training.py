@@ -55,7 +55,7 @@ class HeadTraining:
     are (a prior's weight, as in maximum a posteriori estimates).
     """
 
-    visits: int = 32_000
+    visits: int = 20_000
     batch_tokens: int = 256
     learning_rate: float = 3e-3
     evaluations: int = 6

@@ -49,7 +49,7 @@ class ProbeTraining:
     """How the probe and its judge are trained."""
 
     units: int = 64
-    steps: int = 600
+    steps: int = 450
     batch_tokens: int = 512
     learning_rate: float = 2e-3
     weight_decay: float = 1e-1

@@ -37,7 +37,7 @@ def _certify(task: Task, learned: Learned) -> tuple[CertifiedVariant, ...]:
         return ()
     splits, stack = task.splits, learned.stack
     with task.progress.phase(
-        "Certifying thresholds", certify_work(stack, heads, splits.certify, plan)
+        "Certifying thresholds", certify_work(stack, heads, splits.certify, plan, task.options.nll_effort)
     ) as advance:
         certified = certify_variants(
             stack,
@@ -48,6 +48,7 @@ def _certify(task: Task, learned: Learned) -> tuple[CertifiedVariant, ...]:
             confidence=task.options.confidence,
             advance=advance,
             documents=splits.documents.get("certify"),
+            effort=task.options.nll_effort,
             journal=task.journal,
         )
     for each in certified:
@@ -55,10 +56,21 @@ def _certify(task: Task, learned: Learned) -> tuple[CertifiedVariant, ...]:
         shown = ", ".join(
             f"{percent(c.target)} at {c.threshold:.3f} ({c.exits / c.tokens:.1%} leave)" for c in found
         )
-        task.progress.note(f"{each.variant}, {each.skipped_kv}: {shown or 'no exits certified'}")
+        task.progress.note(f"{each.variant}, {each.skipped_kv}: {shown or 'no exits certified'}{_nll(each)}")
     if not any(target.certified for each in certified for target in each.certification.certificates):
         task.progress.note(_uncertified(certified, splits.tokens()["certify"]))
     return certified
+
+
+def _nll(each: CertifiedVariant) -> str:
+    """The certified targets of the other risk, to stand behind those of the first."""
+    found = () if each.nll is None else each.nll.certificates
+    shown = ", ".join(
+        f"{c.target:g} nats at {c.threshold:.3f} ({c.exits / c.tokens:.1%} leave)"
+        for c in found
+        if c.threshold is not None
+    )
+    return f"; {shown}" if shown else ""
 
 
 def _uncertified(outcomes: Sequence[CertifiedVariant], tokens: int) -> str:
@@ -116,7 +128,9 @@ def _generate(task: Task, learned: Learned, risk_table: Sequence[RiskEntry]) -> 
     modes = [
         mode
         for mode in modes_of(wanted, stack.reference, stack.deployed, own, {})
-        if not models[mode.variant].decoder.streamed  # who writes a token at a time would read the model as often
+        if not models[
+            mode.variant
+        ].decoder.streamed  # who writes a token at a time would read the model as often
     ]
     size = size.fitted(rows, task.spec.max_position_embeddings)
     temperatures = task.options.studies.temperatures

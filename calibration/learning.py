@@ -214,6 +214,7 @@ def _exits(
         task.progress,
         None if costs is None else costs.exits,
         None if costs is None else costs.passes,
+        splits.documents.get("select"),
     )
     return screen, exits, selection
 

@@ -7,6 +7,7 @@ from typing import Final, Literal
 import torch
 
 from exeunt.calibration.block_choice import CANDIDATES
+from exeunt.calibration.certificates import NllEffort
 from exeunt.calibration.corpus import LEAST_TOKENS
 from exeunt.calibration.errors import OptionError
 from exeunt.calibration.exit_screen import ScreenSize
@@ -64,12 +65,13 @@ class CalibrationOptions:
     hessian_tokens: int = 8_000  # of the fit split that GPTQ sees
     block_tokens: int = 4_000  # of the select split that linear blocks are compared on
     block_candidates: int | None = CANDIDATES  # blocks to replace that are tried; None: all
+    nll_effort: NllEffort = field(default_factory=NllEffort)
     screen: ScreenSize = field(default_factory=ScreenSize)
     studies: StudySizes = field(default_factory=StudySizes)
     row_tokens: int = 512
     batch_tokens: int = 4096
     stream_weights: bool | None = None  # read full-precision blocks as they are run; None: by the free memory
-    evaluation_tokens: int = 6_000  # of the certify split
+    evaluation_tokens: int = 5_000  # of the certify split
     least_tokens: int = LEAST_TOKENS
     origin: str | None = None  # where the text comes from, for the manifest
     work: Path | Literal["auto"] | None = "auto"

@@ -7,6 +7,7 @@ behind it, how many alternatives were tried, and which comparisons the report ho
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
+from exeunt.calibration.certificates import NllEffort
 from exeunt.calibration.exit_screen import ScreenSize
 from exeunt.calibration.exit_training import HeadTraining
 from exeunt.calibration.gate_training import ProbeTraining
@@ -38,6 +39,7 @@ PRESETS: Final[dict[PresetName, dict[str, Any]]] = {
         "screen": ScreenSize(tokens=2_048, trained=3),
         "head": HeadTraining(visits=16_000, evaluations=4),
         "probe": ProbeTraining(steps=300, evaluations=6),
+        "nll_effort": NllEffort("none"),
         "studies": StudySizes(weights=0, kv=0, losses=0, ranks=False, generation=None),
     },
     "default": {},
@@ -45,14 +47,15 @@ PRESETS: Final[dict[PresetName, dict[str, Any]]] = {
         "tokens": EVERY_TOKEN,
         "evaluation_tokens": 60_000,
         "hessian_tokens": 64_000,
+        "nll_effort": NllEffort("all", 1),
         "block_candidates": None,
         "screen": ScreenSize(tokens=32_768, trained=8),
-        "head": HeadTraining(visits=4_000_000, evaluations=80, most_epochs=20.0),
+        "head": HeadTraining(visits=2_000_000, evaluations=60, select_tokens=16_000, most_epochs=20.0),
         "probe": ProbeTraining(steps=4_000, evaluations=40),
         "studies": StudySizes(
             weights=30_000,
             kv=30_000,
-            losses=None,
+            losses=2,
             generation=GenerationSize(texts=64, prompt_tokens=32, new_tokens=128),
             temperatures=(0.0, 1.0),
         ),
