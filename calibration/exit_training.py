@@ -58,8 +58,8 @@ class HeadTraining:
     visits: int = 20_000
     batch_tokens: int = 256
     learning_rate: float = 3e-3
-    evaluations: int = 6
-    patience: int = 3
+    evaluations: int = 8
+    patience: int = 2
     select_tokens: int = 4_000  # the most of them that evaluations look at
     most_epochs: float = 4.0
     anchor_tokens: int = 130_000  # what the start counts for, against the tokens trained on

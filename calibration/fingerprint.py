@@ -1,6 +1,5 @@
 """What a calibration's result hangs on: of two with one fingerprint, one may go on for the other."""
 
-import platform
 from dataclasses import fields
 from importlib.metadata import version
 from typing import Final
@@ -12,6 +11,7 @@ from exeunt.calibration.options import CalibrationOptions
 from exeunt.calibration.sources import source_files
 from exeunt.compression.checkpoint import Checkpoint
 from exeunt.compression.manifest import FORMAT_VERSION
+from exeunt.kernels.native.build import processor
 
 _OF_NO_MOMENT: Final = frozenset({"out", "work", "model", "data", "costs", "stream_weights"})
 """Options that do not change the result, or that are looked at by their contents."""
@@ -28,7 +28,7 @@ def calibration_fingerprint(options: CalibrationOptions, checkpoint: Checkpoint,
         for field in fields(options)
         if field.name not in _OF_NO_MOMENT
     ]
-    machine = [platform.machine(), f"{torch.get_num_threads()} threads", str(torch.cuda.is_available())]
+    machine = [processor(), f"{torch.get_num_threads()} threads", str(torch.cuda.is_available())]
     versions = [f"{package} {version(package)}" for package in ("exeunt", "torch", "numpy", "scipy")]
     code = [fingerprint_of(path.read_text() for path in source_files())]
     return fingerprint_of(

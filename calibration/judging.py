@@ -57,7 +57,8 @@ def _certify(task: Task, learned: Learned) -> tuple[CertifiedVariant, ...]:
             f"{percent(c.target)} at {c.threshold:.3f} ({c.exits / c.tokens:.1%} leave)" for c in found
         )
         task.progress.note(f"{each.variant}, {each.skipped_kv}: {shown or 'no exits certified'}{_nll(each)}")
-    if not any(target.certified for each in certified for target in each.certification.certificates):
+    nothing = not any(_nll(each) for each in certified)
+    if nothing and not any(c.certified for each in certified for c in each.certification.certificates):
         task.progress.note(_uncertified(certified, splits.tokens()["certify"]))
     return certified
 
@@ -96,7 +97,9 @@ def _evaluate(task: Task, learned: Learned, risk_table: Sequence[RiskEntry]) -> 
         stack.reference,
         stack.deployed,
         risk_table,
-        rows,
+        head_rows(
+            splits.select, options.batch_tokens
+        ),  # thresholds that nothing certifies are chosen elsewhere
         task.progress,
         batch_tokens=options.batch_tokens,
     )

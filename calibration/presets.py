@@ -37,7 +37,7 @@ PRESETS: Final[dict[PresetName, dict[str, Any]]] = {
         "hessian_tokens": 4_000,
         "block_candidates": 2,
         "screen": ScreenSize(tokens=2_048, trained=3),
-        "head": HeadTraining(visits=16_000, evaluations=4),
+        "head": HeadTraining(visits=16_000),
         "probe": ProbeTraining(steps=300, evaluations=6),
         "nll_effort": NllEffort("none"),
         "studies": StudySizes(weights=0, kv=0, losses=0, ranks=False, generation=None),

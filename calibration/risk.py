@@ -27,6 +27,8 @@ from exeunt.calibration.fixed_sequence import FixedSequence
 Counts = NDArray[np.float64]
 
 CONFIDENCE: Final = 0.95
+CAUTION: Final = 2.5
+"""Standard errors by which the correlation of errors is taken to be higher than estimated."""
 LEAST_BLOCKS: Final = 20
 """Fewer blocks with an exit than this give no idea of the variance between blocks."""
 NOTHING_TESTED: Final = "no threshold was strict enough to begin with"
@@ -108,12 +110,18 @@ def design_effect(counts: ExitCounts, correlation: float) -> float:
 
 
 def error_correlation(counts: ExitCounts) -> float:
-    """ρ: by how much errors in one block are more alike than in two, from the design effect itself, at least 0."""
+    """ρ: by how much errors in one unit are more alike than in two, at most, as far as these units can tell; 0 to 1.
+
+    From the design effect, whose estimate from n units has a relative standard error of about √(2/(n − 1)), that of a
+    variance: `CAUTION` of them are added. Taken as estimated, few units certify too often.
+    """
     total = counts.exits.sum()
-    if total == 0:
+    units = int((counts.exits > 0).sum())
+    if total == 0 or units < 2:
         return 0.0
     size = float(np.square(counts.exits).sum() / total)
-    return max(0.0, (design_effect(counts, 0.0) - 1.0) / (size - 1.0)) if size > 1.0 else 0.0
+    effect = design_effect(counts, 0.0) * (1.0 + CAUTION * (2.0 / (units - 1)) ** 0.5)
+    return min(1.0, (effect - 1.0) / (size - 1.0)) if size > 1.0 else 0.0
 
 
 def upper_bound(counts: ExitCounts, correlation: float, confidence: float = CONFIDENCE) -> float:

@@ -51,7 +51,10 @@ def text_units(rows: Sequence[Tensor], documents: Sequence[int] | None = None) -
             np.repeat(np.array([place[number] for number in numbers]), lengths), len(tokens_of), "document"
         )
     wanted = max(LEAST_STRETCH, -(-int(lengths.sum()) // STRETCHES))
-    stretches = {number: max(1, round(tokens / wanted)) for number, tokens in tokens_of.items()}
+    stretches = {
+        number: max(1, min(round(tokens / wanted), tokens // LEAST_STRETCH))
+        for number, tokens in tokens_of.items()
+    }
     firsts = dict(zip(stretches, np.cumsum([0, *stretches.values()]), strict=False))
     read = dict.fromkeys(tokens_of, 0)
     parts = []

@@ -109,7 +109,11 @@ def trade_offs(table: EvaluationTable, variant: Variant) -> tuple[TradeOff, ...]
 def compare(curve: TradeCurve) -> Comparison:
     """`curve` held against the paper's."""
     shares, increases = (np.array(part) for part in zip(*paper_curve(), strict=True))
-    points = [point for point in curve.points if point.saved.value <= shares[-1]]
+    points = [
+        point
+        for point in curve.points
+        if point.saved.value <= shares[-1] and (point.saved.value, point.increase.value) != (0.0, 0.0)
+    ]  # where nobody leaves there is nothing to compare
     limits = [float(np.interp(point.saved.value, shares, increases)) for point in points]
     pairs = [(point.increase.value, limit) for point, limit in zip(points, limits, strict=True)]
     reached = list(_reached(curve))

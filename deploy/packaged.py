@@ -35,7 +35,7 @@ CHECKPOINT_FILES: Final = (
 CALIBRATION_TEXT: Final = "calibration.txt"
 _ORIGIN: Final = "written by the packaged model itself, see its MODEL_CARD.md"
 EVALUATION_TOKENS: Final = 2_000
-"""Every mode is evaluated on so many tokens before the first start can serve; `exeunt calibrate` takes 6,000."""
+"""Every mode is evaluated on so many tokens before the first start can serve; `exeunt calibrate` takes 5,000."""
 
 
 class PackagedModelError(RuntimeError):

@@ -239,7 +239,9 @@ def test_that_nothing_is_certified_is_said(
     made: tuple[Path, Watched], checkpoint: Path, text_file: Path, tmp_path: Path
 ) -> None:
     progress = Watched()
-    asked = replace(options(checkpoint, text_file, tmp_path / "b"), risk=(0.0001,), linear_block="none")
+    asked = replace(
+        options(checkpoint, text_file, tmp_path / "b"), risk=(0.0001,), nll_risk=(), linear_block="none"
+    )
     manifest = open_bundle(calibrate(asked, progress)).manifest
     assert not any(line.certified for entry in manifest.risk_table for line in entry.targets)
     (said,) = (note for note in progress.notes if note.startswith("No target is certified for any variant"))

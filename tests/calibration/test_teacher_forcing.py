@@ -63,7 +63,7 @@ def one_by_one(
 
 
 def collect(
-    model: ForcedModel, batch: SequenceBatch, threshold: float, **how: bool
+    model: ForcedModel, batch: SequenceBatch, threshold: float, *, to_the_end: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
     left = torch.full((batch.tokens,), -1)
     logits = torch.full((batch.tokens, VOCAB), float("nan"))
@@ -73,7 +73,7 @@ def collect(
         left[tokens], logits[tokens] = number, values
 
     entry, _ = model.full_depth(batch)
-    model.with_exits(batch, threshold, entry, sink, **how)
+    model.with_exits(batch, threshold, entry, sink, to_the_end=to_the_end)
     return left, logits
 
 

@@ -45,3 +45,9 @@ def test_little_text_has_fewer_stretches_and_not_shorter_ones() -> None:
     units = text_units(rows(*[512] * 4), [0, 0, 0, 0])
     assert np.bincount(units.where).tolist() == [LEAST_STRETCH] * 8
     assert text_units(rows(100, 90), [0, 1]).count == 2
+
+
+@pytest.mark.parametrize("tokens", [256, 383, 400, 511, 512, 700])
+def test_no_stretch_is_shorter_than_the_least(tokens: int) -> None:
+    units = text_units([torch.zeros(tokens, dtype=torch.int64)] * 3, [0, 1, 2])
+    assert min(np.bincount(units.where)) >= LEAST_STRETCH

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,9 @@ def held(form: type[Any], phase: str, file: Path) -> None:
 def main(model: str, phase: str, file: str, *arguments: str) -> None:
     """Run the command line as described above."""
     packaged_model.path = lambda: Path(model)
+    assert pipeline.CalibrationOptions is options.CalibrationOptions, (
+        "what calibrates has the real class already"
+    )
     real = options.CalibrationOptions
     options.CalibrationOptions = lambda **given: real(**{**given, **SMALL})  # type: ignore[misc, assignment]
     for form in (progress.TerminalProgress, progress.LineProgress):

@@ -49,12 +49,12 @@ class Held:
         assert self.process.poll() is None, self.told
 
     def half_made(self) -> list[Path]:
-        """What lies in the cache, the temporary folder and beside the target, but for kernels, locks and folders."""
+        """What lies in the cache, the temporary folder and beside the target, but for kernels, costs, locks, folders."""
         found = [path for part in ("cache/exeunt", "tmp", "out") for path in (self.folder / part).rglob("*")]
         return [
             path
             for path in found
-            if "native" not in path.parts
+            if not {"native", "costs"} & set(path.parts)
             and path.suffix != ".lock"
             and (path.is_file() or ".partial" in path.name or path.name.startswith("exeunt-"))
         ]
@@ -94,7 +94,7 @@ def held_server(model: Path, phase: str, folder: Path) -> Iterator[tuple[Held, h
 
 
 def test_probes_are_answered_while_the_first_start_calibrates(model: Path, tmp_path: Path) -> None:
-    with held_server(model, "Collecting activations", tmp_path) as (server, client):
+    with held_server(model, "collecting activations", tmp_path) as (server, client):
         wait_for(lambda: client.get("/health").is_success, "/health", tmp_path / "log", 120)
         server.wait_until_held()
         assert client.get("/health").status_code == 200
@@ -115,13 +115,13 @@ def test_probes_are_answered_while_the_first_start_calibrates(model: Path, tmp_p
         assert server.process.poll() is None, server.told
         answer = client.post("/generate", json={"prompt": "a", "max_new_tokens": 3, "ignore_eos": True})
         assert answer.json()["usage"]["completion_tokens"] == 3
-        assert "Collecting activations: done" in server.told
+        assert "collecting activations: done" in server.told
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(timeout=60) == 0
 
 
 def test_a_second_server_waits_for_the_bundle_that_the_first_makes(model: Path, tmp_path: Path) -> None:
-    phase = "Collecting activations"
+    phase = "collecting activations"
     with held_server(model, phase, tmp_path / "first") as (first, client):
         first.wait_until_held()
         (tmp_path / "second").mkdir()
@@ -144,7 +144,7 @@ def test_a_second_server_waits_for_the_bundle_that_the_first_makes(model: Path, 
 
 
 @pytest.mark.parametrize(
-    ("number", "phase"), [(signal.SIGTERM, "Collecting activations"), (signal.SIGINT, WRITING)]
+    ("number", "phase"), [(signal.SIGTERM, "collecting activations"), (signal.SIGINT, WRITING)]
 )
 def test_stopped_while_calibrating_it_leaves_nothing_half_made(
     model: Path, tmp_path: Path, number: signal.Signals, phase: str

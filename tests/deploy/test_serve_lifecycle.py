@@ -102,7 +102,7 @@ def test_settings_come_from_the_environment_too(bundle: Path, tmp_path: Path) ->
         "EXEUNT_API_KEY": "key",
         "EXEUNT_DEFAULT_COMPRESSION": json.dumps(default),
         "EXEUNT_MAX_MODEL_LEN": "32",
-        "EXEUNT_REQUEST_TIMEOUT": "0.001",
+        "EXEUNT_REQUEST_TIMEOUT": "0.0001",
         "EXEUNT_LOG_JSON": "true",
     }
     with serving("--max-num-seqs", "4", log=tmp_path / "log", env=env) as server:
@@ -111,7 +111,7 @@ def test_settings_come_from_the_environment_too(bundle: Path, tmp_path: Path) ->
         info = server.client.get("/info").json()
         assert info["limits"]["max_model_len"] == 32
         assert info["limits"]["max_num_seqs"] == 4
-        assert info["limits"]["request_timeout_s"] == 0.001
+        assert info["limits"]["request_timeout_s"] == 0.0001
         assert info["defaults"]["weights"] == "full"
         assert info["defaults"]["early_exit"]["threshold"] == 0.25
         late = server.client.post("/generate", json={"prompt": "x", "max_new_tokens": 30})

@@ -58,7 +58,7 @@ def _opening(verdict: Verdict, tokens: int) -> str:
     return (
         f"{variant_name(most.variant)} cost {in_words(most.increase)} perplexity of {base:.2f} "
         f"({signed_share(most.relative.value)}){sure}, on {count(tokens)} tokens; in brackets the 95 % interval. "
-        f"A cost is called small while its interval stays within {percent(SMALL)} of the full model's "
+        f"A cost is called small while its interval stays within {percent(SMALL)} of the full model's, fair "
         f"within {percent(FAIR)}, large beyond. " + _certified_words(verdict)
     )
 
