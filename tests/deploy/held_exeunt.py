@@ -52,9 +52,9 @@ def held(form: type[Any], phase: str, file: Path) -> None:
 def main(model: str, phase: str, file: str, *arguments: str) -> None:
     """Run the command line as described above."""
     packaged_model.path = lambda: Path(model)
-    assert pipeline.CalibrationOptions is options.CalibrationOptions, (
-        "what calibrates has the real class already"
-    )
+    import_module(
+        "exeunt.calibration.pipeline"
+    )  # what calibrates has the real class already, in annotations too
     real = options.CalibrationOptions
     options.CalibrationOptions = lambda **given: real(**{**given, **SMALL})  # type: ignore[misc, assignment]
     for form in (progress.TerminalProgress, progress.LineProgress):

@@ -49,7 +49,7 @@ class Held:
         assert self.process.poll() is None, self.told
 
     def half_made(self) -> list[Path]:
-        """What lies in the cache, the temporary folder and beside the target, but for kernels, costs, locks, folders."""
+        """What lies in the cache, the temporary folder and at the target, but for kernels, costs, locks and folders."""
         found = [path for part in ("cache/exeunt", "tmp", "out") for path in (self.folder / part).rglob("*")]
         return [
             path
