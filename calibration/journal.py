@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, Protocol
 
+import torch
 from torch import Tensor
 
 from exeunt.calibration.errors import CalibrationError
@@ -23,6 +24,8 @@ FINGERPRINT: Final = "fingerprint"
 _ENTRY: Final = ".safetensors"
 _RECORD: Final = "record"
 _SCRATCH: Final = "states"
+_LOCK: Final = "lock"
+_SEAL: Final = "seal"
 
 Entry = tuple[dict[str, Tensor], Any]
 """An entry's tensors by name, and its record: JSON values."""
@@ -58,12 +61,14 @@ class FolderJournal:
 
         Raises CalibrationError where `folder` is something else, or cannot be written.
         """
-        self.folder = folder
+        self.folder, self._fingerprint = folder, fingerprint
         self.resumed = False  # whether there was something to go on from
         try:
-            if folder.exists():
-                self.resumed = self._kept(fingerprint)
-            self.scratch.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            self._refuse_others()
+            self._lock = _locked(folder)
+            self.resumed = self._kept(fingerprint)
+            self.scratch.mkdir(exist_ok=True)
             _write(folder / FINGERPRINT, fingerprint)
         except OSError as error:
             raise self._problem(error) from error
@@ -80,7 +85,10 @@ class FolderJournal:
             return None
         try:
             tensors, metadata = read_tensors(path)
-            return tensors, json.loads(metadata[_RECORD])
+            record = metadata[_RECORD]
+            if metadata[_SEAL] != _seal(self._fingerprint, tensors, record):
+                raise TensorFileError(f"{path} is not as it was written")
+            return tensors, json.loads(record)
         except (TensorFileError, KeyError, json.JSONDecodeError):
             path.unlink(missing_ok=True)  # spoilt: the step is done again
             return None
@@ -91,14 +99,31 @@ class FolderJournal:
         partial = path.with_suffix(".partial")
         try:
             partial.unlink(missing_ok=True)
-            write_tensors(partial, tensors, {_RECORD: json.dumps(record)})
+            text = json.dumps(record)
+            seal = _seal(self._fingerprint, tensors, text)
+            write_tensors(partial, tensors, {_RECORD: text, _SEAL: seal})
             partial.replace(path)
         except OSError as error:
             raise self._problem(error) from error
 
     def remove(self) -> None:
-        """Remove the folder: the calibration is done."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Remove what is its own, and the folder if nothing else is in it: the calibration is done."""
+        self._clear()
+        for name in (FINGERPRINT, _LOCK):
+            (self.folder / name).unlink(missing_ok=True)
+        with suppress(OSError):
+            self.folder.rmdir()
+
+    def close(self) -> None:
+        """Let others have the folder."""
+        os.close(self._lock)
+
+    def _clear(self) -> None:
+        """Remove entries and arrays."""
+        shutil.rmtree(self.scratch, ignore_errors=True)
+        for name in os.listdir(self.folder):
+            if name.endswith((_ENTRY, ".partial")):
+                (self.folder / name).unlink(missing_ok=True)
 
     def _problem(self, error: OSError) -> CalibrationError:
         reason = (error.strerror or str(error)).lower()
@@ -110,19 +135,20 @@ class FolderJournal:
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}{_ENTRY}"
 
-    def _kept(self, fingerprint: str) -> bool:
-        """Whether the folder holds this calibration's work; another's is removed."""
+    def _refuse_others(self) -> None:
+        """Raise CalibrationError where the folder holds what no journal wrote."""
         held = set(os.listdir(self.folder))
-        if not held:
-            return False
-        if FINGERPRINT not in held or not all(_is_ours(name) for name in held):
+        if held - {_LOCK} and (FINGERPRINT not in held or not all(_is_ours(name) for name in held)):
             raise CalibrationError(
                 f"{self.folder} holds something else than unfinished work; give another --work or remove it."
             )
+
+    def _kept(self, fingerprint: str) -> bool:
+        """Whether the folder holds this calibration's work; another's is removed."""
         with suppress(OSError, UnicodeDecodeError):
             if (self.folder / FINGERPRINT).read_text() == fingerprint:
-                return any(name.endswith(_ENTRY) for name in held)
-        shutil.rmtree(self.folder)
+                return any(name.endswith(_ENTRY) for name in os.listdir(self.folder))
+        self._clear()
         return False
 
 
@@ -139,8 +165,38 @@ def file_state(files: Iterable[Path]) -> list[str]:
     return [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in sorted(files)]
 
 
+def _locked(folder: Path) -> int:
+    """A descriptor that holds the folder's lock until it is closed, or the process ends.
+
+    Raises CalibrationError where another process has it.
+    """
+    descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # no locks on this system
+        pass
+    except OSError as error:
+        os.close(descriptor)
+        raise CalibrationError(
+            f"Another calibration works in {folder}; wait for it, or give another --work."
+        ) from error
+    return descriptor
+
+
+def _seal(fingerprint: str, tensors: Mapping[str, Tensor], record: str) -> str:
+    """What tells that an entry is whole, and of the calibration of that fingerprint."""
+    digest = hashlib.blake2b(f"{fingerprint}\0{record}\0".encode(), digest_size=16)
+    for name in sorted(tensors):
+        held = tensors[name].detach().cpu().contiguous().reshape(-1)
+        digest.update(f"{name}\0".encode())
+        digest.update(held.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 def _is_ours(name: str) -> bool:
-    return name in (FINGERPRINT, _SCRATCH) or name.endswith((_ENTRY, ".partial"))
+    return name in (FINGERPRINT, _SCRATCH, _LOCK) or name.endswith((_ENTRY, ".partial"))
 
 
 def _write(path: Path, text: str) -> None:

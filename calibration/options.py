@@ -95,8 +95,8 @@ class CalibrationOptions:
                     f"The NLL risk target {target} must be above 0 and below {CLIP:g} nats per token (0.05 lets "
                     "perplexity rise by 5 %)."
                 )
-        if not 0.5 <= self.confidence < 1.0:
-            raise OptionError(f"The confidence is {self.confidence}; it must be at least 0.5 and below 1.")
+        if not 0.5 < self.confidence < 1.0:
+            raise OptionError(f"The confidence is {self.confidence}; it must be above 0.5 and below 1.")
         if self.row_tokens < 16 or self.batch_tokens < self.row_tokens:
             raise OptionError(
                 f"Rows of {self.row_tokens} tokens in batches of {self.batch_tokens} cannot be run; rows need at "
@@ -128,6 +128,15 @@ def work_place(options: CalibrationOptions) -> Path:
     return options.out.with_name(f".{options.out.name}.unfinished")
 
 
+def check_apart(out: Path, work: Path) -> None:
+    """Raise OptionError where the bundle would lie in the folder of unfinished work, or that in the bundle."""
+    target, kept = out.resolve(), work.resolve()
+    if target == kept or target in kept.parents or kept in target.parents:
+        raise OptionError(
+            f"--out is {out} and --work is {work}, one inside the other; give folders that lie apart."
+        )
+
+
 def exit_blocks(spec: Architecture, asked: Literal["auto"] | tuple[int, ...]) -> tuple[int, ...]:
     """The blocks that exits may stand behind, ascending: with "auto" all but the last, else those named.
 
@@ -138,6 +147,10 @@ def exit_blocks(spec: Architecture, asked: Literal["auto"] | tuple[int, ...]) ->
         return tuple(range(last + 1))
     wrong = [block for block in asked if not 0 <= block <= last]
     if wrong:
+        if last < 0:
+            raise OptionError(
+                f"There can be no exit after block {wrong[0]}: the model has one block, which its own head follows."
+            )
         raise OptionError(
             f"There can be no exit after block {wrong[0]}: the model's {spec.blocks} blocks are counted from 0, and "
             f"the last block is followed by the model's own head; give blocks 0 to {last}."

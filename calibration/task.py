@@ -16,6 +16,7 @@ from exeunt.calibration.fingerprint import calibration_fingerprint
 from exeunt.calibration.journal import FolderJournal, Journal, NoJournal
 from exeunt.calibration.options import (
     CalibrationOptions,
+    check_apart,
     drafting_blocks,
     exit_blocks,
     resolve_device,
@@ -121,11 +122,15 @@ def _kept(
         with TemporaryDirectory(prefix="exeunt-calibrate-") as scratch:
             yield NoJournal(), Path(scratch)
         return
+    check_apart(options.out, folder)
     journal = FolderJournal(folder, calibration_fingerprint(options, checkpoint, corpus_sha256))
-    if journal.resumed:
-        progress.note(f"Going on from the unfinished work in {folder}.")
-    yield journal, journal.scratch
-    journal.remove()
+    try:
+        if journal.resumed:
+            progress.note(f"Going on from the unfinished work in {folder}.")
+        yield journal, journal.scratch
+        journal.remove()
+    finally:
+        journal.close()
 
 
 def _measurements(options: CalibrationOptions) -> Measurements:

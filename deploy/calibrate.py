@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from exeunt.calibration.journal import FINGERPRINT
 from exeunt.calibration.options import CalibrationOptions, work_place
 from exeunt.calibration.pipeline import calibrate
 from exeunt.calibration.progress import watched_progress
@@ -29,7 +30,7 @@ def make_bundle(options: CalibrationOptions) -> None:
 def _kept(options: CalibrationOptions) -> Path | None:
     """The folder in which what was finished is kept, if anything is."""
     folder = work_place(options)
-    return folder if folder.is_dir() else None
+    return folder if options.work is not None and (folder / FINGERPRINT).is_file() else None
 
 
 def check_checkpoint(model: str) -> None:

@@ -16,6 +16,7 @@ def test_what_was_written_is_read_again_by_the_next_process(tmp_path: Path) -> N
     first = FolderJournal(tmp_path / "work", "same")
     assert not first.resumed
     first.write("block-3", TENSORS, RECORD)
+    first.close()  # as the end of a process does
     second = FolderJournal(tmp_path / "work", "same")
     found = second.read("block-3")
     assert second.resumed
@@ -37,10 +38,13 @@ def test_the_last_of_two_entries_of_a_name_counts(tmp_path: Path) -> None:
 
 
 def test_another_calibration_s_work_is_removed(tmp_path: Path) -> None:
-    FolderJournal(tmp_path / "work", "one").write("block-0", TENSORS, None)
+    one = FolderJournal(tmp_path / "work", "one")
+    one.write("block-0", TENSORS, None)
+    one.close()
     other = FolderJournal(tmp_path / "work", "other")
     assert not other.resumed
     assert other.read("block-0") is None
+    other.close()
     assert FolderJournal(tmp_path / "work", "one").read("block-0") is None
 
 
@@ -52,6 +56,7 @@ def test_a_half_written_entry_is_as_good_as_none(tmp_path: Path) -> None:
     assert journal.read("block-0") is None
     (tmp_path / "work" / "block-1.partial").write_bytes(b"x")  # what a kill in the middle of writing leaves
     journal.write("block-1", {}, 5)
+    journal.close()
     assert FolderJournal(tmp_path / "work", "same").read("block-1") == ({}, 5)
 
 
@@ -71,6 +76,39 @@ def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CalibrationError, match=r"cannot be kept in .*not a directory.*--work none"):
         FolderJournal(tmp_path / "file" / "work", "same")
+
+
+def test_an_altered_entry_is_as_good_as_none(tmp_path: Path) -> None:
+    journal = FolderJournal(tmp_path / "work", "same")
+    journal.write("block-0", TENSORS, RECORD)
+    file = tmp_path / "work" / "block-0.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    assert journal.read("block-0") is None
+    assert not file.exists(), "the step is done again"
+
+
+def test_entries_of_another_calibration_are_not_read(tmp_path: Path) -> None:
+    FolderJournal(tmp_path / "other", "other").write("block-0", TENSORS, RECORD)
+    journal = FolderJournal(tmp_path / "work", "same")
+    (tmp_path / "other" / "block-0.safetensors").rename(tmp_path / "work" / "block-0.safetensors")
+    assert journal.read("block-0") is None
+
+
+def test_two_at_once_are_refused(tmp_path: Path) -> None:
+    first = FolderJournal(tmp_path / "work", "same")
+    with pytest.raises(CalibrationError, match=r"Another calibration works in .*work; wait for it"):
+        FolderJournal(tmp_path / "work", "same")
+    first.close()
+    FolderJournal(tmp_path / "work", "same")
+
+
+def test_what_is_not_its_own_stays(tmp_path: Path) -> None:
+    journal = FolderJournal(tmp_path / "work", "same")
+    (tmp_path / "work" / "bundle").mkdir()
+    journal.remove()
+    assert [path.name for path in (tmp_path / "work").iterdir()] == ["bundle"]
 
 
 def test_removed_at_the_end(tmp_path: Path) -> None:

@@ -142,3 +142,13 @@ def test_what_this_model_does_not_have(
     told = refusal(calibrate_words(model, text, tmp_path / "b", *more), capsys)
     assert says in told
     assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize(("out", "work"), [("w/bundle", "w"), ("b", "b/work"), ("b", "b")])
+def test_a_bundle_inside_the_folder_of_unfinished_work(
+    model: Path, text: Path, tmp_path: Path, out: str, work: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = calibrate_words(model, text, tmp_path / out, "--work", str(tmp_path / work))
+    assert "one inside the other" in refusal(words, capsys)
+    assert not (tmp_path / "w").exists()
+    assert not (tmp_path / "b").exists()
