@@ -26,6 +26,7 @@ _RECORD: Final = "record"
 _SCRATCH: Final = "states"
 _LOCK: Final = "lock"
 _SEAL: Final = "seal"
+_HELD: dict[Path, int] = {}  # this process's locks: a descriptor by folder
 
 Entry = tuple[dict[str, Tensor], Any]
 """An entry's tensors by name, and its record: JSON values."""
@@ -66,7 +67,7 @@ class FolderJournal:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._refuse_others()
-            self._lock = _locked(folder)
+            _lock(folder)
             self.resumed = self._kept(fingerprint)
             self.scratch.mkdir(exist_ok=True)
             _write(folder / FINGERPRINT, fingerprint)
@@ -116,7 +117,7 @@ class FolderJournal:
 
     def close(self) -> None:
         """Let others have the folder."""
-        os.close(self._lock)
+        _unlock(self.folder)
 
     def _clear(self) -> None:
         """Remove entries and arrays."""
@@ -165,11 +166,11 @@ def file_state(files: Iterable[Path]) -> list[str]:
     return [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in sorted(files)]
 
 
-def _locked(folder: Path) -> int:
-    """A descriptor that holds the folder's lock until it is closed, or the process ends.
-
-    Raises CalibrationError where another process has it.
-    """
+def _lock(folder: Path) -> None:
+    """Take the folder's lock for this process. Raises CalibrationError where another process has it."""
+    place = folder.resolve()
+    if place in _HELD:
+        return
     descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         import fcntl
@@ -182,7 +183,14 @@ def _locked(folder: Path) -> int:
         raise CalibrationError(
             f"Another calibration works in {folder}; wait for it, or give another --work."
         ) from error
-    return descriptor
+    _HELD[place] = descriptor
+
+
+def _unlock(folder: Path) -> None:
+    """Let other processes have the folder."""
+    descriptor = _HELD.pop(folder.resolve(), None)
+    if descriptor is not None:
+        os.close(descriptor)
 
 
 def _seal(fingerprint: str, tensors: Mapping[str, Tensor], record: str) -> str:

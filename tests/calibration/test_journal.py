@@ -1,5 +1,7 @@
 """What an interrupted calibration has finished is there again, whole or not at all, and for that calibration alone."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -96,12 +98,18 @@ def test_entries_of_another_calibration_are_not_read(tmp_path: Path) -> None:
     assert journal.read("block-0") is None
 
 
-def test_two_at_once_are_refused(tmp_path: Path) -> None:
+def test_two_processes_at_once_are_refused(tmp_path: Path) -> None:
     first = FolderJournal(tmp_path / "work", "same")
-    with pytest.raises(CalibrationError, match=r"Another calibration works in .*work; wait for it"):
-        FolderJournal(tmp_path / "work", "same")
+    words = (
+        "import sys; from pathlib import Path; from exeunt.calibration.journal import FolderJournal; "
+        "FolderJournal(Path(sys.argv[1]), 'same')"
+    )
+    command = [sys.executable, "-c", words, str(tmp_path / "work")]
+    second = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert second.returncode == 1
+    assert "Another calibration works in" in second.stderr
     first.close()
-    FolderJournal(tmp_path / "work", "same")
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
 def test_what_is_not_its_own_stays(tmp_path: Path) -> None:
