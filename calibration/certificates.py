@@ -160,11 +160,6 @@ def certify_work(
     )
 
 
-def certify_passes(exits: Sequence[ExitHead], plan: ThresholdPlan) -> int:
-    """The most passes over a variant's rows that certifying it takes."""
-    return _passes(exits, plan, None if plan.nll is None else plan.nll.propagate)
-
-
 def rows_for(variant: Variant, stack: ModelStack, rows: Sequence[Row]) -> Sequence[Row]:
     """The rows that `variant` is certified on."""
     return rows if variant == stack.deployed else rows[::2]

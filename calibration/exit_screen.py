@@ -26,6 +26,7 @@ from exeunt.calibration.exit_fit import ExitData, ridge_start
 from exeunt.calibration.exit_training import Project, Start, head_sureness
 from exeunt.calibration.gate_training import auc
 from exeunt.calibration.selective import selective_agreement, share_within
+from exeunt.calibration.sequence_batch import first_rows
 from exeunt.calibration.thresholds import view_of
 from exeunt.compression.exits import ExitNorm
 
@@ -121,7 +122,7 @@ def screen_exits(
     exits are chosen to be certified, and the one that drafts fastest, where `passes` are given, up to `size.trained`.
     `advance` is told tokens that sum to `screen_work`.
     """
-    judged = _first_rows(rows, size.tokens)
+    judged = first_rows(rows, size.tokens)
     tokens = sum(map(len, judged))
     found = [_look(project, norm, data, block, tokens, size, advance) for block in sorted(data.states)]
     reach, agrees = np.stack([each.reach for each in found]), np.stack([each.agrees for each in found])
@@ -165,7 +166,7 @@ def screen_exits(
 
 def screen_work(data: ExitData, rows: Sequence[Tensor], size: ScreenSize) -> int:
     """The tokens that `screen_exits` looks at, once for each block."""
-    judged = sum(map(len, _first_rows(rows, size.tokens)))
+    judged = sum(map(len, first_rows(rows, size.tokens)))
     return len(data.states) * (judged + _ridge_tokens(data, size))
 
 
@@ -236,14 +237,3 @@ def _reasons(
 def _ridge_tokens(data: ExitData, size: ScreenSize) -> int:
     """Tokens of the fit split that the ridge maps are fitted on."""
     return min(data.head_tokens, max(size.tokens, LEAST_PER_WEIGHT * int(data.final.shape[1])))
-
-
-def _first_rows(rows: Sequence[Tensor], tokens: int) -> list[Tensor]:
-    """The first rows, up to about `tokens` tokens, at least one."""
-    kept, held = [rows[0]], len(rows[0])
-    for row in rows[1:]:
-        if held + len(row) > tokens:
-            break
-        kept.append(row)
-        held += len(row)
-    return kept

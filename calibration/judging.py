@@ -11,7 +11,8 @@ from exeunt.calibration.learning import Learned
 from exeunt.calibration.modes import modes_of, plan_modes
 from exeunt.calibration.risk import percent
 from exeunt.calibration.scored_text import ScoredText
-from exeunt.calibration.task import Task, head_rows
+from exeunt.calibration.sequence_batch import first_rows
+from exeunt.calibration.task import Task
 from exeunt.compression.manifest import RiskEntry
 
 
@@ -88,7 +89,7 @@ def _evaluate(task: Task, learned: Learned, risk_table: Sequence[RiskEntry]) -> 
     options, stack, splits = task.options, learned.stack, task.splits
     heads = [each.head for each in learned.selection.certified]
     models = {variant: stack.forced(variant, heads) for variant in (*stack.variants, stack.reference)}
-    rows = head_rows(splits.certify, options.evaluation_tokens)
+    rows = first_rows(splits.certify, options.evaluation_tokens)
     documents = splits.documents.get("certify")
     text = ScoredText.of_rows(rows, None if documents is None else documents[: len(rows)])
     plan = plan_modes(
@@ -97,7 +98,7 @@ def _evaluate(task: Task, learned: Learned, risk_table: Sequence[RiskEntry]) -> 
         stack.reference,
         stack.deployed,
         risk_table,
-        head_rows(
+        first_rows(
             splits.select, options.batch_tokens
         ),  # thresholds that nothing certifies are chosen elsewhere
         task.progress,

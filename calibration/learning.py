@@ -25,9 +25,10 @@ from exeunt.calibration.model_stack import ModelStack, final_exit_norm
 from exeunt.calibration.options import wanted_linear_block
 from exeunt.calibration.rank_sweep import RankSweep, sweep_of
 from exeunt.calibration.replacement import Losses, walk_work
+from exeunt.calibration.sequence_batch import first_rows
 from exeunt.calibration.shortlist_choice import shortlist_sizes
 from exeunt.calibration.streaming_pass import planned_tokens, stream_model
-from exeunt.calibration.task import Task, head_rows
+from exeunt.calibration.task import Task
 from exeunt.calibration.weights_int4 import Int4Weights
 from exeunt.compression.exits import ExitNorm
 
@@ -113,7 +114,7 @@ def _stream(
 
 def _linear_block(task: Task, stack: ModelStack, fitter: BlockFitter) -> tuple[BlockChoice, RankSweep | None]:
     options, spec = task.options, task.spec
-    rows = head_rows(task.splits.select, options.block_tokens)
+    rows = first_rows(task.splits.select, options.block_tokens)
     wanted = wanted_linear_block(spec, options.linear_block)
     model = stack.forced(stack.deployed, ())
     work = choice_work(rows, spec.blocks, wanted, options.block_candidates)

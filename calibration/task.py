@@ -1,6 +1,6 @@
 """What stays the same through a calibration: what is asked, of which model, on which text, and where it is told."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +8,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from exeunt.calibration.activations import Scratch
 from exeunt.calibration.corpus import Corpus, Splits, read_corpus, split_corpus
@@ -137,18 +136,6 @@ def _measurements(options: CalibrationOptions) -> Measurements:
     if options.costs == "now":
         return MeasuredNow()
     return RememberedCosts(costs_folder(), anew=options.costs == "anew")
-
-
-def head_rows(rows: Sequence[Tensor], tokens: int) -> tuple[Tensor, ...]:
-    """The first rows, up to `tokens` tokens, at least one. Rows of a split come from its documents in turn."""
-    kept: list[Tensor] = []
-    held = 0
-    for row in rows:
-        if kept and held + len(row) > tokens:
-            break
-        kept.append(row)
-        held += len(row)
-    return tuple(kept)
 
 
 def _documents(corpus: Corpus) -> str:

@@ -52,11 +52,6 @@ def probe_output_reference(units: Tensor, probe: ProbeParts) -> Tensor:
     return torch.addmv(probe[3], F.gelu(units), probe[2])
 
 
-def probe_logit_reference(state: Tensor, probe: ProbeParts) -> Tensor:
-    """Return the probe's logit of each row of state [tokens, size]: [tokens] float32."""
-    return probe_output_reference(probe_units_reference(state, probe), probe)
-
-
 def top_log_probabilities(logits: Tensor, count: int) -> Tensor:
     """Return the `count` largest log-probabilities of each row of logits [K, V] float32, descending: [K, count]."""
     return torch.log_softmax(logits, -1).topk(count, dim=-1).values
