@@ -88,16 +88,19 @@ def choose_block(
     candidates: int | None = CANDIDATES,
     batch_tokens: int,
     seed: int,
+    documents: Sequence[int] | None = None,
     advance: Advance = lambda _tokens: None,
 ) -> tuple[BlockChoice, Losses]:
     """The block whose replacement costs least perplexity on `rows`, of those of `candidates_of`, and what was lost.
 
-    `wanted` names the block instead; its cost is measured all the same. `advance` is told `choice_work`
-    in all.
+    `wanted` names the block instead; its cost is measured all the same. `documents` numbers each row's document, for
+    the intervals. `advance` is told `choice_work` in all.
     """
     tried = candidates_of(fits, wanted, candidates)
     sets = [(fit.map,) for fit in tried]
-    losses = losses_of(model, sets, rows, batch_tokens=batch_tokens, seed=seed, advance=advance)
+    losses = losses_of(
+        model, sets, rows, batch_tokens=batch_tokens, seed=seed, documents=documents, advance=advance
+    )
     single = tuple(
         Replacement((fit.block,), losses.perplexity(number), losses.increase(number))
         for number, fit in enumerate(tried)

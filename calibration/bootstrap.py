@@ -6,6 +6,7 @@ is Student's (the expanded percentile interval: Hesterberg, The American Statist
 compares forms or modes gives all of them the same resamples, so that what they share cancels in a difference.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
@@ -16,6 +17,8 @@ from scipy import stats
 
 RESAMPLES: Final = 1000
 COVERAGE: Final = 0.95
+CORRELATION: Final = 0.1
+"""Of what becomes of two tokens of one block, where it cannot be estimated: as much as is seen in texts."""
 
 Floats = NDArray[np.float64]
 Shape = Callable[[Floats], Floats]
@@ -23,11 +26,21 @@ Shape = Callable[[Floats], Floats]
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """An estimate with its 95 % interval."""
+    """An estimate with its 95 % interval; the ends are NaN where the text tells nothing of its spread."""
 
     value: float
     low: float
     high: float
+
+    @property
+    def bounded(self) -> bool:
+        """Whether there is an interval: not of a mean over one block of text."""
+        return not math.isnan(self.low)
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """The ends of the interval, the value for both where there is none: what a picture shows."""
+        return (self.low, self.high) if self.bounded else (self.value, self.value)
 
 
 def resamples(blocks: int, seed: int, count: int = RESAMPLES) -> NDArray[np.int64]:
@@ -44,9 +57,31 @@ def block_ratio(above: Floats, below: Floats, drawn: NDArray[np.int64], shape: S
     """`shape` of Σ above / Σ below, sums over blocks [blocks], with its interval over `drawn` [resamples, blocks].
 
     Blocks that `below` says nothing of count as not there, and resamples that drew no others are passed over. With a
-    single block left the interval is the value alone: nothing is known of its spread. Raises ValueError where none is.
+    single block left there is no interval, unless nothing differs at all: `above` is zero, or `below`. Raises
+    ValueError where no block is left.
     """
     return block_difference(above, None, below, drawn, shape)
+
+
+def block_share(hits: Floats, below: Floats, drawn: NDArray[np.int64]) -> Measure:
+    """A share of tokens, Σ hits / Σ below over blocks [blocks], with its interval, as `block_ratio`.
+
+    Resamples of a text in which none was a hit, or all were, are all alike, which does not make the share certain; nor
+    does a single block. The interval is then Clopper's and Pearson's (*Biometrika* 26, 1934) at the effective number of
+    tokens, those of one block taken to be correlated by `CORRELATION`.
+    """
+    tokens, found = float(below.sum()), float(hits.sum())
+    if tokens > 0 and (np.count_nonzero(below) < 2 or found in (0.0, tokens)):
+        effective = tokens / max(1.0, 1.0 + (float(np.square(below).sum()) / tokens - 1.0) * CORRELATION)
+        share, outside = found / tokens, (1.0 - COVERAGE) / 2
+        low = stats.beta.ppf(outside, share * effective, (1 - share) * effective + 1) if found else 0.0
+        high = (
+            stats.beta.ppf(1 - outside, share * effective + 1, (1 - share) * effective)
+            if found < tokens
+            else 1.0
+        )
+        return Measure(share, float(low), float(high))
+    return block_ratio(hits, below, drawn)
 
 
 def block_difference(
@@ -60,6 +95,9 @@ def block_difference(
     spoken = int(np.count_nonzero(below))
     if spoken == 0:
         raise ValueError("an average was asked for over blocks of text that hold nothing to average")
+    exact = np.array_equal(above, np.zeros_like(above) if base is None else base) or (
+        base is None and np.array_equal(above, below)
+    )
     held = drawn @ below
     defined = held > 0
 
@@ -71,6 +109,8 @@ def block_difference(
     if base is not None:
         base_value, base_resampled = estimates(base)
         value, resampled = value - base_value, resampled - base_resampled
+    if spoken == 1 and not exact:
+        return Measure(value, math.nan, math.nan)
     low, high = np.quantile(resampled, [_tail(spoken), 1.0 - _tail(spoken)])
     return Measure(value, float(low), float(high))
 

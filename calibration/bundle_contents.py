@@ -7,7 +7,7 @@ from torch import Tensor
 from exeunt.calibration.bundle_manifest import CorpusRecord, build_manifest
 from exeunt.calibration.judging import Judged
 from exeunt.calibration.learning import Learned
-from exeunt.calibration.report.content import ReportContent
+from exeunt.calibration.report.content import ReportContent, TextSource
 from exeunt.calibration.report.json_report import report_json
 from exeunt.calibration.report.page import report_html
 from exeunt.calibration.studies import Studies
@@ -48,6 +48,7 @@ def bundle_contents(task: Task, learned: Learned, judged: Judged, studies: Studi
         exit_screen=learned.screen,
         weight_study=studies.weights,
         written=judged.written,
+        text=TextSource(len(task.corpus.documents), task.corpus.repeats),
     )
     choice = learned.choice
     return BundleContents(

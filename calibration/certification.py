@@ -173,22 +173,6 @@ def certify_nll_backfilled(
     return tests.outcome
 
 
-def certify_propagated(
-    model: ForcedModel,
-    full_depth: FullDepthPass,
-    plan: ThresholdPlan,
-    *,
-    confidence: float = CONFIDENCE,
-    advance: Advance = lambda _tokens: None,
-) -> Certification:
-    """Test the plan's thresholds by real passes with exits, skipped keys and values propagated.
-
-    Differing means differing from the top token of `model` itself at full depth. `advance` is told the tokens of
-    every pass; a sequence that ends early leaves some untold.
-    """
-    return certify_both_propagated(model, full_depth, plan, None, confidence=confidence, advance=advance)[0]
-
-
 def certify_both_propagated(
     model: ForcedModel,
     full_depth: FullDepthPass,
@@ -355,7 +339,7 @@ def _exit_pass(
         ExitCounts(
             np.bincount(view.text_block[left], minlength=view.blocks).astype(np.float64),
             np.bincount(view.text_block[wrong], minlength=view.blocks).astype(np.float64),
-            len(exits),
+            int(view.may_leave.sum()),
         ),
         tuple(int(number) for number in by_exit),
         increase,

@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Final, Literal
 
@@ -27,6 +27,7 @@ LEAST_TOKENS: Final = 6000
 LEAST_ROW: Final = 8  # tokens; shorter rows are all beginning
 HUB_PREFIX: Final = "hf:"
 _PASSAGE_CHARACTERS: Final = 2000
+_LONG_LINE: Final = 4 * _PASSAGE_CHARACTERS
 BORDER_CHARACTERS: Final = 2000
 """Of a text that is cut in three at least so much is in no split at either border, about a row of 512 tokens: what one
 split is judged on is not the next sentence of what another learned from."""
@@ -40,10 +41,14 @@ Passage = tuple[int, str]
 
 @dataclass(frozen=True, slots=True)
 class Corpus:
-    """Documents and where they came from. `sha256` is that of the documents, each followed by a zero byte."""
+    """Documents and where they came from. `sha256` is that of the documents, each followed by a zero byte.
+
+    `repeats` documents were left out because they are one of the others again.
+    """
 
     name: str
     documents: tuple[str, ...]
+    repeats: int = 0
 
     @property
     def sha256(self) -> str:
@@ -89,7 +94,9 @@ def read_corpus(source: str, separator: str | None) -> Corpus:
     """The documents of `source`: a text file, a JSONL file, a folder of `.txt`, or `hf:NAME[:SPLIT]`.
 
     `separator` is the tokenizer's end-of-text, which stands between the documents of one text file (see
-    `separators.documents_of` for files made with another one).
+    `separators.documents_of` for files made with another one). Of documents that are alike to the letter, but for what
+    they begin and end with of white space, one is kept: in another split it would be known by heart, and in the same
+    one it is no further draw of text.
 
     Raises CorpusError where there is nothing there, or nothing that can be read as text.
     """
@@ -109,7 +116,8 @@ def read_corpus(source: str, separator: str | None) -> Corpus:
     kept = tuple(text for text in (document.strip() for document in documents) if text)
     if not kept:
         raise CorpusError(f"{source} holds no text; give a file with some pages of it.")
-    return Corpus(source, kept)
+    distinct = tuple(dict.fromkeys(kept))
+    return Corpus(source, distinct, len(kept) - len(distinct))
 
 
 def _file_documents(path: Path, separator: str | None) -> list[str]:
@@ -220,13 +228,23 @@ def split_corpus(
     documents = {name: tuple(number for number, _ in rows[name]) for name in SHARES}
     splits = Splits(fit, select, certify, documents)
     held = splits.tokens()
-    if sum(held.values()) < least or min(held.values()) < least * min(SHARES.values()) / 2:
-        shown = ", ".join(f"{count:,} to {name}" for name, count in held.items())
+    shown = ", ".join(f"{count:,} to {name}" for name, count in held.items())
+    if sum(held.values()) < least:
         raise CorpusError(
-            f"{corpus.name} gives {sum(held.values()):,} tokens ({shown}), and calibration needs at least {least:,} "
-            "in documents that can be dealt to all three; give more text or allow more tokens."
+            f"{corpus.name} gives {sum(held.values()):,} tokens ({shown}), and calibration needs at least {least:,}; "
+            f"give more text or allow more tokens.{_left_out(corpus)}"
+        )
+    if min(held.values()) < least * min(SHARES.values()) / 2:
+        raise CorpusError(
+            f"{corpus.name} gives {sum(held.values()):,} tokens, enough in all, but documents are dealt whole, which "
+            f"leaves too few to one of the splits ({shown}); give more documents, or shorter ones.{_left_out(corpus)}"
         )
     return splits
+
+
+def _left_out(corpus: Corpus) -> str:
+    """That documents were repeats, which one may not expect where there are too few."""
+    return f" {corpus.repeats:,} more repeat one of its documents and do not count." if corpus.repeats else ""
 
 
 def rows_of(
@@ -294,10 +312,13 @@ def _passages_of(characters: int, passages: Sequence[Passage]) -> int:
 
 
 def _passages(text: str) -> Iterator[str]:
-    """Runs of whole lines of at least `_PASSAGE_CHARACTERS` characters; the last may be shorter."""
+    """Runs of whole lines of at least `_PASSAGE_CHARACTERS` characters; the last may be shorter.
+
+    Lines of several passages' length, such as those of a text without line ends, are cut first.
+    """
     run: list[str] = []
     length = 0
-    for line in text.splitlines(keepends=True):
+    for line in chain.from_iterable(map(_pieces, text.splitlines(keepends=True))):
         run.append(line)
         length += len(line)
         if length >= _PASSAGE_CHARACTERS:
@@ -305,6 +326,16 @@ def _passages(text: str) -> Iterator[str]:
             run, length = [], 0
     if run:
         yield "".join(run)
+
+
+def _pieces(line: str) -> Iterator[str]:
+    """A line, or, where it is long, pieces of it of about a passage's length, cut behind a space if there is any."""
+    start = 0
+    while len(line) > _LONG_LINE and len(line) - start > _PASSAGE_CHARACTERS:
+        stop = line.rfind(" ", start, start + _PASSAGE_CHARACTERS) + 1 or start + _PASSAGE_CHARACTERS
+        yield line[start:stop]
+        start = stop
+    yield line[start:]
 
 
 def _rows(

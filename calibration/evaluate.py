@@ -103,6 +103,7 @@ def evaluate(
         text.rows,
         progress,
         batch_tokens=options.batch_tokens,
+        nll_table=model.manifest.nll_risk_table if model.manifest is not None else (),
         both=True,
     )
     work = (len(plan.modes) + len(plan.sweep)) * text.read

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from exeunt.calibration.bootstrap import Measure, block_difference, block_ratio, resamples
+from exeunt.calibration.bootstrap import Measure, block_difference, block_ratio, block_share, resamples
 from exeunt.calibration.compute import ComputeCost
 from exeunt.calibration.evaluation_table import EvaluationTable, Mode, ModeResult, TextColumn
 from exeunt.calibration.journal import Journal, NoJournal
@@ -69,9 +69,11 @@ class ModeSums:
 
 @dataclass(frozen=True, slots=True)
 class _Counted:
-    """By block of text [blocks]: tokens that count, those with a target, and full depth's multiply-accumulates."""
+    """By block of text [blocks]: tokens that count, those of them that might leave, those with a target, and full
+    depth's multiply-accumulates."""
 
     tokens: Floats
+    may_leave: Floats
     targets: Floats
     full: Floats
 
@@ -272,13 +274,18 @@ def _parts(batches: Sequence[ScoredBatch], tokens: int) -> Iterator[tuple[Scored
 
 
 def _counted(batches: Sequence[ScoredBatch], blocks: int, cost: ComputeCost) -> _Counted:
-    tokens, targets, full = (np.zeros(blocks) for _ in range(3))
+    tokens, may_leave, targets, full = (np.zeros(blocks) for _ in range(4))
     for batch in batches:
         scored = batch.scored.cpu().numpy()
         positions, follows = batch.batch.positions.cpu().numpy(), batch.batch.targets.cpu().numpy() >= 0
-        for sums, value in ((tokens, scored), (targets, follows), (full, cost.full_depth(positions))):
+        for sums, value in (
+            (tokens, scored),
+            (may_leave, positions > 0),
+            (targets, follows),
+            (full, cost.full_depth(positions)),
+        ):
             sums += np.bincount(batch.where, weights=np.where(scored, value, 0.0), minlength=blocks)
-    return _Counted(tokens, targets, full)
+    return _Counted(tokens, may_leave, targets, full)
 
 
 def _result(
@@ -299,10 +306,10 @@ def _result(
         perplexity_ratio=block_ratio(own["nll"] - base, targets, drawn, np.exp),
         exits_ratio=block_ratio(own["nll"] - off, targets, drawn, np.exp) if exits else None,
         kl=block_ratio(own["kl"], tokens, drawn),
-        agreement=block_ratio(own["agreed"], tokens, drawn),
+        agreement=(block_ratio if mode == reference else block_share)(own["agreed"], tokens, drawn),
         mean_depth=block_ratio(own["depth"], tokens, drawn),
-        exit_rate=block_ratio(own["left"], tokens, drawn),
-        disagreement=block_ratio(own["wrong"], own["left"], drawn) if own["left"].sum() > 0 else None,
+        exit_rate=(block_share if exits else block_ratio)(own["left"], counted.may_leave, drawn),
+        disagreement=block_share(own["wrong"], own["left"], drawn) if own["left"].sum() > 0 else None,
         passes_saved=block_ratio(own["depth"], blocks * tokens, drawn, _saved),
         compute_saved=block_ratio(own["done"], counted.full, drawn, _saved),
         by_exit=tuple(int(count) for count in own.by_exit),

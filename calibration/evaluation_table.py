@@ -11,23 +11,35 @@ from exeunt.compression.variant import SkippedKV, Variant
 
 @dataclass(frozen=True, slots=True)
 class Mode:
-    """One row of the evaluation: a variant, and the threshold of its exits (None: off) with what is behind it."""
+    """One row of the evaluation: a variant, and the threshold of its exits (None: off) with what is behind it.
+
+    `target` and `nll_target` are the certified targets of the two risks that the threshold was looked up for, a share
+    of the tokens that leave and nats per token; both where one threshold holds both.
+    """
 
     variant: Variant
     threshold: float | None = None
-    target: float | None = None  # the certified target that the threshold was looked up for
+    target: float | None = None
     skipped_kv: SkippedKV = "propagate"  # of no meaning with exits off
+    nll_target: float | None = None
+
+    @property
+    def certified(self) -> bool:
+        """Whether the threshold is that of a certified target."""
+        return self.target is not None or self.nll_target is not None
 
     @property
     def name(self) -> str:
-        """A short name: the variant's, then the exits."""
+        """A short name: the variant's, then the exits; that keys and values are backfilled goes without saying."""
         parts = [self.variant.short_name]
-        if self.target is not None:
-            parts.append(f"exits {percent(self.target)} certified")
-        elif self.threshold is not None:
-            parts.append(f"exits at {self.threshold:.2f}, uncertified")
-        if self.threshold is not None and self.skipped_kv == "backfill":
-            parts[-1] += ", backfill"
+        if self.threshold is not None:
+            promises = [
+                *([] if self.target is None else [percent(self.target)]),
+                *([] if self.nll_target is None else [f"{self.nll_target:g} nats"]),
+            ]
+            promise = " and ".join(promises)
+            exits = f"exits {promise} certified" if promise else f"exits at {self.threshold:.2f}, uncertified"
+            parts.append(exits + (", propagate" if self.skipped_kv == "propagate" else ""))
         return " ".join(parts)
 
 
@@ -35,9 +47,10 @@ class Mode:
 class ModeResult:
     """One mode's figures. KL is in nats per token against the reference; depth in blocks per token.
 
-    `agreement` is of top tokens with the reference, `disagreement` of the tokens that left early with full depth of the
-    same variant (None when none left). `perplexity_increase` is over the reference, `perplexity_ratio` to it, and
-    `exits_ratio` to the same variant with exits off (None with exits off): unclipped, on the same resamples.
+    `exit_rate` is of the tokens that might leave, all but each row's first. `agreement` is of top tokens with the
+    reference, `disagreement` of the tokens that left early with full depth of the same variant (None when none left).
+    `perplexity_increase` is over the reference, `perplexity_ratio` to it, and `exits_ratio` to the same variant with
+    exits off (None with exits off): unclipped, on the same resamples.
     `passes_saved` is the share of the blocks' passes that no token had to wait for, 1 - depth / blocks: with propagate
     they are never made, with backfill later and together. `compute_saved` is the share of full depth's
     multiply-accumulates that are not done, net of gates, projections and propagated keys and values: with backfill it
@@ -69,6 +82,7 @@ class ModeResult:
             early_exit="off" if self.mode.threshold is None else "approximate",
             skipped_kv=None if self.mode.threshold is None else self.mode.skipped_kv,
             target=self.mode.target,
+            nll_target=self.mode.nll_target,
             threshold=self.mode.threshold,
             perplexity=self.perplexity.value,
             kl=max(0.0, self.kl.value),
@@ -146,13 +160,13 @@ class TextColumn:
     values: tuple[str, ...]
 
 
-def _text_column(
-    header: str, measures: Sequence[Measure | None], form: str, with_interval: bool
-) -> TextColumn:
+def _text_column(header: str, measures: Sequence[Measure | None], form: str, bracketed: bool) -> TextColumn:
     values = tuple("" if measure is None else form.format(measure.value) for measure in measures)
-    cells = tuple("" if measure is None else _shown(measure, form) for measure in measures)
-    return TextColumn(header, cells if with_interval else values, values)
+    cells = tuple("" if measure is None else with_interval(measure, form) for measure in measures)
+    return TextColumn(header, cells if bracketed else values, values)
 
 
-def _shown(measure: Measure, form: str) -> str:
-    return f"{form.format(measure.value)} [{form.format(measure.low)}, {form.format(measure.high)}]"
+def with_interval(measure: Measure, form: str) -> str:
+    """A value and its interval in brackets, a dash in these where there is none."""
+    low, high = (form.format(end) for end in (measure.low, measure.high))
+    return f"{form.format(measure.value)} [{f'{low}, {high}' if measure.bounded else '–'}]"

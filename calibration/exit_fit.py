@@ -167,7 +167,7 @@ def _heads(
     with progress.phase("Training exit heads", rounds * planned_visits(cut, training)) as advance:
         for block in missing:
             learned, select = data.fit(block).rows(slice(0, cut)), data.select(block)
-            start = ridges[block]
+            start = ridges.pop(block)  # H × H of every candidate are much of a large model's memory
             tried = {
                 loss: train_head(
                     norm,

@@ -1,7 +1,7 @@
 """Where exits are trained: what was asked for by name and, where calibration chooses, what screening found."""
 
 from collections.abc import Sequence
-from typing import Final, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,7 +20,6 @@ Exits = Literal["auto"] | tuple[int, ...]
 """The blocks that certified exits follow, or that calibration chooses them."""
 DraftingExit = Literal["auto", "none"] | int
 """The block that the drafting exit follows, that calibration chooses it, or that there is none."""
-_UNITS: Final = 64  # of a probe, as `exeunt.calibration.gate_training.ProbeTraining` has it
 
 
 def named_blocks(exits: Exits, drafting: DraftingExit) -> tuple[int, ...]:
@@ -45,15 +44,18 @@ def state_blocks(
     return tuple(sorted({*named, *kept_blocks(spec.blocks, tokens, spec.hidden_size, itemsize)}))
 
 
-def untrained_exit(norm: ExitNorm, block: int) -> ExitHead:
-    """The model's own head behind `block`, with a gate that knows nothing: as large as a trained one, to be timed."""
+def untrained_exit(norm: ExitNorm, block: int, units: int) -> ExitHead:
+    """The model's own head behind `block`, with a gate that knows nothing: as large as a trained one, to be timed.
+
+    `units` are the probe's.
+    """
     hidden, device = int(norm.weight.shape[0]), norm.weight.device
 
     def zeros(*shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.float32, device=device)
 
-    probe = ExitProbe(zeros(_UNITS, hidden), zeros(_UNITS), zeros(_UNITS), zeros())
-    judge = ExitJudge(zeros(TOPS, _UNITS), zeros(_UNITS), zeros(_UNITS), zeros())
+    probe = ExitProbe(zeros(units, hidden), zeros(units), zeros(units), zeros())
+    judge = ExitJudge(zeros(TOPS, units), zeros(units), zeros(units), zeros())
     return ExitHead(block, norm, zeros(hidden, hidden), probe, zeros(4), 0.5, judge)
 
 

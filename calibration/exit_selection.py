@@ -79,7 +79,9 @@ def select_exits(
         costs = (costs or measure_exit_costs(model)).with_shortlist(size)
         choice = _choice(view, fitted, model.blocks, costs, certify_tokens, options, progress)
         certified = choice.kept
-    plan = plan_thresholds(view.only(certified), options.targets, certify_tokens, options.confidence)
+    plan = NO_THRESHOLDS  # of exits that draft alone there is nothing to certify
+    if certified:
+        plan = plan_thresholds(view.only(certified), options.targets, certify_tokens, options.confidence)
     if options.nll_targets and certified:
         nll = _nll_plan(model, view, certified, data, rows, plan, certify_tokens, options)
         plan = replace(plan, nll=nll)
@@ -110,7 +112,15 @@ def _nll_plan(
     states, final = [data.select(head.block) for head in exits], data.final[data.fit_tokens :]
     losses = select_losses(model, exits, states, final, rows, own)
     beside = plan.thresholds if len(exits) > 1 else ()  # behind a single exit disagreement takes no passes
-    return plan_nll(own, losses, options.nll_targets, certify_tokens, options.confidence, beside)
+    return plan_nll(
+        own,
+        losses,
+        options.nll_targets,
+        certify_tokens,
+        options.confidence,
+        beside,
+        options.nll_effort.every,
+    )
 
 
 def _drafting_blocks(options: CalibrationOptions) -> Literal["auto"] | tuple[int, ...]:

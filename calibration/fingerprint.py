@@ -21,7 +21,8 @@ def calibration_fingerprint(options: CalibrationOptions, checkpoint: Checkpoint,
     """One digest of options, model, text, code, versions and threads.
 
     The checkpoint's files are known by name, size and time of change: reading them would take as long as a step that
-    is to be saved.
+    is to be saved. Times measured on the machine are no part of it: who goes on takes those that are remembered, and
+    where none are measures anew and may keep other exits of those that were trained, as another calibration might.
     """
     asked = [
         f"{field.name}={getattr(options, field.name)!r}"

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from exeunt.calibration.bootstrap import Measure, block_ratio, resamples
+from exeunt.calibration.bootstrap import Measure, block_ratio, block_share, resamples
 from exeunt.calibration.errors import CalibrationError
 from exeunt.calibration.evaluation_table import Mode
 from exeunt.calibration.sequence_batch import batches
@@ -274,7 +274,9 @@ def _judged(
         temperature=temperature,
         perplexity=block_ratio(nll, each, drawn, np.exp),
         mean_depth=block_ratio(depths.sum(1).astype(np.float64), each, drawn),
-        exit_rate=block_ratio((left < len(model.exits)).sum(1).astype(np.float64), each, drawn),
+        exit_rate=(block_ratio if mode.threshold is None else block_share)(
+            (left < len(model.exits)).sum(1).astype(np.float64), each, drawn
+        ),
         repeated=repeated_share(tokens.tolist(), REPEATED),
         distinct=distinct_share(tokens.tolist(), 2),
         prompt=decode(prompts[0].tolist()),

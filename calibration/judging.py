@@ -4,7 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from exeunt.calibration.bundle_manifest import data_name
-from exeunt.calibration.certificates import CertifiedVariant, certify_variants, certify_work
+from exeunt.calibration.certificates import (
+    CertifiedVariant,
+    certify_variants,
+    certify_work,
+    nll_risk_table,
+)
 from exeunt.calibration.evaluation import EvaluationTable, evaluate_modes
 from exeunt.calibration.generation import Written, generate_modes
 from exeunt.calibration.learning import Learned
@@ -13,7 +18,7 @@ from exeunt.calibration.risk import percent
 from exeunt.calibration.scored_text import ScoredText
 from exeunt.calibration.sequence_batch import first_rows
 from exeunt.calibration.task import Task
-from exeunt.compression.manifest import RiskEntry
+from exeunt.compression.manifest import NllRiskEntry, RiskEntry
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +34,9 @@ def judge(task: Task, learned: Learned) -> Judged:
     """Certify thresholds, evaluate every mode, and let some of them write."""
     certified = _certify(task, learned)
     risk_table = [each.entry(task.options.confidence) for each in certified]
-    return Judged(certified, _evaluate(task, learned, risk_table), _generate(task, learned, risk_table))
+    nll_table = nll_risk_table(certified, task.options.confidence)
+    table = _evaluate(task, learned, risk_table, nll_table)
+    return Judged(certified, table, _generate(task, learned, risk_table))
 
 
 def _certify(task: Task, learned: Learned) -> tuple[CertifiedVariant, ...]:
@@ -85,7 +92,9 @@ def _uncertified(outcomes: Sequence[CertifiedVariant], tokens: int) -> str:
     )
 
 
-def _evaluate(task: Task, learned: Learned, risk_table: Sequence[RiskEntry]) -> EvaluationTable:
+def _evaluate(
+    task: Task, learned: Learned, risk_table: Sequence[RiskEntry], nll_table: Sequence[NllRiskEntry]
+) -> EvaluationTable:
     options, stack, splits = task.options, learned.stack, task.splits
     heads = [each.head for each in learned.selection.certified]
     models = {variant: stack.forced(variant, heads) for variant in (*stack.variants, stack.reference)}
@@ -103,6 +112,7 @@ def _evaluate(task: Task, learned: Learned, risk_table: Sequence[RiskEntry]) -> 
         ),  # thresholds that nothing certifies are chosen elsewhere
         task.progress,
         batch_tokens=options.batch_tokens,
+        nll_table=nll_table,
     )
     work = (len(plan.modes) + len(plan.sweep)) * text.read
     with task.progress.phase("Evaluating every mode", work) as advance:
@@ -120,7 +130,7 @@ def _evaluate(task: Task, learned: Learned, risk_table: Sequence[RiskEntry]) -> 
 
 
 def _generate(task: Task, learned: Learned, risk_table: Sequence[RiskEntry]) -> tuple[Written, ...]:
-    """What the reference and the deployed variant write, the latter with exits off and at each certified target."""
+    """What the reference and the deployed variant write, exits off and at each certified target of disagreement."""
     size = task.options.studies.generation
     if size is None:
         return ()

@@ -19,7 +19,7 @@ from exeunt.calibration.kv_forms import DEPLOYED, FORMS, UNROTATED, KVForm
 from exeunt.calibration.kv_forward import FULL_READING, KVPart, KVReading, states_behind
 from exeunt.calibration.sequence_batch import SequenceBatch, batches, first_rows
 from exeunt.calibration.teacher_forcing import logit_rows
-from exeunt.calibration.thresholds import text_blocks
+from exeunt.calibration.text_units import text_units
 from exeunt.compression.decoder import Decoder
 from exeunt.compression.variant import WeightFormat
 
@@ -98,7 +98,7 @@ class KVWeightsCosts:
 
 @dataclass(frozen=True, slots=True)
 class KVStudy:
-    """All costs, and the text behind them: `tokens` in rows of at most `row_tokens`, as `text_blocks` draws."""
+    """All costs, and the text behind them: `tokens` in rows of at most `row_tokens`; intervals draw `text_blocks`."""
 
     tokens: int
     row_tokens: int
@@ -152,18 +152,19 @@ def study_kv(
     tokens: int = KV_TOKENS,
     batch_tokens: int,
     seed: int,
+    documents: Sequence[int] | None = None,
     advance: Advance = lambda _units: None,
 ) -> KVStudy:
     """The costs of the forms under every subject's weights, on the first `rows` up to `tokens` tokens.
 
+    `documents` numbers each row's document, for the intervals (see `text_units`).
     `advance` is told a batch's tokens for every block, the head and every pass: `study_work` in all.
     """
     used = first_rows(rows, tokens)
-    where = text_blocks(used)
-    drawn = resamples(int(where[-1]) + 1, seed)
-    text = _Text(used, where, drawn)
+    units = text_units(used, None if documents is None else documents[: len(used)])
+    text = _Text(used, units.where, resamples(units.count, seed))
     found = tuple(_under(subject, text, batch_tokens, advance) for subject in subjects)
-    return KVStudy(sum(map(len, used)), max(map(len, used)), int(where[-1]) + 1, found)
+    return KVStudy(sum(map(len, used)), max(map(len, used)), units.count, found)
 
 
 @dataclass(frozen=True, slots=True)

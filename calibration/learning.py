@@ -115,6 +115,7 @@ def _stream(
 def _linear_block(task: Task, stack: ModelStack, fitter: BlockFitter) -> tuple[BlockChoice, RankSweep | None]:
     options, spec = task.options, task.spec
     rows = first_rows(task.splits.select, options.block_tokens)
+    documents = task.splits.documents.get("select")
     wanted = wanted_linear_block(spec, options.linear_block)
     model = stack.forced(stack.deployed, ())
     work = choice_work(rows, spec.blocks, wanted, options.block_candidates)
@@ -127,6 +128,7 @@ def _linear_block(task: Task, stack: ModelStack, fitter: BlockFitter) -> tuple[B
             candidates=options.block_candidates,
             batch_tokens=options.batch_tokens,
             seed=options.seed,
+            documents=None if documents is None else documents[: len(rows)],
             advance=advance,
         )
     if choice.chosen is not None and choice.cost is not None:
@@ -223,9 +225,9 @@ def _exits(
 def _costs(task: Task, stack: ModelStack, norm: ExitNorm) -> _Costs:
     """The times that decide what pays, of exits as large as trained ones, behind every block."""
     spec, deployed = task.spec, stack.deployed
-    model = stack.forced(deployed, [untrained_exit(norm, spec.blocks // 2)])
+    model = stack.forced(deployed, [untrained_exit(norm, spec.blocks // 2, task.options.probe.units)])
     about = [repr(spec), str(deployed), str(task.dtype), str(task.device), str(task.options.group_size)]
-    about.append(f"looks at {shortlist_sizes(spec.vocab_size)}")
+    about += [f"looks at {shortlist_sizes(spec.vocab_size)}", f"{task.options.probe.units} units"]
     depths = tuple(range(1, spec.blocks))
     exits = task.measurements.of("exits", about, ExitCosts, lambda: measure_exit_costs(model))
     passes = task.measurements.of("drafts", about, PassCosts, lambda: measure_pass_costs(model, depths))

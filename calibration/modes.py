@@ -5,7 +5,7 @@ compute.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
@@ -18,7 +18,7 @@ from exeunt.calibration.progress import Advance, ProgressReport
 from exeunt.calibration.sequence_batch import SequenceBatch, batches
 from exeunt.calibration.teacher_forcing import ForcedModel
 from exeunt.calibration.thresholds import view_gates
-from exeunt.compression.manifest import RiskEntry
+from exeunt.compression.manifest import NllRiskEntry, NllRiskTarget, RiskEntry, RiskTarget
 from exeunt.compression.variant import SkippedKV, Variant
 
 LOOSE_SHARE: Final = 0.15
@@ -45,18 +45,20 @@ def plan_modes(
     progress: ProgressReport,
     *,
     batch_tokens: int,
+    nll_table: Sequence[NllRiskEntry] = (),
     both: bool = False,
 ) -> ModePlan:
     """The modes of `variants` and the sweep of the `deployed` one. One phase of `progress` where there are exits.
 
-    Thresholds that nothing certifies come from the gates' view of the first batch of `rows`. `both` as in `modes_of`.
+    Thresholds that nothing certifies come from the gates' view of the first batch of `rows`. `nll_table` and `both` as
+    in `modes_of`.
     """
     if not models[deployed].exits:
-        return ModePlan(tuple(modes_of(variants, reference, deployed, risk_table, {}, both=both)), ())
+        return ModePlan(tuple(modes_of(variants, reference, deployed, (), {}, both=both)), ())
     shares = (LOOSE_SHARE, *SWEEP_SHARES)
     loose, *swept = exit_thresholds(models[deployed], rows, shares, progress, batch_tokens=batch_tokens)
     by_variant = dict.fromkeys(variants, _rounded(loose))
-    modes = modes_of(variants, reference, deployed, risk_table, by_variant, both=both)
+    modes = modes_of(variants, reference, deployed, risk_table, by_variant, nll_table=nll_table, both=both)
     return ModePlan(tuple(modes), tuple(sweep_modes(deployed, swept)))
 
 
@@ -76,51 +78,66 @@ def modes_of(
     risk_table: Sequence[RiskEntry],
     loose: Mapping[Variant, float],
     *,
+    nll_table: Sequence[NllRiskEntry] = (),
     both: bool = False,
 ) -> list[Mode]:
     """The modes to evaluate, the reference first.
 
     Exits are shown with backfilled keys and values, which is what a server does unless asked otherwise, and for the
-    `deployed` variant, or with `both` for all of them, also with propagated ones: each of these is a pass of its own.
-    The verified mode has no row: its output is that of exits off.
+    `deployed` variant, or with `both` for all of them, also with propagated ones: each of these is a pass of its own,
+    so that without `both` they are shown at the targets of `risk_table` alone. The verified mode has no row: its output
+    is that of exits off.
     """
     modes = []
     for variant in [reference, *(variant for variant in variants if variant != reference)]:
         modes.append(Mode(variant))
         methods: tuple[SkippedKV, ...] = ("backfill",)
         if both or variant == deployed:
-            methods = ("propagate", "backfill")
+            methods = ("backfill", "propagate")
         for skipped_kv in methods:
-            modes += _with_exits(variant, skipped_kv, risk_table, loose.get(variant))
+            shares = [
+                line
+                for entry in risk_table
+                if (entry.variant, entry.skipped_kv) == (variant, skipped_kv)
+                for line in entry.targets
+            ]
+            nats = [
+                line
+                for entry in (nll_table if both or skipped_kv == "backfill" else ())
+                if (entry.variant, entry.skipped_kv) == (variant, skipped_kv)
+                for line in entry.targets
+            ]
+            modes += _with_exits(variant, skipped_kv, shares, nats, loose.get(variant))
     return modes
 
 
 def _with_exits(
-    variant: Variant, skipped_kv: SkippedKV, risk_table: Sequence[RiskEntry], loose: float | None
+    variant: Variant,
+    skipped_kv: SkippedKV,
+    shares: Sequence[RiskTarget],
+    nats: Sequence[NllRiskTarget],
+    loose: float | None,
 ) -> list[Mode]:
-    """One mode for each certified target, of those that share a threshold the strictest.
+    """One mode for each threshold that is certified for a target of disagreement, then those of the NLL increase.
 
-    Where no certified target lets `WORTHWHILE` of the tokens leave, there is also one at the `loose` threshold.
+    Of targets of one risk that share a threshold the strictest is named. Where no certified target lets `WORTHWHILE` of
+    the tokens leave, there is also a mode at the `loose` threshold.
     """
-    entries = {(entry.variant, entry.skipped_kv): entry for entry in risk_table}
-    found = entries.get((variant, skipped_kv))
     modes: dict[float, Mode] = {}
-    certified = [line for line in found.targets if line.certified] if found is not None else []
-    for line in sorted(certified, key=lambda each: each.target):
+    for line in sorted((line for line in shares if line.certified), key=lambda each: each.target):
         if line.threshold is not None:
             modes.setdefault(line.threshold, Mode(variant, line.threshold, line.target, skipped_kv))
+    for nll in sorted((line for line in nats if line.certified), key=lambda each: each.target):
+        if nll.threshold is not None:
+            known = modes.get(nll.threshold, Mode(variant, nll.threshold, None, skipped_kv))
+            if known.nll_target is None:
+                modes[nll.threshold] = replace(known, nll_target=nll.target)
     shown = list(modes.values())
-    if loose is not None and not any((line.exit_rate or 0.0) >= WORTHWHILE for line in certified):
+    lines: list[RiskTarget | NllRiskTarget] = [*shares, *nats]
+    enough = any(line.certified and (line.exit_rate or 0.0) >= WORTHWHILE for line in lines)
+    if loose is not None and not enough:
         shown.append(Mode(variant, loose, None, skipped_kv))
     return shown
-
-
-def loose_threshold(
-    model: ForcedModel, rows: Sequence[Tensor], progress: ProgressReport, *, batch_tokens: int
-) -> float:
-    """A threshold at which about `LOOSE_SHARE` of the first batch of `rows` leaves, exits not changing later tokens."""
-    (found,) = exit_thresholds(model, rows, (LOOSE_SHARE,), progress, batch_tokens=batch_tokens)
-    return _rounded(found)
 
 
 def exit_thresholds(
@@ -148,15 +165,14 @@ def exit_thresholds(
 def _best_reach(
     model: ForcedModel, rows: Sequence[Tensor], batch: SequenceBatch, advance: Advance
 ) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-    """The largest threshold at which each token of `batch` leaves: [T]."""
+    """The largest threshold at which each token of `batch` that might leave does."""
     states, final = model.full_depth_at_exits(batch)
     top = model.top_tokens(final)
     advance(batch.tokens * (1 + len(model.exits)))
     labelled = [Labelled(hidden, top) for hidden in states]
     own = rows[: batch.row_count]
-    best: np.ndarray[tuple[int], np.dtype[np.float64]] = view_gates(
-        model.exits, labelled, own, model.decoder.project_exit, advance
-    ).reach.max(0)
+    view = view_gates(model.exits, labelled, own, model.decoder.project_exit, advance)
+    best: np.ndarray[tuple[int], np.dtype[np.float64]] = view.best
     return best
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from exeunt.calibration.exit_training import Labelled
 from exeunt.calibration.nll_risk import NllCounts, forecast_bound
-from exeunt.calibration.risk import CONFIDENCE
+from exeunt.calibration.risk import CONFIDENCE, LEAST_BLOCKS
 from exeunt.calibration.teacher_forcing import ForcedModel
 from exeunt.calibration.thresholds import (
     FORECASTS,
@@ -36,6 +36,8 @@ BACKFILL_STEPS: Final = (0.5, 0.65, 0.8, 0.9, 1.0, 1.1)
 PROPAGATE_STEPS: Final = (0.5, 0.8)
 """The same where it costs one. Propagated keys and values make text less likely by a fifth to a half more."""
 _SAME_WITHOUT_PASS: Final = 0.97
+_ROOM: Final = 1.5
+"""Blocks of text with an exit that are expected where a sequence begins, over those without which nothing is tested."""
 _LOOSEST: Final = 0.6  # of the tokens leaving: no target of a few hundredths of a nat allows more
 
 
@@ -65,7 +67,7 @@ def select_losses(
     for start in range(0, len(following), 4096):
         part = torch.arange(start, min(start + 4096, len(following)))
         model.final(final[part].to(device), part.to(device), note)
-    least = threshold_at(view.reach.max(0), _LOOSEST)
+    least = threshold_at(view.best, _LOOSEST)
     at_exits = torch.zeros(len(exits), len(following))
     for place, (head, data) in enumerate(zip(exits, states, strict=True)):
         asked = torch.from_numpy(view.reach[place] >= least) & scored
@@ -86,26 +88,38 @@ def plan_nll(
     certify_tokens: int,
     confidence: float = CONFIDENCE,
     beside: Sequence[float] = (),
+    every: int = 1,
 ) -> NllPlan | None:
     """What to test for `targets`, in nats per token, on a held-out split of `certify_tokens` tokens; None without any.
 
-    `beside` are thresholds that are passes with propagated keys and values anyway: those near a wanted one replace it.
+    With propagate each `every`-th batch of it is read. No sequence begins where too few blocks of text would have an
+    exit to be tested at all, unless nothing looser looks safe. `beside` are thresholds that are passes with propagated
+    keys and values anyway: those near a wanted one replace it.
     """
     if not targets:
         return None
-    best = view.reach.max(0)
+    best = view.best
     grid = np.geomspace(_LOOSEST, LEAST_SHARE, FORECASTS)[::-1]  # exit shares, ascending: strict to loose
     growth = certify_tokens / view.reach.shape[1]
-    bounds = [
-        forecast_bound(_counts(view, losses, threshold_at(best, float(share))), growth, confidence)
-        for share in grid
-    ]
+    seen = [_counts(view, losses, threshold_at(best, float(share))) for share in grid]
+    bounds = [forecast_bound(counts, growth, confidence) for counts in seen]
+    blocks = [
+        int((counts.exits > 0).sum()) * growth for counts in seen
+    ]  # with an exit, that are to be expected
     loosest = {target: _loosest(grid.tolist(), bounds, target) for target in targets}
     passes = {float((best >= threshold).mean()): threshold for threshold in beside}
     return NllPlan(
-        _steps(view, loosest, BACKFILL_STEPS, _SAME_WITHOUT_PASS, {}),
-        _steps(view, loosest, PROPAGATE_STEPS, SAME, passes),
+        _steps(view, loosest, BACKFILL_STEPS, _SAME_WITHOUT_PASS, {}, _least(grid.tolist(), blocks)),
+        _steps(view, loosest, PROPAGATE_STEPS, SAME, passes, _least(grid.tolist(), blocks, every)),
     )
+
+
+def _least(shares: Sequence[float], blocks: Sequence[float], every: int = 1) -> float:
+    """The smallest exit share at which blocks enough are to be expected in an `every`-th part, 1 where none is."""
+    enough = (
+        share for share, count in zip(shares, blocks, strict=True) if count / every >= _ROOM * LEAST_BLOCKS
+    )
+    return next(enough, 1.0)
 
 
 def _counts(view: GateView, losses: TokenLosses, threshold: float) -> NllCounts:
@@ -130,11 +144,15 @@ def _steps(
     steps: Sequence[float],
     same: float,
     passes: Mapping[float, float],
+    least: float,
 ) -> Steps:
-    """Thresholds at `steps` × each target's `loosest` exit share, and where each begins; `passes` by exit share."""
-    best = view.reach.max(0)
+    """Thresholds at `steps` × each target's `loosest` exit share, and where each begins; `passes` by exit share.
+
+    None is at a smaller share than `least`, or than the loosest one where that is smaller still.
+    """
+    best = view.best
     wanted = {
-        target: [_near(min(step * share, 0.95), passes, same) for step in steps]
+        target: [_near(min(max(step * share, min(least, share)), 0.95), passes, same) for step in steps]
         for target, share in loosest.items()
     }
     distinct = distinct_shares([share for several in wanted.values() for share in several], same)

@@ -18,7 +18,9 @@ worst that was seen: with e_b = D_b - R n_b over these k + 1 blocks and N their 
 
 It is an approximation. `python -m scripts.compare_bounds` compares it on correlated, heavy-tailed blocks with Student's
 t, Johnson's and Hall's corrections for skewness, the studentised bootstrap, an empirical Bernstein bound and a betting
-bound (arXiv 2010.09686); it is the one that keeps its 5 % throughout and still certifies.
+bound (arXiv 2010.09686); it is the one that keeps to 5 % on average over kinds of text and still certifies. With few
+blocks it is no more exact than that: at 25 the worst of fifteen kinds passes in 5.6 % of texts, from 43 on in at most
+4.2 %.
 """
 
 from dataclasses import dataclass
@@ -60,7 +62,7 @@ class NllCounts:
 
     @property
     def exit_rate(self) -> float:
-        """Share of the tokens that left."""
+        """Share that left, of the tokens that might have and that another follows."""
         return self.left / self.total if self.total else 0.0
 
     @property

@@ -74,13 +74,6 @@ class RankedMap:
         return torch.cat([begun, begun + taken.cumsum(0) / variance]).cpu()
 
 
-def cut_errors(moments: Moments, fit: AffineFit) -> Tensor:
-    """What the cut to each rank adds to the penalised mean squared error on the tokens of `moments`: [Y + 1] float64,
-    the first where nothing is left but the constant, the last 0."""
-    values, _ = _fitted_spectrum(moments, fit)
-    return torch.cat([values.clamp(min=0).flip(0).cumsum(0).flip(0), values.new_zeros(1)])
-
-
 def rank_within(budget: float, hidden: int) -> int:
     """The largest rank whose parameters (R × 2H + H) stay within `budget` parameters, at least 1 and at most H."""
     return max(1, min(hidden, int((budget - hidden) // (2 * hidden))))

@@ -16,7 +16,7 @@ from torch import Tensor
 from exeunt.calibration.bootstrap import Floats, Measure, block_difference, block_ratio, resamples
 from exeunt.calibration.sequence_batch import SequenceBatch, batches
 from exeunt.calibration.teacher_forcing import ForcedModel, logit_rows
-from exeunt.calibration.thresholds import text_blocks
+from exeunt.calibration.text_units import text_units
 from exeunt.compression.linear_block import LinearBlock
 
 Advance = Callable[[int], None]
@@ -30,7 +30,12 @@ class Losses:
     replaced: tuple[Floats, ...]  # each [blocks]
     scored: Floats  # [blocks], tokens that have a following one
     drawn: NDArray[np.int64]  # [resamples, blocks]
-    tokens: int
+    where: NDArray[np.int64]  # [tokens], the block of text that each token is in
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the text."""
+        return len(self.where)
 
     @property
     def text_blocks(self) -> int:
@@ -60,12 +65,14 @@ def losses_of(
     *,
     batch_tokens: int,
     seed: int,
+    documents: Sequence[int] | None = None,
     known: Losses | None = None,
     advance: Advance = lambda _tokens: None,
 ) -> Losses:
     """The losses of `model` on `rows` with each of `replacements`, sets of maps for different blocks, none empty.
 
-    `known` are losses of the same model, rows and seed, whose pass without replacement is then not made again.
+    `documents` numbers each row's document, for the intervals (see `text_units`). `known` are losses of the same model,
+    rows, documents and seed, whose pass without replacement is then not made again.
     `advance` is told every batch's tokens once a block and once for the head, however many replacements pass with it.
     """
     decoder = model.decoder
@@ -81,12 +88,13 @@ def losses_of(
             unreplaced.states = []
         _pass_block(model, [unreplaced, *forks], groups, block, advance)
     if known is None:
-        where, sums = text_blocks(rows), _sums(model, [unreplaced, *forks], groups, rows, advance)
-        counts = int(where[-1]) + 1
+        units = text_units(rows, documents)
+        sums = _sums(model, [unreplaced, *forks], groups, units.where, units.count, advance)
         targets = torch.cat([group.targets for group in groups]).cpu().numpy()
-        scored = np.bincount(where[targets >= 0], minlength=counts).astype(np.float64)
-        return Losses(sums[0], tuple(sums[1:]), scored, resamples(counts, seed), len(where))
-    return replace(known, replaced=tuple(_sums(model, forks, groups, rows, advance)))
+        scored = np.bincount(units.where[targets >= 0], minlength=units.count).astype(np.float64)
+        return Losses(sums[0], tuple(sums[1:]), scored, resamples(units.count, seed), units.where)
+    sums = _sums(model, forks, groups, known.where, known.text_blocks, advance)
+    return replace(known, replaced=tuple(sums))
 
 
 class _Fork:
@@ -120,12 +128,12 @@ def _sums(
     model: ForcedModel,
     forks: Sequence[_Fork],
     groups: Sequence[SequenceBatch],
-    rows: Sequence[Tensor],
+    where: NDArray[np.int64],
+    blocks: int,
     advance: Advance,
 ) -> list[Floats]:
-    """Every fork's −log probabilities, summed by block of text."""
-    where = text_blocks(rows)
-    sums, start = np.zeros((len(forks), int(where[-1]) + 1)), 0
+    """Every fork's −log probabilities, summed by block of text, of which `where` [tokens] numbers `blocks`."""
+    sums, start = np.zeros((len(forks), blocks)), 0
     for number, group in enumerate(groups):
         own = where[start : start + group.tokens]
         for fork, total in zip(forks, sums, strict=True):

@@ -45,7 +45,7 @@ class ExitCounts:
 
     exits: Counts  # [blocks]
     errors: Counts  # [blocks], each at most the exits
-    tokens: int  # all tokens that might have left, in all blocks
+    tokens: int  # that might have left, in all blocks: all but each row's first
 
     @property
     def total(self) -> int:
@@ -54,7 +54,7 @@ class ExitCounts:
 
     @property
     def exit_rate(self) -> float:
-        """Share of the tokens that left."""
+        """Share that left, of the tokens that might have."""
         return self.total / self.tokens if self.tokens else 0.0
 
     @property

@@ -66,5 +66,6 @@ def _kv(task: Task, learned: Learned) -> KVStudy | None:
             tokens=tokens,
             batch_tokens=options.batch_tokens,
             seed=options.seed,
+            documents=task.splits.documents.get("select"),
             advance=advance,
         )

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from exeunt.calibration.options import (
 from exeunt.calibration.phases import planned_phases
 from exeunt.calibration.progress import NumberedProgress, ProgressReport
 from exeunt.calibration.remembered import MeasuredNow, Measurements, RememberedCosts, costs_folder
+from exeunt.calibration.scratch_folder import remove_partial_bundles, scratch_folder
 from exeunt.calibration.text_encoding import separator, text_encoding
 from exeunt.calibration.weight_check import check_weights
 from exeunt.calibration.weights_int4 import Int4Plan, check_group_size
@@ -95,6 +95,7 @@ def opened(options: CalibrationOptions, progress: ProgressReport) -> Iterator[Ta
     numbered = NumberedProgress(progress, planned_phases(options, spec, device))
     with numbered.phase("Checking the weights", spec.blocks + 1) as advance:
         check_weights(checkpoint.weights(), spec, advance)
+    remove_partial_bundles(options.out)
     with _kept(options, checkpoint, corpus.sha256, progress) as (journal, folder):
         yield Task(
             options=options,
@@ -118,8 +119,8 @@ def _kept(
     """The journal, and the folder of hidden states: gone at the end, or kept for whoever goes on."""
     folder = work_folder(options, checkpoint.spec)
     if folder is None:
-        with TemporaryDirectory(prefix="exeunt-calibrate-") as scratch:
-            yield NoJournal(), Path(scratch)
+        with scratch_folder(options.out) as scratch:
+            yield NoJournal(), scratch
         return
     check_apart(options.out, folder)
     journal = FolderJournal(folder, calibration_fingerprint(options, checkpoint, corpus_sha256))
@@ -140,4 +141,5 @@ def _measurements(options: CalibrationOptions) -> Measurements:
 
 def _documents(corpus: Corpus) -> str:
     count = len(corpus.documents)
-    return "1 document" if count == 1 else f"{count:,} documents"
+    found = "1 document" if count == 1 else f"{count:,} documents"
+    return found + (f" ({corpus.repeats:,} repeats of one left out)" if corpus.repeats else "")

@@ -32,13 +32,13 @@ it projected onto the vocabulary."""
 LOGITS_AT_ONCE = 1 << 25
 """Elements of a logits tensor that are made at once where memory alone limits it: 128 MiB in float32."""
 _LOGITS_IN_CACHE = 1 << 18  # 1 MiB in float32: what is read off them then costs a tenth
-_LEAST_ROWS = 64  # fewer would read the output matrix too often
+LEAST_LOGIT_ROWS = 64  # fewer would read the output matrix too often
 
 
 def logit_rows(vocab_size: int, device: torch.device) -> int:
     """Rows of logits [rows, vocab] to make at once: what a CPU's cache holds, or a small part of a GPU's memory."""
     most = _LOGITS_IN_CACHE if device.type == "cpu" else LOGITS_AT_ONCE
-    return max(_LEAST_ROWS, most // vocab_size)
+    return max(LEAST_LOGIT_ROWS, most // vocab_size)
 
 
 def _unheard(_exit: int, _tokens: Tensor, _projected: Tensor) -> None:
@@ -157,19 +157,6 @@ class ForcedModel:
         if wanted is not None:
             hidden, kept = hidden[wanted[kept]], kept[wanted[kept]]
         self.final(hidden, kept, sink)
-
-    @torch.inference_mode()
-    def with_backfill(
-        self, batch: SequenceBatch, threshold: float, states: Sequence[Tensor], final: Tensor, sink: Sink
-    ) -> None:
-        """Give every token's logits to `sink` where it leaves at `threshold`, skipped keys and values being backfilled.
-
-        `states` and `final` are those of `full_depth_at_exits`: with backfill a token that leaves changes no later one.
-        """
-        kept = torch.arange(batch.tokens, device=final.device)
-        for number, hidden in enumerate(states):
-            kept = kept[~self._leave(number, hidden[kept], kept, batch, threshold, sink)]
-        self.final(final[kept], kept, sink)
 
     def _leave(
         self,

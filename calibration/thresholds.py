@@ -15,11 +15,10 @@ from torch import Tensor
 
 from exeunt.calibration.exit_training import Labelled
 from exeunt.calibration.risk import CONFIDENCE, ExitCounts, error_correlation, forecast_p_value
+from exeunt.calibration.teacher_forcing import LEAST_LOGIT_ROWS, logit_rows
 from exeunt.calibration.text_units import text_units
 from exeunt.compression.exits import ExitHead
 
-BLOCK_TOKENS: Final = 256
-"""Tokens of a row that count as one draw where confidence intervals are made by resampling."""
 FORECASTS: Final = 60  # thresholds looked at while planning
 LEAST_SHARE: Final = 0.004  # of tokens leaving, at the strictest of them
 STEPS: Final = (0.8, 0.93)
@@ -75,6 +74,18 @@ class GateView:
     text_block: NDArray[np.int64]  # [T]
     blocks: int
 
+    @property
+    def may_leave(self) -> NDArray[np.bool_]:
+        """The tokens that might leave, all but each row's first: what exit rates are shares of. [T]"""
+        asked: NDArray[np.bool_] = self.reach[0] >= 0
+        return asked
+
+    @property
+    def best(self) -> NDArray[np.float64]:
+        """The largest threshold at which each token that might leave does."""
+        best: NDArray[np.float64] = self.reach.max(0)[self.may_leave]
+        return best
+
     def only(self, exits: Sequence[int]) -> "GateView":
         """The view of some of the exits, by their place in it."""
         chosen = list(exits)
@@ -96,22 +107,8 @@ class GateView:
         return ExitCounts(
             np.bincount(self.text_block[left], minlength=self.blocks).astype(np.float64),
             np.bincount(self.text_block[wrong], minlength=self.blocks).astype(np.float64),
-            self.reach.shape[1],
+            int(self.may_leave.sum()),
         )
-
-
-def text_blocks(rows: Sequence[Tensor]) -> NDArray[np.int64]:
-    """The number of the block of text that each token of `rows` is in: runs of `BLOCK_TOKENS` within a row."""
-    numbers: list[NDArray[np.int64]] = []
-    total = 0
-    for row in rows:
-        own = np.arange(len(row)) // BLOCK_TOKENS
-        tail = len(row) % BLOCK_TOKENS
-        if own[-1] > 0 and 0 < tail < BLOCK_TOKENS // 2:
-            own[-tail:] -= 1  # a short rest goes with the block before it
-        numbers.append(own + total)
-        total += int(own[-1]) + 1
-    return np.concatenate(numbers)
 
 
 @torch.inference_mode()
@@ -162,18 +159,24 @@ def gate_reach(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The largest threshold at which each token leaves, at which it is looked at, and whether leaving is right.
 
-    `project` gives logits of the whole vocabulary, of which those of the head's shortlist decide. Tokens that leave at
-    no threshold from `least` on are not looked at: they have any lower reach, and no agreement.
+    `project` gives logits of the whole vocabulary, of which those of the head's shortlist decide; of no more rows at
+    once than `logit_rows` allows. Tokens that leave at no threshold from `least` on are not looked at: they have any
+    lower reach, and no agreement.
     """
     reading = head.inspect(data.hidden)
     logit = reading.probe_logit
     screened = logit.sigmoid() / head.screen_ratio if head.screen_ratio > 0 else torch.ones_like(logit)
-    asked = screened >= least
-    seen = reading.rows(asked)
-    logits = project(seen.state).float()
-    reach, agrees = screened.clone(), torch.zeros_like(asked)
-    reach[asked] = torch.minimum(head.confidence(seen, head.decisive(logits).contiguous()), screened[asked])
-    agrees[asked] = logits.argmax(-1) == data.top[asked]
+    reach, agrees = screened.clone(), torch.zeros_like(screened, dtype=torch.bool)
+    asked = (screened >= least).nonzero().squeeze(1)
+    start, rows = 0, LEAST_LOGIT_ROWS  # until the first logits show how many a row has
+    while start < len(asked):
+        part = asked[start : start + rows]
+        seen = reading.rows(part)
+        logits = project(seen.state).float()
+        sure = head.confidence(seen, head.decisive(logits).contiguous())
+        reach[part] = torch.minimum(sure, screened[part])
+        agrees[part] = logits.argmax(-1) == data.top[part]
+        start, rows = start + rows, logit_rows(logits.shape[1], logits.device)
     return reach, screened, agrees
 
 
@@ -207,9 +210,8 @@ class Forecast:
 
 def forecast_of(view: GateView, certify_tokens: int, confidence: float) -> Forecast:
     """The forecast for a held-out split of `certify_tokens` tokens."""
-    best = view.reach.max(0)
     shares = np.geomspace(0.95, LEAST_SHARE, FORECASTS)
-    grid = np.unique(np.quantile(best[best >= 0], 1.0 - shares).clip(1e-6, 1.0 - 1e-6))[::-1]
+    grid = np.unique(np.quantile(view.best, 1.0 - shares).clip(1e-6, 1.0 - 1e-6))[::-1]
     seen = tuple(view.counts(float(threshold)) for threshold in grid)
     correlation = error_correlation(max(seen, key=lambda counts: counts.wrong))
     growth = certify_tokens / view.reach.shape[1]
@@ -227,9 +229,8 @@ def plan_thresholds(
         begin, loosest = forecast.shares(target)
         begin_share[target] = begin
         wanted += [begin, *(step * loosest for step in STEPS if step * loosest > begin)]
-    best = view.reach.max(0)
     distinct = distinct_shares(wanted)
-    thresholds = [threshold_at(best, share) for share in distinct]
+    thresholds = [threshold_at(view.best, share) for share in distinct]
     begins = {
         target: thresholds[max(i for i, kept in enumerate(distinct) if kept <= share)]
         for target, share in begin_share.items()

@@ -14,7 +14,7 @@ import numpy as np
 
 from exeunt.calibration.bootstrap import Measure
 from exeunt.calibration.evaluation_table import EvaluationTable, Mode, ModeResult
-from exeunt.calibration.report.papers import EXITS_PERPLEXITY, EXITS_TRADE_OFF
+from exeunt.calibration.papers import EXITS_PERPLEXITY, EXITS_TRADE_OFF
 from exeunt.compression.variant import SkippedKV, Variant
 
 Axis = Literal["layers", "net"]

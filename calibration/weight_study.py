@@ -58,7 +58,7 @@ class WeightForm:
 
 @dataclass(frozen=True, slots=True)
 class WeightStudy:
-    """The forms on one text of `tokens` tokens, as `text_blocks` draws; `perplexity` is that of full weights."""
+    """The forms on one text of `tokens` tokens; intervals draw `text_blocks`. `perplexity` is that of full weights."""
 
     tokens: int
     text_blocks: int

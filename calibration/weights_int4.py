@@ -6,9 +6,9 @@ known, `exeunt.kernels.int4_linear.quantize` to nearest where not.
 
 The output matrix is INT4 like the rest: it is what turns the last state into logits under INT4 weights, and what exits
 read under any. It too is rounded by GPTQ, for the second moments of the states that the last block gives it. Exits give
-it others, normed states of earlier blocks plus their adapter's part, which is trained to make them like those; what
-that is worth to them is measured (`docs/calibration.md`). A tied embedding stays in full precision beside it for the
-look-up, which reads one row of it per token: rounding it would save no time.
+it others, normed states of earlier blocks plus their adapter's part, which is trained to make them like those; the
+columns "exit" of `python -m scripts.compare_rounding` say what it makes of them. A tied embedding stays in full
+precision beside it for the look-up, which reads one row of it per token: rounding it would save no time.
 """
 
 from collections.abc import Mapping

@@ -198,7 +198,8 @@ class EvaluationRow(Record):
     linear_block: bool
     early_exit: Literal["off", "verified", "approximate"] = "off"
     skipped_kv: SkippedKV | None = None
-    target: Share | None = None
+    target: Share | None = None  # of disagreement
+    nll_target: Annotated[float, Field(gt=0.0)] | None = None  # of the rise of the mean NLL, nats a token
     threshold: Share | None = None
     perplexity: Annotated[float, Field(gt=0.0)]
     kl: float | None = None

@@ -8,7 +8,9 @@ from rich.text import Text
 
 from exeunt.calibration.evaluate import EvaluationOptions, evaluate
 from exeunt.calibration.evaluation import EvaluationTable, Mode, ModeResult
+from exeunt.calibration.evaluation_table import with_interval
 from exeunt.calibration.generation import Written
+from exeunt.calibration.json_values import json_values
 from exeunt.calibration.progress import watched_progress
 from exeunt.calibration.trade_off import TradeOff, paper_curve
 from exeunt.compression.model import LoadedModel
@@ -50,7 +52,7 @@ class Evaluated:
             for result in self.table.results
         ]
         about = {key: value for key, value in asdict(self.table).items() if key not in ("results", "sweep")}
-        return (
+        found = (
             bench_record(target, self.model, LOAD, ())
             | about
             | {
@@ -63,6 +65,8 @@ class Evaluated:
                 "written": [asdict(each) | {"name": each.mode.name} for each in self.written],
             }
         )
+        record: dict[str, Any] = json_values(found)
+        return record
 
 
 def _record(result: ModeResult) -> dict[str, Any]:
@@ -169,7 +173,7 @@ def _written_columns(written: Sequence[Written], worth: int) -> Iterator[FigureC
     how = "greedy" if written[0].temperature == 0 else "sampled"
     perplexities = [each.perplexity for each in written]
     brief = tuple(f"{each.value:.2f}" for each in perplexities)
-    whole = tuple(f"{each.value:.2f} [{each.low:.2f}, {each.high:.2f}]" for each in perplexities)
+    whole = tuple(with_interval(each, "{:.2f}") for each in perplexities)
     yield FigureColumn(f"perplexity {how}", whole, 8 + worth, brief, "intervals")
     yield FigureColumn(f"repeated {how}", tuple(f"{each.repeated:.1%}" for each in written), 6 + worth)
     yield FigureColumn(

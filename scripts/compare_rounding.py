@@ -1,8 +1,9 @@
 """What each choice about rounding weights to INT4 costs, `python -m scripts.compare_rounding MODEL TEXT`, minutes.
 
-By setting of GPTQ: perplexity over full weights and KV, and KL from them, with INT4 and full KV, on the certify split,
-which no setting has seen; and how exits behind some blocks would read the output matrix, the model's own final norm in
-front of it. KL is what settings are told apart by: perplexity is that of one text and its sampling noise hides them.
+By setting of GPTQ: perplexity over full weights and KV, and KL from them, with INT4 and full KV, on the select split,
+which no setting was fitted on and no certificate is made of; and how exits behind some blocks would read the output
+matrix, the model's own final norm in front of it. KL is what settings are told apart by: perplexity is that of one text
+and its sampling noise hides them.
 """
 
 import tempfile
@@ -144,7 +145,7 @@ def _one_after_another(task: _Text, plan: Int4Plan) -> Int4Weights:
 def _cost(task: _Text, full: Decoder, decoder: Decoder, kv_cache: KVFormat) -> str:
     reference, model = ForcedModel(full, "full", ()), ForcedModel(decoder, kv_cache, ())
     losses, divergence, scored, tokens = torch.zeros(2, dtype=torch.float64), 0.0, 0, 0
-    for batch in batches(task.splits.certify, 2048):
+    for batch in batches(task.splits.select, 2048):
         wanted = full.head(reference.full_depth(batch)[1])
         found = decoder.head(model.full_depth(batch)[1])
         losses += torch.stack([nll_of(each, batch.targets).double().sum() for each in (wanted, found)])
@@ -159,7 +160,7 @@ def _cost(task: _Text, full: Decoder, decoder: Decoder, kv_cache: KVFormat) -> s
 def _exit_reading(task: _Text, full: Decoder, decoder: Decoder, depth: int) -> str:
     """What the INT4 output matrix makes of early states, against the full one."""
     model, divergence, agreed, tokens = ForcedModel(decoder, "int4", ()), 0.0, 0, 0
-    for batch in batches(task.splits.certify, 2048):
+    for batch in batches(task.splits.select, 2048):
         geometry = batch.geometry(model.layout.page_tokens)
         hidden = decoder.embed(batch.token_ids, batch.positions)
         hidden = decoder.final_norm(decoder.run_blocks(hidden, geometry, model.pages(batch), 0, depth))

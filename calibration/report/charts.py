@@ -46,8 +46,8 @@ def forest(
     if zero is not None:
         axes.axvline(zero, color=INK, linewidth=1)
     ends = [] if zero is None else [zero]
-    low = min([*(line.measure.low for line in lines if line.measure.value <= limit), *ends])
-    high = max([*(min(line.measure.high, limit) for line in lines), *ends])
+    low = min([*(line.measure.ends[0] for line in lines if line.measure.value <= limit), *ends])
+    high = max([*(min(line.measure.ends[1], limit) for line in lines), *ends])
     room = (high - low) or 1.0
     axes.set_xlim(low - 0.04 * room, high + 0.2 * room)
     axes.set_ylim(len(rows) - 0.5, -0.8)
@@ -79,7 +79,7 @@ def _estimate(axes: Axes, line: Line, place: float, form: str, limit: float) -> 
         )
     axes.annotate(
         form.format(measure.value),
-        (limit if beyond else measure.high, place),
+        (limit if beyond else measure.ends[1], place),
         xytext=(-8 if beyond else 6, 0),
         textcoords="offset points",
         ha="right" if beyond else "left",
@@ -93,5 +93,5 @@ def _limit(lines: Sequence[Line]) -> float:
     """Where the axis ends: beyond it lie estimates of more than five times the middle one's."""
     values = sorted(line.measure.value for line in lines)
     most = 5 * values[(len(values) - 1) // 2]
-    inside = [line.measure.high for line in lines if line.measure.value <= most]
+    inside = [line.measure.ends[1] for line in lines if line.measure.value <= most]
     return 1.1 * max(inside) if inside and most > 0 and values[-1] > most else math.inf

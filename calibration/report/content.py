@@ -19,6 +19,14 @@ from exeunt.compression.manifest import Manifest
 
 
 @dataclass(frozen=True, slots=True)
+class TextSource:
+    """The documents that were dealt to the splits, and how many more were left out as repeats of one of them."""
+
+    documents: int
+    repeats: int
+
+
+@dataclass(frozen=True, slots=True)
 class ReportContent:
     """One calibration's findings; the manifest repeats some of them for machines.
 
@@ -38,6 +46,7 @@ class ReportContent:
     exit_screen: ExitScreen | None = None
     written: tuple[Written, ...] = ()
     weight_study: WeightStudy | None = None
+    text: TextSource | None = None
 
     @property
     def exits(self) -> tuple[FittedExit, ...]:

@@ -10,6 +10,7 @@ differ by marker or line, so that no reading rests on colour alone.
 
 import io
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -161,7 +162,10 @@ def draw_panels(
         paint(canvas)
         buffer = io.StringIO()
         nothing = {"Date": None, "Creator": None}
-        writer.print_svg(buffer, metadata=nothing)  # type: ignore[no-untyped-call]  # savefig draws all twice
+        with warnings.catch_warnings():
+            # where names leave the axes no room, as those of hardly any text may, the picture is laid out without them
+            warnings.filterwarnings("ignore", "constrained_layout not applied", UserWarning)
+            writer.print_svg(buffer, metadata=nothing)  # type: ignore[no-untyped-call]  # savefig draws all twice
     return Figure(name, _inline(buffer.getvalue(), name, label), caption)
 
 
@@ -241,6 +245,6 @@ def label_ends(
 def whiskers(measures: Sequence[Measure]) -> list[list[float]]:
     """The distances of the intervals' ends from the values, as `Axes.errorbar` wants them."""
     return [
-        [max(0.0, each.value - each.low) for each in measures],
-        [max(0.0, each.high - each.value) for each in measures],
+        [max(0.0, each.value - each.ends[0]) for each in measures],
+        [max(0.0, each.ends[1] - each.value) for each in measures],
     ]

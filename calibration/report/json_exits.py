@@ -10,7 +10,6 @@ from exeunt.calibration.exit_records import FittedExit
 from exeunt.calibration.exit_selection import Drafting, ExitSelection
 from exeunt.calibration.nll_risk import CLIP
 from exeunt.calibration.report.content import ReportContent
-from exeunt.calibration.thresholds import BLOCK_TOKENS
 
 
 def exits_record(content: ReportContent) -> dict[str, Any]:
@@ -26,7 +25,6 @@ def exits_record(content: ReportContent) -> dict[str, Any]:
             "tested": list(selection.plan.thresholds),
             "begins": {f"{target}": begin for target, begin in selection.plan.begins.items()},
             "error_correlation": selection.plan.correlation,
-            "block_tokens": BLOCK_TOKENS,
             "nll": None if selection.plan.nll is None else asdict(selection.plan.nll),
         },
     }

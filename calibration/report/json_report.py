@@ -5,18 +5,20 @@ from dataclasses import asdict
 from typing import Any
 
 from exeunt.calibration.block_choice import BlockChoice
+from exeunt.calibration.certificates import CertifiedVariant
 from exeunt.calibration.evaluation import EvaluationTable, ModeResult
 from exeunt.calibration.generation import Written
-from exeunt.calibration.report.asked import options_record
-from exeunt.calibration.report.content import ReportContent
-from exeunt.calibration.report.json_exits import certified_record, exits_record
-from exeunt.calibration.report.papers import (
+from exeunt.calibration.json_values import json_values
+from exeunt.calibration.papers import (
     EXITS_PERPLEXITY,
     EXITS_SOURCE,
     EXITS_TRADE_OFF,
     KV_JOINT,
     KV_SOURCE,
 )
+from exeunt.calibration.report.asked import options_record
+from exeunt.calibration.report.content import ReportContent
+from exeunt.calibration.report.json_exits import certified_record, exits_record
 from exeunt.calibration.report.sections.trade_off import trade_off_variant
 from exeunt.calibration.report.verdict import FAIR, SMALL, Cost, verdict_of
 from exeunt.calibration.trade_off import trade_offs
@@ -29,6 +31,7 @@ def report_json(content: ReportContent) -> str:
     record = {
         "base_model": manifest.base_model.model_dump(),
         "calibration": None if manifest.calibration is None else manifest.calibration.model_dump(),
+        "text": None if content.text is None else asdict(content.text),
         "options": None if content.options is None else options_record(content.options),
         "versions": {"exeunt": manifest.exeunt_version, **manifest.versions},
         "verdict": _verdict(content),
@@ -53,7 +56,7 @@ def report_json(content: ReportContent) -> str:
             "kv": {"source": KV_SOURCE, "perplexity_full": KV_JOINT[0], "perplexity_int4": KV_JOINT[1]},
         },
     }
-    return json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+    return json.dumps(json_values(record), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def evaluation_record(table: EvaluationTable) -> dict[str, Any]:
@@ -77,6 +80,7 @@ def _mode(result: ModeResult | Written) -> dict[str, Any]:
         **asdict(mode.variant),
         "threshold": mode.threshold,
         "target": mode.target,
+        "nll_target": mode.nll_target,
         "skipped_kv": None if mode.threshold is None else mode.skipped_kv,
     }
     return head | {name: value for name, value in asdict(result).items() if name != "mode"}
@@ -88,10 +92,22 @@ def _verdict(content: ReportContent) -> dict[str, Any]:
         "called_small_up_to": SMALL,
         "called_fair_up_to": FAIR,
         "costs": [_cost(cost) for cost in verdict.together],
+        "certified": None if verdict.deployed is None else _certified(verdict.deployed),
         "advice": [
             {"use": each.use, "compression": each.request, "cost": _cost(each.cost)}
             for each in verdict.advice
         ],
+    }
+
+
+def _certified(outcome: CertifiedVariant) -> dict[str, Any]:
+    """The combination that the verdict speaks of, and its certified targets of both risks."""
+    nll = () if outcome.nll is None else outcome.nll.certificates
+    return {
+        **asdict(outcome.variant),
+        "skipped_kv": outcome.skipped_kv,
+        "max_disagreement": [each.target for each in outcome.certification.certificates if each.certified],
+        "max_nll_increase": [each.target for each in nll if each.certified],
     }
 
 
@@ -102,7 +118,7 @@ def _trade_off(content: ReportContent) -> list[dict[str, Any]]:
 
 
 def _cost(cost: Cost) -> dict[str, Any]:
-    called = {"good": "small", "fair": "fair", "bad": "large"}[cost.tone]
+    called = {"good": "small", "fair": "fair", "bad": "large"}.get(cost.tone)  # None without an interval
     return {**asdict(cost), "called": called}
 
 
@@ -135,4 +151,5 @@ def _choice(choice: BlockChoice) -> dict[str, Any]:
         "candidates": [asdict(candidate) for candidate in choice.candidates],
         "together": None if choice.together is None else asdict(choice.together),
         "tokens": choice.tokens,
+        "text_blocks": choice.text_blocks,
     }

@@ -2,7 +2,8 @@
 
 A cost is the increase of perplexity over the reference, relative to it, with the 95 % interval of the evaluation. Up to
 `SMALL` it is called small, up to `FAIR` fair, beyond that large; where the interval holds zero it is said that the text
-is too short to tell it from none. Nothing else is weighed.
+is too short to tell it from none. Of exits, what is certified is told for backfilled keys and values, which is what a
+server does unless asked otherwise, or for propagated ones where nothing is certified for backfill.
 """
 
 from collections.abc import Sequence
@@ -15,7 +16,8 @@ from exeunt.calibration.nll_risk import NllCertificate
 from exeunt.calibration.report.content import ReportContent
 from exeunt.calibration.report.parts import Tone
 from exeunt.calibration.risk import Certificate
-from exeunt.compression.variant import Variant
+from exeunt.calibration.trade_off import METHODS
+from exeunt.compression.variant import SkippedKV, Variant
 
 SMALL: Final = 0.01
 FAIR: Final = 0.05
@@ -32,7 +34,12 @@ class Cost:
 
     @property
     def tone(self) -> Tone:
-        """Good, fair or bad, by the upper end of the interval: what the text cannot rule out counts."""
+        """Good, fair or bad, by the upper end of the interval: what the text cannot rule out counts.
+
+        Without an interval nothing is ruled out, and nothing shown either: none of them.
+        """
+        if not self.relative.bounded:
+            return ""
         return "good" if self.relative.high <= SMALL else "fair" if self.relative.high <= FAIR else "bad"
 
     @property
@@ -43,19 +50,23 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class Advice:
-    """A mode to use: a variant, its cost, and the certified target of its exits (None: verified, without loss)."""
+    """A mode to use, its cost, and what was measured of it where its exits are certified (None: verified, no loss)."""
 
     use: str
     cost: Cost
-    target: float | None = None
+    exits: ModeResult | None = None
 
     @property
     def request(self) -> dict[str, object]:
         """The `compression` of a request that asks for it."""
         variant = self.cost.variant
         exits: dict[str, object] = {"mode": "verified"}
-        if self.target is not None:
-            exits = {"mode": "approximate", "max_disagreement": self.target, "skipped_kv": "propagate"}
+        if self.exits is not None:
+            mode = self.exits.mode
+            target: dict[str, object] = {"max_disagreement": mode.target}
+            if mode.target is None:
+                target = {"max_nll_increase": mode.nll_target}
+            exits = {"mode": "approximate", **target, "skipped_kv": mode.skipped_kv}
         return {
             "weights": variant.weights,
             "kv_cache": variant.kv_cache,
@@ -71,9 +82,7 @@ class Verdict:
     reference: ModeResult
     alone: tuple[Cost, ...]
     together: tuple[Cost, ...]
-    certified: tuple[Certificate, ...]  # of the deployed variant, skipped keys and values propagated
-    likelihood: tuple[NllCertificate, ...]  # the same of the second risk
-    deployed: Variant | None  # the variant that exits were fitted on; None where there are none
+    deployed: CertifiedVariant | None  # what is told of exits; None where none is to be certified
     advice: tuple[Advice, ...]
 
 
@@ -82,35 +91,62 @@ def verdict_of(content: ReportContent) -> Verdict:
     table = content.table
     together = tuple(_cost(result, table) for result in table.results[1:] if result.mode.threshold is None)
     alone = tuple(cost for cost in together if _savings(cost.variant) == 1)
-    deployed = deployed_outcome(content.certified)
-    certified = () if deployed is None else deployed.certification.certificates
     return Verdict(
         reference=table.results[0],
         alone=alone,
         together=together,
-        certified=certified,
-        likelihood=() if deployed is None or deployed.nll is None else deployed.nll.certificates,
-        deployed=None if deployed is None else deployed.variant,
+        deployed=deployed_outcome(content.certified),
         advice=_advice(table, together),
     )
 
 
 def deployed_outcome(certified: Sequence[CertifiedVariant]) -> CertifiedVariant | None:
-    """The outcome of the most compressed variant without a linear block: the one that exits were fitted on."""
-    propagated = [each for each in certified if each.skipped_kv == "propagate"]
-    without = [each for each in propagated if not each.variant.linear_block] or propagated
-    return max(without, key=lambda each: _savings(each.variant), default=None)
+    """The outcome of the most compressed variant without a linear block: the one that exits were fitted on.
+
+    Of its two ways with skipped keys and values it is backfill, unless something is certified for propagate alone.
+    """
+    without = [each for each in certified if not each.variant.linear_block] or certified
+    most = max((_savings(each.variant) for each in without), default=0)
+    own = {each.skipped_kv: each for each in without if _savings(each.variant) == most}
+    ordered = [own[method] for method in METHODS if method in own]
+    return next((each for each in ordered if _holds(each)), ordered[0] if ordered else None)
 
 
-def result_of(table: EvaluationTable, variant: Variant, target: float | None = None) -> ModeResult | None:
-    """A variant's row with exits off, or at a certified target with propagated keys and values."""
+def _holds(outcome: CertifiedVariant) -> bool:
+    """Whether any target of either risk is certified."""
+    nll = () if outcome.nll is None else outcome.nll.certificates
+    return any(each.certified for each in outcome.certification.certificates) or any(
+        each.certified for each in nll
+    )
+
+
+def result_of(
+    table: EvaluationTable,
+    variant: Variant,
+    certificate: Certificate | NllCertificate | None = None,
+    skipped_kv: SkippedKV = "backfill",
+) -> ModeResult | None:
+    """A variant's row with exits off, or that of a certified target's threshold; None where there is no such row."""
+    threshold = None if certificate is None else certificate.threshold
+    if certificate is not None and threshold is None:
+        return None
     for result in table.results:
         mode = result.mode
-        exits_off = mode.threshold is None and target is None
-        at_target = target is not None and mode.target == target and mode.skipped_kv == "propagate"
-        if mode.variant == variant and (exits_off or at_target):
+        if (mode.variant, mode.threshold) == (variant, threshold) and (
+            threshold is None or mode.skipped_kv == skipped_kv
+        ):
             return result
     return None
+
+
+def net_saving(result: ModeResult) -> float:
+    """What a mode's exits save in the end, a share of full depth; below zero they cost more than they save.
+
+    With propagate it is compute. With backfill the compute comes later, and what is saved is passes that no token waits
+    for, less what exits compute themselves.
+    """
+    saved = result.compute_saved.value
+    return saved + result.passes_saved.value if result.mode.skipped_kv == "backfill" else saved
 
 
 def relative_to(measure: Measure, base: float) -> Measure:
@@ -130,7 +166,7 @@ def _savings(variant: Variant) -> int:
 
 
 def _advice(table: EvaluationTable, costs: Sequence[Cost]) -> tuple[Advice, ...]:
-    """The most compressed modes of small and of fair cost, and certified exits of fair cost that save compute."""
+    """The most compressed modes of small and of fair cost, and certified exits, by either risk, of fair cost."""
     uncompressed = _cost(table.results[0], table)
     small, fair = (
         max(
@@ -142,15 +178,25 @@ def _advice(table: EvaluationTable, costs: Sequence[Cost]) -> tuple[Advice, ...]
     advice = [Advice("Quality first", small)]
     if fair.variant != small.variant:
         advice.append(Advice("More saved at a fair cost", fair))
-    exits = [
-        (result, cost)
-        for result in table.results
-        if result.mode.target is not None
-        and result.mode.skipped_kv == "propagate"
-        and result.compute_saved.value > 0
-        and (cost := _cost(result, table)).relative.high <= FAIR
-    ]
-    if exits:
-        result, cost = max(exits, key=lambda pair: (_savings(pair[1].variant), pair[0].compute_saved.value))
-        advice.append(Advice("Exits at a stated risk", cost, result.mode.target))
+    differ = [result for result in table.results if result.mode.target is not None]
+    unlikelier = [result for result in table.results if result.mode.nll_target is not None]
+    for use, results in (
+        ("Exits, few of which differ", differ),
+        ("Exits, text hardly less likely", unlikelier),
+    ):
+        found = _exits_advised(table, results)
+        if found is not None and all(each.exits != found for each in advice):
+            advice.append(Advice(use, _cost(found, table), found))
     return tuple(advice)
+
+
+def _exits_advised(table: EvaluationTable, results: Sequence[ModeResult]) -> ModeResult | None:
+    """The most compressed of `results` of fair cost whose exits save something, backfilled ones first."""
+    worth = [
+        result for result in results if net_saving(result) > 0 and _cost(result, table).relative.high <= FAIR
+    ]
+    for method in METHODS:
+        own = [result for result in worth if result.mode.skipped_kv == method]
+        if own:
+            return max(own, key=lambda each: (_savings(each.mode.variant), net_saving(each)))
+    return None

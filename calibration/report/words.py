@@ -1,10 +1,13 @@
 """Figures as people read them, the same in every table of the report."""
 
-from exeunt.calibration.evaluation import Measure
+from exeunt.calibration.evaluation import Measure, Mode
+from exeunt.calibration.evaluation_table import with_interval
 from exeunt.calibration.report.parts import Cell, Tone
+from exeunt.calibration.risk import percent
 from exeunt.compression.variant import SkippedKV, Variant
 
 NOTHING = "–"
+NO_INTERVAL = "no interval"
 
 
 def count(number: int) -> str:
@@ -32,7 +35,9 @@ def measured(measure: Measure | None, form: str = "{:.2f}", tone: Tone = "", sca
     if measure is None:
         return Cell(NOTHING)
     low, high = (form.format(scale * end) for end in (measure.low, measure.high))
-    return Cell(form.format(scale * measure.value), f"{low} to {high}", tone)
+    return Cell(
+        form.format(scale * measure.value), f"{low} to {high}" if measure.bounded else NO_INTERVAL, tone
+    )
 
 
 def measured_share(measure: Measure | None, digits: int = 1, tone: Tone = "") -> Cell:
@@ -42,7 +47,7 @@ def measured_share(measure: Measure | None, digits: int = 1, tone: Tone = "") ->
 
 def in_words(measure: Measure, form: str = "{:+.2f}") -> str:
     """A value with its interval in a sentence: +0.31 [+0.12, +0.50]."""
-    return f"{form.format(measure.value)} [{form.format(measure.low)}, {form.format(measure.high)}]"
+    return with_interval(measure, form)
 
 
 def variant_name(variant: Variant) -> str:
@@ -58,3 +63,12 @@ def variant_name(variant: Variant) -> str:
 def skipped_name(skipped_kv: SkippedKV) -> str:
     """What becomes of skipped keys and values, as a past participle."""
     return {"propagate": "propagated", "backfill": "backfilled"}[skipped_kv]
+
+
+def promised(mode: Mode) -> str:
+    """What is certified of a mode's exits, of either risk; nothing where nothing is."""
+    promises = [
+        *([] if mode.target is None else [f"at most {percent(mode.target)} differ"]),
+        *([] if mode.nll_target is None else [f"at most {mode.nll_target:g} nats a token less likely"]),
+    ]
+    return ", ".join(promises)

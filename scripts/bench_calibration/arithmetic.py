@@ -70,7 +70,9 @@ def needs(spec: Architecture, dtype: torch.dtype, *, batch_tokens: int = 4096, t
                 "moments, two splits": 2 * 2 * 8 * adapter,
             },
             "training heads": {
-                "starts and results": 2 * EXITS * 4 * adapter,
+                "starts and results": (EXITS + 3)
+                * 4
+                * adapter,  # a start goes when its heads, three at most, are trained
                 "gradient, Adam's two, the best yet": 4 * 4 * adapter,
                 "logits": logits,
             },

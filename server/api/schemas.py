@@ -17,10 +17,23 @@ _LOWEST_TEMPERATURE: Final = (
 )
 
 
+NLL_CLIP: Final = 3.0  # nats: what one token may count at most where calibration certifies
+
+
 class Body(BaseModel):
     """A request body: strict types, known fields, finite numbers."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+
+
+def _nll_target(value: float) -> float:
+    if value >= NLL_CLIP:
+        raise PydanticCustomError(
+            "nll_target",
+            "it must be below {clip} nats, which a token's rise is clipped to: no text could break a larger target",
+            {"clip": f"{NLL_CLIP:g}"},
+        )
+    return value
 
 
 class EarlyExitOptions(Body):
@@ -40,10 +53,9 @@ class EarlyExitOptions(Body):
         "differ from full depth of the same weights, KV cache and linear block. Left out together with "
         "`max_nll_increase` and `threshold`: the smallest certified target from 0.02.",
     )
-    max_nll_increase: float | None = Field(
+    max_nll_increase: Annotated[float, AfterValidator(_nll_target)] | None = Field(
         default=None,
         gt=0,
-        le=100,
         description="Approximate only, instead of `max_disagreement`: a certified target of the NLL risk table, the "
         "nats per token by which the negative log-likelihood of text may rise over full depth of the same weights, KV "
         "cache and linear block, each token's rise clipped; exp of it bounds the ratio of the clipped perplexities. "

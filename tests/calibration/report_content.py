@@ -73,11 +73,16 @@ def mode_result(mode: Mode, increase: float, left: float = 0.0, **more: Any) -> 
 
 
 def evaluation(**more: Any) -> EvaluationTable:
-    """Four variants with exits off, and the deployed one at a certified target."""
+    """Five variants with exits off, and the deployed one at a certified target of each risk."""
     off = {FULL: 0.0, WEIGHTS: 0.123, KV: 0.456, DEPLOYED: 0.789, LINEAR: 2.5}
     results = [mode_result(Mode(variant), increase) for variant, increase in off.items()]
     results.append(mode_result(Mode(DEPLOYED, 0.91, 0.05), 0.853, left=0.2))
-    results.append(mode_result(Mode(DEPLOYED, 0.91, 0.05, "backfill"), 0.805, left=0.2))
+    backfilled = (
+        (Mode(DEPLOYED, 0.9123, 0.05, "backfill"), 0.805, 0.2),
+        (Mode(DEPLOYED, 0.87, None, "backfill", 0.05), 0.82, 0.3),
+    )
+    for mode, increase, left in backfilled:  # who computes later saves passes, and exits only cost
+        results.append(replace(mode_result(mode, increase, left=left), compute_saved=about(-0.06, 0.01)))
     thresholds = {0.95: 0.05, 0.8: 0.3, 0.6: 0.5}
     sweep = tuple(mode_result(Mode(DEPLOYED, at), 1.0 + left, left=left) for at, left in thresholds.items())
     return EvaluationTable("words.txt, certify split", 1000, 7, 4, tuple(results), sweep, **more)

@@ -136,3 +136,15 @@ def test_candidates_miss_least_and_the_best_explained_is_among_them() -> None:
     assert blocks(None, 9) == blocks(None, None) == [0, 1, 2, 3, 4]
     assert blocks(2, 4) == [2]
     assert [fit.block for fit in candidates_of(made_up([0.1, 0.9], [0.5, 0.1]), None, 1)] == [1]
+
+
+def test_intervals_are_drawn_by_documents(decoder: Decoder, tmp_path: Path) -> None:
+    model, rows = ForcedModel(decoder, "int4", ()), text(40, 3)
+    fits = fitted(model, tmp_path).fits
+    apart, _ = choose_block(model, fits, rows, 1, batch_tokens=2000, seed=0)
+    documents = [number // 2 for number in range(40)]
+    together, losses = choose_block(model, fits, rows, 1, batch_tokens=2000, seed=0, documents=documents)
+    assert (apart.text_blocks, together.text_blocks) == (40, 20)
+    assert losses.scored.tolist() == [2 * 63.0] * 20
+    known = losses_of(model, [[fits[1].map]], rows, batch_tokens=2000, seed=0, known=losses)
+    assert np.array_equal(known.replaced[0], losses.replaced[0])

@@ -5,8 +5,16 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from scipy import stats
 
-from exeunt.calibration.bootstrap import Measure, block_difference, block_ratio, identity, resamples
+from exeunt.calibration.bootstrap import (
+    Measure,
+    block_difference,
+    block_ratio,
+    block_share,
+    identity,
+    resamples,
+)
 
 TRIALS = 400
 
@@ -55,7 +63,46 @@ def test_nothing_differs_from_itself() -> None:
 
 def test_a_single_block_says_nothing_of_its_spread() -> None:
     found = block_ratio(np.array([6.0]), np.array([4.0]), resamples(1, 0))
-    assert found == Measure(1.5, 1.5, 1.5)
+    assert found.value == 1.5
+    assert not found.bounded
+    assert found.ends == (1.5, 1.5)
+    three = block_ratio(np.array([0.0, 6.0, 0.0]), np.array([0.0, 4.0, 0.0]), resamples(3, 0))
+    assert (three.value, three.bounded) == (1.5, False)
+    nothing = np.array([4.0])
+    assert block_ratio(np.zeros(1), nothing, resamples(1, 0)) == Measure(0.0, 0.0, 0.0)
+    assert block_difference(nothing, nothing, np.array([7.0]), resamples(1, 0), np.exp) == Measure(0, 0, 0)
+
+
+@pytest.mark.parametrize(("rate", "blocks"), [(0.0, 30), (1.0, 30), (0.0, 1), (0.4, 1), (1.0, 1)])
+def test_a_share_that_resamples_cannot_vary_has_the_binomial_interval(rate: float, blocks: int) -> None:
+    below = np.full(blocks, 10.0)
+    found = block_share(rate * below, below, resamples(blocks, 0))
+    effective = 10 * blocks / (1 + 9 * 0.1)
+    low, high = stats.binomtest(round(rate * effective), round(effective)).proportion_ci()
+    assert found.value == rate
+    assert (found.low, found.high) == pytest.approx((low, high), abs=0.03)
+    assert found.high - found.low > 0.02
+    assert 0 <= found.low <= rate <= found.high <= 1
+
+
+def test_no_event_in_correlated_blocks_leaves_the_true_share_possible() -> None:
+    """Shares of 1 % with ρ = 0.1: where a text shows none, the interval holds 1 % as often as it should."""
+    rng, drawn = np.random.default_rng(0), resamples(25, 0)
+    below, covered, silent = np.full(25, 12.0), 0, 0
+    for _ in range(2000):
+        hits = rng.binomial(12, rng.beta(0.09, 8.91, 25)).astype(np.float64)
+        found = block_share(hits, below, drawn)
+        if hits.sum() == 0:
+            silent += 1
+            covered += found.low <= 0.01 <= found.high
+    assert silent > 50
+    assert covered == silent
+
+
+def test_other_shares_are_ratios() -> None:
+    hits, below = correlated(np.random.default_rng(5), 12)
+    drawn = resamples(12, 0)
+    assert block_share(hits / 3, below, drawn) == block_ratio(hits / 3, below, drawn)
 
 
 def test_blocks_without_tokens_are_not_there() -> None:

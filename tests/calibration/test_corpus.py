@@ -80,6 +80,69 @@ def test_a_text_cut_in_three_leaves_a_gap_at_both_borders() -> None:
     assert splits.tokens()["select"] == pytest.approx(0.17 * len(text), rel=0.1)
 
 
+@pytest.mark.parametrize("words", ["many words ", "words\u3000without\u3000spaces"])
+def test_a_text_without_line_ends_is_cut_all_the_same(words: str) -> None:
+    text = "".join(chr(0x1000 + place) + words for place in range(6000))
+    splits = split_corpus(Corpus("one", (text,)), encoding(), tokens=70_000, row_tokens=512, seed=0)
+    used = [
+        [token - 0x1000 for token in sorted(origins(rows)) if 0x1000 <= token < 0x1000 + 6000]
+        for rows in (splits.fit, splits.select, splits.certify)
+    ]
+    for before, after in pairwise(used):
+        missing = (after[0] - before[-1] - 1) * (len(words) + 1)
+        assert BORDER_CHARACTERS - 100 <= missing <= BORDER_CHARACTERS + 2500
+    assert (used[0][0], used[2][-1]) == (0, 5999)
+    assert min(splits.tokens().values()) > 0.14 * 70_000
+
+
+def test_no_letter_of_a_long_line_is_lost() -> None:
+    text = "".join(chr(0x1000 + place) for place in range(20_000)) + "\nend " * 3
+    splits = split_corpus(Corpus("one", (text,)), encoding(), tokens=10**6, row_tokens=512, seed=0)
+    held = [
+        int(token) for rows in (splits.fit, splits.select, splits.certify) for row in rows for token in row
+    ]
+    read = [token for token in held if token >= 0x1000]
+    assert read == sorted(set(read))
+    assert 14_000 < len(read) < 20_000 - 2 * BORDER_CHARACTERS + 1
+
+
+def test_repeats_of_a_document_are_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("one<END>two<END> one\n<END>three<END>two<END>one")
+    corpus = read_corpus(str(path), "<END>")
+    assert (corpus.documents, corpus.repeats) == (("one", "two", "three"), 3)
+    assert corpus.sha256 == Corpus("b", ("one", "two", "three")).sha256
+
+
+def test_a_repeat_is_in_no_other_split(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("<END>".join(chr(0x100 + number % 40) * 200 for number in range(120)))
+    splits = split_corpus(
+        read_corpus(str(path), "<END>"), encoding(), tokens=20_000, row_tokens=64, seed=1, least=1000
+    )
+    seen = [origins(splits.fit), origins(splits.select), origins(splits.certify)]
+    assert len(set.union(*seen)) == sum(map(len, seen)) == 40
+    assert sum(splits.tokens().values()) <= 40 * 200
+
+
+def test_text_that_repeats_is_told_from_text_that_is_short(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("<END>".join(["x" * 3000, "y" * 900, "z" * 800] * 4))
+    corpus = read_corpus(str(path), "<END>")
+    with pytest.raises(
+        CorpusError, match=r"gives 4,6[0-9]{2} tokens .* at least 6,000.*\. 9 more repeat one"
+    ):
+        split_corpus(corpus, encoding(), tokens=100_000, row_tokens=64, seed=0)
+
+
+def test_documents_that_cannot_be_dealt_are_said_to_be_too_few() -> None:
+    corpus = Corpus("c", ("x" * 20_000, "y" * 100, "z" * 100))
+    with pytest.raises(
+        CorpusError, match=r"enough in all, but documents are dealt whole.*give more documents"
+    ):
+        split_corpus(corpus, encoding(), tokens=100_000, row_tokens=64, seed=0)
+
+
 def test_rows_know_their_documents() -> None:
     """Every letter of a row is its document's, whatever order the documents were dealt in."""
     splits = split_corpus(marked(40), encoding(), tokens=8000, row_tokens=64, seed=1, least=1000)

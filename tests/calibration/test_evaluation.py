@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 
 from exeunt.calibration.evaluation import Mode, evaluate_modes
-from exeunt.calibration.modes import SWEEP_SHARES, loose_threshold, modes_of, plan_modes
+from exeunt.calibration.modes import LOOSE_SHARE, SWEEP_SHARES, exit_thresholds, modes_of, plan_modes
 from exeunt.calibration.sequence_batch import batches
 from exeunt.calibration.teacher_forcing import ForcedModel
 from exeunt.compression.decoder import Decoder
-from exeunt.compression.manifest import RiskEntry, RiskTarget
+from exeunt.compression.manifest import NllRiskEntry, NllRiskTarget, RiskEntry, RiskTarget
 from exeunt.compression.variant import SkippedKV, Variant
 from tests.calibration.conftest import BLOCKS, VOCAB, random_exit
 from tests.calibration.silent_progress import SilentProgress
@@ -62,7 +62,7 @@ def test_figures_equal_a_plain_computation(decoder: Decoder) -> None:
     assert result.agreement.value == pytest.approx(float(agreement.mean()))
     assert result.mean_depth.value == pytest.approx(float(depth.mean()))
     left = depth < BLOCKS
-    assert result.exit_rate.value == pytest.approx(float(left.float().mean()))
+    assert result.exit_rate.value == pytest.approx(float(left.sum()) / (len(left) - len(rows())))
     assert 0.1 < result.exit_rate.value < 0.9
     assert result.disagreement is not None
     assert result.disagreement.value == pytest.approx(1 - float(agreement[left].mean()))
@@ -99,7 +99,7 @@ def test_with_backfill_who_stays_is_at_full_depth(decoder: Decoder) -> None:
     assert backfilled.agreement.value == pytest.approx(float(agreement.mean()))
     assert backfilled.agreement.value > propagated.agreement.value
     assert backfilled.record().skipped_kv == "backfill"
-    assert backfilled.mode.name == "full/full exits at 0.55, uncertified, backfill"
+    assert backfilled.mode.name == "full/full exits at 0.55, uncertified"
 
 
 def test_intervals_hold_their_value_and_come_from_the_seed(decoder: Decoder) -> None:
@@ -122,8 +122,8 @@ def test_the_table_reads_and_the_records_are_valid(decoder: Decoder) -> None:
     lines = table.rows()
     assert [line[0] for line in lines] == [
         "full/full",
-        "full/full exits 10% certified",
-        "full/int4 exits at 0.40, uncertified",
+        "full/full exits 10% certified, propagate",
+        "full/int4 exits at 0.40, uncertified, propagate",
     ]
     assert all(len(line) == len(table.HEADERS) for line in lines)
     assert table.results[1].record().early_exit == "approximate"
@@ -156,10 +156,54 @@ def test_every_certified_target_is_a_mode_and_a_loose_one_where_none_lets_many_l
         Mode(FULL),
         Mode(FULL, 0.9, 0.05, "backfill"),
         Mode(SMALL_KV),
+        Mode(SMALL_KV, 0.6, None, "backfill"),
         Mode(SMALL_KV, 0.95, 0.05),
         Mode(SMALL_KV, 0.6),
-        Mode(SMALL_KV, 0.6, None, "backfill"),
     ]
+
+
+def nll_entry(variant: Variant, skipped_kv: SkippedKV, *lines: NllRiskTarget) -> NllRiskEntry:
+    return NllRiskEntry(
+        weights=variant.weights,
+        kv_cache=variant.kv_cache,
+        linear_block=variant.linear_block,
+        skipped_kv=skipped_kv,
+        targets=lines,
+        clip=3.0,
+    )
+
+
+def certified_nats(target: float, threshold: float, rate: float = 0.05) -> NllRiskTarget:
+    return NllRiskTarget(target=target, certified=True, threshold=threshold, exit_rate=rate)
+
+
+def test_certified_targets_of_the_nll_increase_are_modes_beside_those_of_disagreement() -> None:
+    failed = NllRiskTarget(target=0.01, certified=False, reason="too few")
+    table = [entry(FULL, "backfill", certified(0.05, 0.9, 0.05), certified(0.1, 0.8, 0.08))]
+    nats = [
+        nll_entry(FULL, "backfill", failed, certified_nats(0.02, 0.8), certified_nats(0.05, 0.7)),
+        nll_entry(FULL, "propagate", certified_nats(0.02, 0.75)),
+    ]
+    shown = modes_of([FULL], FULL, FULL, table, {}, nll_table=nats)
+    assert shown == [
+        Mode(FULL),
+        Mode(FULL, 0.9, 0.05, "backfill"),
+        Mode(FULL, 0.8, 0.1, "backfill", 0.02),
+        Mode(FULL, 0.7, None, "backfill", 0.05),
+    ]
+    assert [mode.name for mode in shown[2:]] == [
+        "full/full exits 10% and 0.02 nats certified",
+        "full/full exits 0.05 nats certified",
+    ]
+    both = modes_of([FULL], FULL, FULL, table, {}, nll_table=nats, both=True)
+    assert both[len(shown) :] == [Mode(FULL, 0.75, None, "propagate", 0.02)]
+    assert both[-1].name == "full/full exits 0.02 nats certified, propagate"
+
+
+def test_no_looser_row_where_a_target_of_the_nll_increase_lets_many_leave() -> None:
+    nats = [nll_entry(FULL, "backfill", certified_nats(0.05, 0.7, 0.2))]
+    shown = modes_of([FULL], FULL, SMALL_KV, [], {FULL: 0.4}, nll_table=nats)
+    assert shown == [Mode(FULL), Mode(FULL, 0.7, None, "backfill", 0.05)]
 
 
 def test_propagate_has_rows_for_the_deployed_variant_alone_unless_all_are_asked_for() -> None:
@@ -169,13 +213,13 @@ def test_propagate_has_rows_for_the_deployed_variant_alone_unless_all_are_asked_
         for variant in (FULL, SMALL_KV)
         for skipped_kv, threshold in thresholds.items()
     ]
-    deployed = [Mode(SMALL_KV), Mode(SMALL_KV, 0.9, 0.05), Mode(SMALL_KV, 0.8, 0.05, "backfill")]
+    deployed = [Mode(SMALL_KV), Mode(SMALL_KV, 0.8, 0.05, "backfill"), Mode(SMALL_KV, 0.9, 0.05)]
     backfilled = Mode(FULL, 0.8, 0.05, "backfill")
     assert modes_of([SMALL_KV, FULL], FULL, SMALL_KV, table, {}) == [Mode(FULL), backfilled, *deployed]
     assert modes_of([SMALL_KV, FULL], FULL, SMALL_KV, table, {}, both=True) == [
         Mode(FULL),
-        Mode(FULL, 0.9, 0.05),
         backfilled,
+        Mode(FULL, 0.9, 0.05),
         *deployed,
     ]
 
@@ -204,7 +248,7 @@ def test_without_exits_there_is_nothing_to_sweep(decoder: Decoder) -> None:
 
 def test_a_loose_threshold_lets_about_a_seventh_leave(decoder: Decoder) -> None:
     model = models(decoder)[FULL]
-    threshold = loose_threshold(model, rows(), SilentProgress(), batch_tokens=1000)
+    (threshold,) = exit_thresholds(model, rows(), (LOOSE_SHARE,), SilentProgress(), batch_tokens=1000)
     (batch,) = batches(rows(), 1000)
     left: list[int] = []
     entry_state, _ = model.full_depth(batch)

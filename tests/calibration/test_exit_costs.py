@@ -8,11 +8,14 @@ import torch
 
 from exeunt.calibration import exit_costs
 from exeunt.calibration.drafting_choice import DEEP_TOKENS
+from exeunt.calibration.exit_placement import untrained_exit
+from exeunt.calibration.gate_training import TOPS
 from exeunt.calibration.shortlist_choice import shortlist_sizes
 from exeunt.calibration.teacher_forcing import ForcedModel
 from exeunt.compression.decoder import Decoder
 from exeunt.compression.exit_output import Shortlist
-from tests.calibration.conftest import BLOCKS, random_exit
+from exeunt.compression.exits import ExitNorm
+from tests.calibration.conftest import BLOCKS, HIDDEN, random_exit
 
 
 def test_every_part_runs_and_costs_something(decoder: Decoder) -> None:
@@ -72,3 +75,12 @@ def test_passes_are_in_units_of_a_token(decoder: Decoder, monkeypatch: pytest.Mo
     assert costs.shallow[1] == pytest.approx((0.5 + 1.0 + 2.0) / token)
     wanted = [(1.0 + (BLOCKS - 1) * 2.0 * (1 + 0.5 * (n - 1)) + 0.5) / token for n in DEEP_TOKENS]
     assert costs.deep[1] == pytest.approx(wanted)
+
+
+def test_the_exit_that_is_timed_is_as_large_as_a_trained_one() -> None:
+    norm = ExitNorm("rms", torch.ones(HIDDEN), None, 1e-6)
+    head = untrained_exit(norm, 1, 24)
+    assert head.probe.hidden_weight.shape == (24, HIDDEN)
+    assert head.judge is not None
+    assert head.judge.top_weight.shape == (TOPS, 24)
+    assert head.adapter.shape == (HIDDEN, HIDDEN)

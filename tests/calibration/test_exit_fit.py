@@ -1,16 +1,18 @@
 """Fitting all exits: the journal gives back what was trained, and an interrupted fit ends as an uninterrupted one."""
 
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from exeunt.calibration.exit_choice import ExitCosts
-from exeunt.calibration.exit_fit import ExitData, fit_exits, top_tokens
+from exeunt.calibration.exit_fit import ExitData, fit_exits, ridge_start, top_tokens
 from exeunt.calibration.exit_records import FittedExit, read_exit
-from exeunt.calibration.exit_training import HeadTraining
+from exeunt.calibration.exit_training import HeadTraining, TrainedHead, train_head
 from exeunt.calibration.gate_training import ProbeTraining
 from exeunt.calibration.journal import FolderJournal, Journal, NoJournal
 from exeunt.calibration.progress import Advance, ProgressReport
@@ -191,3 +193,26 @@ def test_an_exit_nearer_to_the_end_agrees_more(model: ForcedModel, data: ExitDat
     early, late = fit(model, data, compared=())
     assert late.training.agreement > early.training.agreement + 0.1
     assert (early.head.block, late.head.block) == (0, 2)
+
+
+def test_a_start_is_given_up_when_its_head_is_trained(
+    model: ForcedModel, data: ExitData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A start is as large as a head, and of many candidates only those that wait hold one."""
+    made: list[weakref.ref[torch.Tensor]] = []
+    alive: list[int] = []
+    train, begin = train_head, ridge_start
+
+    def start(*of: Any) -> torch.Tensor:
+        found = begin(*of)
+        made.append(weakref.ref(found))
+        return found
+
+    def watch(*of: Any) -> TrainedHead:
+        alive.append(sum(each() is not None for each in made))
+        return train(*of)
+
+    monkeypatch.setattr("exeunt.calibration.exit_fit.ridge_start", start)
+    monkeypatch.setattr("exeunt.calibration.exit_fit.train_head", watch)
+    fit(model, data, compared=())
+    assert (len(made), alive) == (2, [2, 1])

@@ -132,3 +132,15 @@ def test_progress_adds_up_and_the_same_seed_gives_the_same_study(study: KVStudy,
     again = study_kv(subjects, some_rows(), tokens=300, batch_tokens=100, seed=0, advance=told.append)
     assert again == study
     assert sum(told) == study_work(subjects, some_rows(), 300)
+
+
+def test_intervals_are_drawn_by_documents(decoder: Decoder) -> None:
+    subject = KVSubject("full", decoder, parts=("both",), forms=(DEPLOYED,))
+    rows = [row[:12] for row in some_rows() for _ in range(8)]
+    apart, together = (
+        study_kv([subject], rows, tokens=540, batch_tokens=600, seed=0, documents=documents)
+        for documents in (list(range(48)), [number // 2 for number in range(48)])
+    )
+    assert (apart.text_blocks, together.text_blocks) == (45, 23)
+    assert apart.subjects[0].perplexity.value == together.subjects[0].perplexity.value
+    assert apart.subjects[0].perplexity.low != together.subjects[0].perplexity.low

@@ -1,6 +1,7 @@
 """What is certified of the NLL increase is what tokens cost: backfilled, propagated, remembered, left out."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,23 @@ from exeunt.calibration.certificates import (
 from exeunt.calibration.certification import (
     certify_both_propagated,
     certify_nll_backfilled,
-    certify_propagated,
     full_depth_pass,
 )
 from exeunt.calibration.exit_training import Labelled
 from exeunt.calibration.model_stack import ModelStack
 from exeunt.calibration.nll_planning import plan_nll, select_losses
 from exeunt.calibration.nll_risk import CLIP, NllCounts, forecast_bound
-from exeunt.calibration.sequence_batch import batches
+from exeunt.calibration.risk import LEAST_BLOCKS
+from exeunt.calibration.sequence_batch import SequenceBatch, batches
 from exeunt.calibration.teacher_forcing import ForcedModel
-from exeunt.calibration.thresholds import GateView, NllPlan, Steps, ThresholdPlan, view_gates
+from exeunt.calibration.thresholds import (
+    GateView,
+    NllPlan,
+    Steps,
+    ThresholdPlan,
+    threshold_at,
+    view_gates,
+)
 from exeunt.calibration.token_losses import TokenLosses
 from exeunt.compression.checkpoint import open_checkpoint
 from exeunt.compression.decoder import Decoder
@@ -47,6 +55,25 @@ def rows(count: int = 30) -> list[torch.Tensor]:
 
 def forced(decoder: Decoder) -> ForcedModel:
     return ForcedModel(decoder, "full", (random_exit(0, 1), random_exit(2, 2)))
+
+
+def with_backfill(
+    model: ForcedModel,
+    batch: SequenceBatch,
+    threshold: float,
+    states: Sequence[torch.Tensor],
+    final: torch.Tensor,
+    sink: Any,
+) -> None:
+    """A pass in which a token that leaves changes no later one: every gate is asked about full depth's states."""
+    kept = torch.arange(batch.tokens)
+    for number, (head, hidden) in enumerate(zip(model.exits, states, strict=True)):
+        thresholds = torch.full((len(kept),), threshold)
+        thresholds[batch.positions[kept] == 0] = torch.inf
+        gate = head.gate(hidden[kept], thresholds, model.decoder.project_exit)
+        sink(number, kept[gate.leaves], gate.logits)
+        kept = kept[~gate.leaves]
+    model.final(final[kept], kept, sink)
 
 
 def losses_of(
@@ -71,7 +98,7 @@ def losses_of(
     if propagate:
         model.with_exits(batch, threshold, states[0], sink(0))
     else:
-        model.with_backfill(batch, threshold, states, final, sink(0))
+        with_backfill(model, batch, threshold, states, final, sink(0))
     return found
 
 
@@ -106,7 +133,7 @@ def test_both_risks_share_passes(decoder: Decoder) -> None:
     told: list[int] = []
     both = certify_both_propagated(model, full_depth, plan, steps, advance=told.append)
     assert sum(told) == 3 * 1200
-    alone = certify_propagated(model, full_depth, plan)
+    alone, _ = certify_both_propagated(model, full_depth, plan, None)
     assert both[0].certificates == alone.certificates
     assert both[0].by_exit == alone.by_exit
     _, increase = certify_both_propagated(model, full_depth, None, steps)
@@ -278,6 +305,22 @@ def test_the_plan_takes_thresholds_that_are_passes_anyway() -> None:
     assert plan.propagate.begins == {0.01: near}
     assert plan.backfill == plain.backfill
     assert plan_nll(view, losses, (), certify_tokens=40_000) is None
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_no_sequence_begins_where_too_few_blocks_have_an_exit(every: int) -> None:
+    """A gate is sure in a sixth of the documents alone: at half the safe share only these have an exit."""
+    view, losses = planted(blocks=100)
+    sure = np.where(view.text_block % 6 == 0, 1.0, 0.4)
+    view = replace(view, reach=view.reach * sure)
+    plan = plan_nll(view, losses, (0.02,), certify_tokens=20_000, every=every)
+    assert plan is not None
+    for steps, part in ((plan.backfill, 1), (plan.propagate, every)):
+        exits = view.counts(steps.begins[0.02]).exits
+        assert int((exits > 0).sum()) >= 1.4 * LEAST_BLOCKS * part
+    loosest = view.counts(plan.backfill.thresholds[-1]).exit_rate
+    half = threshold_at(view.best, 0.5 * loosest / 1.1)
+    assert int((view.counts(half).exits > 0).sum()) < LEAST_BLOCKS, "where it would have begun"
 
 
 def test_a_plan_for_what_cannot_be_reached_still_begins_somewhere() -> None:

@@ -1,9 +1,7 @@
-"""From a checkpoint and a text to a bundle that opens: the same bytes for the same seed, or nothing at all."""
+"""From a checkpoint and a text to a bundle that opens, and says what was done."""
 
 import json
-import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,79 +10,17 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from exeunt.calibration.errors import CalibrationError, CorpusError
 from exeunt.calibration.evaluate import EvaluationOptions, evaluate
-from exeunt.calibration.exit_screen import ScreenSize
-from exeunt.calibration.exit_training import HeadTraining
-from exeunt.calibration.gate_training import ProbeTraining
-from exeunt.calibration.generation import GenerationSize
-from exeunt.calibration.options import CalibrationOptions, drafting_blocks, exit_blocks, resolve_device
+from exeunt.calibration.exit_placement import DraftingExit
 from exeunt.calibration.pipeline import calibrate
-from exeunt.calibration.presets import PRESETS, StudySizes
-from exeunt.calibration.progress import Advance
-from exeunt.compression.bundle import FULL_WEIGHTS, INT4_WEIGHTS, BundleError, open_bundle
-from exeunt.compression.checkpoint import CheckpointError
+from exeunt.calibration.presets import PRESETS
+from exeunt.compression.bundle import FULL_WEIGHTS, INT4_WEIGHTS, open_bundle
 from exeunt.compression.checkpoint_names import linear_names
-from exeunt.compression.decoder import Decoder
 from exeunt.compression.model import LoadedModel, load_bundle
 from exeunt.compression.variant import Variant
 from tests.calibration.conftest import EOS, VOCAB, byte_tokenizer
 from tests.calibration.silent_progress import SilentProgress
-
-
-def options(checkpoint: Path, text_file: Path, out: Path) -> CalibrationOptions:
-    return CalibrationOptions(
-        model=str(checkpoint),
-        out=out,
-        data=str(text_file),
-        tokens=6000,
-        exits=(0, 2),
-        drafting_exit=1,
-        risk=(0.05, 0.3),
-        device="cpu",
-        row_tokens=64,
-        batch_tokens=512,
-        evaluation_tokens=500,
-        least_tokens=3000,
-        hessian_tokens=1000,
-        block_tokens=500,
-        screen=ScreenSize(tokens=512, trained=2),
-        studies=StudySizes(weights=400, kv=400, losses=1, generation=GenerationSize(4, 8, 12)),
-        costs="now",
-        head=HeadTraining(visits=2000, evaluations=2),
-        probe=ProbeTraining(units=8, steps=40, evaluations=2),
-    )
-
-
-class Watched(SilentProgress):
-    """Adds up what each phase promised and what it did; `stop_in` interrupts the phase of that name.
-
-    `steps` are the phases' numbers, each with how many there are.
-    """
-
-    def __init__(self, stop_in: str | None = None) -> None:
-        self.promised: dict[str, int] = {}
-        self.done: dict[str, int] = {}
-        self.notes: list[str] = []
-        self.steps: list[tuple[int, int]] = []
-        self._stop_in = stop_in
-
-    @contextmanager
-    def phase(self, title: str, total: int) -> Iterator[Advance]:
-        if numbered := re.fullmatch(r"step (\d+) of (\d+): (.+)", title):
-            self.steps.append((int(numbered[1]), int(numbered[2])))
-            title = numbered[3]
-        self.promised[title], self.done[title] = total, 0
-
-        def advance(units: int) -> None:
-            self.done[title] += units
-            if title == self._stop_in:
-                raise KeyboardInterrupt
-
-        yield advance
-
-    def note(self, message: str) -> None:
-        self.notes.append(message)
+from tests.calibration.tiny_calibration import Watched, options
 
 
 @pytest.fixture(scope="module")
@@ -255,84 +191,6 @@ def test_that_nothing_is_certified_is_said(
     assert certified != any(note.startswith("No target") for note in made[1].notes)
 
 
-def test_the_same_seed_gives_the_same_bytes(
-    checkpoint: Path,
-    text_file: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    asked = replace(
-        options(checkpoint, text_file, tmp_path / "once"),
-        exits="auto",
-        drafting_exit="auto",
-        costs="remembered",
-    )
-    once = calibrate(asked, SilentProgress())
-    again = calibrate(replace(asked, out=tmp_path / "again"), SilentProgress())
-    for path in sorted(once.iterdir()):
-        assert (again / path.name).read_bytes() == path.read_bytes(), path.name
-
-
-@pytest.mark.parametrize(
-    "phase",
-    [
-        "Checking the weights",
-        "Quantising weights, collecting activations",
-        "Evaluating every mode",
-        "Writing the bundle",
-    ],
-)
-def test_an_interrupt_leaves_nothing(
-    checkpoint: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, phase: str
-) -> None:
-    scratch = tmp_path / "scratch"
-    scratch.mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(scratch))
-    with pytest.raises(KeyboardInterrupt):
-        calibrate(options(checkpoint, text_file, tmp_path / "out" / "bundle"), Watched(stop_in=phase))
-    assert [path.name for path in tmp_path.iterdir()] == ["scratch"]
-    assert not list(scratch.iterdir())
-
-
-@pytest.mark.parametrize(
-    "phase",
-    [
-        "Quantising weights, collecting activations",
-        "Training exit heads",
-        "Training exit gates",
-        "Certifying thresholds",
-        "Evaluating every mode",
-        "Writing the bundle",
-    ],
-)
-def test_an_interrupted_calibration_goes_on_to_the_same_bytes(
-    made: tuple[Path, Watched],
-    checkpoint: Path,
-    text_file: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    phase: str,
-) -> None:
-    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    work = tmp_path / "work"
-    asked = replace(options(checkpoint, text_file, tmp_path / "bundle"), costs="remembered", work=work)
-    with pytest.raises(KeyboardInterrupt):
-        calibrate(asked, Watched(stop_in=phase))
-    assert not (tmp_path / "bundle").exists()
-    assert work.is_dir()
-    progress = Watched()
-    resumed = calibrate(asked, progress)
-    goes_on = any(note.startswith("Going on from the unfinished work") for note in progress.notes)
-    assert goes_on == (phase != "Quantising weights, collecting activations"), "no block was finished there"
-    assert not work.exists()
-    whole = calibrate(replace(asked, out=tmp_path / "whole", work=None), SilentProgress())
-    for path in sorted(whole.iterdir()):
-        assert (resumed / path.name).read_bytes() == path.read_bytes(), path.name
-
-
 def test_full_weights_and_no_linear_block(checkpoint: Path, text_file: Path, tmp_path: Path) -> None:
     asked = replace(
         options(checkpoint, text_file, tmp_path / "b"), weights="full", kv_cache="full", linear_block="none"
@@ -391,68 +249,6 @@ def test_evaluating_a_bundle_covers_its_modes(model: LoadedModel, text_file: Pat
     assert progress.done == progress.promised
 
 
-@pytest.mark.parametrize(
-    ("change", "error", "says"),
-    [
-        ({"exits": (0, 3)}, CalibrationError, "no exit after block 3"),
-        ({"exits": (-1,)}, CalibrationError, "no exit after block -1"),
-        ({"drafting_exit": 3}, CalibrationError, "no exit after block 3"),
-        ({"linear_block": 4}, CalibrationError, "no block 4"),
-        ({"group_size": 7}, CalibrationError, "group size is 7"),
-        ({"data": "/nowhere/text.txt"}, CorpusError, "neither a file nor a folder"),
-        ({"model": "/nowhere/model"}, CheckpointError, "neither a checkpoint directory"),
-        ({"least_tokens": 50_000, "tokens": 60_000}, CorpusError, "at least 50,000"),
-    ],
-)
-def test_what_cannot_be_done_is_refused_before_any_work(
-    checkpoint: Path,
-    text_file: Path,
-    tmp_path: Path,
-    change: dict[str, object],
-    error: type[Exception],
-    says: str,
-) -> None:
-    asked = replace(options(checkpoint, text_file, tmp_path / "b"), **change)  # type: ignore[arg-type]
-    with pytest.raises(error, match=says):
-        calibrate(asked, SilentProgress())
-    assert not (tmp_path / "b").exists()
-
-
-def test_a_folder_that_is_no_bundle_is_not_overwritten(
-    checkpoint: Path, text_file: Path, tmp_path: Path
-) -> None:
-    (tmp_path / "mine").write_text("keep")
-    with pytest.raises(BundleError, match="not a bundle"):
-        calibrate(options(checkpoint, text_file, tmp_path), SilentProgress())
-    assert (tmp_path / "mine").read_text() == "keep"
-
-
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        ({"risk": (0.0,)}, "risk target 0"),
-        ({"risk": ()}, "at least one risk target"),
-        ({"confidence": 1.0}, "confidence is 1"),
-        ({"tokens": 10}, "allowed 10 tokens"),
-        ({"row_tokens": 4}, "at least 16"),
-    ],
-)
-def test_options_are_checked(change: dict[str, object], says: str) -> None:
-    with pytest.raises(CalibrationError, match=says):
-        CalibrationOptions(model="m", out=Path("o"), data="d", **change)  # type: ignore[arg-type]
-
-
-def test_exits_may_stand_behind_every_block_but_the_last(decoder: Decoder) -> None:
-    spec = decoder.spec
-    assert exit_blocks(replace(spec, blocks=5), "auto") == (0, 1, 2, 3)
-    assert exit_blocks(replace(spec, blocks=1), "auto") == ()
-    assert exit_blocks(spec, (2, 0, 2)) == (0, 2)
-    assert drafting_blocks(spec, "auto") == (0, 1, 2)
-    assert drafting_blocks(spec, "none") == ()
-    assert drafting_blocks(spec, 1) == (1,)
-    assert drafting_blocks(replace(spec, blocks=1), "auto") == ()
-
-
 def test_an_exit_is_chosen_to_draft_and_may_be_certified_too(
     checkpoint: Path, text_file: Path, tmp_path: Path
 ) -> None:
@@ -467,12 +263,6 @@ def test_an_exit_is_chosen_to_draft_and_may_be_certified_too(
     assert best["speed"] == drafting[0].draft.speed
     assert any(each.certified for each in made.manifest.exits)
     assert record["costs"]["in_units_of_a_block"]["gate"] > 0
-
-
-def test_devices_are_checked() -> None:
-    assert resolve_device("cpu").type == "cpu"
-    with pytest.raises(CalibrationError, match="'toaster'"):
-        resolve_device("toaster")
 
 
 def test_a_model_in_bfloat16(checkpoint: Path, text_file: Path, tmp_path: Path) -> None:
@@ -495,3 +285,22 @@ def test_a_model_with_layer_norms_and_learned_positions(text_file: Path, tmp_pat
     model = load_bundle(path, device="cpu")
     assert [head.norm.kind for head in model.exits] == ["layer"] * len(model.exits)
     assert all(head.norm.bias is not None for head in model.exits)
+
+
+@pytest.mark.parametrize(("drafting", "drafts"), [("none", 0), (1, 1), ("auto", 1)])
+def test_no_exit_need_be_certified(
+    checkpoint: Path, text_file: Path, tmp_path: Path, drafting: DraftingExit, drafts: int
+) -> None:
+    asked = replace(
+        options(checkpoint, text_file, tmp_path / "b"), exits=(), drafting_exit=drafting, linear_block="none"
+    )
+    progress = Watched()
+    bundle = open_bundle(calibrate(asked, progress))
+    assert [(each.certified, each.drafting) for each in bundle.manifest.exits] == [(False, True)] * drafts
+    assert (bundle.manifest.risk_table, bundle.manifest.nll_risk_table) == ((), ())
+    assert {row.early_exit for row in bundle.manifest.evaluation} == {"off"}
+    assert progress.steps[-1][0] == progress.steps[-1][1]
+    assert load_bundle(bundle.path, device="cpu").certified_exits == ()
+    page = (bundle.path / "report.html").read_text()
+    assert ("drafts for the verified mode alone" in page) == (drafts > 0)
+    assert ("There are no exits in this bundle" in page) == (drafts == 0)

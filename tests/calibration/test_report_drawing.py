@@ -94,3 +94,12 @@ def test_whiskers_are_distances_to_the_ends() -> None:
     low, high = whiskers([Measure(1.0, 0.25, 3.0), Measure(2.0, 2.0, 2.0)])
     assert low == [0.75, 0.0]
     assert high == [2.0, 0.0]
+
+
+def test_a_picture_without_room_for_its_names_is_drawn_all_the_same() -> None:
+    def paint(axes: Axes) -> None:
+        axes.plot([0, 1], [0, 1])
+        axes.set_ylabel("name " * 60)
+        axes.set_xlabel("\n" * 60)
+
+    assert "<svg" in draw("crowded", "A picture of very long names", "Nothing.", paint).svg

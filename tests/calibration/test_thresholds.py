@@ -6,10 +6,10 @@ import torch
 
 from exeunt.calibration.exit_training import Labelled
 from exeunt.calibration.sequence_batch import batches
-from exeunt.calibration.teacher_forcing import ForcedModel
-from exeunt.calibration.thresholds import GateView, gate_reach, plan_thresholds, text_blocks, view_gates
+from exeunt.calibration.teacher_forcing import ForcedModel, logit_rows
+from exeunt.calibration.thresholds import GateView, gate_reach, plan_thresholds, view_gates
 from exeunt.compression.decoder import Decoder
-from tests.calibration.conftest import VOCAB, random_exit
+from tests.calibration.conftest import HIDDEN, VOCAB, random_exit
 
 TARGETS = (0.01, 0.05, 0.2)
 
@@ -52,12 +52,6 @@ def test_plans_run_from_strict_to_loose_and_begin_where_passing_is_likely() -> N
     assert plan.begins[0.01] >= plan.begins[0.05] >= plan.begins[0.2]
 
 
-def test_short_rests_join_the_block_before_them() -> None:
-    rows = [torch.zeros(length) for length in (512, 300, 500, 20)]
-    blocks = text_blocks(rows)
-    assert np.bincount(blocks).tolist() == [256, 256, 300, 256, 244, 20]
-
-
 def test_the_view_is_what_the_gates_do(decoder: Decoder) -> None:
     """At every threshold the view's exits are those of a pass in which exits change nothing later."""
     exits = (random_exit(0, 1), random_exit(1, 2))
@@ -88,6 +82,30 @@ def test_the_view_is_what_the_gates_do(decoder: Decoder) -> None:
             left |= gate.leaves.numpy()
         left[batch.positions.numpy() == 0] = False
         assert seen.counts(threshold).total == left.sum() > 0
+
+
+@pytest.mark.parametrize("least", [0.0, 0.5])
+def test_a_gate_never_projects_more_rows_than_logits_may_have(decoder: Decoder, least: float) -> None:
+    head = random_exit(1, 2)
+    hidden = torch.randn(3000, HIDDEN, generator=torch.Generator().manual_seed(4))
+    data = Labelled(hidden, torch.zeros(3000, dtype=torch.int64))
+    asked: list[int] = []
+
+    def project(state: torch.Tensor) -> torch.Tensor:
+        asked.append(len(state))
+        return decoder.project(state)
+
+    reach, screened, agrees = gate_reach(head, data, project, least)
+    most = logit_rows(VOCAB, torch.device("cpu"))
+    assert most < 1500
+    assert max(asked) <= most
+    looked = screened >= least
+    assert sum(asked) == looked.sum() > most
+    reading = head.inspect(hidden)
+    logits = decoder.project(reading.state)
+    sure = torch.minimum(head.confidence(reading, logits), screened)
+    torch.testing.assert_close(reach, torch.where(looked, sure, screened))
+    assert torch.equal(agrees, looked & (logits.argmax(-1) == 0))
 
 
 @pytest.mark.parametrize("target", TARGETS)

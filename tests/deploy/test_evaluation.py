@@ -1,6 +1,8 @@
 """What `exeunt eval` prints and writes: every mode, how the price of exits compares, and what modes wrote."""
 
 import json
+import math
+from dataclasses import replace
 from io import StringIO
 from typing import Any
 
@@ -116,6 +118,27 @@ def test_the_record_has_everything_and_no_number_that_json_has_not() -> None:
         ("int4/int4", 1.0),
     ]
     assert record["written"][0]["sample"] == " upon a time"
+
+
+def test_a_certified_target_of_the_likelihood_stands_beside_the_others() -> None:
+    found = evaluated()
+    mode = Mode(SMALL, 0.85, None, "backfill", 0.02)
+    table = replace(found.table, results=(*found.table.results, result(mode, 0.01, 0.1, -0.02)))
+    shown = StringIO()
+    show_evaluation(replace(found, table=table), Console(file=shown, width=250).print)
+    assert "int4/int4 exits 0.02 nats certified" in " ".join(shown.getvalue().split())
+    record = replace(found, table=table).record("m")["modes"][-1]
+    assert (record["mode"]["nll_target"], record["mode"]["target"]) == (0.02, None)
+
+
+def test_what_one_block_of_text_leaves_open_is_no_number() -> None:
+    lone = replace(result(OFF), perplexity=Measure(20.0, math.nan, math.nan))
+    table = EvaluationTable("t", 100, 1, 8, (result(FULL), lone))
+    found = replace(evaluated(), table=table, written=())
+    record = json.loads(json.dumps(found.record("m"), allow_nan=False))
+    assert record["modes"][1]["perplexity"] == {"value": 20.0, "low": None, "high": None}
+    lone = replace(lone, perplexity_increase=Measure(1.0, math.nan, math.nan))
+    assert "+1.00 [–]" in replace(table, results=(result(FULL), lone)).rows()[1]
 
 
 def test_without_exits_and_without_writing_there_is_the_table_alone() -> None:

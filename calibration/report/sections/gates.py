@@ -31,8 +31,9 @@ def gates_section(content: ReportContent) -> Section | None:
         "select split. On the diagonal of the first picture a gate is right about itself. AUC, the area below the "
         "second, is the chance that it puts an agreeing token above a disagreeing one; the third lets tokens go, "
         "surest first, and counts those that differ.",
-        "The regression that joins a gate's parts was fitted on the same split; certificates do not rely on it being "
-        "calibrated, they are counted on text that gates never saw.",
+        "The split chose between heads, and each half of it is judged by a regression of the gate's parts that was "
+        "fitted on the other half: figures lean to the good side. Certificates do not rely on a gate being calibrated, "
+        "they are counted on text that gates never saw.",
         (*figures, _table(content)),
     )
 

@@ -3,10 +3,10 @@
 from matplotlib.axes import Axes
 
 from exeunt.calibration.kv_study import KVCost, KVStudy, KVWeightsCosts
+from exeunt.calibration.papers import KV_JOINT
 from exeunt.calibration.report.charts import Line, forest, forest_height
 from exeunt.calibration.report.content import ReportContent
 from exeunt.calibration.report.drawing import INK, draw, series, whiskers
-from exeunt.calibration.report.papers import KV_JOINT
 from exeunt.calibration.report.parts import Cell, Details, Figure, Section, Table, Text
 from exeunt.calibration.report.verdict import relative_to
 from exeunt.calibration.report.words import count, measured, share, signed_share

@@ -4,11 +4,11 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from exeunt.calibration.block_choice import BlockChoice, Replacement
+from exeunt.calibration.papers import LINEAR_REDUCTION
 from exeunt.calibration.rank_sweep import RankPoint, RankSweep
 from exeunt.calibration.report.charts import Line, forest, forest_height
 from exeunt.calibration.report.content import ReportContent
 from exeunt.calibration.report.drawing import INK, SOFT, draw, label_ends, series, whiskers
-from exeunt.calibration.report.papers import LINEAR_REDUCTION
 from exeunt.calibration.report.parts import Cell, Figure, Section, Table
 from exeunt.calibration.report.words import NOTHING, count, measured
 
@@ -154,7 +154,7 @@ def _sweep(sweep: RankSweep) -> Figure:
         )
         axes.annotate(
             f"{marked.reduction:.0f}×, rank {marked.rank}",
-            (marked.reduction, marked.increase.high),
+            (marked.reduction, marked.increase.ends[1]),
             xytext=(0, 6),
             textcoords="offset points",
             ha="center",

@@ -3,7 +3,7 @@
 from exeunt.calibration.drafting_choice import DEEP_TOKENS
 from exeunt.calibration.options import CalibrationOptions
 from exeunt.calibration.report.asked import option_lines
-from exeunt.calibration.report.content import ReportContent
+from exeunt.calibration.report.content import ReportContent, TextSource
 from exeunt.calibration.report.parts import Cell, Details, Section, Table
 from exeunt.calibration.report.words import count
 
@@ -42,6 +42,7 @@ def _facts(content: ReportContent) -> Table:
         rows += [
             ["text", f"{data.data}, SHA-256 {data.sha256[:16]}…"],
             *([["text's source", data.origin]] if data.origin else []),
+            *([["documents", _documents(content.text)]] if content.text is not None else []),
             ["tokens", splits],
             ["seed", f"{data.seed}"],
         ]
@@ -54,6 +55,11 @@ def _facts(content: ReportContent) -> Table:
     if manifest.int4_group_size is not None:
         rows.append(["INT4 group", f"{manifest.int4_group_size} inputs"])
     return Table(("", ""), rows, words=2)
+
+
+def _documents(text: TextSource) -> str:
+    repeats = f"; {count(text.repeats)} repeats of one were left out" if text.repeats else ""
+    return f"{count(text.documents)}, dealt whole{repeats}"
 
 
 def _options(options: CalibrationOptions) -> Table:

@@ -8,8 +8,14 @@ from exeunt.calibration.report.content import ReportContent
 from exeunt.calibration.report.drawing import draw
 from exeunt.calibration.report.parts import Cell, Details, Figure, Section, Table
 from exeunt.calibration.report.verdict import relative_to
-from exeunt.calibration.report.words import count, measured, measured_share, variant_name
-from exeunt.calibration.risk import percent
+from exeunt.calibration.report.words import (
+    count,
+    measured,
+    measured_share,
+    promised,
+    skipped_name,
+    variant_name,
+)
 
 
 def modes_section(content: ReportContent) -> Section:
@@ -90,6 +96,6 @@ def _exits(result: ModeResult) -> str:
     if mode.threshold is None:
         return ""
     exits = f"threshold {mode.threshold:.2f}, not certified"
-    if mode.target is not None:
-        exits = f"at most {percent(mode.target)} differ, certified"
-    return exits + (", backfill" if mode.skipped_kv == "backfill" else "")
+    if mode.certified:
+        exits = f"{promised(mode)}, certified"
+    return f"{exits}, {skipped_name(mode.skipped_kv)}"

@@ -3,19 +3,32 @@
 import json
 from collections.abc import Sequence
 
+from exeunt.calibration.certificates import CertifiedVariant
+from exeunt.calibration.nll_risk import NllCertificate
 from exeunt.calibration.report.content import ReportContent
 from exeunt.calibration.report.parts import Cell, Details, Finding, Listing, Section, Table, Tone
-from exeunt.calibration.report.verdict import FAIR, SMALL, Advice, Cost, Verdict, result_of, verdict_of
+from exeunt.calibration.report.verdict import (
+    FAIR,
+    SMALL,
+    Advice,
+    Cost,
+    Verdict,
+    net_saving,
+    result_of,
+    verdict_of,
+)
 from exeunt.calibration.report.words import (
     count,
     in_words,
     measured,
     plain,
+    promised,
     share,
     signed_share,
+    skipped_name,
     variant_name,
 )
-from exeunt.calibration.risk import percent
+from exeunt.calibration.risk import Certificate, percent
 from exeunt.compression.variant import Variant
 
 
@@ -35,9 +48,10 @@ def summary_section(content: ReportContent) -> Section:
     return Section(
         "summary",
         "Verdict",
-        _opening(verdict, table.tokens),
-        f"Everything on this page was measured on text that nothing was fitted on ({table.text}); on other "
-        "text figures differ, so measure yours with “exeunt eval”.",
+        _opening(verdict, table.tokens, content.selection.drafting is not None),
+        f"These figures are of text that nothing was fitted or chosen on ({table.text}), but that thresholds were "
+        "certified on. Where a section shows how a choice was made, its figures are of the text that the choice was "
+        "made by, and lean to the good side. On other text all differ, so measure yours with “exeunt eval”.",
         (
             *findings,
             *([_advice(content, verdict.advice)] if verdict.advice else []),
@@ -46,7 +60,7 @@ def summary_section(content: ReportContent) -> Section:
     )
 
 
-def _opening(verdict: Verdict, tokens: int) -> str:
+def _opening(verdict: Verdict, tokens: int, drafts: bool) -> str:
     base = verdict.reference.perplexity.value
     if not verdict.together:
         return (
@@ -59,20 +73,46 @@ def _opening(verdict: Verdict, tokens: int) -> str:
         f"{variant_name(most.variant)} cost {in_words(most.increase)} perplexity of {base:.2f} "
         f"({signed_share(most.relative.value)}){sure}, on {count(tokens)} tokens; in brackets the 95 % interval. "
         f"A cost is called small while its interval stays within {percent(SMALL)} of the full model's, fair "
-        f"within {percent(FAIR)}, large beyond. " + _certified_words(verdict)
+        f"within {percent(FAIR)}, large beyond. " + _certified_words(verdict, drafts)
     )
 
 
-def _certified_words(verdict: Verdict) -> str:
-    if verdict.deployed is None:
+def _certified_words(verdict: Verdict, drafts: bool) -> str:
+    outcome = verdict.deployed
+    if outcome is None and drafts:
+        return "The exit in this bundle drafts for the verified mode alone: nothing is certified."
+    if outcome is None:
         return "There are no exits in this bundle."
-    held = [each for each in verdict.certified if each.certified]
-    if not held:
+    held = [each for each in outcome.certification.certificates if each.certified]
+    likelihood = [each for each in _likelihood(outcome) if each.certified]
+    if not held and not likelihood:
         return "No risk target is certified for exits: the server refuses them by name."
-    best = max(held, key=lambda each: each.exits)
+    may = []
+    if held:
+        best = max(held, key=lambda each: each.exits)
+        may.append(f"{share(best.exits / best.tokens)} with at most {percent(best.target)} of these wrong")
+    if likelihood:
+        loosest = max(likelihood, key=lambda each: each.exits)
+        may.append(
+            f"{share(loosest.exits / loosest.tokens)} with the text at most {loosest.target:g} nats a token less likely"
+        )
     return (
-        f"{len(held)} of {len(verdict.certified)} risk targets are certified for exits: with at most "
-        f"{percent(best.target)} of them wrong, {share(best.exits / best.tokens)} of the tokens may leave early."
+        f"For exits {_held(outcome)} are certified: of the tokens {' or '.join(may)} may leave early, their skipped "
+        f"keys and values {skipped_name(outcome.skipped_kv)}."
+    )
+
+
+def _likelihood(outcome: CertifiedVariant) -> tuple[NllCertificate, ...]:
+    return () if outcome.nll is None else outcome.nll.certificates
+
+
+def _held(outcome: CertifiedVariant) -> str:
+    """How many targets of each risk are certified."""
+    of_risks = (("disagreement", outcome.certification.certificates), ("likelihood", _likelihood(outcome)))
+    return " and ".join(
+        f"{sum(each.certified for each in targets)} of {len(targets)} targets of {risk}"
+        for risk, targets in of_risks
+        if targets
     )
 
 
@@ -85,6 +125,10 @@ _CALLED: dict[Tone, str] = {"good": "small", "fair": "fair", "bad": "large"}
 
 
 def _saving(cost: Cost) -> Finding:
+    name = f"{_SAVES.get(cost.variant, variant_name(cost.variant))}: {signed_share(cost.relative.value)} perplexity"
+    if not cost.relative.bounded:
+        told = "All text was one block, which gives no interval: it takes more text to tell this cost."
+        return Finding(name, f"{in_words(cost.increase)}. {told}", "fair")
     called = _CALLED[cost.tone]
     rest = "" if cost.shown else " The interval holds zero: it takes more text to tell this cost from none."
     act = {
@@ -94,74 +138,103 @@ def _saving(cost: Cost) -> Finding:
     }
     advice = act[cost.tone] + ("its saving is worth more than that." if cost.tone == "bad" else "")
     return Finding(
-        f"{_SAVES.get(cost.variant, variant_name(cost.variant))}: {signed_share(cost.relative.value)} perplexity",
+        name,
         f"A {called} cost: {in_words(cost.increase)}, at most {signed_share(cost.relative.high)}.{rest} {advice}",
         cost.tone,
     )
 
 
 def _exits(content: ReportContent, verdict: Verdict) -> list[Finding]:
-    if verdict.deployed is None:
+    """What is certified of exits, by risk."""
+    outcome = verdict.deployed
+    if outcome is None:
         return []
-    held = [each for each in verdict.certified if each.certified]
-    if not held:
-        loosest = max(verdict.certified, key=lambda each: each.target)
-        return [
-            Finding(
-                "Exits: nothing certified",
-                f"{percent(loosest.target)}, the loosest target: {loosest.reason}. Use the verified mode, or "
-                "calibrate on more text.",
-                "bad",
-            )
-        ]
-    lines = "; ".join(
-        f"{percent(each.target)}: {share(each.exits / each.tokens)} leave"
-        + (f", {cost}" if (cost := _target_cost(content, verdict.deployed, each.target)) else "")
-        for each in held
-    )
-    net = _net(content, verdict.deployed)
-    complete = len(held) == len(verdict.certified)
+    tested = (outcome.certification.certificates, _likelihood(outcome))
+    if not any(each.certified for targets in tested for each in targets):
+        return [_nothing_certified(outcome)]
+    complete = all(each.certified for targets in tested for each in targets)
+    saved, pays = _saved(content, outcome.variant)
+    parts = [
+        _disagreement_words(content, outcome),
+        _likelihood_words(content, outcome),
+        saved,
+    ]
     return [
         Finding(
-            f"Exits: {len(held)} of {len(verdict.certified)} targets certified",
-            f"At most that share of the tokens that leave differs from full depth, at 95 % confidence. {lines}."
-            f"{_likelihood(verdict)}{net}",
-            "good" if complete and not net else "fair",
+            f"Exits: {_held(outcome)} certified",
+            f"At 95 % confidence, skipped keys and values {skipped_name(outcome.skipped_kv)}. "
+            + " ".join(part for part in parts if part),
+            "good" if complete and pays else "fair",
         )
     ]
 
 
-def _net(content: ReportContent, deployed: Variant) -> str:
-    """That exits save no compute, where they do not."""
-    own = [
-        each
-        for each in content.table.results
-        if each.mode.variant == deployed and each.mode.target is not None
+def _nothing_certified(outcome: CertifiedVariant) -> Finding:
+    reasons = []
+    if outcome.certification.certificates:
+        loosest = max(outcome.certification.certificates, key=lambda each: each.target)
+        reasons.append(f"{percent(loosest.target)} that differ, the loosest target: {loosest.reason}.")
+    if _likelihood(outcome):
+        dearest = max(_likelihood(outcome), key=lambda each: each.target)
+        reasons.append(f"{dearest.target:g} nats a token, the loosest of the other risk: {dearest.reason}.")
+    return Finding(
+        "Exits: nothing certified",
+        f"{' '.join(reasons)} Use the verified mode, or calibrate on more text.",
+        "bad",
+    )
+
+
+def _disagreement_words(content: ReportContent, outcome: CertifiedVariant) -> str:
+    """What may leave at each target of disagreement."""
+    targets = outcome.certification.certificates
+    lines = [
+        f"{percent(each.target)}: {_leaving(content, outcome, each)}" for each in targets if each.certified
     ]
-    if not own or any(each.compute_saved.value > 0 for each in own):
-        return ""
-    return (
-        " They skip passes, but with what gates and projections compute themselves none of them saves compute on this "
-        "model."
-    )
+    if not lines:
+        return "No bound on how many of those that leave differ is certified." if targets else ""
+    return f"Of those that leave at most so many differ from full depth: {'; '.join(lines)}."
 
 
-def _likelihood(verdict: Verdict) -> str:
-    """What the second risk lets leave."""
-    if not verdict.likelihood:
-        return ""
-    held = [each for each in verdict.likelihood if each.certified]
-    if not held:
-        return " No bound on the likelihood of the text is certified."
-    best = max(held, key=lambda each: each.target)
-    return f" With the text at most {best.target:g} nats a token less likely, {share(best.exits / best.tokens)} leave."
+def _likelihood_words(content: ReportContent, outcome: CertifiedVariant) -> str:
+    """What may leave at each target of the NLL increase."""
+    targets = _likelihood(outcome)
+    lines = [f"{each.target:g}: {_leaving(content, outcome, each)}" for each in targets if each.certified]
+    if not lines:
+        return "No bound on the likelihood of the text is certified." if targets else ""
+    return f"The text becomes less likely by at most so many nats a token: {'; '.join(lines)}."
 
 
-def _target_cost(content: ReportContent, deployed: Variant, target: float) -> str:
-    at, off = result_of(content.table, deployed, target), result_of(content.table, deployed)
-    return (
-        "" if at is None or off is None else f"perplexity {at.perplexity.value - off.perplexity.value:+.2f}"
-    )
+def _leaving(content: ReportContent, outcome: CertifiedVariant, each: Certificate | NllCertificate) -> str:
+    """The share that leaves at a certified target, and what it costs where that was measured."""
+    at = result_of(content.table, outcome.variant, each, outcome.skipped_kv)
+    off = result_of(content.table, outcome.variant)
+    leaves = f"{share(each.exits / each.tokens)} leave"
+    if at is None or off is None:
+        return leaves
+    return f"{leaves}, perplexity {at.perplexity.value - off.perplexity.value:+.2f}"
+
+
+def _saved(content: ReportContent, deployed: Variant) -> tuple[str, bool]:
+    """What the deployed variant's certified exits save at best, by either way with skipped KV, and whether any do."""
+    own = [each for each in content.table.results if each.mode.variant == deployed and each.mode.certified]
+    parts = []
+    backfilled = [each for each in own if each.mode.skipped_kv == "backfill"]
+    propagated = [each for each in own if each.mode.skipped_kv == "propagate"]
+    if backfilled:
+        best = max(backfilled, key=net_saving)
+        parts.append(
+            f"Backfilled, up to {share(best.passes_saved.value)} of the passes need not be waited for, and exits "
+            f"themselves compute {share(-best.compute_saved.value)} of full depth."
+        )
+    if propagated:
+        most = max(each.compute_saved.value for each in propagated)
+        parts.append(
+            f"Propagated, up to {share(most)} of the compute is saved."
+            if most > 0
+            else "Propagated, with what gates and projections compute themselves none of them saves compute on this "
+            "model."
+        )
+    return " ".join(parts), not own or any(net_saving(each) > 0 for each in own)
 
 
 def _drafts(content: ReportContent) -> list[Finding]:
@@ -189,17 +262,27 @@ def _advice(content: ReportContent, advice: Sequence[Advice]) -> Table:
     rows = []
     for each in advice:
         variant = each.cost.variant
-        result = result_of(content.table, variant, each.target)
-        exits = "verified" if each.target is None else f"at most {percent(each.target)} differ"
+        result = result_of(content.table, variant) if each.exits is None else each.exits
+        exits = "verified" if each.exits is None else promised(each.exits.mode)
+        way = "" if each.exits is None else skipped_name(each.exits.mode.skipped_kv)
         rows.append(
             [
                 Cell(each.use, strong=True),
                 Cell(variant_name(variant)),
-                Cell(exits),
+                Cell(exits, way),
                 Cell(plain(None if result is None else result.perplexity.value)),
                 measured(each.cost.relative, "{:+.1f} %", each.cost.tone, 100.0),
-                Cell(share(None if result is None or each.target is None else result.compute_saved.value)),
+                Cell(share(None if each.exits is None else each.exits.passes_saved.value)),
+                Cell(share(None if each.exits is None else each.exits.compute_saved.value)),
             ]
         )
-    headers = ("what to use", "savings", "exits", "perplexity", "change", "compute saved by exits")
+    headers = (
+        "what to use",
+        "savings",
+        "exits",
+        "perplexity",
+        "change",
+        "passes saved by exits",
+        "compute saved by exits",
+    )
     return Table(headers, rows, words=3)

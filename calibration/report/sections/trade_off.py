@@ -8,11 +8,19 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from exeunt.calibration.bootstrap import Measure
 from exeunt.calibration.evaluation import ModeResult
+from exeunt.calibration.papers import EXITS_PERPLEXITY, EXITS_TRADE_OFF
 from exeunt.calibration.report.content import ReportContent
 from exeunt.calibration.report.drawing import INK, Series, draw, series, whiskers
-from exeunt.calibration.report.papers import EXITS_PERPLEXITY, EXITS_TRADE_OFF
 from exeunt.calibration.report.parts import Cell, Details, Figure, Section, Table, Text
-from exeunt.calibration.report.words import count, measured, measured_share, share, skipped_name, variant_name
+from exeunt.calibration.report.words import (
+    count,
+    measured,
+    measured_share,
+    promised,
+    share,
+    skipped_name,
+    variant_name,
+)
 from exeunt.calibration.risk import percent
 from exeunt.calibration.trade_off import TradeCurve, TradeOff, trade_offs
 from exeunt.compression.variant import Variant
@@ -40,7 +48,7 @@ def trade_off_section(content: ReportContent) -> Section | None:
         "trade-off",
         "What leaving early costs",
         f"{_opening(layers, points)} Each point is a threshold, on {count(content.table.tokens)} tokens; "
-        "ringed ones are certified for the risk beside them.",
+        "ringed ones are certified for the risk beside them, per cent that differ or nats.",
         "The paper's curve is another model on other data: shapes are to be compared, in relative terms.",
         (
             _picture(variant, layers, net, _certified(points)),
@@ -89,12 +97,14 @@ def _points(content: ReportContent, variant: Variant) -> list[ModeResult]:
     )
 
 
-def _certified(points: Sequence[ModeResult]) -> dict[float, float]:
-    """The certified target of each threshold that has one."""
+def _certified(points: Sequence[ModeResult]) -> dict[float, str]:
+    """The certified target of each threshold that has one, in short; of two that of disagreement."""
     return {
-        result.mode.threshold: result.mode.target
+        result.mode.threshold: percent(result.mode.target)
+        if result.mode.target is not None
+        else f"{result.mode.nll_target:g}"
         for result in points
-        if result.mode.target is not None and result.mode.threshold is not None
+        if result.mode.certified and result.mode.threshold is not None
     }
 
 
@@ -129,7 +139,7 @@ def _net(result: ModeResult) -> str:
     return f"With what exits compute themselves it is {share(-saved)} more than full depth computes."
 
 
-def _picture(variant: Variant, layers: TradeOff, net: TradeOff, certified: dict[float, float]) -> Figure:
+def _picture(variant: Variant, layers: TradeOff, net: TradeOff, certified: dict[float, str]) -> Figure:
     def paint(axes: Axes) -> None:
         theirs = [1.0, *(1 + increase / EXITS_PERPLEXITY for _, increase in EXITS_TRADE_OFF)]
         shares = [0.0, *(100 * saved for saved, _ in EXITS_TRADE_OFF)]
@@ -139,8 +149,8 @@ def _picture(variant: Variant, layers: TradeOff, net: TradeOff, certified: dict[
         _line(axes, net.curve, series(2), "this bundle, compute saved, net")
         _marks(axes, layers.curve, certified)
         ratios = [ratio for each in (layers, net) for ratio in _ratios(each.curve)]
-        highest = max(theirs[-1], *(each.high for each in ratios))
-        _logarithmic(axes, highest, min(1.0, *(each.low for each in ratios)))
+        highest = max(theirs[-1], *(each.ends[1] for each in ratios))
+        _logarithmic(axes, highest, min(1.0, *(each.ends[0] for each in ratios)))
         axes.set(xlabel="saved, % of full depth", ylabel="perplexity, × exits off")
         axes.legend(loc="upper left")
 
@@ -172,7 +182,7 @@ def _line(axes: Axes, curve: TradeCurve, look: Series, name: str) -> None:
     )
 
 
-def _marks(axes: Axes, curve: TradeCurve, certified: dict[float, float]) -> None:
+def _marks(axes: Axes, curve: TradeCurve, certified: dict[float, str]) -> None:
     """The certified points' risks, where there is room for them."""
     last = -1e9
     span = 100 * max(EXITS_TRADE_OFF[-1][0], *(point.saved.value for point in curve.points))
@@ -183,7 +193,7 @@ def _marks(axes: Axes, curve: TradeCurve, certified: dict[float, float]) -> None
         axes.plot([at], [ratio.value], "o", ms=10, mfc="none", mew=1.4, color=INK)
         if at - last > 0.09 * span:
             axes.annotate(
-                percent(target),
+                target,
                 (at, ratio.value),
                 xytext=(0, 9),
                 textcoords="offset points",
@@ -224,7 +234,7 @@ def _table(points: Sequence[ModeResult]) -> Table:
 def _row(result: ModeResult) -> list[Cell]:
     return [
         Cell("–" if result.mode.threshold is None else f"{result.mode.threshold:.4f}"),
-        Cell("no" if result.mode.target is None else f"at {percent(result.mode.target)}"),
+        Cell(promised(result.mode) or "no"),
         measured_share(result.passes_saved),
         measured_share(result.compute_saved),
         measured_share(result.exit_rate),

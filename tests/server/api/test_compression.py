@@ -3,10 +3,11 @@
 import pytest
 from pydantic import ValidationError
 
+from exeunt.calibration.nll_risk import CLIP
 from exeunt.compression.variant import SkippedKV, Variant
 from exeunt.server.api.compression import NotOfferedError, describe_applied, resolve
 from exeunt.server.api.offer import Certificate, Offer
-from exeunt.server.api.schemas import CompressionOptions
+from exeunt.server.api.schemas import NLL_CLIP, CompressionOptions
 from exeunt.server.request import ExitPolicy
 
 APPROXIMATE = '"mode": "approximate"'
@@ -297,3 +298,10 @@ def test_nll_targets_are_positive_numbers(target: str) -> None:
 def test_thresholds_are_probabilities(threshold: str) -> None:
     with pytest.raises(ValidationError):
         options(f'{{"early_exit": {{"mode": "approximate", "threshold": {threshold}}}}}')
+
+
+@pytest.mark.parametrize("target", ["3", "3.5", "100"])
+def test_a_target_that_no_text_can_break_is_refused_in_one_sentence(target: str) -> None:
+    with pytest.raises(ValidationError, match=r"it must be below 3 nats, which a token's rise is clipped to"):
+        CompressionOptions.model_validate_json(f'{{"early_exit": {{"max_nll_increase": {target}}}}}')
+    assert NLL_CLIP == CLIP

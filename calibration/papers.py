@@ -1,4 +1,4 @@
-"""What the two papers behind the method report, as the report shows it beside its own figures."""
+"""What the two papers behind the method report, beside which figures of one's own are shown."""
 
 from typing import Final
 

@@ -1,0 +1,83 @@
+"""What cannot be calibrated is refused in one sentence, before any work and with nothing written."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from exeunt.calibration.errors import CalibrationError, CorpusError
+from exeunt.calibration.options import CalibrationOptions, drafting_blocks, exit_blocks, resolve_device
+from exeunt.calibration.pipeline import calibrate
+from exeunt.compression.bundle import BundleError
+from exeunt.compression.checkpoint import CheckpointError
+from exeunt.compression.decoder import Decoder
+from tests.calibration.silent_progress import SilentProgress
+from tests.calibration.tiny_calibration import options
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "says"),
+    [
+        ({"exits": (0, 3)}, CalibrationError, "no exit after block 3"),
+        ({"exits": (-1,)}, CalibrationError, "no exit after block -1"),
+        ({"drafting_exit": 3}, CalibrationError, "no exit after block 3"),
+        ({"linear_block": 4}, CalibrationError, "no block 4"),
+        ({"group_size": 7}, CalibrationError, "group size is 7"),
+        ({"data": "/nowhere/text.txt"}, CorpusError, "neither a file nor a folder"),
+        ({"model": "/nowhere/model"}, CheckpointError, "neither a checkpoint directory"),
+        ({"least_tokens": 50_000, "tokens": 60_000}, CorpusError, "at least 50,000"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_any_work(
+    checkpoint: Path,
+    text_file: Path,
+    tmp_path: Path,
+    change: dict[str, object],
+    error: type[Exception],
+    says: str,
+) -> None:
+    asked = replace(options(checkpoint, text_file, tmp_path / "b"), **change)  # type: ignore[arg-type]
+    with pytest.raises(error, match=says):
+        calibrate(asked, SilentProgress())
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_folder_that_is_no_bundle_is_not_overwritten(
+    checkpoint: Path, text_file: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "mine").write_text("keep")
+    with pytest.raises(BundleError, match="not a bundle"):
+        calibrate(options(checkpoint, text_file, tmp_path), SilentProgress())
+    assert (tmp_path / "mine").read_text() == "keep"
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"risk": (0.0,)}, "risk target 0"),
+        ({"risk": ()}, "at least one risk target"),
+        ({"confidence": 1.0}, "confidence is 1"),
+        ({"tokens": 10}, "allowed 10 tokens"),
+        ({"row_tokens": 4}, "at least 16"),
+    ],
+)
+def test_options_are_checked(change: dict[str, object], says: str) -> None:
+    with pytest.raises(CalibrationError, match=says):
+        CalibrationOptions(model="m", out=Path("o"), data="d", **change)  # type: ignore[arg-type]
+
+
+def test_exits_may_stand_behind_every_block_but_the_last(decoder: Decoder) -> None:
+    spec = decoder.spec
+    assert exit_blocks(replace(spec, blocks=5), "auto") == (0, 1, 2, 3)
+    assert exit_blocks(replace(spec, blocks=1), "auto") == ()
+    assert exit_blocks(spec, (2, 0, 2)) == (0, 2)
+    assert drafting_blocks(spec, "auto") == (0, 1, 2)
+    assert drafting_blocks(spec, "none") == ()
+    assert drafting_blocks(spec, 1) == (1,)
+    assert drafting_blocks(replace(spec, blocks=1), "auto") == ()
+
+
+def test_devices_are_checked() -> None:
+    assert resolve_device("cpu").type == "cpu"
+    with pytest.raises(CalibrationError, match="'toaster'"):
+        resolve_device("toaster")
