@@ -154,8 +154,11 @@ class Trainer:
         self.save()
         return self.step - self.first >= self.total
 
-    def train_step(self) -> tuple[float, float | None]:
-        """Make one optimizer step; return its loss at full depth and, on the exits branch, at the sampled depth."""
+    def train_step(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Make one optimizer step; return its loss at full depth and, on the exits branch, at the sampled depth.
+
+        The losses are scalars on the device: reading one waits for the step, which a GPU is better off without.
+        """
         recipe, done = self.recipe, self.step - self.first
         rate = learning_share(recipe, self.stage, done, self.steps)
         for optimizer, stable in ((self._muon, recipe.muon_rate), (self._adam, recipe.adam_rate)):
@@ -166,7 +169,7 @@ class Trainer:
         tokens, targets = self._batches.batch(
             self.step, split_of(recipe, self.stage, done, self.steps), branched
         )
-        tokens, targets = tokens.to(self.device), targets.to(self.device)
+        tokens, targets = self._sent(tokens), self._sent(targets)
         depth, keeps = self.sampled_exit(tokens.shape[0])
         with torch.autocast(self.device.type, torch.bfloat16):
             states = self.decoder.states(tokens, keeps)
@@ -179,7 +182,13 @@ class Trainer:
         self._muon.step()  # type: ignore[no-untyped-call]
         self._adam.step()
         self.step += 1
-        return loss.item(), None if exit_loss is None else exit_loss.item()
+        return loss.detach(), None if exit_loss is None else exit_loss.detach()
+
+    def _sent(self, values: torch.Tensor) -> torch.Tensor:
+        """Values on the training device, sent there without waiting for what runs on it."""
+        if self.device.type != "cuda":
+            return values.to(self.device)
+        return values.pin_memory().to(self.device, non_blocking=True)
 
     def sampled_exit(self, rows: int) -> tuple[int | None, list[torch.Tensor] | None]:
         """Return this step's exit depth (blocks passed) and row-wise block factors; neither outside ``exits``.
@@ -196,9 +205,8 @@ class Trainer:
         dropping = self.step - self.first < self.steps
         for block in range(recipe.blocks):
             drop = block_dropout(recipe, block) if dropping else 0.0
-            keep = (torch.rand(rows, 1, 1, generator=generator) >= drop).float() / (1.0 - drop)
-            keeps.append(keep.to(self.device))
-        return depth, keeps
+            keeps.append((torch.rand(rows, 1, 1, generator=generator) >= drop).float() / (1.0 - drop))
+        return depth, list(self._sent(torch.stack(keeps)).unbind())
 
     @torch.no_grad()
     def held_out_loss(self, source: str, limit: int) -> float:
@@ -208,13 +216,13 @@ class Trainer:
         with torch.autocast(self.device.type, torch.bfloat16):
             return float(self.decoder.loss(self.decoder.states(rows[:, :-1])[-1], rows[:, 1:]))
 
-    def _report(self, loss: float, exit_loss: float | None, step_seconds: float) -> None:
+    def _report(self, loss: torch.Tensor, exit_loss: torch.Tensor | None, step_seconds: float) -> None:
         left = (self.total - (self.step - self.first)) * step_seconds
         tokens = self.recipe.windows * self.recipe.context / step_seconds
         self._log(
             {
-                "loss": round(loss, 4),
-                "exit_loss": None if exit_loss is None else round(exit_loss, 4),
+                "loss": round(loss.item(), 4),
+                "exit_loss": None if exit_loss is None else round(exit_loss.item(), 4),
                 "tokens_per_second": round(tokens),
                 "minutes_left": round(left / 60, 1),
             }
