@@ -14,6 +14,7 @@ from exeunt.compression.architecture import Architecture
 from exeunt.compression.block import Block, Rotation
 from exeunt.compression.block_weights import read_block, read_embedding, read_output
 from exeunt.compression.checkpoint import open_checkpoint
+from exeunt.compression.decode_graphs import DecodeGraphs
 from exeunt.compression.embedding import Embedding
 from exeunt.compression.exit_output import ExitOutput
 from exeunt.compression.kv_format import KVPages
@@ -23,6 +24,7 @@ from exeunt.compression.resident_blocks import DecoderBlocks, ResidentBlocks
 from exeunt.compression.rope import RopeTables
 from exeunt.compression.streamed_blocks import StreamedBlocks
 from exeunt.compression.weights import WeightSource
+from exeunt.kernels.gpu import triton_runs
 from exeunt.kernels.paged_batch import PagedBatch
 
 
@@ -64,6 +66,7 @@ class Decoder:
         self._project_exit = ExitOutput(exit_output or output, self.dtype)
         self._blocks = blocks if linear_block is None else blocks.with_linear_block(linear_block)
         self._rope = rope
+        self._graphs: DecodeGraphs | None = None
 
     @classmethod
     def load(
@@ -152,6 +155,19 @@ class Decoder:
             linear_block=linear_block,
         )
 
+    def capture(self) -> DecodeGraphs | None:
+        """Have passes of few tokens run as CUDA graphs from now on, captured as their sizes are met; returns them.
+
+        None, and no change, where that cannot be: on a CPU, without the Triton kernels, with blocks that are read as
+        they are run. Rotary tables are laid out for all positions first: a graph holds their address.
+        """
+        if self.streamed or not triton_runs(self.device):
+            return None
+        if self._rope is not None:
+            self._rope.reserve(self.spec.max_position_embeddings)
+        self._graphs = DecodeGraphs(self._blocks.run)  # anew: those before hold another server's pages
+        return self._graphs
+
     def embed(self, token_ids: Tensor, positions: Tensor) -> Tensor:
         """The state in front of block 0, [tokens, hidden], of int64 token ids and positions [tokens]."""
         return self._embedding.embed(token_ids, positions)
@@ -171,8 +187,9 @@ class Decoder:
         """
         if start >= stop:
             return hidden
+        found = None if self._graphs is None else self._graphs.run(hidden, batch, pages, start, stop)
         # the blocks add in place, and the caller may keep its state for a backfill
-        hidden = self._blocks.run(hidden.clone(), batch, pages, start, stop)
+        hidden = self._blocks.run(hidden.clone(), batch, pages, start, stop) if found is None else found
         tokens, calls = hidden.shape[0], self.block_calls
         for index in range(start, stop):
             calls.calls[index] += 1

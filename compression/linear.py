@@ -6,7 +6,8 @@ from typing import Literal, Protocol
 from torch import Tensor
 
 from exeunt.kernels.full_linear import full_linear
-from exeunt.kernels.int4_linear import Int4Weight, PackedWeight, int4_linear, pack, pick
+from exeunt.kernels.int4_linear import Int4Weight, PackedWeight, PairedInt4, int4_linear, pack, pick
+from exeunt.kernels.rows.norm import RowNorm
 
 
 class Linear(Protocol):
@@ -26,6 +27,22 @@ class Linear(Protocol):
 
     def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
         """Add the layer's output for x [tokens, in] to `residual` [tokens, out] in place, and return it."""
+        ...
+
+    def fused(
+        self,
+        x: Tensor,
+        *,
+        norm: RowNorm | None = None,
+        activation: str | None = None,
+        gated: bool = False,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """The layer with what stands around it in one Triton kernel: [tokens, out] for x [tokens, in].
+
+        `norm` is applied to x first; `activation` to the output, or, where that is `gated`, to its first half, which
+        then multiplies the second; to `residual` [tokens, out] the result is added in place.
+        """
         ...
 
     def rows(self, start: int, stop: int) -> "Linear":
@@ -55,6 +72,24 @@ class FullLinear:
     def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
         """Add the output for x [tokens, in] to `residual` [tokens, out] of the same dtype in place, and return it."""
         return residual.add_(full_linear(x, self.weight, self.bias))
+
+    def fused(
+        self,
+        x: Tensor,
+        *,
+        norm: RowNorm | None = None,
+        activation: str | None = None,
+        gated: bool = False,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """See `Linear`."""
+        from exeunt.kernels.full_linear.triton import (
+            full_linear_triton,
+        )  # Triton is there only where a GPU is
+
+        return full_linear_triton(
+            x, self.weight, self.bias, norm=norm, activation=activation, gated=gated, residual=residual
+        )
 
     def rows(self, start: int, stop: int) -> "FullLinear":
         """The layer of outputs `start` to `stop` - 1: views of this one's weight and bias, no copies."""
@@ -87,11 +122,29 @@ class Int4Linear:
         """Add the output for x [tokens, in] to `residual` [tokens, out] in place, and return it."""
         return residual.add_(self(x))
 
+    def fused(
+        self,
+        x: Tensor,
+        *,
+        norm: RowNorm | None = None,
+        activation: str | None = None,
+        gated: bool = False,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """See `Linear`."""
+        from exeunt.kernels.int4_linear.triton import (
+            int4_linear_triton,
+        )  # Triton is there only where a GPU is
+
+        return int4_linear_triton(
+            x, self.weight, self.bias, norm=norm, activation=activation, gated=gated, residual=residual
+        )
+
     def rows(self, start: int, stop: int) -> "Int4Linear":
         """The layer of outputs `start` to `stop` - 1, sharing this one's bytes.
 
-        A packed weight is cut where one of its panels begins; outputs in front of `start` are computed and dropped.
-        The native kernel computes an output alike whatever stands beside it: the results are the whole layer's bits.
+        A weight packed for the CPU is cut where one of its panels begins; outputs in front of `start` are computed and
+        dropped. The kernels compute an output alike whatever stands beside it: the results are the whole layer's bits.
         """
         weight, first = _rows_from(self.weight, start + self.skipped, stop + self.skipped)
         bias = self.bias[first : stop + self.skipped] if self.bias is not None else None
@@ -102,7 +155,7 @@ class Int4Linear:
     def pick(self, outputs: Tensor) -> "Int4Linear":
         """The layer of some outputs alone, [n] int64 in the order wanted: copies of this one's codes and bias.
 
-        With the native kernel its results are the whole layer's bits.
+        With the CPU's and the GPU's kernel its results are the whole layer's bits.
         """
         part = Int4Linear.__new__(Int4Linear)
         part._hold(
@@ -132,6 +185,8 @@ def _rows_from(weight: PackedWeight, start: int, stop: int) -> tuple[PackedWeigh
         codes, scales, offsets = (t[start:stop] for t in (weight.codes, weight.scales, weight.offsets))
         size = stop - start
         return replace(weight, codes=codes, scales=scales, offsets=offsets, out_features=size), start
+    if isinstance(weight, PairedInt4):
+        return weight.rows(start, stop), start
     lanes = weight.library.lanes
     first = start // lanes
     panels = weight.panels[first : -(-stop // lanes)]

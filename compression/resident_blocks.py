@@ -8,12 +8,14 @@ from torch import Tensor
 
 from exeunt.compression.architecture import Architecture
 from exeunt.compression.block import Block, BlockFrame, Rotation
+from exeunt.compression.gpu_block import run_fused, runs_fused
 from exeunt.compression.kv_format import KVPages
 from exeunt.compression.kv_projection import KVProjection
 from exeunt.compression.linear_block import LinearBlock
 from exeunt.compression.native_blocks import native_blocks
 from exeunt.compression.rope import RopeTables, rotate
 from exeunt.kernels.blocks import NativeBlocks
+from exeunt.kernels.gpu import triton_runs
 from exeunt.kernels.paged_batch import PagedBatch
 from exeunt.kernels.write_kv import write_kv
 
@@ -86,7 +88,8 @@ class ResidentBlocks:
     def native(self) -> NativeBlocks | None:
         """The blocks for the native kernel, described when they are first asked for."""
         if not self._described:
-            self._native = native_blocks(self._spec, self.blocks, self._device, self._dtype)
+            if not triton_runs(self._device):
+                self._native = native_blocks(self._spec, self.blocks, self._device, self._dtype)
             self._described = True
         return self._native
 
@@ -151,12 +154,16 @@ class ResidentBlocks:
 
     def _run(self, hidden: Tensor, batch: PagedBatch, pages: KVPages, start: int, stop: int) -> Tensor:
         """`run` one operation at a time, in place."""
-        rotation = self._rotation(batch)
+        rotation: Rotation = None
+        turned = False  # whether `rotation` is known
         for index in range(start, stop):
             block = self.blocks[index - self._first]
             if isinstance(block, LinearBlock):
                 hidden = block.apply(hidden)
+            elif runs_fused(block, self._device):
+                hidden = run_fused(block, hidden, self._rotation_table(batch), batch, pages.block(index))
             else:
+                rotation, turned = (rotation if turned else self._rotation(batch)), True
                 hidden = block.run(hidden, rotation, batch, pages.block(index))
         return hidden
 

@@ -130,6 +130,10 @@ def serve(
     exit_guard: Annotated[
         bool | None, typer.Option("--exit-guard", help=setting_help("exit_guard"), show_default=False)
     ] = None,
+    enforce_eager: Annotated[
+        bool | None,
+        typer.Option("--enforce-eager", help=setting_help("enforce_eager"), show_default=False),
+    ] = None,
     scheduling: Annotated[str | None, setting("scheduling", "POLICY")] = None,
     longest_wait: Annotated[str | None, setting("longest_wait", "SECONDS")] = None,
     request_timeout: Annotated[str | None, setting("request_timeout", "SECONDS")] = None,

@@ -174,6 +174,7 @@ def engine_limits(shape: Shape, settings: Settings) -> EngineConfig:
         audit_share=settings.audit_share,
         scheduling=settings.scheduling,
         longest_wait_s=settings.longest_wait,
+        cuda_graphs=not settings.enforce_eager,
     )
 
 

@@ -7,11 +7,16 @@ from typing import Any, Final
 
 import typer
 
+from scripts.gpu_tables import gpu_tables
+
 ROOT: Final = Path(__file__).resolve().parents[1]
 RESULTS: Final = ROOT / "benchmarks" / "results"
 PAGES: Final = {
     "README.md": ("packaged-eval", "packaged-cpu"),
-    "docs/performance.md": ("packaged-cpu", "packaged-parts", "packaged-adaptive", "packaged-gaps"),
+    "docs/performance.md": (
+        *("packaged-cpu", "packaged-parts", "packaged-adaptive", "packaged-gaps"),
+        "gpu-check-nvidia-h200",
+    ),
 }
 
 Row = Mapping[str, Any]
@@ -179,6 +184,7 @@ _TABLES: Final[Mapping[str, Callable[[Row], Iterator[str]]]] = {
     "packaged-parts": parts_tables,
     "packaged-adaptive": adaptive_tables,
     "packaged-gaps": gaps_tables,
+    "gpu-check-nvidia-h200": lambda record: (_table(*each) for each in gpu_tables(record)),
 }
 
 

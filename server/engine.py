@@ -152,6 +152,9 @@ class Engine:
 
     def _new_runner(self, model: LoadedModel) -> Runner:
         arena = torch.zeros(self._pool.num_pages * self._page_bytes, dtype=torch.uint8, device=model.device)
+        if self._config.cuda_graphs:
+            for decoder in model.decoders.values():
+                decoder.capture()
         share = self._config.audit_share
         return Runner(model, self.plan, arena, self._page_bytes, self._note_stages, share)
 

@@ -29,7 +29,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from exeunt.kernels.token_draw import draw_tokens
+from exeunt.kernels.gpu import triton_runs
+from exeunt.kernels.token_draw import draw_tokens, penalise_scores, truncate_scores
 from exeunt.server.request import SamplingParams
 
 GREEDY_BELOW = 1e-5  # temperatures under this are greedy: dividing by them only overflows
@@ -93,8 +94,8 @@ def sample(logits: Tensor, rows: Sequence[RowSampling], eos_token_ids: Collectio
     ids, logprobs = draw_tokens(
         logits,
         scores,
-        torch.from_numpy(temperatures).to(device),
-        row_keys(rows).to(device),
+        _moved(temperatures, device),
+        row_keys(rows).to(device, non_blocking=True),
         token_keys(logits.shape[1], device),
     )
     if device.type == "cpu":
@@ -139,6 +140,8 @@ def processed_scores(
     cut = [i for i, row in enumerate(rows) if not row.greedy and _truncates(row.params, logits.shape[1])]
     if not cut:
         return scores
+    if triton_runs(scores.device):
+        return _truncated_on_gpu(scores, rows)
     if scores is logits:
         scores = logits.clone()
     together = len(cut) if scores.device.type != "cpu" else max(_CPU_CHUNK // scores.shape[1], 1)
@@ -163,6 +166,8 @@ def _penalised(logits: Tensor, rows: Sequence[RowSampling], eos_token_ids: Colle
     ]
     if not masked and not penalised:
         return logits
+    if triton_runs(logits.device):
+        return _penalised_on_gpu(logits, rows, eos_token_ids)
     scores = logits.clone()
     if masked:
         eos = _index(list(eos_token_ids), scores)
@@ -176,6 +181,38 @@ def _penalised(logits: Tensor, rows: Sequence[RowSampling], eos_token_ids: Colle
         # A token that was seen twice is written twice, with the same value: both come from the score as it was.
         scores[row_ids, token_ids] = torch.where(values < 0, values * strength, values / strength)
     return scores
+
+
+def _penalised_on_gpu(logits: Tensor, rows: Sequence[RowSampling], eos_token_ids: Collection[int]) -> Tensor:
+    """Steps 1 and 2 in one kernel, which nothing waits for."""
+    seen = [row.history if row.params.repetition_penalty != 1.0 else () for row in rows]
+    lengths = [len(history) for history in seen]
+    ids = [np.fromiter(history, np.int32, length) for history, length in zip(seen, lengths, strict=True)]
+    device = logits.device
+    return penalise_scores(
+        logits,
+        _moved(np.concatenate(ids), device),
+        _moved(np.cumsum([0, *lengths], dtype=np.int32), device),
+        _moved(np.array([row.params.repetition_penalty for row in rows], np.float32), device),
+        _moved(np.fromiter(eos_token_ids, np.int32, len(eos_token_ids)), device),
+        _moved(np.array([row.masks_eos() for row in rows], np.bool_), device),
+    )
+
+
+def _truncated_on_gpu(scores: Tensor, rows: Sequence[RowSampling]) -> Tensor:
+    """Steps 3 to 5 without sorting, in kernels that nothing waits for."""
+    device, vocab_size = scores.device, scores.shape[1]
+    return truncate_scores(
+        scores,
+        _moved(np.array([0.0 if row.greedy else row.params.temperature for row in rows], np.float32), device),
+        _moved(np.array([min(row.params.top_k, vocab_size) for row in rows], np.int32), device),
+        _moved(np.array([row.params.top_p for row in rows], np.float64), device),
+    )
+
+
+def _moved(values: np.ndarray, device: torch.device) -> Tensor:
+    """The same on `device`, without waiting for it."""
+    return torch.from_numpy(values).to(device, non_blocking=True)
 
 
 def _seen(rows: Sequence[RowSampling], penalised: list[int], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from exeunt.server.audit import DEFAULT_SHARE
 from exeunt.server.stage_choice import SchedulingPolicy
 
 ENV_PREFIX: Final = "EXEUNT_"
-_OTHERS: Final = frozenset({"EXEUNT_NATIVE", "EXEUNT_PUBLISHED_PORT"})  # of kernels, compose
+_OTHERS: Final = frozenset({"EXEUNT_NATIVE", "EXEUNT_TRITON", "EXEUNT_PUBLISHED_PORT"})  # of kernels, compose
 
 
 def _comma_separated(value: Any) -> Any:
@@ -104,6 +104,9 @@ class Settings(BaseSettings):
     )
     exit_guard: bool = Field(
         default=False, description="Raise a target's threshold while audits disagree more than the target."
+    )
+    enforce_eager: bool = Field(
+        default=False, description="On a GPU, capture no CUDA graphs: slower, and what they hold is free."
     )
     scheduling: SchedulingPolicy = Field(
         default="run-through",

@@ -1,4 +1,4 @@
-"""The public exit kernels: native on the CPU, plain PyTorch elsewhere and where gradients are wanted.
+"""The public exit kernels: native on the CPU, Triton on a GPU, plain PyTorch elsewhere and where gradients are wanted.
 
 A row's result does not depend, to the bit, on the rows beside it, so that a token leaves or stays alike in any batch.
 """
@@ -15,7 +15,10 @@ from exeunt.kernels.exit_gate.reference import (
     exit_state_reference,
     gate_confidence_reference,
 )
+from exeunt.kernels.full_linear import full_linear
+from exeunt.kernels.gpu import triton_runs
 from exeunt.kernels.native.library import DTYPE_CODES, NativeLibrary, native_library
+from exeunt.kernels.rows import layer_norm, rms_norm
 
 _pointer = ctypes.c_void_p
 
@@ -101,8 +104,11 @@ def exit_state(hidden: Tensor, weights: ExitWeights) -> tuple[Tensor, Tensor, Te
     """
     if hidden.dim() != 2 or hidden.shape[1] != weights.norm.shape[0]:
         raise ValueError(f"hidden is {list(hidden.shape)}, expected [tokens, {weights.norm.shape[0]}]")
-    own = (weights.norm, weights.adapter, *weights.probe)
-    library = _library(hidden, *own, *(() if weights.norm_bias is None else (weights.norm_bias,)))
+    bias = () if weights.norm_bias is None else (weights.norm_bias,)
+    own = (weights.norm, weights.adapter, *weights.probe, *bias)
+    if _on_gpu(hidden, *own) and hidden.dtype == weights.norm.dtype and hidden.dtype in DTYPE_CODES:
+        return _exit_state_on_gpu(hidden, weights)
+    library = _library(hidden, *own)
     struct, dtype = weights.native, hidden.dtype
     if library is None or struct is None or dtype != weights.norm.dtype:
         return exit_state_reference(
@@ -124,6 +130,20 @@ def exit_state(hidden: Tensor, weights: ExitWeights) -> tuple[Tensor, Tensor, Te
         torch.get_num_threads(),
     )
     return state, logits, wide[rows * size :].view(rows, -1)
+
+
+def _exit_state_on_gpu(hidden: Tensor, weights: ExitWeights) -> tuple[Tensor, Tensor, Tensor]:
+    """`exit_state` out of kernels each of which keeps rows apart."""
+    from exeunt.kernels.exit_gate.triton import probe_logit_triton  # Triton is there only where a GPU is
+
+    if weights.norm_bias is None:
+        normed = rms_norm(hidden, weights.norm, weights.eps)
+    else:
+        normed = layer_norm(hidden, weights.norm, weights.norm_bias, weights.eps)
+    state = normed + full_linear(normed, weights.adapter)
+    probe_weight, probe_bias, output_weight, output_bias = weights.probe
+    units = full_linear(state.float(), probe_weight, probe_bias)
+    return state, probe_logit_triton(units, output_weight, output_bias), units
 
 
 def gate_confidence(
@@ -151,6 +171,10 @@ def gate_confidence(
     if any(tensor.dtype != torch.float32 for tensor in tensors):
         raise TypeError(f"probe logits, logits, combine and units are {_dtypes(tensors)}, expected float32")
     parts = None if judge is None else judge.parts
+    if _on_gpu(logits, *tensors, *(parts or ())):
+        from exeunt.kernels.exit_gate.triton import gate_confidence_triton
+
+        return gate_confidence_triton(probe_logit, logits, combine, units, parts)
     library, struct = _library(*tensors, *(parts or ())), JudgeStruct() if judge is None else judge.native
     dense = all(tensor.is_contiguous() and tensor.is_cpu for tensor in tensors)
     if library is None or struct is None or not dense:
@@ -179,3 +203,9 @@ def _library(*tensors: Tensor) -> NativeLibrary | None:
     if not tensors[0].is_cpu or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
         return None
     return native_library()
+
+
+def _on_gpu(*tensors: Tensor) -> bool:
+    """Whether the Triton kernels take the first tensor's device, and no tensor wants a gradient."""
+    wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return triton_runs(tensors[0].device) and not wanted

@@ -1,13 +1,14 @@
-"""The public full-precision linear: native on the CPU, PyTorch's elsewhere.
+"""The public full-precision linear: native on the CPU, Triton on a GPU, PyTorch's elsewhere.
 
-On the CPU the library's matrix product is quick but sums in an order that depends on how many rows there are; the
-native one gives a row the same bits whatever it shares the call with, and is quicker for the few rows of a decode step.
+The libraries' matrix products are quick but sum in an order that depends on how many rows there are; these give a row
+the same bits whatever it shares the call with. The native one is quicker, too, for the few rows of a decode step.
 """
 
 import torch
 from torch import Tensor
 
 from exeunt.kernels.full_linear.reference import full_linear_reference
+from exeunt.kernels.gpu import triton_runs
 from exeunt.kernels.native.library import DTYPE_CODES, native_library
 
 
@@ -22,6 +23,11 @@ def full_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     tensors = (x, weight) if bias is None else (x, weight, bias)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return full_linear_reference(x, weight, bias)
+    if triton_runs(x.device) and dtype in DTYPE_CODES and all(tensor.dtype == dtype for tensor in tensors):
+        # Triton is there only where a GPU is
+        from exeunt.kernels.full_linear.triton import full_linear_triton
+
+        return full_linear_triton(x, weight, bias).view(*x.shape[:-1], weight.shape[0])
     if library is None or dtype not in DTYPE_CODES or weight.dtype != dtype or not weight.is_contiguous():
         return full_linear_reference(x, weight, bias)
     *leading, features = x.shape

@@ -3,30 +3,44 @@
 import torch
 from torch import Tensor
 
+from exeunt.kernels.gpu import triton_runs
 from exeunt.kernels.native.descriptors import native_batch, native_pages
 from exeunt.kernels.native.library import DTYPE_CODES, native_library
 from exeunt.kernels.paged_attention.reference import paged_attention_reference
 from exeunt.kernels.paged_batch import KVBlock, PagedBatch
+from exeunt.kernels.write_kv.dispatch import triton_writes
 
 _NO_WINDOW = 1 << 62
 
 
 def paged_attention(
-    queries: Tensor, block: KVBlock, batch: PagedBatch, scale: float, window: int | None = None
+    queries: Tensor,
+    block: KVBlock,
+    batch: PagedBatch,
+    scale: float,
+    window: int | None = None,
+    *,
+    rotated: bool = False,
 ) -> Tensor:
     """Return the attention of queries [tokens, heads, head_dim] over one block's pages, same shape and dtype.
 
     A token at position p attends to the keys of its row at positions max(0, p - window + 1) .. p, its own
     included, read from the pages (so `write_kv` goes first); heads share KV heads in groups of heads / kv_heads.
     Scores are multiplied by `scale`; sums are float32. Queries over INT4 pages are rotated here, callers pass
-    them plain. Raises ValueError where shapes do not fit.
+    them plain unless they say `rotated`, as those of `turn_and_write_kv` are. Raises ValueError where shapes do not
+    fit.
     """
     _check(queries, block, batch, window)
-    library = native_library() if queries.is_cpu else None
+    if triton_runs(queries.device) and triton_writes(queries, block):
+        from exeunt.kernels.paged_attention.triton import paged_attention_triton
+
+        return paged_attention_triton(queries, block, batch, scale, window, rotated=rotated)
+    turned = rotated and block.is_int4  # the native version rotates by itself
+    library = native_library() if queries.is_cpu and not turned else None
     pages = None if library is None else native_pages(block)
     dtype = queries.dtype
     if library is None or pages is None or dtype not in DTYPE_CODES or pages.dtype not in (None, dtype):
-        return paged_attention_reference(queries, block, batch, scale, window)
+        return paged_attention_reference(queries, block, batch, scale, window, rotated=rotated)
     tokens, heads, head_dim = queries.shape
     strides = queries.stride()
     if strides[2] != 1 or strides[1] != head_dim:

@@ -12,7 +12,13 @@ _QUERY_CHUNK = 128  # queries of a row attended at once
 
 
 def paged_attention_reference(
-    queries: Tensor, block: KVBlock, batch: PagedBatch, scale: float, window: int | None
+    queries: Tensor,
+    block: KVBlock,
+    batch: PagedBatch,
+    scale: float,
+    window: int | None,
+    *,
+    rotated: bool = False,
 ) -> Tensor:
     """Return [tokens, heads, head_dim] in the queries' dtype; see `exeunt.kernels.paged_attention`.
 
@@ -23,7 +29,7 @@ def paged_attention_reference(
     out = torch.empty_like(queries)
     if queries.shape[0] == 0:
         return out
-    inputs = rotate(queries) if block.is_int4 else queries.float()
+    inputs = rotate(queries) if block.is_int4 and not rotated else queries.float()
     starts = batch.query_starts.long()
     counts = starts.diff()
     row_elements = batch.max_context * block.keys.shape[1] * queries.shape[2]

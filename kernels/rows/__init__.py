@@ -1,5 +1,5 @@
-"""The norm of rows."""
+"""The norms of rows."""
 
-from exeunt.kernels.rows.dispatch import rms_norm
+from exeunt.kernels.rows.dispatch import layer_norm, rms_norm
 
-__all__ = ["rms_norm"]
+__all__ = ["layer_norm", "rms_norm"]

@@ -1,6 +1,7 @@
-"""RMS norm in plain PyTorch, in transformers' rounding order."""
+"""The norms in plain PyTorch, in transformers' rounding order."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -9,3 +10,8 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide = x.float()
     normalised = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return normalised.to(x.dtype) * weight
+
+
+def layer_norm_reference(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """Return the layer norm of rows x [..., n], times weight [n] plus bias [n] where there are, rounded once."""
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)

@@ -1,8 +1,9 @@
-"""The public token draw: native on the CPU, plain PyTorch elsewhere."""
+"""The public token draw: native on the CPU, Triton on a GPU, plain PyTorch elsewhere."""
 
 import torch
 from torch import Tensor
 
+from exeunt.kernels.gpu import triton_runs
 from exeunt.kernels.native.library import native_library
 from exeunt.kernels.token_draw.reference import draw_tokens_reference
 
@@ -20,6 +21,10 @@ def draw_tokens(
     """
     tensors = (logits, scores, temperatures, keys, token_keys)
     rows, vocab = _checked(*tensors)
+    if triton_runs(logits.device):
+        from exeunt.kernels.token_draw.triton import draw_tokens_triton  # Triton is there only where a GPU is
+
+        return draw_tokens_triton(*tensors)
     library = native_library()
     if library is None or not all(tensor.is_contiguous() and tensor.is_cpu for tensor in tensors):
         return draw_tokens_reference(*tensors)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from exeunt.kernels.gpu import triton_runs
 from exeunt.kernels.native.descriptors import native_pages
 from exeunt.kernels.native.library import DTYPE_CODES, native_library
 from exeunt.kernels.paged_batch import KVBlock
@@ -13,11 +14,17 @@ def write_kv(keys: Tensor, values: Tensor, slots: Tensor, block: KVBlock) -> Non
     """Write keys and values [tokens, kv_heads, head_dim] to the slots [tokens] int64 of one block's pages.
 
     Slot = page × page_tokens + offset; each slot at most once. Full pages take the values in their dtype; INT4
-    pages take them quantised per token and head, keys rotated by `rotate` first. The native version and the
-    PyTorch one write the same bits. Raises ValueError where shapes do not fit; that the slots lie inside the pages is
-    not looked at, the page tables that made them answer for it.
+    pages take them quantised per token and head, keys rotated by `rotate` first. The native version, the Triton one
+    and the PyTorch one write the same bits. On a GPU a token with slot -1 is not written. Raises ValueError where
+    shapes do not fit; that the slots lie inside the pages is not looked at, the page tables that made them answer
+    for it.
     """
     _check(keys, values, slots, block)
+    if triton_runs(keys.device) and values.dtype == keys.dtype and triton_writes(keys, block):
+        from exeunt.kernels.write_kv.triton import write_kv_triton
+
+        write_kv_triton(keys, values, slots, block)
+        return
     library = native_library() if keys.is_cpu else None
     pages = None if library is None else native_pages(block)
     dtype = keys.dtype
@@ -45,6 +52,15 @@ def write_kv(keys: Tensor, values: Tensor, slots: Tensor, block: KVBlock) -> Non
         DTYPE_CODES[dtype],
         torch.get_num_threads(),
     )
+
+
+def triton_writes(x: Tensor, block: KVBlock) -> bool:
+    """Whether the Triton kernels take tensors of x's dtype for these pages."""
+    if x.dtype not in DTYPE_CODES or block.keys.stride(3) != 1 or block.values.stride(3) != 1:
+        return False
+    if block.key_params is None or block.value_params is None:
+        return block.keys.dtype == block.values.dtype == x.dtype
+    return block.key_params.stride(3) == block.value_params.stride(3) == 1
 
 
 def _check(keys: Tensor, values: Tensor, slots: Tensor, block: KVBlock) -> None:

@@ -1,8 +1,15 @@
 """The pages' tables are those of the results."""
 
+import json
+from copy import deepcopy
+from typing import Any
+
 import pytest
 
-from scripts.result_tables import PAGES, ROOT, tables_of, with_tables
+from scripts import gpu_tables
+from scripts.result_tables import PAGES, RESULTS, ROOT, tables_of, with_tables
+
+H200: Any = json.loads((RESULTS / "gpu-check-nvidia-h200.json").read_text())
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -17,3 +24,73 @@ def test_a_table_takes_the_place_of_its_like() -> None:
     assert with_tables(page, [table]) == page.replace("| a | b |\n| --- | --- |\n| 1 | 2 |", table)
     with pytest.raises(ValueError, match=r"no table that begins '\| x \|'"):
         with_tables(page, ["| x | y |"])
+
+
+def _rows(header: str, record: Any = H200) -> dict[str, list[str]]:
+    """The GPU table under a header, by the first cell of its rows."""
+    (found,) = [rows for headers, rows in gpu_tables.gpu_tables(record) if headers[0] == header]
+    return {first: list(rest) for first, *rest in found}
+
+
+def test_what_the_pages_say_of_a_gpu_is_what_was_measured() -> None:
+    rate = gpu_tables.memory_rate(H200)
+    full, int4 = (gpu_tables.step_of(H200, each, each, 1, 512) for each in ("full", "int4"))
+    share, floor = full["bytes_per_s"] / rate, full["bytes"] / rate * 1e3
+    batch, generate = (
+        gpu_tables.speed(H200, f"transformers {each}", 64) for each in ("generate_batch", "generate")
+    )
+    ours = gpu_tables.speed(H200, "engine int4/int4", 64)
+    linears = {kind: gpu_tables.linears_ms(H200, kind) for kind in ("int4", "full_linear", "torch")}
+    said = {
+        "README.md": (
+            f"one stream: {full['tokens_per_s']:.0f} tokens/s in bfloat16, at {share:.0%} of".replace(
+                "%", " %"
+            ),
+            f"{full['ms'] / int4['ms']:.2f} times as many with INT4",
+            f"made {ours:.0f} tokens/s where `transformers` `generate_batch` made {batch:.0f}.",
+        ),
+        "docs/performance.md": (
+            f"take {full['ms'] - floor:.2f} ms more than the floor",
+            f"{linears['full_linear']:.2f} ms, where PyTorch's own products",
+            f"the number of rows, take {linears['torch']:.2f};",
+            f"spends {linears['int4']:.2f} of its {int4['ms']:.2f} ms in the linears",
+            f"against that, int4/int4 is {ours / generate:.1f} times as fast",
+        ),
+    }
+    for page, sentences in said.items():
+        text = " ".join((ROOT / page).read_text().split())
+        assert [sentence for sentence in sentences if sentence not in text] == []
+
+
+def test_no_share_of_the_memorys_rate_is_more_than_the_whole() -> None:
+    steps = [int(cells[2].rstrip("%")) for cells in _rows("decode step").values()]
+    linears = [
+        int(share.strip(" %"))
+        for cells in _rows("linear, µs: INT4 / full / PyTorch").values()
+        for share in cells[0].split("/")
+    ]
+    assert max(steps) <= 100
+    assert max(linears) <= 100
+    quick = deepcopy(H200)
+    quick["sections"]["machine"]["read_bytes_per_s"] = 1e13
+    assert gpu_tables.memory_rate(quick) == 1e13
+
+
+def test_a_target_is_missed_below_it_and_a_check_fails_by_name() -> None:
+    targets = _rows("target on a GPU")
+    name = "one stream, mistral-7b shape, INT4 against our own bfloat16"
+    assert targets[name] == ["1.49×", "≥ 2.3×", "missed: 65% of it"]
+    other = deepcopy(H200)
+    gpu_tables.step_of(other, "int4", "int4", 1, 512)["ms"] = 2.0  # type: ignore[index] # the record is mutable
+    assert _rows("target on a GPU", other)[name][2] == "reached"
+    other["checks"][0]["good"] = False
+    assert _rows("check on the GPU", other)[other["checks"][0]["name"]][1] == "**failed**"
+
+
+def test_the_parts_of_a_step_add_up_to_it() -> None:
+    parts = _rows("ms of one stream's step at 512 tokens")
+    for column in (0, 1):
+        whole = float(parts["**whole step**"][column])
+        rest = sum(float(cells[column]) for name, cells in parts.items() if name != "**whole step**")
+        assert rest == pytest.approx(whole, abs=0.03)
+    assert float(parts["norms and all else"][0]) > 0

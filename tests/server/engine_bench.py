@@ -140,7 +140,7 @@ def running(
     exits = [f"block_{head.block}" for head in model.exits]
     metrics = Metrics(registry, "tiny", [str(i) for i in range(len(exits) + 1)], exits)
     page_bytes = page_bytes_for(model.spec, model.dtype)
-    settings = {"max_model_len": 512, "max_num_batched_tokens": 128, **limits}
+    settings: dict[str, Any] = {"max_model_len": 512, "max_num_batched_tokens": 128, **limits}
     config = EngineConfig(
         kv_cache_bytes=pages * page_bytes,
         audit_share=audit_share,

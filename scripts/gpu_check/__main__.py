@@ -1,0 +1,234 @@
+"""The command line: which sections, for how long, where the JSON goes.
+
+Every section has its share of the time, is written down when it ends, and its errors end nothing but itself. Where one
+hangs, or leaves the GPU in a state that no later call survives, this process replaces itself by a fresh one that goes
+on with the sections that are left.
+"""
+
+import faulthandler
+import importlib
+import os
+import re
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from scripts.gpu_check.source_tree import make_importable
+
+make_importable()
+
+import torch  # noqa: E402 - what stands above says where `exeunt` is
+
+from scripts.gpu_check.report import Clock, Context, Report  # noqa: E402
+from scripts.gpu_check.table import table  # noqa: E402
+from scripts.gpu_check.warming import GROUPS, PACKAGED, Warmers  # noqa: E402
+
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
+_GRACE = 20.0  # seconds beyond its time after which a section counts as hanging
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A part of the run: its function as "module:name", and the most seconds it may take."""
+
+    function: str
+    seconds: float
+    least: float  # seconds under which it is not begun
+
+
+SECTIONS = {
+    "machine": Section("machine:run", 15, 0),
+    "memory": Section("memory:run", 10, 0),
+    "correctness": Section("correctness:run", 60, 5),
+    "decode": Section("decode_speeds:run", 30, 8),
+    "kernels": Section("kernel_speeds:run", 30, 5),
+    "end_to_end": Section("end_to_end:run", 120, 8),
+    "compiled": Section("end_to_end:compiled", 120, 45),
+    "float32": Section("correctness:float32", 60, 10),
+    "tests": Section("kernel_tests:run", 180, 10),
+}
+"""In the order of what their answers are worth: what the targets ask for lies in the first 200 seconds."""
+_WARMED = ("correctness", "decode", "kernels")  # their kernels are compiled beside what comes first
+_FIRST = ("machine", "memory")  # done before anything runs beside
+
+
+def main(
+    device: str = "cuda",
+    sections: Annotated[str, typer.Option(help="which, separated by commas")] = ",".join(SECTIONS),
+    seconds: Annotated[float, typer.Option(min=1, help="for all of them")] = 420.0,
+    quick: Annotated[bool, typer.Option(help="toy sizes, to try the script itself")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="the JSON; None: by the GPU's name in benchmarks/results")
+    ] = None,
+    bundle: Annotated[
+        Path | None, typer.Option(help="of the packaged model; None: the cached one, if any")
+    ] = None,
+    resume: Annotated[bool, typer.Option(hidden=True)] = False,
+    warm: Annotated[str | None, typer.Option(hidden=True)] = None,
+) -> None:
+    """Check and measure on a GPU; exit status 1 where a check failed."""
+    place = torch.device(device)
+    if place.type == "cuda" and not torch.cuda.is_available():
+        typer.echo(
+            "There is no CUDA device that PyTorch can use; --device cpu --quick tries the script itself.",
+            err=True,
+        )
+        raise typer.Exit(2)
+    if warm is not None:
+        _warm(place, quick, Clock(seconds), warm)
+        return
+    wanted = [name.strip() for name in sections.split(",") if name.strip()]
+    if unknown := [name for name in wanted if name not in SECTIONS]:
+        raise typer.BadParameter(f"there is no section {unknown[0]}; there are {', '.join(SECTIONS)}")
+    path = out or RESULTS / f"gpu-check-{_file_name(place)}.json"
+    report = Report(path, resume=resume)
+    context = Context(place, quick, report, Clock(seconds), bundle or _cached_bundle())
+    if not resume:
+        report.data |= {
+            "started": time.strftime("%Y-%m-%dT%H:%M:%S"),
+            "seconds_given": seconds,
+            "quick": quick,
+        }
+    faulthandler.dump_traceback_later(seconds + 2 * _GRACE, exit=True)
+    try:
+        with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder:
+            _Run(context, [name for name in SECTIONS if name in wanted], Path(folder), resumed=resume).all()
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+    report.data["seconds"] = report.data.get("seconds", 0.0) + context.clock.used()
+    report.save()
+    typer.echo(table(report))
+    typer.echo(f"written to {path}")
+    raise typer.Exit(1 if report.failures else 0)
+
+
+class _Run:
+    """The sections in order."""
+
+    def __init__(self, context: Context, names: Sequence[str], folder: Path, *, resumed: bool) -> None:
+        self._context, self._names, self._folder, self._resumed = context, list(names), folder, resumed
+        self._warmers: Warmers | None = None
+
+    def all(self) -> None:
+        """Run them all, each within its time."""
+        try:
+            while self._names:
+                name = self._names.pop(0)
+                if name not in _FIRST:
+                    self._wait_for_warmers(name)
+                found = self._context.report.section(name)
+                if not self._context.fits(SECTIONS[name].least, name, found):
+                    found["status"] = "left out"
+                    continue
+                self._one(name)
+        finally:
+            if self._warmers is not None:
+                self._warmers.stop()
+
+    def _wait_for_warmers(self, name: str) -> None:
+        """Start compiling where no section before did; wait for what this section needs compiled, or gone."""
+        if self._warmers is None:
+            wanted = not self._resumed and bool({name, *self._names}.intersection(_WARMED))
+            groups = GROUPS if wanted and self._context.cuda else ()
+            self._warmers = Warmers(self._context, self._folder, groups)
+        # answers may be computed while other processes compile; nothing is timed beside them
+        self._warmers.wait(PACKAGED if name == "correctness" else None, self._context.report)
+
+    def _one(self, name: str) -> None:
+        section, report = SECTIONS[name], self._context.report
+        within = self._context.within(section.seconds)
+        found = report.section(name)
+        found["status"] = "running"
+        report.save()
+        typer.echo(f"[{self._context.clock.left():.0f} s left] {name}", err=True)
+        guard = threading.Timer(max(1.0, within.clock.left()) + _GRACE, self._hung, (name,))
+        guard.daemon = True
+        guard.start()
+        began = time.monotonic()
+        try:
+            module, attribute = section.function.split(":")
+            getattr(importlib.import_module(f"scripts.gpu_check.{module}"), attribute)(within, found)
+            found["status"] = "done"
+        except Exception as error:  # noqa: BLE001 - the sections behind it are worth having all the same
+            traceback.print_exc()
+            found |= {"status": "failed", "error": f"{type(error).__name__}: {error}"[:500]}
+            found["traceback"] = traceback.format_exc().splitlines()[-8:]
+        finally:
+            guard.cancel()
+            found["seconds"] = round(time.monotonic() - began, 2)
+            report.save()
+        if found["status"] == "failed" and not _device_answers(self._context.device):
+            self._go_on_afresh()
+
+    def _hung(self, name: str) -> None:
+        """From a timer's thread: whatever the section waits for, it is not waited for any longer."""
+        found = self._context.report.section(name)
+        found |= {"status": "failed", "error": "took too long and was broken off"}
+        faulthandler.dump_traceback(all_threads=True)
+        self._go_on_afresh()
+
+    def _go_on_afresh(self) -> None:
+        """Replace this process by one that runs the sections left."""
+        if self._warmers is not None:
+            self._warmers.stop()
+        data = self._context.report.data
+        data["seconds"] = data.get("seconds", 0.0) + self._context.clock.used()
+        self._context.report.save()
+        left = self._context.clock.left()
+        if left < 10:
+            self._names.clear()
+        said = [sys.executable, "-m", "scripts.gpu_check", "--device", str(self._context.device), "--resume"]
+        said += ["--out", str(self._context.report.path), "--sections", ",".join(self._names)]
+        said += ["--seconds", str(max(1.0, left)), *(["--quick"] if self._context.quick else [])]
+        said += ["--bundle", str(self._context.bundle)] if self._context.bundle else []
+        sys.stdout.flush()
+        for descriptor in Path("/proc/self/fd").iterdir():  # the GPU's too: they keep its memory
+            with suppress(OSError):
+                os.set_inheritable(int(descriptor.name), int(descriptor.name) <= 2)
+        os.execv(sys.executable, said)
+
+
+def _warm(device: torch.device, quick: bool, clock: Clock, group: str) -> None:
+    """Compile one group of kernels."""
+    from scripts.gpu_check.warming import warm
+
+    with tempfile.TemporaryDirectory() as folder:
+        said = warm(Context(device, quick, Report(Path(folder) / "none.json"), clock), group)
+    typer.echo(f"{said}, {clock.left():.0f} s left")
+
+
+def _device_answers(device: torch.device) -> bool:
+    """Whether the device still runs anything after an error."""
+    try:
+        return int(torch.ones(2, device=device).sum()) == 2
+    except Exception:  # noqa: BLE001 - that is the answer
+        return False
+
+
+def _cached_bundle() -> Path | None:
+    """The packaged model's bundle, where it was made on this machine or brought along."""
+    try:
+        from exeunt.deploy.packaged import bundle_folder
+
+        folder = bundle_folder()
+    except (ImportError, OSError):
+        return None
+    return folder if (folder / "manifest.json").is_file() else None
+
+
+def _file_name(device: torch.device) -> str:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,75 @@
+"""The GPU tests in processes of their own, in whatever time the run has left for them."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Final
+
+from scripts.gpu_check.report import Context, Found
+
+TESTS: Final = ("tests/compression/gpu", "tests/kernels/triton", "tests/server/test_sampling.py")
+RECORD: Final = "EXEUNT_TEST_RECORD"
+CUT_SHORT: Final = 124  # what `timeout` says of tests that took too long: those that ran still count
+_QUICK: Final = ("tests/kernels/test_rows.py",)
+_ROOT: Final = Path(__file__).resolve().parents[2]
+_PROCESSES: Final = 8
+_FIRST_LINES: Final = 25  # failures told in full
+
+
+def run(context: Context, found: Found) -> None:
+    """Run the tests; a check holds where some passed and none failed."""
+    records, log = (context.report.path.with_suffix(f".tests.{kind}") for kind in ("jsonl", "log"))
+    records.unlink(missing_ok=True)
+    seconds = max(10, int(context.clock.left()) - 2)
+    try:
+        with log.open("wb") as stream:
+            found["exit_status"] = subprocess.run(
+                ["timeout", "-k", "3", str(seconds), *_pytest(context)],
+                cwd=_ROOT,
+                env=_around(records),
+                stdout=stream,
+                stderr=stream,
+                check=False,
+            ).returncode
+        found |= outcomes(records)
+        found["cut_short"] = found["exit_status"] == CUT_SHORT
+        said = log.read_text(encoding="utf-8", errors="replace")
+        found["log_end"] = said[-1500:].splitlines()[-12:]
+    finally:
+        records.unlink(missing_ok=True)
+        log.unlink(missing_ok=True)
+    good = found["failed"] == 0 and found["passed"] > 0 and found["exit_status"] in (0, CUT_SHORT)
+    counts = {name: found[name] for name in ("passed", "failed", "skipped")}
+    context.report.check("tests on the device", good, **counts)
+
+
+def _around(records: Path) -> dict[str, str]:
+    paths = [str(_ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    return {**os.environ, RECORD: str(records), "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
+
+
+def _pytest(context: Context) -> list[str]:
+    wanted = [name for name in (_QUICK if context.quick else TESTS) if (_ROOT / name).exists()]
+    said = [sys.executable, "-m", "pytest", "-q", "--tb=line", "-p", "no:cacheprovider"]
+    # what a machine's own plug-ins and versions warn of is no failure of ours
+    said += ["-W", "default", "-p", "no:benchmark", "-p", "scripts.gpu_check.recorded_tests"]
+    if not context.quick and importlib.util.find_spec("xdist") is not None:
+        said += ["-n", str(min(_PROCESSES, os.cpu_count() or 1))]
+    return [*said, *wanted]
+
+
+def outcomes(records: Path) -> Found:
+    """Counts by outcome, and of each failure its first line."""
+    lines = records.read_text(encoding="utf-8").splitlines() if records.exists() else []
+    tests: list[dict[str, Any]] = [json.loads(line) for line in lines]
+    failed = [test for test in tests if test["outcome"] == "failed"]
+    slowest = sorted(tests, key=lambda test: -test["seconds"])[:5]
+    return {
+        **{name: sum(test["outcome"] == name for test in tests) for name in ("passed", "failed", "skipped")},
+        "failures": [[test["test"], test["says"]] for test in failed][:_FIRST_LINES],
+        "skips": sorted({test["says"] for test in tests if test["outcome"] == "skipped"})[:5],
+        "slowest": [[test["test"], test["seconds"]] for test in slowest],
+    }

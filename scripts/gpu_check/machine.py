@@ -1,0 +1,92 @@
+"""The machine: names, versions, and the rates that everything else is judged by.
+
+What a kernel could reach at most is the faster of two rates: an elementwise kernel that reads and writes, and a
+reduction that only reads, as decoding does. Both are kernels: a copy is left to other engines by some drivers where it
+is captured into a graph, and is then slower than any kernel that reads.
+"""
+
+import os
+import platform
+import subprocess
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from scripts.gpu_check.report import Context, Found
+from scripts.gpu_check.timing import timed
+
+_NUMBERS = 10**9  # of four bytes: 4 GB read, and as many written
+_TRIES = 5
+
+
+def run(context: Context, found: Found) -> None:
+    """Fill in what the machine is and how fast it copies and multiplies."""
+    found |= {
+        "device": str(context.device),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        **{package: _version(package) for package in ("exeunt", "torch", "triton", "transformers")},
+    }
+    if context.cuda:
+        found |= _gpu(context.device)
+    context.report.save()
+    found["matmul_bf16_flop_per_s"] = _matmul_rate(context)  # first: it wakes the clocks up
+    found |= _memory_rates(context)
+    if context.cuda:
+        found["clocks_under_load"] = _smi("clocks.sm,clocks.mem")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _gpu(device: torch.device) -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "gpu": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+        "l2_bytes": getattr(properties, "L2_cache_size", None),
+        "driver": _smi("driver_version"),
+        "cuda": torch.version.cuda,
+    }
+
+
+def _smi(asked: str) -> str:
+    """What nvidia-smi says of the machine's first GPU, or why it says nothing."""
+    said = ["nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader"]
+    try:
+        found = subprocess.run(said, capture_output=True, text=True, timeout=20, check=True).stdout
+        return found.strip().partition("\n")[0]
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"nvidia-smi: {error}"
+
+
+def _memory_rates(context: Context) -> dict[str, float]:
+    """Bytes per second, the best of a few tries each: y = x + 1 (read and written), and the largest of x (read)."""
+    count = _NUMBERS if context.cuda else 10**6
+    source = torch.arange(count, dtype=torch.int32, device=context.device)
+    target = torch.empty_like(source)
+
+    def best(call: Callable[[], object], nbytes: int) -> float:
+        return max(nbytes / timed([call], context.device).seconds for _ in range(_TRIES))
+
+    return {
+        "copy_bytes_per_s": best(lambda: torch.add(source, 1, out=target), 2 * source.nbytes),
+        "read_bytes_per_s": best(source.amax, source.nbytes),
+    }
+
+
+def _matmul_rate(context: Context) -> float:
+    """Floating-point operations per second of a square product of random bfloat16 numbers."""
+    size = 8192 if context.cuda else 256
+    a, b = (torch.randn(size, size, device=context.device).to(torch.bfloat16) for _ in range(2))
+    out = torch.empty_like(a)
+    return 2 * size**3 / timed([lambda: torch.mm(a, b, out=out)], context.device).seconds

@@ -1,0 +1,100 @@
+"""What a run has found so far, as one JSON file that is written anew after every step: a kill loses nothing."""
+
+import json
+import os
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Found = dict[str, Any]
+
+
+class Report:
+    """The JSON of a run: "sections" by name, and "checks", each of which may fail the run."""
+
+    def __init__(self, path: Path, *, resume: bool = False) -> None:
+        """`resume` goes on with the file that a run before has left, where there is one."""
+        self.path = path
+        self.data: Found = {"sections": {}, "checks": []}
+        if resume and path.exists():
+            self.data |= json.loads(path.read_text(encoding="utf-8"))
+
+    def section(self, name: str) -> Found:
+        """The results of a section, empty at first."""
+        found: Found = self.data["sections"].setdefault(name, {})
+        return found
+
+    def check(self, name: str, good: bool, **detail: Any) -> None:
+        """Note what a check found."""
+        self.data["checks"].append({"name": name, "good": bool(good), **detail})
+        self.save()
+
+    @property
+    def failures(self) -> list[Found]:
+        """The checks that failed and the sections that broke off."""
+        broken = [
+            {"name": f"section {name}", "error": found.get("error")}
+            for name, found in self.data["sections"].items()
+            if found.get("status") in ("failed", "running")
+        ]
+        return [check for check in self.data["checks"] if not check["good"]] + broken
+
+    @property
+    def memory_rate(self) -> float | None:
+        """Bytes per second of the faster of a copying and a reading kernel; None where they were not measured."""
+        found = self.section("machine")
+        rates = [found[key] for key in ("copy_bytes_per_s", "read_bytes_per_s") if key in found]
+        return max(rates, default=None)
+
+    def save(self) -> None:
+        """Write the file: whole or not at all."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        beside = self.path.with_suffix(".part")
+        beside.write_text(json.dumps(self.data, indent=1) + "\n", encoding="utf-8")
+        os.replace(beside, self.path)
+
+
+class Clock:
+    """How many seconds are left."""
+
+    def __init__(self, seconds: float) -> None:
+        self._began = time.monotonic()
+        self._end = self._began + seconds
+
+    def used(self) -> float:
+        """Seconds gone by."""
+        return time.monotonic() - self._began
+
+    def left(self) -> float:
+        """Seconds left; negative once they are over."""
+        return self._end - time.monotonic()
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What a section is given: where it runs, at which sizes, until when, and where its results go."""
+
+    device: torch.device
+    quick: bool
+    report: Report
+    clock: Clock
+    bundle: Path | None = None  # of the packaged model, calibrated; None: there is none
+
+    @property
+    def cuda(self) -> bool:
+        """Whether this is a GPU."""
+        return self.device.type == "cuda"
+
+    def within(self, seconds: float) -> "Context":
+        """The same with at most so many seconds."""
+        return replace(self, clock=Clock(min(seconds, self.clock.left())))
+
+    def fits(self, seconds: float, what: str, found: Found) -> bool:
+        """Whether so many seconds are left; where not, `found` says what was left out."""
+        if self.clock.left() >= seconds:
+            return True
+        found.setdefault("skipped", []).append(f"{what}: no time left")
+        return False

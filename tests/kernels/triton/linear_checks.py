@@ -1,0 +1,98 @@
+"""What the tests of both linear layers share: poisoned memory, the epilogue in separate operations, ways to run."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from exeunt.kernels.linear_parts import Launch, launch_for
+from exeunt.kernels.rows.norm import RowNorm
+from exeunt.kernels.rows.reference import rms_norm_reference
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
+
+ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
+    None: lambda x: x,
+    "gelu": F.gelu,
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+}
+
+# Infinity on the way is meant: the exponential of a large number, a product with an infinite input.
+IEEE_WARNINGS = [
+    pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),
+]
+
+
+def sizes_on(device: str) -> list[tuple[bool | None, list[int]]]:
+    """How programs are cut and the rows of the calls that a row's bits are compared in; the interpreter is slow."""
+    if device == "cpu":
+        return [(False, [17, 34]), (True, [2, 33])]
+    return [(split, [1, 2, 3, 16, 17, 33, 64, 70]) for split in (None, False, True)]
+
+
+def relative_error(out: Tensor, expected: Tensor) -> float:
+    return float((out.double() - expected.double()).norm() / expected.double().norm())
+
+
+@contextmanager
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every `torch.empty` holds NaN, or the largest integer: what is read before it is written shows."""
+    empty = torch.empty
+
+    def poisoned(*size: Any, **options: Any) -> Tensor:
+        made = empty(*size, **options)
+        return made.fill_(float("nan") if made.is_floating_point() else torch.iinfo(made.dtype).max)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", poisoned)
+        yield
+
+
+def whole_programs(monkeypatch: pytest.MonkeyPatch, module: ModuleType, split: bool | None) -> None:
+    """Have the module's kernel give each part of the sum a program of its own, or none, however many rows there are."""
+
+    def launched(*args: Any) -> Launch:
+        launch = launch_for(*args)
+        chosen = launch.split if split is None else split and launch.parts > 1
+        return replace(launch, grid=(*launch.grid[:2], launch.parts if chosen else 1), split=chosen)
+
+    monkeypatch.setattr(module, "launch_for", launched)
+
+
+def normed(x: Tensor, norm: RowNorm) -> Tensor:
+    if norm.kind == "rms":
+        return rms_norm_reference(x, norm.weight, norm.eps)
+    return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
+
+
+def finished(product: Tensor, dtype: torch.dtype, activation: str | None, gated: bool) -> Tensor:
+    """The epilogue of separate PyTorch operations on a float32 product."""
+    rounded = product.to(dtype)
+    if not gated:
+        return ACTIVATIONS[activation](rounded)
+    half = rounded.shape[1] // 2
+    return ACTIVATIONS[activation](rounded[:, :half]) * rounded[:, half:]
+
+
+def captured(call: Callable[[], Tensor]) -> Tensor:
+    """The call's result out of a CUDA graph's second replay."""
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call()
+    out.fill_(float("nan"))
+    graph.replay()
+    out.fill_(float("nan"))
+    graph.replay()
+    return out

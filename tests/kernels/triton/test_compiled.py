@@ -1,0 +1,88 @@
+"""Every kernel compiles to machine code for GPUs that are not here, within the registers and spills on record."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import exeunt.kernels.gpu
+from scripts.compile_kernels.in_processes import CAPABILITIES, key_of
+
+ROOT = Path(__file__).resolve().parents[3]
+RECORD = ROOT / "benchmarks" / "results" / "triton-registers.json"
+Rows = dict[tuple[str, str, int], dict[str, Any]]
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def record() -> dict[str, Any]:
+    """What `python -m scripts.compile_kernels` wrote."""
+    document: dict[str, Any] = json.loads(RECORD.read_text(encoding="utf-8"))
+    return document
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Rows:
+    """The cases of this test, compiled here and now; the interpreter of this process is no part of it."""
+    if torch.cuda.is_available():
+        pytest.skip("the other tests compile the kernels for the GPU that is here")
+    out = tmp_path_factory.mktemp("compiled") / "registers.json"
+    command = [sys.executable, "-m", "scripts.compile_kernels", "--tested", "--out", str(out)]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return {key_of(row): row for row in json.loads(out.read_text(encoding="utf-8"))["kernels"]}
+
+
+def _launched() -> set[str]:
+    """The kernels that any wrapper launches, as the record names them."""
+    folder = Path(exeunt.kernels.gpu.__file__).parent
+    names = set()
+    for path in sorted(folder.rglob("*.py")):
+        module = ".".join(path.relative_to(folder).with_suffix("").parts)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            match node:  # kernel[grid](…)
+                case ast.Call(func=ast.Subscript(value=ast.Name(id=name))):
+                    names.add(f"{module}.{name}")
+    return names
+
+
+def test_every_kernel_that_is_launched_is_compiled_for_every_gpu(compiled: Rows) -> None:
+    launched = _launched()
+    assert len(launched) > 15
+    for capability in CAPABILITIES:
+        assert {kernel for kernel, _, found in compiled if found == capability} == launched
+
+
+def test_registers_and_spills_stay_within_the_record(compiled: Rows, record: dict[str, Any]) -> None:
+    recorded = {key_of(row): row for row in record["kernels"]}
+    same = version("triton") == record["made"]["triton"]
+    more, spilt = (0, 0) if same else (16, 64)  # another compiler allots them in another way
+    beyond = []
+    for key, row in compiled.items():
+        bound = recorded[key]
+        if row["registers"] > bound["registers"] + more:
+            beyond.append(f"{key}: {row['registers']} registers, on record are {bound['registers']}")
+        for kind in ("spill_store_bytes", "spill_load_bytes"):
+            if row[kind] > bound[kind] + spilt:
+                beyond.append(f"{key}: {kind} are {row[kind]}, on record {bound[kind]}")
+    assert not beyond, "compile them all with python -m scripts.compile_kernels\n" + "\n".join(beyond)
+
+
+def test_the_record_is_of_the_pinned_compiler(record: dict[str, Any]) -> None:
+    pins = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    assert f"triton=={record['made']['triton']}" in [pin.split(";")[0] for pin in pins]
+    assert {row["capability"] for row in record["kernels"]} == set(CAPABILITIES)
+    assert (
+        max(row["shared_bytes"] for row in record["kernels"]) <= 99 * 1024
+    )  # what a program may take on sm_89

@@ -1,0 +1,262 @@
+"""An exit's state, confidence and decisions in Triton: against PyTorch, and rows that do not see each other."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from exeunt.compression.exit_output import Shortlist
+from exeunt.compression.exits import ExitHead, ExitJudge, ExitProbe, GateResult
+from exeunt.compression.norm import Norm
+from exeunt.kernels.exit_gate import (
+    GateRule,
+    JudgeWeights,
+    exit_state,
+    gate_decisions,
+    gate_rows,
+)
+from exeunt.kernels.exit_gate.decisions import gate_decisions_reference
+from exeunt.kernels.exit_gate.reference import (
+    exit_state_reference,
+    gate_confidence_reference,
+    probe_output_reference,
+)
+from exeunt.kernels.exit_gate.triton import decide_triton, gate_confidence_triton, probe_logit_triton
+from tests.kernels.triton.on_gpu import on_gpu_only
+
+# The interpreter computes with numpy, which warns of what kernels do on purpose: NaN and infinity in arithmetic.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.* encountered in :RuntimeWarning"),
+    pytest.mark.usefixtures("seed", "poisoned"),
+]
+
+_DISPATCHES = (
+    "exeunt.compression.exits",
+    "exeunt.kernels.exit_gate.decisions",
+    "exeunt.kernels.exit_gate.dispatch",
+    "exeunt.kernels.rows.dispatch",
+)
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is allocated and not written shows."""
+    empty = torch.empty
+
+    def filled(*size: object, **options: object) -> Tensor:
+        made: Tensor = empty(*size, **options)  # type: ignore[call-overload]
+        return made.fill_(torch.nan) if made.is_floating_point() else made.fill_(1)
+
+    monkeypatch.setattr(torch, "empty", filled)
+
+
+@pytest.fixture
+def dispatched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The public functions take the GPU's way, for tensors on a CPU too."""
+    for module in _DISPATCHES:
+        monkeypatch.setattr(f"{module}.triton_runs", lambda device: True)
+
+
+def _judge(units: int, count: int, device: str) -> JudgeWeights:
+    parts = (torch.randn(count, units), torch.randn(units), torch.randn(units) / units**0.5, torch.randn(()))
+    a, b, c, d = (part.to(device) for part in parts)
+    return JudgeWeights((a, b, c, d))
+
+
+@pytest.mark.parametrize("units", [1, 17, 64])
+def test_probe_logit(device: str, units: int) -> None:
+    read, weight = torch.randn(9, units, device=device) * 3, torch.randn(units, device=device)
+    bias = torch.randn((), device=device)
+    found = probe_logit_triton(read, weight, bias)
+    parts = (read, bias, weight, bias)
+    torch.testing.assert_close(found, probe_output_reference(read, parts), atol=2e-5, rtol=1e-5)
+    assert torch.equal(probe_logit_triton(read[4:5], weight, bias), found[4:5])
+    assert probe_logit_triton(read[:0], weight, bias).shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("vocab", "units", "count"), [(2, 3, 2), (37, 17, 8), (2500, 64, 16), (8, 64, 8), (2048, 5, 0)]
+)
+def test_confidence(device: str, vocab: int, units: int, count: int) -> None:
+    logits, read = torch.randn(9, vocab, device=device) * 3, torch.randn(9, units, device=device)
+    logits[4] = logits[4].sort().values
+    logits[5] = logits[5].sort(descending=True).values
+    logits[6] = 1.0  # all alike
+    logits[7, 1] = 90.0  # as sure as float32 can be
+    if vocab > max(count, 2):
+        logits[8, 0] = -torch.inf  # a token that is ruled out rules nobody out
+    judge = _judge(units, count, device).parts if count else None
+    combine = torch.tensor([0.7, 0.4, 0.2, -0.3], device=device)
+    probe = torch.full((9,), torch.nan) if count else torch.randn(9)
+    probe = probe.to(device)
+    found = gate_confidence_triton(probe, logits, combine, read, judge)
+    expected = gate_confidence_reference(probe, logits, combine, read, judge)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    for row in (0, 5, 8) if device == "cuda" else (8,):
+        part = slice(row, row + 1)
+        alone = gate_confidence_triton(probe[part], logits[part], combine, read[part], judge)
+        assert torch.equal(alone, found[part])
+    logits[3, vocab - 1], logits[2, 0] = torch.nan, torch.inf
+    spoilt = gate_confidence_triton(probe, logits, combine, read, judge)
+    assert spoilt[2:4].isnan().all()
+    torch.testing.assert_close(spoilt[[0, 1, 4, 5]], found[[0, 1, 4, 5]], atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("shift", [-100.0, 100.0])
+def test_a_constant_added_to_the_logits_changes_nothing(device: str, shift: float) -> None:
+    logits, probe = (
+        (torch.randn(16, 1300, device=device) * 1024).round() / 1024,
+        torch.randn(16, device=device),
+    )
+    logits[:, 5] += torch.arange(16, device=device) / 2
+    combine = torch.tensor([0.1, 1.0, 0.05, -3.0], device=device)
+    sure = gate_confidence_triton(probe, logits, combine, None, None)
+    assert torch.equal(gate_confidence_triton(probe, logits + shift, combine, None, None), sure)
+
+
+def _decided(device: str, rows: int, judged: bool) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], GateRule]:
+    logits, read = torch.randn(rows, 1030, device=device) * 2, torch.randn(rows, 7, device=device)
+    probe, judge = torch.randn(rows, device=device) + 1, _judge(7, 4, device) if judged else None
+    combine = torch.tensor([0.7, 0.4, 0.2, 0.5], device=device)
+    sure = gate_confidence_reference(probe, logits, combine, read, None if judge is None else judge.parts)
+    thresholds = sure * torch.tensor([0.8, 1.2], device=device).repeat(rows)[:rows]
+    thresholds[::5] = torch.inf
+    return (probe, read, logits, thresholds), GateRule(combine, 0.8, judge)
+
+
+@pytest.mark.parametrize("judged", [False, True])
+@pytest.mark.usefixtures("dispatched")
+def test_decisions(device: str, judged: bool) -> None:
+    tensors, rule = _decided(device, 33, judged)
+    found = gate_decisions(*tensors, rule)
+    expected = gate_decisions_reference(*tensors, rule)
+    near = (expected[0] - tensors[3]).abs() < 1e-5
+    torch.testing.assert_close(found[0], expected[0], atol=1e-5, rtol=1e-4)
+    assert torch.equal(found[1][~near], expected[1][~near])
+    assert torch.equal(found[2], expected[2])
+    assert found[1].dtype == found[2].dtype == torch.bool
+    assert 1 < int(found[1].sum()) <= int(found[2].sum()) < 33
+    for count in (1, 2, 3, 17) if device == "cuda" else (1, 3):
+        a, b, c, d = (part[-count:] for part in tensors)
+        assert all(map(torch.equal, gate_decisions(a, b, c, d, rule), (part[-count:] for part in found)))
+    tensors[2][int(found[1].nonzero()[0]), 3] = torch.nan
+    tensors[0][int(found[1].nonzero()[1])] = torch.nan
+    spoilt = gate_decisions(*tensors, rule)
+    changed = (spoilt[1] != found[1]).nonzero().flatten()
+    assert torch.equal(changed, found[1].nonzero().flatten()[:2])
+    a, b, c, d = (part[:0] for part in tensors)
+    assert [part.shape for part in gate_decisions(a, b, c, d, rule)] == [(0,)] * 3
+
+
+def test_no_row_passes_a_screen_of_nothing_at_an_infinite_threshold(device: str) -> None:
+    (probe, read, logits, thresholds), rule = _decided(device, 6, False)
+    found = decide_triton(probe, logits, thresholds, 0.0, rule.combine, read, None)
+    assert found[2].tolist() == [False, True, True, True, True, False]
+    assert found[0][[0, 5]].tolist() == [0.0, 0.0]
+
+
+@pytest.mark.usefixtures("dispatched")
+def test_what_does_not_fit_is_refused(device: str) -> None:
+    (probe, read, logits, thresholds), rule = _decided(device, 6, True)
+    with pytest.raises(
+        ValueError, match=r"thresholds \[5\] and logits \[6, 1030\] are not \[6\] and \[6, S\]"
+    ):
+        gate_decisions(probe, read, logits, thresholds[:5], rule)
+    with pytest.raises(ValueError, match="the largest 4 of only 3 logits"):
+        gate_decisions(probe, read, logits[:, :3], thresholds, rule)
+
+
+def test_shapes_are_known_without_data(device: str) -> None:
+    with FakeTensorMode():
+        row = torch.empty(5, device=device)
+        combine = torch.empty(4, device=device)
+        logits = torch.empty(5, 50, device=device)
+        found = decide_triton(row, logits, row, 0.5, combine, None, None)
+        assert [(part.shape[0], part.dtype) for part in found] == [
+            (5, torch.float32),
+            (5, torch.bool),
+            (5, torch.bool),
+        ]
+        assert probe_logit_triton(
+            logits, torch.empty(50, device=device), torch.empty((), device=device)
+        ).shape == (5,)
+
+
+def _head(device: str, dtype: torch.dtype, layer: bool, judged: bool, listed: bool) -> ExitHead:
+    size, units, vocab = 48, 9, 300
+    norm = Norm(
+        "layer" if layer else "rms", 1 + torch.randn(size) / 5, torch.randn(size) if layer else None, 1e-5
+    )
+    probe = ExitProbe(torch.randn(units, size) / 7, torch.randn(units), torch.randn(units), torch.tensor(3.0))
+    judge = ExitJudge(*_judge(units, 5, "cpu").parts) if judged else None
+    shortlist = Shortlist(torch.arange(0, vocab, 3)) if listed else None
+    combine = torch.tensor([0.5, 0.4, 0.2, 0.0])
+    adapter = torch.randn(size, size) / size**0.5
+    return ExitHead(3, norm, adapter, probe, combine, 0.7, judge, shortlist).to(device, dtype)
+
+
+@pytest.mark.parametrize("layer", [False, True])
+@pytest.mark.usefixtures("dispatched")
+def test_state(device: str, layer: bool) -> None:
+    weights = _head(device, torch.float32, layer, False, False).weights
+    hidden = torch.randn(9, 48, device=device)
+    state, logit, units = exit_state(hidden, weights)
+    norm = (weights.norm, weights.norm_bias, weights.eps)
+    expected = exit_state_reference(hidden, norm, weights.adapter, weights.probe)
+    for found, wanted in zip((state, logit, units), expected, strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match=r"expected \[tokens, 48\]"):
+        exit_state(hidden[:, :4], weights)
+
+
+@pytest.mark.parametrize(
+    ("layer", "judged", "listed", "parts"),
+    [
+        (False, False, False, 512),
+        (True, True, False, 5),
+        (False, True, True, 512),
+        on_gpu_only(False, False, False, 5),
+        on_gpu_only(True, True, False, 512),
+        on_gpu_only(False, True, True, 5),
+    ],
+)
+def test_a_gate_is_that_of_separate_steps(
+    device: str, layer: bool, judged: bool, listed: bool, parts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head = _head(device, torch.float32, layer, judged, listed)
+    matrix = torch.randn(300, 48, device=device) / 4
+    hidden = torch.randn(13, 48, device=device)
+    sure = _gate_on_cpu(head, hidden, torch.zeros(13), matrix).confidence.to(device)
+    thresholds = sure * torch.tensor(
+        [0.5, 1.5, torch.inf, 0.9, 1.1, 0.8, 1.2, 0.5, 0.5, 0.5, 1.1, 1.1, 0.9], device=device
+    )
+    hidden[4, 7] = torch.nan
+
+    def project(state: Tensor) -> Tensor:
+        return torch.cat([row[None] @ matrix.T for row in state]) if len(state) else state @ matrix.T
+
+    expected = _gate_on_cpu(head, hidden, thresholds, matrix)
+    for module in _DISPATCHES:
+        monkeypatch.setattr(f"{module}.triton_runs", lambda device: True)
+    monkeypatch.setattr("exeunt.compression.exits._ROWS_AT_ONCE", parts)
+    found = head.gate(hidden, thresholds, project)
+    torch.testing.assert_close(found.confidence.cpu(), expected.confidence, atol=1e-4, rtol=1e-4)
+    near = ((expected.confidence - thresholds.cpu()).abs() < 1e-4).cpu()
+    assert torch.equal(found.leaves.cpu()[~near], expected.leaves[~near])
+    assert found.looked.tolist() == expected.looked.tolist()
+    assert not bool(found.leaves[[2, 4]].any())
+    assert 0 < int(found.leaves.sum()) < 13
+    assert found.logits.shape == (int(found.leaves.sum()), 300)
+    state = head.read(hidden[found.leaves])[0]
+    torch.testing.assert_close(found.logits, project(state), atol=1e-4, rtol=1e-4)
+    rows = gate_rows(hidden, thresholds, head.weights, head.rule, lambda state: head.decisive(project(state)))
+    assert torch.equal(rows.leaves, found.leaves)
+    nobody = head.gate(hidden, torch.full_like(thresholds, torch.inf), project)
+    assert not bool(nobody.leaves.any())
+    assert len(nobody.looked) == len(nobody.logits) == 0
+    assert len(head.gate(hidden[:0], thresholds[:0], project).confidence) == 0
+
+
+def _gate_on_cpu(head: ExitHead, hidden: Tensor, thresholds: Tensor, matrix: Tensor) -> GateResult:
+    there = head.to("cpu", torch.float32)
+    return there.gate(hidden.cpu(), thresholds.cpu(), lambda state: state @ matrix.cpu().T)

@@ -1,0 +1,169 @@
+"""The GPU's full-precision linear against PyTorch's, and rows that do not know each other, to the bit."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from exeunt.kernels.full_linear import triton as module
+from exeunt.kernels.full_linear.triton import full_linear_triton
+from exeunt.kernels.rows.norm import RowNorm
+from tests.kernels.triton.linear_checks import (
+    IEEE_WARNINGS,
+    TOLERANCE,
+    captured,
+    finished,
+    normed,
+    poisoned_memory,
+    relative_error,
+    sizes_on,
+    whole_programs,
+)
+
+pytestmark = IEEE_WARNINGS
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+@pytest.mark.parametrize(
+    ("dtype", "outputs", "inputs", "tokens"),
+    [
+        (BF16, 70, 323, 1),
+        (BF16, 64, 512, 33),
+        (FP16, 129, 600, 3),
+        (FP32, 65, 578, 17),
+        (FP32, 3, 7, 2),
+        (BF16, 1, 1, 1),
+    ],
+)
+def test_result_is_pytorchs(
+    seed: int,
+    device: str,
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
+    outputs: int,
+    inputs: int,
+    tokens: int,
+) -> None:
+    weight = torch.randn(outputs, inputs, device=device).to(dtype)
+    x = torch.randn(tokens, inputs, device=device).to(dtype)
+    bias = torch.randn(outputs, device=device).to(dtype)
+    with poisoned_memory(monkeypatch):
+        out = full_linear_triton(x, weight, bias)
+    assert out.dtype == dtype
+    expected = x.double() @ weight.double().t() + bias.double()
+    assert relative_error(out, expected) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("split", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "activation", "gated", "added", "kind"),
+    [
+        (BF16, "silu", True, True, "rms"),
+        (FP32, "gelu", True, False, None),
+        (FP32, "gelu_new", False, True, "layer"),
+        (FP16, "relu", False, False, "rms"),
+    ],
+)
+def test_epilogues(
+    seed: int,
+    device: str,
+    monkeypatch: pytest.MonkeyPatch,
+    split: bool,
+    dtype: torch.dtype,
+    activation: str,
+    gated: bool,
+    added: bool,
+    kind: str | None,
+) -> None:
+    outputs, inputs, tokens = 72, 520, 4
+    weight = torch.randn(outputs, inputs, device=device).to(dtype) / 16
+    x = torch.randn(tokens, inputs, device=device).to(dtype)
+    bias = torch.randn(outputs, device=device).to(dtype)
+    columns = outputs // 2 if gated else outputs
+    residual = torch.randn(tokens, columns, device=device).to(dtype) if added else None
+    norm = None
+    if kind is not None:
+        factors = torch.randn(2, inputs, device=device).to(dtype)
+        norm = (
+            RowNorm("rms", factors[0], None, 1e-5)
+            if kind == "rms"
+            else RowNorm("layer", factors[0], factors[1], 1e-5)
+        )
+    rows = x if norm is None else normed(x, norm)
+    expected = finished(rows.float() @ weight.float().t() + bias.float(), dtype, activation, gated)
+    if residual is not None:
+        expected = residual + expected
+    whole_programs(monkeypatch, module, split)
+    with poisoned_memory(monkeypatch):
+        out = full_linear_triton(
+            x, weight, bias, norm=norm, activation=activation, gated=gated, residual=residual
+        )
+    rounded_twice = 2 if gated or norm is not None else 1  # and the interpreter truncates a norm's result
+    assert relative_error(out, expected) < TOLERANCE[dtype] * rounded_twice
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_row_has_the_same_bits_in_every_call(
+    seed: int, device: str, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    weight = torch.randn(70, 544, device=device).to(dtype)
+    x = torch.randn(70, 544, device=device).to(dtype)
+    alone = torch.cat([full_linear_triton(row, weight) for row in x[:3, None]])
+    for split, sizes in sizes_on(device):
+        whole_programs(monkeypatch, module, split)
+        for tokens in sizes:
+            order = torch.randperm(70, device=device)[:tokens]
+            places = torch.randperm(tokens, device=device)[:3]
+            order[places] = torch.arange(len(places), device=device)
+            out = full_linear_triton(x[order], weight)
+            assert torch.equal(out[places], alone[: len(places)]), (split, tokens)
+    assert torch.equal(
+        full_linear_triton(x[:2], weight[5:40]), alone[:2, 5:40]
+    )  # some outputs, the same bits
+
+
+def test_nan_stays_in_its_row(seed: int, device: str) -> None:
+    weight = torch.randn(40, 512, device=device)
+    x = torch.randn(4, 512, device=device)
+    clean = full_linear_triton(x, weight)
+    x[1, 7] = float("nan")
+    out = full_linear_triton(x, weight)
+    assert torch.equal(out[[0, 2, 3]], clean[[0, 2, 3]])
+    assert bool(out[1].isnan().all())
+
+
+def test_strided_inputs_and_no_rows(seed: int, device: str) -> None:
+    wide, weight = torch.randn(4, 3, 193, device=device), torch.randn(96, 24, device=device).t()
+    expected = full_linear_triton(wide[:, 1, 1:97].contiguous(), weight.contiguous())
+    assert torch.equal(full_linear_triton(wide[:, 1, 1:97], weight), expected)
+    assert full_linear_triton(wide[:0, 0, :96], weight).shape == (0, 24)
+
+
+def test_what_does_not_fit_is_refused(device: str) -> None:
+    weight, x = torch.randn(24, 96, device=device), torch.randn(2, 96, device=device)
+    with pytest.raises(ValueError, match="95 features"):
+        full_linear_triton(x[:, 1:], weight)
+    with pytest.raises(TypeError, match="bfloat16"):
+        full_linear_triton(x.bfloat16(), weight)
+    with pytest.raises(ValueError, match="the bias is"):
+        full_linear_triton(x, weight, x[0])
+
+
+def test_fake_tensors_pass_through(device: str) -> None:
+    with FakeTensorMode():
+        x, weight = (torch.empty(rows, 96, dtype=BF16, device=device) for rows in (3, 24))
+        out = full_linear_triton(x, weight, activation="silu", gated=True)
+    assert out.shape == (3, 12)
+    assert out.dtype == BF16
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("tokens", [1, 16, 40])
+def test_graph_replays_to_the_same_bits(seed: int, tokens: int) -> None:
+    weight, x = (torch.randn(rows, 2048, device="cuda").bfloat16() for rows in (4096, tokens))
+    expected = full_linear_triton(x, weight)
+    assert relative_error(expected, x.float() @ weight.float().t()) < TOLERANCE[BF16]
+    for _ in range(20):  # programs arrive in another order every time
+        assert torch.equal(full_linear_triton(x, weight), expected)
+    assert torch.equal(captured(lambda: full_linear_triton(x, weight)), expected)

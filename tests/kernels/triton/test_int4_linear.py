@@ -1,0 +1,244 @@
+"""The GPU's INT4 linear against its reference: layouts, epilogues, and rows that do not know each other, to the bit."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from exeunt.kernels.int4_linear import triton as module
+from exeunt.kernels.int4_linear.native import PackedInt4
+from exeunt.kernels.int4_linear.pairs import PairedInt4, pack_pairs
+from exeunt.kernels.int4_linear.reference import int4_linear_reference
+from exeunt.kernels.int4_linear.triton import int4_linear_triton
+from exeunt.kernels.int4_linear.weight import Int4Weight, dequantize, quantize
+from exeunt.kernels.rows.norm import RowNorm
+from tests.kernels.triton.linear_checks import (
+    IEEE_WARNINGS,
+    TOLERANCE,
+    captured,
+    finished,
+    normed,
+    poisoned_memory,
+    relative_error,
+    sizes_on,
+    whole_programs,
+)
+
+pytestmark = IEEE_WARNINGS
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+def make_weight(outputs: int, inputs: int, group: int, device: str) -> Int4Weight:
+    return quantize(
+        torch.randn(outputs, inputs, device=device) * torch.rand(outputs, 1, device=device), group
+    )
+
+
+def unpaired(weight: PairedInt4) -> Tensor:
+    """The weight [out, in] in float32, read off the paired layout."""
+    codes = torch.stack((weight.codes & 15, weight.codes >> 4), 1).float()  # [pairs, 2, out, group]
+    params = weight.params.contiguous().view(torch.float16).view(*weight.params.shape, 2).float()
+    values = codes * params[..., :1] + params[..., 1:]
+    return values.permute(2, 0, 1, 3).flatten(1)[:, : weight.in_features]
+
+
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "group"), [(70, 324, 32), (5, 246, 64), (9, 40, 6), (33, 256, 128), (2, 2, 2)]
+)
+def test_pairs_hold_the_canonical_weight(
+    seed: int, device: str, outputs: int, inputs: int, group: int
+) -> None:
+    weight = make_weight(outputs, inputs, group, device)
+    paired = pack_pairs(weight)
+    assert torch.equal(unpaired(paired), dequantize(weight, FP32))
+    wanted = torch.randperm(outputs, device=device)[: max(1, outputs // 2)]
+    assert torch.equal(unpaired(paired.pick(wanted)), dequantize(weight, FP32)[wanted])
+    assert torch.equal(unpaired(paired.rows(1, outputs)), dequantize(weight, FP32)[1:])
+
+
+def test_pairs_take_the_same_bytes(device: str) -> None:
+    weight = make_weight(64, 512, 32, device)
+    assert pack_pairs(weight).nbytes == weight.nbytes
+    with pytest.raises(ValueError, match="paired INT4"):
+        PairedInt4(weight.codes, weight.scales, 32, 512, 64)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "outputs", "inputs", "group", "tokens"),
+    [
+        (BF16, 70, 324, 32, 1),
+        (BF16, 64, 512, 32, 33),
+        (FP16, 129, 600, 64, 3),
+        (FP32, 65, 578, 128, 17),
+        (FP32, 70, 324, 32, 2),
+        (FP16, 31, 640, 256, 16),
+        (BF16, 9, 40, 6, 5),
+        (FP32, 40, 1030, 48, 1),
+        (BF16, 1, 2, 2, 1),
+    ],
+)
+def test_result_is_the_references(
+    seed: int,
+    device: str,
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
+    outputs: int,
+    inputs: int,
+    group: int,
+    tokens: int,
+) -> None:
+    weight = make_weight(outputs, inputs, group, device)
+    x, bias = (
+        torch.randn(tokens, inputs, device=device).to(dtype),
+        torch.randn(outputs, device=device).to(dtype),
+    )
+    paired = pack_pairs(weight)
+    with poisoned_memory(monkeypatch):
+        out = int4_linear_triton(x, paired, bias)
+    assert out.dtype == dtype
+    expected = int4_linear_reference(x.float(), weight, bias.float())
+    assert relative_error(out, expected) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("split", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "activation", "gated", "added", "biased", "kind"),
+    [
+        (BF16, "silu", True, False, False, "rms"),
+        (FP32, "gelu_new", True, True, True, "layer"),
+        (FP32, "gelu", False, False, True, "layer"),
+        (FP16, "relu", False, True, False, None),
+        (FP32, "gelu_pytorch_tanh", False, False, False, "rms"),
+        (BF16, None, False, True, True, None),
+    ],
+)
+def test_epilogues(
+    seed: int,
+    device: str,
+    monkeypatch: pytest.MonkeyPatch,
+    split: bool,
+    dtype: torch.dtype,
+    activation: str | None,
+    gated: bool,
+    added: bool,
+    biased: bool,
+    kind: str | None,
+) -> None:
+    outputs, inputs, tokens = 90, 512, 5
+    weight = make_weight(outputs, inputs, 32, device)
+    x = torch.randn(tokens, inputs, device=device).to(dtype)
+    bias = torch.randn(outputs, device=device).to(dtype) if biased else None
+    columns = outputs // 2 if gated else outputs
+    residual = torch.randn(tokens, 2 * columns, device=device).to(dtype)[:, :columns] if added else None
+    norm = None
+    if kind == "rms":
+        norm = RowNorm("rms", torch.randn(inputs, device=device).to(dtype), None, 1e-5)
+    if kind == "layer":
+        factors = torch.randn(2, inputs, device=device).to(dtype)
+        norm = RowNorm("layer", factors[0], factors[1], 1e-5)
+    rows = x if norm is None else normed(x, norm)
+    product = int4_linear_reference(rows.float(), weight, None if bias is None else bias.float())
+    expected = finished(product, dtype, activation, gated)
+    if residual is not None:
+        expected = residual + expected
+    whole_programs(monkeypatch, module, split)
+    with poisoned_memory(monkeypatch):
+        out = int4_linear_triton(
+            x, weight, bias, norm=norm, activation=activation, gated=gated, residual=residual
+        )
+    rounded_twice = 2 if gated or norm is not None else 1  # and the interpreter truncates a norm's result
+    assert relative_error(out, expected) < TOLERANCE[dtype] * rounded_twice
+    if residual is not None:
+        assert out is residual
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_row_has_the_same_bits_in_every_call(
+    seed: int, device: str, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    weight = pack_pairs(make_weight(64, 544, 32, device))
+    x = torch.randn(70, 544, device=device).to(dtype)
+    alone = torch.cat([int4_linear_triton(row, weight, activation="silu", gated=True) for row in x[:3, None]])
+    for split, sizes in sizes_on(device):
+        whole_programs(monkeypatch, module, split)
+        for tokens in sizes:
+            order = torch.randperm(70, device=device)[:tokens]
+            places = torch.randperm(tokens, device=device)[:3]
+            order[places] = torch.arange(len(places), device=device)
+            out = int4_linear_triton(x[order], weight, activation="silu", gated=True)
+            assert torch.equal(out[places], alone[: len(places)]), (split, tokens)
+
+
+def test_some_outputs_have_the_whole_layers_bits(seed: int, device: str) -> None:
+    weight = pack_pairs(make_weight(150, 544, 64, device))
+    x = torch.randn(2, 544, device=device).half()
+    whole = int4_linear_triton(x, weight)
+    wanted = torch.randperm(150, device=device)[:70]
+    assert torch.equal(int4_linear_triton(x, weight.pick(wanted)), whole[:, wanted])
+    assert torch.equal(int4_linear_triton(x, weight.rows(33, 140)), whole[:, 33:140])
+
+
+def test_nan_and_infinity_stay_in_their_rows(seed: int, device: str) -> None:
+    weight = make_weight(40, 512, 32, device)
+    x = torch.randn(5, 512, device=device)
+    clean = int4_linear_triton(x, weight)
+    x[1, 7], x[3, 500] = float("nan"), float("inf")
+    out = int4_linear_triton(x, weight)
+    assert torch.equal(out[[0, 2, 4]], clean[[0, 2, 4]])
+    assert bool(out[1].isnan().all())
+    assert not bool(out[3].isfinite().any())
+
+
+def test_rows_of_a_larger_tensor_and_no_rows(seed: int, device: str) -> None:
+    weight = pack_pairs(make_weight(24, 96, 32, device))
+    wide = torch.randn(4, 3, 193, device=device)
+    expected = int4_linear_triton(wide[:, 1, 1:97].contiguous(), weight)
+    assert torch.equal(int4_linear_triton(wide[:, 1, 1:97], weight), expected)
+    assert torch.equal(
+        int4_linear_triton(wide[:, 1, 1:97].t().contiguous().t(), weight), expected
+    )  # columns first
+    assert int4_linear_triton(wide[:0, 0, :96], weight).shape == (0, 24)
+
+
+def test_what_does_not_fit_is_refused(device: str) -> None:
+    weight = pack_pairs(make_weight(24, 96, 32, device))
+    x = torch.randn(2, 96, device=device)
+    with pytest.raises(ValueError, match="95 features"):
+        int4_linear_triton(x[:, 1:], weight)
+    with pytest.raises(TypeError, match="float64"):
+        int4_linear_triton(x.double(), weight)
+    with pytest.raises(ValueError, match="the bias is"):
+        int4_linear_triton(x, weight, x[0])
+    with pytest.raises(ValueError, match="'tanh'"):
+        int4_linear_triton(x, weight, activation="tanh")
+    with pytest.raises(ValueError, match="gated"):
+        int4_linear_triton(x, weight, gated=True)
+    with pytest.raises(ValueError, match="residual"):
+        int4_linear_triton(x, weight, residual=x)
+    with pytest.raises(TypeError, match="packed for the CPU"):
+        int4_linear_triton(x, PackedInt4.__new__(PackedInt4))
+
+
+def test_fake_tensors_pass_through(device: str) -> None:
+    weight = pack_pairs(make_weight(24, 96, 32, device))
+    with FakeTensorMode() as mode:
+        fake = PairedInt4(mode.from_tensor(weight.codes), mode.from_tensor(weight.params), 32, 96, 24)
+        x = torch.empty(3, 96, dtype=BF16, device=device)
+        out = int4_linear_triton(x, fake, activation="relu")
+    assert out.shape == (3, 24)
+    assert out.dtype == BF16
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("tokens", [1, 16, 40])
+def test_graph_replays_to_the_same_bits(seed: int, tokens: int) -> None:
+    weight = pack_pairs(make_weight(4096, 2048, 32, "cuda"))
+    x = torch.randn(tokens, 2048, device="cuda").bfloat16()
+    expected = int4_linear_triton(x, weight)
+    reference = x.float() @ unpaired(weight).t()
+    assert relative_error(expected, reference) < TOLERANCE[BF16]
+    for _ in range(20):  # programs arrive in another order every time
+        assert torch.equal(int4_linear_triton(x, weight), expected)
+    assert torch.equal(captured(lambda: int4_linear_triton(x, weight)), expected)
