@@ -21,7 +21,7 @@ serve: $(STAMP) ## calibrate the packaged model on first use, then serve it on h
 	$(BIN)/exeunt serve
 
 test: $(STAMP) ## run the test suite
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 check: $(STAMP) ## format, lint, types, tests, README commands
 	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/check

@@ -11,6 +11,8 @@ import torch
 # For ``scripts``, which is no part of the installed package. Last, so that it hides nothing.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 torch.set_num_threads(min(2, os.cpu_count() or 1))
+if not torch.cuda.is_available():  # before anything imports Triton, whose own functions look at it then
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture

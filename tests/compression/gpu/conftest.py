@@ -1,12 +1,7 @@
 """A GPU's way through the decoder, on a GPU where there is one, else under Triton's interpreter on the CPU."""
 
-import os
-
 import pytest
 import torch
-
-if not torch.cuda.is_available():  # before any kernel is defined: Triton looks at it then
-    os.environ["TRITON_INTERPRET"] = "1"
 
 import exeunt.kernels.gpu
 import exeunt.kernels.native.library

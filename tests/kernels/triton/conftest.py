@@ -1,7 +1,6 @@
 """Triton kernels on a GPU where there is one, else under Triton's interpreter, which runs them on the CPU."""
 
 import importlib.util
-import os
 from pathlib import Path
 
 import pytest
@@ -9,9 +8,6 @@ import torch
 
 import exeunt.kernels.native.library
 from tests.kernels.triton.on_gpu import patch_language_once
-
-if not torch.cuda.is_available():  # before any kernel is defined: Triton looks at it then
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 class NeedsTriton(pytest.Module):
