@@ -23,6 +23,8 @@ SHORTEST_CONTEXT: Final = 512
 """Contexts are rounded up to this many tokens times a power of two."""
 MOST_GRAPHS: Final = 192
 """Graphs that one decoder keeps: beyond it passes run without, so that their memory has a bound."""
+SPARE_MEMORY: Final = 0.05
+"""The share of the device's memory that captures leave free: passes without graphs need room too."""
 
 RunBlocks = Callable[[Tensor, PagedBatch, KVPages, int, int], Tensor]
 """The state behind a run of blocks of the state in front of it, which it may overwrite."""
@@ -79,8 +81,12 @@ class DecodeGraphs:
     All graphs share one pool of memory: they run one after the other, and what a graph leaves is copied at once.
     """
 
-    def __init__(self, run_blocks: RunBlocks) -> None:
+    def __init__(self, run_blocks: RunBlocks, most_context: int) -> None:
+        """`most_context` tokens are the longest that a sequence may become: a graph's context never exceeds its
+        `rounded_context`, for which rotary tables must be laid out before the first capture."""
         self._run_blocks = run_blocks
+        self._most_context = rounded_context(most_context)
+        self._told = False  # that no more graphs are captured
         self._pool: Any = None  # what `torch.cuda.graph_pool_handle` gives
         self._inputs: dict[tuple[int, int, int], Inputs] = {}
         self._graphs: dict[tuple[int, int, int, int, int], _Captured | None] = {}
@@ -105,10 +111,12 @@ class DecodeGraphs:
         tokens = next((size for size in TOKENS if size >= batch.tokens), None)
         if tokens is None or batch.tokens == 0 or batch.rows > tokens:
             return None
-        context = _rounded_context(batch.max_context)
+        context = rounded_context(batch.max_context)
+        if context > self._most_context:
+            return None
         key = (start, stop, tokens, context, id(pages))
         if key not in self._graphs:
-            if self.count >= MOST_GRAPHS:
+            if not self._may_capture(hidden.device):
                 return None
             self._pages[id(pages)] = pages
             self._graphs[key] = self._captured(hidden, pages, start, stop, tokens, context)
@@ -119,17 +127,32 @@ class DecodeGraphs:
         captured.graph.replay()
         return captured.out[: batch.tokens].clone()
 
+    def _may_capture(self, device: torch.device) -> bool:
+        """Whether one more graph has a place; one warning says when that is over."""
+        free, total = torch.cuda.mem_get_info(device)
+        if self.count < MOST_GRAPHS and free >= SPARE_MEMORY * total:
+            return True
+        if not self._told:
+            self._told = True
+            _log.warning(
+                "%d CUDA graphs are captured and %d of %d bytes are free: passes of sizes not yet met run without",
+                self.count,
+                free,
+                total,
+            )
+        return False
+
     def _captured(
         self, hidden: Tensor, pages: KVPages, start: int, stop: int, tokens: int, context: int
     ) -> _Captured | None:
-        """Capture a pass that is all padding; None, and a warning, where the GPU has no room for it."""
+        """Capture a pass that is all padding; None, and a warning, where that fails, for want of memory most often."""
         before = torch.cuda.memory_reserved(hidden.device)
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), torch.cuda.device(hidden.device):
                 captured = self._capture(hidden, pages, start, stop, tokens, context)
-        except torch.cuda.OutOfMemoryError as error:
+        except RuntimeError as error:  # PyTorch's out of memory is one, the driver's and Triton's come as others
             _log.warning(
-                "No memory for a CUDA graph of %d tokens and a context of %d, such passes run without: %s",
+                "A CUDA graph of %d tokens and a context of %d cannot be captured, such passes run without: %s",
                 tokens,
                 context,
                 str(error).split("\n", 1)[0],
@@ -145,7 +168,8 @@ class DecodeGraphs:
         size = (tokens, context, page_tokens)
         inputs = self._inputs.get(size)
         if inputs is None:
-            inputs = self._inputs[size] = Inputs.empty(tokens, context, page_tokens, hidden)
+            with torch.inference_mode(False):  # what is filled in any mode must be made outside of it
+                inputs = self._inputs[size] = Inputs.empty(tokens, context, page_tokens, hidden)
         else:
             inputs.places.fill_(-1)
         current, side = torch.cuda.current_stream(hidden.device), torch.cuda.Stream(hidden.device)  # type: ignore[no-untyped-call] # torch does not annotate it
@@ -156,12 +180,12 @@ class DecodeGraphs:
         graph = torch.cuda.CUDAGraph()
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
             out = self._run_blocks(inputs.hidden.clone(), inputs.batch, pages, start, stop)
         return _Captured(graph, inputs, out)
 
 
-def _rounded_context(context: int) -> int:
+def rounded_context(context: int) -> int:
     """The context that a graph is captured for: attention's work follows each token's own, not this."""
     rounded = SHORTEST_CONTEXT
     while rounded < context:

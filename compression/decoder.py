@@ -14,7 +14,7 @@ from exeunt.compression.architecture import Architecture
 from exeunt.compression.block import Block, Rotation
 from exeunt.compression.block_weights import read_block, read_embedding, read_output
 from exeunt.compression.checkpoint import open_checkpoint
-from exeunt.compression.decode_graphs import DecodeGraphs
+from exeunt.compression.decode_graphs import DecodeGraphs, rounded_context
 from exeunt.compression.embedding import Embedding
 from exeunt.compression.exit_output import ExitOutput
 from exeunt.compression.kv_format import KVPages
@@ -155,18 +155,24 @@ class Decoder:
             linear_block=linear_block,
         )
 
-    def capture(self) -> DecodeGraphs | None:
+    def capture(self, most_context: int) -> DecodeGraphs | None:
         """Have passes of few tokens run as CUDA graphs from now on, captured as their sizes are met; returns them.
 
-        None, and no change, where that cannot be: on a CPU, without the Triton kernels, with blocks that are read as
-        they are run. Rotary tables are laid out for all positions first: a graph holds their address.
+        None where that cannot be: on a CPU, without the Triton kernels, with blocks that are read as they are run.
+        Sequences may become `most_context` tokens long. Rotary tables are laid out for all of them first: a graph holds
+        their address.
         """
-        if self.streamed or not triton_runs(self.device):
+        self.release_graphs()  # they hold another server's pages
+        if self.streamed or self.device.type != "cuda" or not triton_runs(self.device):
             return None
         if self._rope is not None:
-            self._rope.reserve(self.spec.max_position_embeddings)
-        self._graphs = DecodeGraphs(self._blocks.run)  # anew: those before hold another server's pages
+            self._rope.reserve(rounded_context(most_context))
+        self._graphs = DecodeGraphs(self._blocks.run, most_context)
         return self._graphs
+
+    def release_graphs(self) -> None:
+        """Run every pass operation by operation again; what graphs held, pages among it, is free."""
+        self._graphs = None
 
     def embed(self, token_ids: Tensor, positions: Tensor) -> Tensor:
         """The state in front of block 0, [tokens, hidden], of int64 token ids and positions [tokens]."""

@@ -14,7 +14,10 @@ class DeviceError(ValueError):
 
 
 def find_device(name: str) -> torch.device:
-    """The device called `name`; "auto" is a CUDA device where there is one. Raises DeviceError."""
+    """The device called `name`; "auto" is a CUDA device where there is one. Raises DeviceError.
+
+    A CUDA device becomes this thread's current one: Triton launches kernels there, whatever their tensors say.
+    """
     match = _NAME.fullmatch(name)
     if match is None:
         raise DeviceError(f"it must be {NAMES}")
@@ -30,4 +33,6 @@ def find_device(name: str) -> torch.device:
         raise DeviceError(
             f"PyTorch finds {count} on this machine, use {'one of those' if found else 'cpu or auto'}"
         )
+    if match["index"] is not None:
+        torch.cuda.set_device(int(match["index"]))
     return torch.device(name)

@@ -111,6 +111,7 @@ class Engine:
         self._stage_seconds = 0.0  # of the tick under way
         self._on_stages = on_stages
         self._scheduler = self._new_scheduler()
+        self._model = model
         self._runner = self._new_runner(model)
         self._guard = guard
         self._audits = AuditBook(metrics, None if guard is None else guard.observe)
@@ -151,10 +152,11 @@ class Engine:
         )
 
     def _new_runner(self, model: LoadedModel) -> Runner:
+        self._release_graphs()
         arena = torch.zeros(self._pool.num_pages * self._page_bytes, dtype=torch.uint8, device=model.device)
         if self._config.cuda_graphs:
             for decoder in model.decoders.values():
-                decoder.capture()
+                decoder.capture(self._config.max_model_len)
         share = self._config.audit_share
         return Runner(model, self.plan, arena, self._page_bytes, self._note_stages, share)
 
@@ -235,6 +237,12 @@ class Engine:
         if self._thread.is_alive():
             self._commands.put(self._shut_down)
             self._thread.join()
+        self._release_graphs()
+
+    def _release_graphs(self) -> None:
+        """Let go of captured passes and the pages they hold, this engine's or an earlier one's."""
+        for decoder in self._model.decoders.values():
+            decoder.release_graphs()
 
     def wait_idle(self, timeout_s: float) -> bool:
         """Wait until nothing is queued or running; False at the time-out."""
@@ -298,6 +306,8 @@ class Engine:
             self._on_stages(run)
 
     def _loop(self) -> None:
+        if self._model.device.index is not None:
+            torch.cuda.set_device(self._model.device)  # each thread has its own: kernels launch there
         try:
             while not self._stopping:
                 self._take_commands()

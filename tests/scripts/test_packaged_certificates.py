@@ -23,7 +23,7 @@ def test_each_target_has_a_row_and_kept_targets_are_said_to_be_kept() -> None:
     section = certificate_section(both)
     assert "| 1% | 0.6% (0.3% to 1.2%), 25% leave | 0.4% (0.2% to 0.8%), 25% leave |" in section
     assert "| 10% | 7.0%" in section
-    assert "Every target is kept on both." in section
+    assert "Every target that is certified is kept on both." in section
 
 
 def test_a_broken_target_is_named() -> None:

@@ -153,7 +153,7 @@ def test_captured_passes_give_the_states_of_others_to_the_bit(
     decoder = _decoder("llama", tmp_path, device, torch.bfloat16, weights)
     chunks = [3, 1, 1, 2, 1, 1, 10]
     plain = _states(decoder, kv, [*TEXT], chunks)
-    graphs = decoder.capture()
+    graphs = decoder.capture(64)
     assert isinstance(graphs, DecodeGraphs)
     captured = _states(decoder, kv, [*TEXT], chunks)
     assert torch.equal(captured, plain)
