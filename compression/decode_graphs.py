@@ -150,7 +150,9 @@ class DecodeGraphs:
         try:
             with torch.inference_mode(), torch.cuda.device(hidden.device):
                 captured = self._capture(hidden, pages, start, stop, tokens, context)
-        except RuntimeError as error:  # PyTorch's out of memory is one, the driver's and Triton's come as others
+        except (
+            RuntimeError
+        ) as error:  # PyTorch's out of memory is one, the driver's and Triton's come as others
             _log.warning(
                 "A CUDA graph of %d tokens and a context of %d cannot be captured, such passes run without: %s",
                 tokens,

@@ -55,7 +55,9 @@ def certificate_section(evaluations: Mapping[str, Any]) -> str:
     heads = [
         f"held-out {source}, {evaluation['tokens']:,} tokens" for source, evaluation in evaluations.items()
     ]
-    verdict = f"NOT kept: {', '.join(broken)}." if broken else "Every target that is certified is kept on both."
+    verdict = (
+        f"NOT kept: {', '.join(broken)}." if broken else "Every target that is certified is kept on both."
+    )
     return SECTION.format(
         heads=" | ".join(heads), rules=" --- |" * len(heads), rows="\n".join(rows), verdict=verdict
     )
