@@ -50,10 +50,17 @@ def _launched() -> set[str]:
     names = set()
     for path in sorted(folder.rglob("*.py")):
         module = ".".join(path.relative_to(folder).with_suffix("").parts)
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+        imports = [node for node in nodes if isinstance(node, ast.ImportFrom)]
+        homes = {
+            each.name: str(node.module).removeprefix("exeunt.kernels.")
+            for node in imports
+            for each in node.names
+        }
+        for node in nodes:
             match node:  # kernel[grid](…)
                 case ast.Call(func=ast.Subscript(value=ast.Name(id=name))):
-                    names.add(f"{module}.{name}")
+                    names.add(f"{homes.get(name, module)}.{name}")
     return names
 
 
