@@ -175,7 +175,7 @@ class ForcedModel:
         for part in self._parts(len(kept)):
             gate = self.exits[number].gate(hidden[part], thresholds[part], self.decoder.project_exit)
             leaves[part] = gate.leaves
-            looked = torch.zeros_like(gate.leaves)
+            looked = torch.zeros(len(gate.leaves), dtype=torch.bool, device=hidden.device)
             looked[gate.looked] = True
             asked(number, kept[part], looked)
             if bool(gate.leaves.any()):

@@ -121,12 +121,18 @@ class Block:
         self.out.add_to(hidden, attended.reshape(hidden.shape[0], self.spec.query_size))
         return self.down.add_to(hidden, self._inner(self.mlp_norm(hidden)))
 
+    @property
+    def kv_rows(self) -> Linear:
+        """The part of the QKV product that gives keys and values."""
+        if self._kv_rows is None:
+            spec = self.spec
+            self._kv_rows = self.qkv.rows(spec.query_size, spec.query_size + 2 * spec.kv_size)
+        return self._kv_rows
+
     def project_kv(self, hidden: Tensor, rotation: Rotation, slots: Tensor, kv: KVBlock) -> None:
         """Write this block's keys and values of `hidden` [tokens, hidden] to `slots`, without attending."""
         spec = self.spec
-        if self._kv_rows is None:
-            self._kv_rows = self.qkv.rows(spec.query_size, spec.query_size + 2 * spec.kv_size)
-        heads = self._kv_rows(self.attention_norm(hidden)).view(
+        heads = self.kv_rows(self.attention_norm(hidden)).view(
             hidden.shape[0], 2, spec.kv_heads, spec.head_dim
         )
         keys = heads[:, 0]

@@ -3,33 +3,40 @@
 A graph is captured for a run of blocks over some pages, a number of tokens and a length of context, each rounded up to
 one of few sizes. What is padded writes nothing and attends to nothing, and the kernels are row-invariant: a token's
 state is that of a pass without graphs, to the bit. Tokens of several positions of a row (backfill, drafts, a short
-chunk of a prompt) go the same way as decode steps.
+chunk of a prompt) go the same way as decode steps. The keys and values that tokens owe to blocks they skip are
+projected in graphs of their own.
 """
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final
+from functools import lru_cache
+from typing import Final, Protocol
 
 import torch
 from torch import Tensor
 
+from exeunt.compression.graph_pool import TOKENS, Captured, GraphPool, size_for
 from exeunt.compression.kv_format import KVPages
-from exeunt.kernels.paged_batch import PagedBatch
+from exeunt.kernels.paged_batch import BatchLayout, PagedBatch
 
-TOKENS: Final = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
-"""Numbers of tokens that graphs are captured for: a batch takes the next one up, a larger batch none."""
+__all__ = ["TOKENS", "DecodeGraphs", "Inputs", "padded_layout", "rounded_context"]
+
 SHORTEST_CONTEXT: Final = 512
 """Contexts are rounded up to this many tokens times a power of two."""
 MOST_GRAPHS: Final = 192
-"""Graphs that one decoder keeps: beyond it passes run without, so that their memory has a bound."""
-SPARE_MEMORY: Final = 0.05
-"""The share of the device's memory that captures leave free: passes without graphs need room too."""
+"""Graphs that one decoder keeps of its blocks: beyond it passes run without, so that their memory has a bound."""
 
-RunBlocks = Callable[[Tensor, PagedBatch, KVPages, int, int], Tensor]
-"""The state behind a run of blocks of the state in front of it, which it may overwrite."""
 
-_log = logging.getLogger(__name__)
+class CapturedBlocks(Protocol):
+    """What graphs hold of a decoder's blocks."""
+
+    def run(self, hidden: Tensor, batch: PagedBatch, pages: KVPages, start: int, stop: int) -> Tensor:
+        """The state behind a run of blocks of the state in front of it, which it may overwrite."""
+        ...
+
+    def project_kv(self, hidden: Tensor, batch: PagedBatch, pages: KVPages, start: int, stop: int) -> None:
+        """Write the keys and values that a run of blocks makes of an exit's state."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,42 +44,65 @@ class Inputs:
     """What the graphs of one size read: static tensors, filled before each launch."""
 
     hidden: Tensor  # [tokens, hidden]
-    places: Tensor  # [2, tokens] int64: positions, slots; -1 is padding
-    batch: PagedBatch  # over `places`, each padded token a row of its own
+    layout: BatchLayout  # of `numbers`
+    numbers: Tensor  # [layout.numbers] int64
+    batch: PagedBatch  # over `numbers`, each padded token a row of its own
     ramp: Tensor  # [2 * tokens + 1] int32: 0, 1, … up to tokens, then tokens
 
     @classmethod
     def empty(cls, tokens: int, context: int, page_tokens: int, hidden: Tensor) -> "Inputs":
         """Inputs that are all padding, for states like `hidden` [any, hidden] and pages of `page_tokens`."""
         device = hidden.device
-        places = torch.full((2, tokens), -1, dtype=torch.int64, device=device)
+        layout = padded_layout(tokens, context, page_tokens)
+        numbers = torch.zeros(layout.numbers, dtype=torch.int64, device=device)
         ramp = torch.arange(2 * tokens + 1, dtype=torch.int32, device=device).clamp_(max=tokens)
-        tables = torch.zeros(tokens, -(-context // page_tokens), dtype=torch.int32, device=device)
-        batch = PagedBatch(places[0], places[1], ramp[: tokens + 1].clone(), tables, context)
-        return cls(hidden.new_zeros(tokens, hidden.shape[1]), places, batch, ramp)
+        batch = layout.batch(numbers, tokens, tokens, context)
+        batch.query_starts.copy_(ramp[: tokens + 1])
+        inputs = cls(hidden.new_zeros(tokens, hidden.shape[1]), layout, numbers, batch, ramp)
+        inputs.clear()
+        return inputs
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors."""
+        return self.hidden.nbytes + self.numbers.nbytes + self.ramp.nbytes
+
+    def clear(self) -> None:
+        """Make every token padding."""
+        self.numbers[: self.layout.places].fill_(-1)
 
     def fill(self, hidden: Tensor, batch: PagedBatch) -> None:
         """Take over a batch of no more tokens and no longer contexts; what is left over becomes padding."""
+        self.hidden[: batch.tokens].copy_(hidden)
+        packed = batch.packed
+        if packed is not None and packed.layout == self.layout:  # padded where it was made
+            self.numbers.copy_(packed.numbers)
+            return
+        self._fill_places(batch)
         tokens, rows, size = batch.tokens, batch.rows, self.hidden.shape[0]
-        self.hidden[:tokens].copy_(hidden)
-        if tokens < size:
-            self.places[:, tokens:].fill_(-1)
-        self.batch.positions[:tokens].copy_(batch.positions)
-        self.batch.slots[:tokens].copy_(batch.slots)
         starts = self.batch.query_starts
         starts[: rows + 1].copy_(batch.query_starts)
         starts[rows + 1 :].copy_(self.ramp[tokens + 1 : tokens + 1 + size - rows])
         width = min(batch.page_tables.shape[1], self.batch.page_tables.shape[1])
         self.batch.page_tables[:rows, :width].copy_(batch.page_tables[:, :width])
 
+    def fill_places(self, hidden: Tensor, batch: PagedBatch) -> None:
+        """Take over no more than where a batch's tokens are and go, and their states."""
+        self.hidden[: batch.tokens].copy_(hidden)
+        packed, places = batch.packed, self.layout.places
+        if packed is not None and packed.layout.tokens == self.layout.tokens:
+            self.numbers[:places].copy_(packed.numbers[:places])
+        else:
+            self._fill_places(batch)
 
-@dataclass(frozen=True, slots=True)
-class _Captured:
-    """A graph, the inputs it reads and the state it leaves."""
+    def _fill_places(self, batch: PagedBatch) -> None:
+        if batch.tokens < self.layout.tokens:
+            self.clear()
+        self.batch.positions[: batch.tokens].copy_(batch.positions)
+        self.batch.slots[: batch.tokens].copy_(batch.slots)
 
-    graph: torch.cuda.CUDAGraph
-    inputs: Inputs
-    out: Tensor  # [tokens, hidden]
+
+_Key = tuple[str, int, int, int, int, int]
 
 
 class DecodeGraphs:
@@ -81,110 +111,98 @@ class DecodeGraphs:
     All graphs share one pool of memory: they run one after the other, and what a graph leaves is copied at once.
     """
 
-    def __init__(self, run_blocks: RunBlocks, most_context: int) -> None:
+    def __init__(self, blocks: CapturedBlocks, most_context: int, pool: GraphPool) -> None:
         """`most_context` tokens are the longest that a sequence may become: a graph's context never exceeds its
         `rounded_context`, for which rotary tables must be laid out before the first capture."""
-        self._run_blocks = run_blocks
+        self.pool = pool
+        self._blocks = blocks
         self._most_context = rounded_context(most_context)
-        self._told = False  # that no more graphs are captured
-        self._pool: Any = None  # what `torch.cuda.graph_pool_handle` gives
         self._inputs: dict[tuple[int, int, int], Inputs] = {}
-        self._graphs: dict[tuple[int, int, int, int, int], _Captured | None] = {}
+        self._graphs: dict[_Key, tuple[Captured[Tensor | None], Inputs] | None] = {}
         self._pages: dict[int, KVPages] = {}  # keeps the ids in the keys from being another's
-        self._nbytes = 0
 
     @property
     def count(self) -> int:
         """Graphs captured so far."""
-        return sum(captured is not None for captured in self._graphs.values())
+        return sum(found is not None for found in self._graphs.values())
 
     @property
     def nbytes(self) -> int:
-        """Bytes of device memory that captures took."""
-        return self._nbytes
+        """Bytes of device memory that captures took, with what their graphs read."""
+        graphs = sum(found[0].nbytes for found in self._graphs.values() if found is not None)
+        return graphs + sum(inputs.nbytes for inputs in self._inputs.values())
 
     def run(self, hidden: Tensor, batch: PagedBatch, pages: KVPages, start: int, stop: int) -> Tensor | None:
         """The state behind block `stop` - 1 of `hidden` [tokens, hidden] in front of block `start`; `hidden` stays.
 
         None where no graph fits: too many tokens, too many graphs, or a capture that failed.
         """
-        tokens = next((size for size in TOKENS if size >= batch.tokens), None)
-        if tokens is None or batch.tokens == 0 or batch.rows > tokens:
-            return None
         context = rounded_context(batch.max_context)
-        if context > self._most_context:
+        tokens = size_for(batch.tokens)
+        if tokens is None or batch.rows > tokens or context > self._most_context:
             return None
-        key = (start, stop, tokens, context, id(pages))
+        blocks = self._blocks
+
+        def run(inputs: Inputs) -> Tensor:
+            return blocks.run(inputs.hidden.clone(), inputs.batch, pages, start, stop)
+
+        found = self._found(("run", start, stop, tokens, context, id(pages)), hidden, pages, run)
+        if found is None:
+            return None
+        captured, inputs = found
+        inputs.fill(hidden, batch)
+        captured.replay()
+        return None if captured.result is None else captured.result[: batch.tokens].clone()
+
+    def project_kv(self, hidden: Tensor, batch: PagedBatch, pages: KVPages, start: int, stop: int) -> bool:
+        """Write the keys and values that blocks `start` to `stop` - 1 make of `hidden` [tokens, hidden].
+
+        False where no graph fits, and nothing is written.
+        """
+        tokens = size_for(batch.tokens)
+        if tokens is None or batch.max_context > self._most_context:
+            return False
+        blocks = self._blocks
+
+        def project(inputs: Inputs) -> None:
+            blocks.project_kv(inputs.hidden, inputs.batch, pages, start, stop)
+
+        # nothing attends: how long contexts are does not matter
+        key = ("project", start, stop, tokens, SHORTEST_CONTEXT, id(pages))
+        found = self._found(key, hidden, pages, project)
+        if found is None:
+            return False
+        captured, inputs = found
+        inputs.fill_places(hidden, batch)
+        captured.replay()
+        return True
+
+    def _found(
+        self, key: _Key, hidden: Tensor, pages: KVPages, run: Callable[[Inputs], Tensor | None]
+    ) -> tuple[Captured[Tensor | None], Inputs] | None:
+        """The graph of `key` and what it reads, captured over nothing but padding where it is new."""
         if key not in self._graphs:
-            if not self._may_capture(hidden.device):
+            if not self.pool.may_capture(self.count, MOST_GRAPHS):
                 return None
+            _, _, _, tokens, context, _ = key
             self._pages[id(pages)] = pages
-            self._graphs[key] = self._captured(hidden, pages, start, stop, tokens, context)
-        captured = self._graphs[key]
-        if captured is None:
-            return None
-        captured.inputs.fill(hidden, batch)
-        captured.graph.replay()
-        return captured.out[: batch.tokens].clone()
-
-    def _may_capture(self, device: torch.device) -> bool:
-        """Whether one more graph has a place; one warning says when that is over."""
-        free, total = torch.cuda.mem_get_info(device)
-        if self.count < MOST_GRAPHS and free >= SPARE_MEMORY * total:
-            return True
-        if not self._told:
-            self._told = True
-            _log.warning(
-                "%d CUDA graphs are captured and %d of %d bytes are free: passes of sizes not yet met run without",
-                self.count,
-                free,
-                total,
+            size = (tokens, context, pages.layout.page_tokens)
+            captured = self.pool.capture(
+                f"{tokens} tokens and a context of {context}",
+                lambda: self._make_inputs(size, hidden),
+                lambda: run(self._inputs[size]),
             )
-        return False
+            self._graphs[key] = None if captured is None else (captured, self._inputs[size])
+        return self._graphs[key]
 
-    def _captured(
-        self, hidden: Tensor, pages: KVPages, start: int, stop: int, tokens: int, context: int
-    ) -> _Captured | None:
-        """Capture a pass that is all padding; None, and a warning, where that fails, for want of memory most often."""
-        before = torch.cuda.memory_reserved(hidden.device)
-        try:
-            with torch.inference_mode(), torch.cuda.device(hidden.device):
-                captured = self._capture(hidden, pages, start, stop, tokens, context)
-        except (
-            RuntimeError
-        ) as error:  # PyTorch's out of memory is one, the driver's and Triton's come as others
-            _log.warning(
-                "A CUDA graph of %d tokens and a context of %d cannot be captured, such passes run without: %s",
-                tokens,
-                context,
-                str(error).split("\n", 1)[0],
-            )
-            return None
-        self._nbytes += max(0, torch.cuda.memory_reserved(hidden.device) - before)
-        return captured
-
-    def _capture(
-        self, hidden: Tensor, pages: KVPages, start: int, stop: int, tokens: int, context: int
-    ) -> _Captured:
-        page_tokens = pages.layout.page_tokens
-        size = (tokens, context, page_tokens)
-        inputs = self._inputs.get(size)
-        if inputs is None:
-            with torch.inference_mode(False):  # what is filled in any mode must be made outside of it
-                inputs = self._inputs[size] = Inputs.empty(tokens, context, page_tokens, hidden)
-        else:
-            inputs.places.fill_(-1)
-        current, side = torch.cuda.current_stream(hidden.device), torch.cuda.Stream(hidden.device)  # type: ignore[no-untyped-call] # torch does not annotate it
-        side.wait_stream(current)
-        with torch.cuda.stream(side):  # compiles what has not run yet, which a capture does not allow
-            self._run_blocks(inputs.hidden.clone(), inputs.batch, pages, start, stop)
-        current.wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        with torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
-            out = self._run_blocks(inputs.hidden.clone(), inputs.batch, pages, start, stop)
-        return _Captured(graph, inputs, out)
+    def _make_inputs(self, size: tuple[int, int, int], hidden: Tensor) -> None:
+        """Inputs of that size that are all padding."""
+        if size in self._inputs:
+            self._inputs[size].clear()
+            return
+        with torch.inference_mode(False):  # what is filled in any mode must be made outside of it
+            inputs = self._inputs[size] = Inputs.empty(*size, hidden)
+        self.pool.note(inputs.nbytes)
 
 
 def rounded_context(context: int) -> int:
@@ -193,3 +211,9 @@ def rounded_context(context: int) -> int:
     while rounded < context:
         rounded *= 2
     return rounded
+
+
+@lru_cache(maxsize=1024)
+def padded_layout(tokens: int, context: int, page_tokens: int) -> BatchLayout:
+    """How the numbers of a graph's batch lie: `tokens` tokens, as many rows, pages for `context` tokens each."""
+    return BatchLayout(tokens, tokens, -(-rounded_context(context) // page_tokens))

@@ -17,14 +17,15 @@ from exeunt.compression.checkpoint import open_checkpoint
 from exeunt.compression.decode_graphs import DecodeGraphs, rounded_context
 from exeunt.compression.embedding import Embedding
 from exeunt.compression.exit_output import ExitOutput
+from exeunt.compression.graph_pool import GraphPool
 from exeunt.compression.kv_format import KVPages
 from exeunt.compression.linear import FullLinear, Linear
 from exeunt.compression.linear_block import LinearBlock
 from exeunt.compression.resident_blocks import DecoderBlocks, ResidentBlocks
 from exeunt.compression.rope import RopeTables
+from exeunt.compression.row_graphs import StepGraphs
 from exeunt.compression.streamed_blocks import StreamedBlocks
 from exeunt.compression.weights import WeightSource
-from exeunt.kernels.gpu import triton_runs
 from exeunt.kernels.paged_batch import PagedBatch
 
 
@@ -67,6 +68,7 @@ class Decoder:
         self._blocks = blocks if linear_block is None else blocks.with_linear_block(linear_block)
         self._rope = rope
         self._graphs: DecodeGraphs | None = None
+        self._step_graphs: StepGraphs | None = None
 
     @classmethod
     def load(
@@ -155,24 +157,39 @@ class Decoder:
             linear_block=linear_block,
         )
 
-    def capture(self, most_context: int) -> DecodeGraphs | None:
-        """Have passes of few tokens run as CUDA graphs from now on, captured as their sizes are met; returns them.
+    def capture(self, most_context: int, shared: StepGraphs | None = None) -> DecodeGraphs | None:
+        """Have passes, heads and gates of few tokens run as CUDA graphs from now on, captured as their sizes are met.
 
-        None where that cannot be: on a CPU, without the Triton kernels, with blocks that are read as they are run.
-        Sequences may become `most_context` tokens long. Rotary tables are laid out for all of them first: a graph holds
-        their address.
+        Returns those of passes over blocks; None where that cannot be: on a CPU, without the Triton kernels, with
+        blocks that are read as they are run. Sequences may become `most_context` tokens long. Rotary tables are laid
+        out for all of them first: a graph holds their address. Decoders of one model may have `shared` graphs.
         """
         self.release_graphs()  # they hold another server's pages
-        if self.streamed or self.device.type != "cuda" or not triton_runs(self.device):
+        blocks = self._blocks
+        if not (isinstance(blocks, ResidentBlocks) and self.device.type == "cuda" and blocks.all_fused):
             return None
         if self._rope is not None:
             self._rope.reserve(rounded_context(most_context))
-        self._graphs = DecodeGraphs(self._blocks.run, most_context)
+        self._step_graphs = shared or StepGraphs(GraphPool(self.device))
+        self._project_exit.replay_in(self._step_graphs)
+        self._graphs = DecodeGraphs(blocks, most_context, self._step_graphs.pool)
         return self._graphs
 
     def release_graphs(self) -> None:
-        """Run every pass operation by operation again; what graphs held, pages among it, is free."""
+        """Run every pass operation by operation again; what graphs held, pages among it, is free.
+
+        Shared graphs are let go of for all that share them.
+        """
         self._graphs = None
+        self._project_exit.replay_in(None)
+        if self._step_graphs is not None:
+            self._step_graphs.release()
+            self._step_graphs = None
+
+    @property
+    def step_graphs(self) -> StepGraphs | None:
+        """What captured graphs share, None where none are captured."""
+        return self._step_graphs
 
     def embed(self, token_ids: Tensor, positions: Tensor) -> Tensor:
         """The state in front of block 0, [tokens, hidden], of int64 token ids and positions [tokens]."""
@@ -206,9 +223,11 @@ class Decoder:
         """Write the keys and values that blocks `start` to `stop` - 1 make of the exit state `hidden`.
 
         `hidden` [tokens, hidden] is the state behind block `start` - 1, of which every skipped block is given the
-        same. One native call on a CPU; elsewhere full-precision blocks go as one stacked matrix (see KVProjection).
+        same. One native call on a CPU, each block's own rows on a GPU; elsewhere full-precision blocks go as one
+        stacked matrix (see KVProjection).
         """
-        self._blocks.project_kv(hidden, batch, pages, start, stop)
+        if self._graphs is None or not self._graphs.project_kv(hidden, batch, pages, start, stop):
+            self._blocks.project_kv(hidden, batch, pages, start, stop)
 
     def final_norm(self, hidden: Tensor) -> Tensor:
         """The state that the output matrix reads, [tokens, hidden]."""
@@ -242,13 +261,21 @@ class Decoder:
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits [tokens, vocab] float32 of the state behind the last block."""
+        if self._step_graphs is not None:
+            key = ("the model's head", id(self._embedding), id(self._output))
+            found = self._step_graphs.run(key, lambda hidden: (self._head(hidden),), hidden)
+            if found is not None:
+                return found[0].clone()
+        return self._head(hidden)
+
+    def _head(self, hidden: Tensor) -> Tensor:
         return self.project(self.final_norm(hidden))
 
     def resident_bytes(self) -> dict[str, int]:
         """Bytes held, by kind: embedding, full, int4 (linears; the output matrix, unless it is the embedding itself,
         among them), norms (with biases), kv_projection, exit_output (where exits read another form), exit_shortlists
-        (copies of rows of what exits read), rope, linear_block. Tensors that another decoder shares count in both; of
-        streamed blocks those of the one held."""
+        (copies of rows of what exits read), rope, linear_block, cuda_graphs (and what they read and leave). What
+        another decoder shares counts in both; of streamed blocks those of the one held."""
         sizes = {"embedding": self._embedding.nbytes, **self._blocks.nbytes()}
         sizes["norms"] += self._embedding.final_norm.nbytes
         if not (isinstance(self._output, FullLinear) and self._output.weight is self._embedding.tokens):
@@ -259,4 +286,5 @@ class Decoder:
         sizes["exit_shortlists"] = self._project_exit.shortlist_bytes
         sizes["rope"] = self._rope.nbytes if self._rope is not None else 0
         sizes["linear_block"] = self.linear_block.nbytes if self.linear_block is not None else 0
+        sizes["cuda_graphs"] = self._step_graphs.pool.nbytes if self._step_graphs is not None else 0
         return sizes

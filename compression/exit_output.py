@@ -8,6 +8,7 @@ from torch import Tensor
 
 from exeunt.compression.linear import Linear
 from exeunt.compression.native_matrix import NotNativeError, native_matrix
+from exeunt.compression.row_graphs import StepGraphs
 from exeunt.kernels.native.descriptors import Matrix
 
 
@@ -49,6 +50,7 @@ class ExitOutput:
     linear: Linear
     dtype: torch.dtype  # of the states
     matrix: Matrix | None = field(init=False, repr=False)
+    graphs: StepGraphs | None = field(init=False, repr=False, default=None)  # see `replay_in`
     _held: list[Tensor] = field(init=False, repr=False, default_factory=list)  # what `matrix` points into
     _picked: "dict[bytes, ExitOutput]" = field(init=False, repr=False, default_factory=dict)
     _source: Linear | None = field(
@@ -64,6 +66,19 @@ class ExitOutput:
 
     def __call__(self, state: Tensor) -> Tensor:
         return self.linear(state).float()
+
+    def captured(self, state: Tensor) -> Tensor:
+        """The same logits, by a captured graph where there is one."""
+        if self.graphs is not None:
+            key = ("an exit's projection", id(self.linear))
+            found = self.graphs.run(key, lambda state: (self(state),), state)
+            if found is not None:
+                return found[0].clone()
+        return self(state)
+
+    def replay_in(self, graphs: StepGraphs | None) -> None:
+        """Have gates and projections of few rows run as graphs from now on, or, with None, no longer."""
+        object.__setattr__(self, "graphs", graphs)
 
     def only(self, shortlist: Shortlist) -> "ExitOutput":
         """The same for the tokens of `shortlist` alone: logits [K, S], with the native kernels bit for bit the whole

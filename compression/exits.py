@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from exeunt.compression.exit_output import ExitOutput, Shortlist
+from exeunt.compression.gate_steps import GateSteps
 from exeunt.compression.norm import Norm
 from exeunt.kernels.exit_gate import (
     ExitWeights,
@@ -42,7 +43,6 @@ FEATURES: Final = ("opinion", "top_log_odds", "margin")
 judge's logit, or the probe's where there is no judge; the others are of the logits that decide."""
 
 _WHOLE_VECTORS: Final = 64  # a multiple of what PyTorch computes at once on any processor
-_ROWS_AT_ONCE: Final = 512  # on a GPU, where all rows' logits are made: a gigabyte or less of them
 METADATA_KEY: Final = "exits"
 _JUDGE_PARTS: Final = ("top_weight", "hidden_bias", "output_weight", "output_bias")
 
@@ -96,7 +96,10 @@ class ExitReading:
 
 @dataclass(frozen=True, slots=True)
 class GateResult:
-    """What the gate of one exit decided for T rows, K of which were looked at; L of them leave."""
+    """What the gate of one exit decided for T rows, K of which were looked at; L of them leave.
+
+    All but the logits are on the host: what becomes of a row is decided there.
+    """
 
     confidence: Tensor  # [T] float32, probability that exit and full model agree; 0 for rows not looked at
     leaves: Tensor  # [T] bool
@@ -213,11 +216,12 @@ class ExitHead:
         `project` maps states [K, H] to logits [K, V]. An `ExitOutput` looks at the rows that pass the screen with the
         shortlist alone, where there is one, and is asked for all logits of those that leave; on a CPU the whole gate
         is then one native call. Of another function's logits the shortlist's columns are taken. NaN anywhere in a row
-        keeps that row, and only that row, from leaving. On a GPU all rows are projected, and the device is waited for
-        once every 512 rows.
+        keeps that row, and only that row, from leaving. On a GPU all rows are projected, the thresholds may still be on
+        the host, and the device is waited for once every 512 rows; what was decided is then on the host.
         """
         if triton_runs(hidden.device):
-            return self._gate_in_parts(hidden, thresholds, project)
+            steps = GateSteps(id(self), self.decide, self.shortlist is not None)
+            return GateResult(*steps.run(hidden, thresholds, project))
         found = self._native_gate(hidden, thresholds, project)
         if found is not None:
             return found
@@ -251,32 +255,6 @@ class ExitHead:
         """
         short = project if self.shortlist is None else self._short(project)
         return gate_rows(hidden, thresholds, self.weights, self.rule, short)
-
-    def _gate_in_parts(
-        self, hidden: Tensor, thresholds: Tensor, project: Callable[[Tensor], Tensor]
-    ) -> GateResult:
-        """`gate` out of `decide`: the device is asked once for each part which rows were looked at and leave."""
-        confidence, leaves = (
-            thresholds.new_zeros(len(hidden)),
-            thresholds.new_zeros(len(hidden), dtype=torch.bool),
-        )
-        looked, logits = [thresholds.new_zeros(0, dtype=torch.int64)], []
-        for start in range(0, len(hidden), _ROWS_AT_ONCE):
-            part = slice(start, start + _ROWS_AT_ONCE)
-            rows = self.decide(hidden[part], thresholds[part], project)
-            confidence[part], leaves[part] = rows.confidence, rows.leaves
-            passing, leaving = (
-                mark.nonzero().squeeze(1).to(hidden.device)
-                for mark in torch.stack((rows.looked, rows.leaves)).cpu()
-            )
-            looked.append(passing + start)
-            if len(leaving):
-                known = (
-                    rows.logits[leaving] if self.shortlist is None else project(rows.state[leaving]).float()
-                )
-                logits.append(known)
-        kept = torch.cat(logits) if logits else thresholds.new_zeros((0, 0))
-        return GateResult(confidence, leaves, torch.cat(looked), kept)
 
     def _native_gate(
         self, hidden: Tensor, thresholds: Tensor, project: Callable[[Tensor], Tensor]

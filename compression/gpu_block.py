@@ -50,5 +50,24 @@ def run_fused(block: Block, hidden: Tensor, table: Tensor | None, batch: PagedBa
     return block.down.fused(inner, residual=hidden)
 
 
+def project_fused(block: Block, hidden: Tensor, table: Tensor | None, batch: PagedBatch, kv: KVBlock) -> None:
+    """`Block.project_kv` in a product and one kernel that turns, rotates and writes; arguments as `run_fused`'s.
+
+    What is written are the bits that the block itself would write of `hidden`, in any company.
+    """
+    spec = block.spec
+    rows = block.kv_rows.fused(hidden, norm=_row_norm(block.attention_norm))
+    turn_and_write_kv(
+        rows.view(hidden.shape[0], 2 * spec.kv_heads, spec.head_dim),
+        table,
+        batch.positions,
+        batch.slots,
+        kv,
+        0,
+        None if block.head_norm is None else block.head_norm[spec.heads :],
+        spec.norm_eps,
+    )
+
+
 def _row_norm(norm: Norm) -> RowNorm:
     return RowNorm(norm.kind, norm.weight, norm.bias, norm.eps)

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import torch
 
@@ -19,13 +19,20 @@ from exeunt.compression.bundle_weights import full_source, int4_source
 from exeunt.compression.checkpoint import open_checkpoint
 from exeunt.compression.decoder import Decoder
 from exeunt.compression.exits import ExitHead
+from exeunt.compression.graph_pool import GraphPool
 from exeunt.compression.kv_format import KVLayout, kv_layout
 from exeunt.compression.linear import Linear
 from exeunt.compression.manifest import ExitRecord, Manifest
+from exeunt.compression.row_graphs import StepGraphs
 from exeunt.compression.variant import KVFormat, Variant, WeightFormat
 from exeunt.compression.weights import WeightError
 
 WeightChoice = Literal["int4", "full", "both"]
+
+_SHARED: Final = frozenset(
+    ("embedding", "norms", "rope", "linear_block", "exit_output", "exit_shortlists", "cuda_graphs")
+)
+"""Kinds of resident bytes that decoders have in common."""
 
 
 class ModelLoadError(ValueError):
@@ -115,7 +122,7 @@ class LoadedModel:
         for (_, linear), decoder in self.decoders.items():
             for kind, size in decoder.resident_bytes().items():
                 own = not linear
-                if kind in ("embedding", "norms", "rope", "linear_block", "exit_output", "exit_shortlists"):
+                if kind in _SHARED:
                     total[kind] = max(total.get(kind, 0), size)
                 else:
                     total[kind] = total.get(kind, 0) + (size if own else 0)
@@ -123,6 +130,21 @@ class LoadedModel:
             total["exit_output"] = 0  # it is that decoder's own output matrix
         total["exits"] = sum(head.nbytes for head in self.exits)
         return total
+
+    def capture(self, most_context: int) -> StepGraphs | None:
+        """Have all decoders' passes of few tokens run as CUDA graphs, which share what they can; see `Decoder.capture`.
+
+        None where none can.
+        """
+        self.release_graphs()
+        graphs = StepGraphs(GraphPool(self.device))
+        captured = [decoder.capture(most_context, graphs) for decoder in self.decoders.values()]
+        return graphs if any(each is not None for each in captured) else None
+
+    def release_graphs(self) -> None:
+        """Let go of captured graphs and the pages they hold."""
+        for decoder in self.decoders.values():
+            decoder.release_graphs()
 
     def _check_held(self, variant: Variant) -> None:
         if (variant.weights, variant.linear_block) in self.decoders and variant.kv_cache in self.kv_formats:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from exeunt.compression.architecture import Architecture
 from exeunt.compression.block import Block, BlockFrame, Rotation
-from exeunt.compression.gpu_block import run_fused, runs_fused
+from exeunt.compression.gpu_block import project_fused, run_fused, runs_fused
 from exeunt.compression.kv_format import KVPages
 from exeunt.compression.kv_projection import KVProjection
 from exeunt.compression.linear_block import LinearBlock
@@ -167,8 +167,20 @@ class ResidentBlocks:
                 hidden = block.run(hidden, rotation, batch, pages.block(index))
         return hidden
 
+    @property
+    def all_fused(self) -> bool:
+        """Whether all blocks run in a GPU's fused kernels: those know padding."""
+        return all(isinstance(block, LinearBlock) or runs_fused(block, self._device) for block in self.blocks)
+
     def _project_kv(self, hidden: Tensor, batch: PagedBatch, pages: KVPages, start: int, stop: int) -> None:
-        """`project_kv` without the native kernel: full-precision blocks as one stacked matrix, INT4 ones each."""
+        """`project_kv` without the native kernel: on a GPU each block by itself, elsewhere full-precision blocks as one
+        stacked matrix and INT4 ones each."""
+        if self.all_fused:
+            table = self._rotation_table(batch)
+            for blocks in self._runs(start, stop):
+                for block in blocks:
+                    project_fused(block, hidden, table, batch, pages.block(block.index))
+            return
         rotation = self._rotation(batch)
         for blocks in self._runs(start, stop):
             first, last = blocks[0].index, blocks[-1].index + 1

@@ -134,6 +134,7 @@ def serve(
         bool | None,
         typer.Option("--enforce-eager", help=setting_help("enforce_eager"), show_default=False),
     ] = None,
+    tuning_seconds: Annotated[str | None, setting("tuning_seconds", "SECONDS")] = None,
     scheduling: Annotated[str | None, setting("scheduling", "POLICY")] = None,
     longest_wait: Annotated[str | None, setting("longest_wait", "SECONDS")] = None,
     request_timeout: Annotated[str | None, setting("request_timeout", "SECONDS")] = None,

@@ -14,6 +14,7 @@ from exeunt.compression.kv_format import kv_layout, page_bytes_for
 from exeunt.compression.memory import free_bytes, named
 from exeunt.compression.model import LoadedModel, load_bundle, load_plain_model
 from exeunt.compression.variant import Variant
+from exeunt.deploy.tuning import tune_launches
 from exeunt.server.engine_config import EngineConfig
 from exeunt.server.settings import Settings
 
@@ -107,7 +108,16 @@ def resolve_dtype(dtype: str) -> torch.dtype | None:
 
 
 def load_model(source: Source, settings: Settings) -> LoadedModel:
-    """The model, ready to run. Raises what `load_bundle` and `load_plain_model` raise, and SettingsError."""
+    """The model, ready to run, its fastest launches searched for where a GPU's are not known.
+
+    Raises what `load_bundle` and `load_plain_model` raise, and SettingsError.
+    """
+    model = _loaded(source, settings)
+    tune_launches(model, settings.tuning_seconds)
+    return model
+
+
+def _loaded(source: Source, settings: Settings) -> LoadedModel:
     device, dtype = resolve_device(settings.device), resolve_dtype(settings.dtype)
     if source.is_bundle:
         return load_bundle(source.path, device=device, dtype=dtype, weights=settings.weights)

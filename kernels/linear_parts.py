@@ -9,15 +9,16 @@ order. Both ways add the same numbers in the same order.
 
 A tile is outputs × tokens: the weights are the tensor cores' left operand, which they take from the registers that
 the weights were unpacked into. With two warps a program Triton picks `mma.sync` on every GPU, whatever the tile's
-number of tokens (with four it would turn to `wgmma` for some tiles on Hopper, whose sums may differ).
+number of tokens; with four or eight it turns to `wgmma` on Hopper. Its sums of full weights are the same to the bit
+(seen on an H200, and tested on every GPU that runs the tests); those of INT4 weights are not, whose inputs `mma.sync`
+takes in an order of its own: all INT4 tiles have two warps. On other GPUs than Hopper's all tiles have.
 """
 
 # Kernels are written in Triton's language: their arguments have no Python types, and compile-time ones are upper case.
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
 # ruff: noqa: N803, N806
 
-import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
@@ -25,31 +26,70 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from exeunt.kernels.codes_triton import INTERPRETED
+from exeunt.kernels.linear_tiles import Tile
 from exeunt.kernels.rows.norm import RowNorm
+from exeunt.kernels.tuned.launches import tuned_launch
 
 ACTIVATIONS: Final = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
-
-# Triton's interpreter multiplies the bits of bfloat16 as integers, truncates to it, and knows no inline assembly.
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @dataclass(frozen=True, slots=True)
 class LinearTiles:
-    """The sizes that the kernels run with. None of them changes with the rows of a call, but for a tile's rows."""
+    """The sizes that the kernels run with; `most_parts` and `part_inputs` say how sums are cut, the others how fast."""
 
-    outputs: int = 64  # of one tile; half of them gate and half of them up where the layer is gated
-    warps: int = 2
-    stages: int = 4  # tiles of weights on the way at once
+    full: tuple[Tile, ...] = (Tile(8, 64, 4), Tile(16, 64, 4), Tile(32, 64, 4), Tile(64, 64, 3, 4))
+    full_wide: Tile = Tile(128, 128, 4, 8)  # for more rows, where there are many tiles even so
+    int4: tuple[Tile, ...] = (Tile(8, 64, 4), Tile(16, 64, 3), Tile(32, 64, 3))
+    int4_wide: Tile = Tile(8, 128, 3)  # for few rows, where there are many parts of tiles even so
+    float32: tuple[Tile, ...] = (Tile(16, 64, 4),)  # no tensor cores: more would not fit the registers
     most_parts: int = 8
     part_inputs: int = 256  # inputs of a part at least
+    many_wide_tiles: int = 128
+    many_wide_parts: int = 1056
     tiles_to_fill: int = (
         264  # tiles from which on one program sums all parts: two a multiprocessor of an H200
     )
-    tiles_to_flood: int = 1056  # tiles from which on it does so for the few rows of a decode step too
+    int4_tiles_to_flood: int = 1056  # the same for few rows of INT4, whose tiles take longer to begin
     split_rows: int = 4  # rows up to which parts are cheap to leave in memory, compared with the weights
+
+    def tile_for(
+        self, tokens: int, in_features: int, outputs: int, dtype: torch.dtype, *, int4: bool
+    ) -> Tile:
+        """The tile for so many rows and outputs of the weight."""
+        if dtype == torch.float32:
+            return self.float32[0]
+        wide = self.int4_wide if int4 else self.full_wide
+        wide_tiles = triton.cdiv(tokens, wide.rows) * triton.cdiv(outputs, wide.outputs)
+        wide_parts = wide_tiles * min(self.most_parts, in_features // self.part_inputs)
+        if int4 and tokens <= wide.rows and wide_parts >= self.many_wide_parts:
+            return wide
+        if not int4 and tokens > self.full[-1].rows and wide_tiles >= self.many_wide_tiles:
+            return wide
+        tiles = self.int4 if int4 else self.full
+        return next((tile for tile in tiles if tile.rows >= tokens), tiles[-1])
+
+    def splits(self, tokens: int, tiles: int, tile: Tile, *, int4: bool) -> bool:
+        """Whether each part of so many tiles' sums has a program of its own."""
+        few = int4 and tokens <= self.split_rows
+        return tile != self.full_wide and tiles < (self.int4_tiles_to_flood if few else self.tiles_to_fill)
 
 
 TILES: Final = LinearTiles()
+# Of two warps, and as small as the shared memory of all GPUs: nobody has measured others, or compared their bits.
+OTHER_TILES: Final = replace(
+    TILES, full=(*TILES.full[:-1], Tile(64, 64, 4)), full_wide=Tile(128, 64, 2), many_wide_tiles=1 << 62
+)
+_HOPPER: Final = 9  # compute capability, before the point
+
+
+def tiles() -> LinearTiles:
+    """The sizes for the GPU that kernels are launched on."""
+    if INTERPRETED.value:
+        return TILES
+    arch = int(triton.runtime.driver.active.get_current_target().arch)
+    return TILES if arch // 10 == _HOPPER else OTHER_TILES
+
 
 MOST_COUNTERS: Final = 2048
 _counters: dict[tuple[int | None, int], Tensor] = {}
@@ -60,28 +100,30 @@ class Launch:
     """How one call runs."""
 
     grid: tuple[int, int, int]
-    rows: int  # of a tile
+    tile: Tile
     parts: int
     split: bool  # whether each part has a program of its own
 
 
-def parts_of(in_features: int, tiles: LinearTiles = TILES) -> int:
+def parts_of(in_features: int) -> int:
     """Into how many parts the sum over this many inputs is cut."""
-    return max(1, min(tiles.most_parts, in_features // tiles.part_inputs))
+    return max(1, min(TILES.most_parts, in_features // TILES.part_inputs))
 
 
 def launch_for(
-    tokens: int, in_features: int, outputs: int, gated: bool, dtype: torch.dtype, tiles: LinearTiles = TILES
+    tokens: int, in_features: int, outputs: int, gated: bool, dtype: torch.dtype, *, int4: bool
 ) -> Launch:
-    """The launch for `tokens` rows of `dtype` and a result of `outputs` columns."""
-    # float32 has no tensor cores here: the operands of a larger tile would not fit the registers
-    rows = 16 if tokens <= 16 or dtype == torch.float32 else 32 if tokens <= 32 else 64
-    columns = tiles.outputs // 2 if gated else tiles.outputs
-    across, down = triton.cdiv(outputs, columns), triton.cdiv(tokens, rows)
-    parts = parts_of(in_features, tiles)
-    enough = tiles.tiles_to_fill if tokens > tiles.split_rows else tiles.tiles_to_flood
-    split = parts > 1 and across * down < min(enough, MOST_COUNTERS)
-    return Launch((down, across, parts if split else 1), rows, parts, split)
+    """The launch for `tokens` rows of `dtype` and a result of `outputs` columns: as measured, else by the rule."""
+    width = 2 * outputs if gated else outputs
+    tuned = tuned_launch(tokens, in_features, width, gated, dtype, int4=int4)
+    rule = tiles()
+    tile = rule.tile_for(tokens, in_features, width, dtype, int4=int4) if tuned is None else tuned.tile
+    columns = tile.outputs // 2 if gated else tile.outputs
+    across, down = triton.cdiv(outputs, columns), triton.cdiv(tokens, tile.rows)
+    parts = parts_of(in_features)
+    split = rule.splits(tokens, across * down, tile, int4=int4) if tuned is None else tuned.split
+    split = split and parts > 1 and across * down <= MOST_COUNTERS
+    return Launch((down, across, parts if split else 1), tile, parts, split)
 
 
 def scratch_for(launch: Launch, tokens: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,64 @@
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class BatchLayout:
+    """Where the numbers of a batch lie in one tensor [numbers] int64: one copy moves them all.
+
+    There is room for `tokens` tokens, `rows` rows and `pages` pages a row. Every part begins at a multiple of 16 bytes:
+    kernels are compiled anew for tensors that do not. Positions come first and then slots, wherever the rest lies.
+    """
+
+    tokens: int
+    rows: int
+    pages: int
+    slots: int = field(init=False, compare=False)  # where slots begin, among numbers of int64
+    places: int = field(init=False, compare=False)  # how many of those positions and slots take at the front
+    starts: int = field(init=False, compare=False)  # where the rows' starts begin, among numbers of int32
+    tables: int = field(init=False, compare=False)  # where the page tables do, row by row
+    numbers: int = field(init=False, compare=False)  # how many int64 numbers there are in all
+
+    def __post_init__(self) -> None:
+        slots = _rounded(self.tokens, 2)
+        tables = 4 * slots + _rounded(self.rows + 1, 4)
+        offsets = {
+            "slots": slots,
+            "places": 2 * slots,
+            "starts": 4 * slots,
+            "tables": tables,
+            "numbers": (tables + _rounded(self.rows * self.pages, 4)) // 2,
+        }
+        for name, offset in offsets.items():
+            object.__setattr__(self, name, offset)
+
+    def batch(self, numbers: Tensor, tokens: int, rows: int, max_context: int) -> "PagedBatch":
+        """The batch of the first `tokens` tokens and `rows` rows: views of `numbers`, which it remembers."""
+        wide = numbers.view(torch.int32)
+        batch = PagedBatch(
+            positions=numbers[:tokens],
+            slots=numbers[self.slots : self.slots + tokens],
+            query_starts=wide[self.starts : self.starts + rows + 1],
+            page_tables=wide[self.tables : self.tables + rows * self.pages].view(rows, self.pages),
+            max_context=max_context,
+        )
+        object.__setattr__(batch, "packed", PackedNumbers(self, numbers))
+        return batch
+
+
+@dataclass(frozen=True, slots=True)
+class PackedNumbers:
+    """The one tensor that holds a batch's numbers, padding included, and how they lie in it."""
+
+    layout: BatchLayout
+    numbers: Tensor  # [layout.numbers] int64
+
+
+def _rounded(count: int, unit: int) -> int:
+    return -(-count // unit) * unit
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +76,7 @@ class PagedBatch:
     query_starts: Tensor  # [rows + 1] int32, row r owns tokens query_starts[r] .. query_starts[r + 1] - 1
     page_tables: Tensor  # [rows, pages] int32, each row's pages in order; entries past its end are ignored
     max_context: int  # 1 + the largest position in the batch
+    packed: PackedNumbers | None = field(default=None, init=False, repr=False, compare=False)
     native: object = field(default=None, init=False, repr=False, compare=False)  # kernels.native keeps it
 
     def __reduce__(self) -> tuple[type["PagedBatch"], tuple[object, ...]]:

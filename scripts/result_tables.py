@@ -16,6 +16,7 @@ PAGES: Final = {
     "docs/performance.md": (
         *("packaged-cpu", "packaged-parts", "packaged-adaptive", "packaged-gaps"),
         "gpu-check-nvidia-h200",
+        "calibration-cost",
     ),
 }
 
@@ -178,12 +179,44 @@ def gaps_tables(record: Row) -> Iterator[str]:
     yield _table(headers, (row(*item) for item in record["results"].items()))
 
 
+def calibration_tables(record: Row) -> Iterator[str]:
+    """Peak memory on models that grow, and time against tokens."""
+
+    def mib(count: int) -> str:
+        return f"{count / 2**20:.0f}"
+
+    def grown(row: Row) -> Sequence[str]:
+        sizes = (row["full_bytes"], row["int4_bytes"], row["embedding_bytes"], row["block_bytes"])
+        worst = max(row["phases"], key=lambda phase: phase["peak"]["anonymous"])
+        peak = row["peak"]["anonymous"] - row["before"]["anonymous"]
+        return (
+            f"{row['parameters'] / 1e6:.0f}M",
+            *map(mib, (*sizes, peak)),
+            str(worst["phase"]).lower(),
+        )
+
+    sizes = ("full weights, MiB", "INT4 weights", "embedding and output matrix", "one full block")
+    headers = ("random Llama", *sizes, "peak of a calibration", "in this step")
+    yield _table(headers, map(grown, record["memory"]))
+    fit = record["time_fit"]
+    timed = [
+        (
+            f"{row['tokens']:,}",
+            f"{row['seconds']:.0f} s",
+            f"{fit['seconds_at_none'] + fit['seconds_per_1000_tokens'] * row['tokens'] / 1000:.0f} s",
+        )
+        for row in record["time"]
+    ]
+    yield _table(("tokens, packaged model", "calibration", "by the line"), iter(timed))
+
+
 _TABLES: Final[Mapping[str, Callable[[Row], Iterator[str]]]] = {
     "packaged-cpu": speed_tables,
     "packaged-eval": eval_tables,
     "packaged-parts": parts_tables,
     "packaged-adaptive": adaptive_tables,
     "packaged-gaps": gaps_tables,
+    "calibration-cost": calibration_tables,
     "gpu-check-nvidia-h200": lambda record: (_table(*each) for each in gpu_tables(record)),
 }
 

@@ -46,8 +46,11 @@ class Auditor:
     The full model is asked about audited tokens in calls of their own, so that no other token can differ by it.
     """
 
-    def __init__(self, share: float, device: torch.device) -> None:
-        self._share, self._device = share, device
+    def __init__(
+        self, share: float, device: torch.device, captured_seconds: Callable[[], float] = lambda: 0.0
+    ) -> None:
+        """`captured_seconds` says what the capturing of CUDA graphs has taken so far, which others account for."""
+        self._share, self._device, self._captured_seconds = share, device, captured_seconds
         self._held: dict[Sequence, dict[int, Tensor]] = {}
         self._comparisons: list[_Comparison] = []
         self._blocks: list[tuple[Row, int]] = []
@@ -162,14 +165,17 @@ class Auditor:
     @contextmanager
     def _aside(self) -> Iterator[None]:
         """Work that is timed apart, and whose failure costs audits and no answer."""
-        began = time.perf_counter()
+        began = self._clock()
         try:
             yield
         except Exception as error:
             log.error("a tick's audits are given up", exc_info=error)
             self._comparisons = []
         finally:
-            self._seconds += time.perf_counter() - began
+            self._seconds += self._clock() - began
+
+    def _clock(self) -> float:
+        return time.perf_counter() - self._captured_seconds()
 
     def _chooses(self, sequence: Sequence, position: int) -> bool:
         """Drafts of the verified mode are all compared anyway, and a scored text is nobody's answer."""

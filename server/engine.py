@@ -152,13 +152,11 @@ class Engine:
         )
 
     def _new_runner(self, model: LoadedModel) -> Runner:
-        self._release_graphs()
+        model.release_graphs()  # an earlier engine's, which hold its pages
         arena = torch.zeros(self._pool.num_pages * self._page_bytes, dtype=torch.uint8, device=model.device)
-        if self._config.cuda_graphs:
-            for decoder in model.decoders.values():
-                decoder.capture(self._config.max_model_len)
+        graphs = model.capture(self._config.max_model_len) if self._config.cuda_graphs else None
         share = self._config.audit_share
-        return Runner(model, self.plan, arena, self._page_bytes, self._note_stages, share)
+        return Runner(model, self.plan, arena, self._page_bytes, self._note_stages, share, graphs)
 
     # -- any thread --
 
@@ -237,12 +235,7 @@ class Engine:
         if self._thread.is_alive():
             self._commands.put(self._shut_down)
             self._thread.join()
-        self._release_graphs()
-
-    def _release_graphs(self) -> None:
-        """Let go of captured passes and the pages they hold, this engine's or an earlier one's."""
-        for decoder in self._model.decoders.values():
-            decoder.release_graphs()
+        self._model.release_graphs()
 
     def wait_idle(self, timeout_s: float) -> bool:
         """Wait until nothing is queued or running; False at the time-out."""
@@ -305,19 +298,23 @@ class Engine:
         if self._on_stages is not None:
             self._on_stages(run)
 
+    def _clock(self) -> float:
+        """Seconds, on a clock that stands still while CUDA graphs are captured."""
+        return time.perf_counter() - self._runner.captured_seconds
+
     def _loop(self) -> None:
         if self._model.device.index is not None:
             torch.cuda.set_device(self._model.device)  # each thread has its own: kernels launch there
         try:
             while not self._stopping:
                 self._take_commands()
-                began, self._stage_seconds = time.perf_counter(), 0.0
+                began, self._stage_seconds = self._clock(), 0.0
                 self._lives.expire()
                 tick = self._scheduler.next_tick()
                 self._lives.note_scheduling()
                 if tick is not None:
                     self._lives.run(tick)
-                    self._costs.ticked(len(tick.rows), time.perf_counter() - began - self._stage_seconds)
+                    self._costs.ticked(len(tick.rows), self._clock() - began - self._stage_seconds)
                     self._drafters.ticked()
                 self._lives.set_gauges(force=tick is None)
         except Exception as error:  # noqa: BLE001 - callers must hear of it, or they wait for ever

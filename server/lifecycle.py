@@ -14,6 +14,7 @@ from exeunt.server.block_account import BlockAccount
 from exeunt.server.detokenizer import StreamDetokenizer, TokenPieces
 from exeunt.server.drafting import Drafter
 from exeunt.server.engine_config import EngineConfig
+from exeunt.server.gauges import Gauges
 from exeunt.server.jobs import Jobs
 from exeunt.server.metrics import Metrics
 from exeunt.server.pages import PagePool, PageTable
@@ -39,9 +40,6 @@ from exeunt.server.tolerant_drafter import TolerantDrafter
 from exeunt.server.verification import Draw, confirmed_draws
 
 log = logging.getLogger("exeunt.engine")
-
-# Scrapes come every few seconds; setting gauges every tick would cost more than it shows.
-_GAUGE_INTERVAL_S = 0.05
 
 
 class Lifecycle:
@@ -74,7 +72,7 @@ class Lifecycle:
         self._jobs = Jobs(on_started, on_ended)
         self._answers: dict[Sequence, Answer] = {}
         self._scores = Scores(plan, self._jobs, scheduler, runner, pool, self._pieces)
-        self._gauges_at = 0.0
+        self._gauges = Gauges(model, metrics, self._jobs, scheduler, pool)
 
     @property
     def holds_nothing(self) -> bool:
@@ -160,13 +158,14 @@ class Lifecycle:
 
     def run(self, tick: Tick) -> None:
         """Run a tick and carry out what it comes to. A row that fails takes its own request with it, no other."""
-        began = time.perf_counter()
+        began = time.perf_counter() - self._runner.captured_seconds
         try:
             results = self._runner.run(tick)
         except Exception as error:  # noqa: BLE001 - whatever a tick raises fails its own requests alone
             self._fail_tick(tick, error)
             return
-        self._scheduler.served(tick.variant, time.perf_counter() - began)
+        ended = time.perf_counter() - self._runner.captured_seconds  # nobody is served by a capture
+        self._scheduler.served(tick.variant, ended - began)
         for result in results:
             if result.row.sequence.status is Status.RUNNING:
                 self._apply_or_fail(result)
@@ -374,19 +373,7 @@ class Lifecycle:
 
     def set_gauges(self, *, force: bool) -> None:
         """Export what is running and held now; without `force` only where that was done some time ago."""
-        now = time.monotonic()
-        if not force and now - self._gauges_at < _GAUGE_INTERVAL_S:
-            return
-        self._gauges_at = now
-        used = {"int4": 0, "full": 0}
-        for sequence in self._scheduler.running_sequences():
-            used[sequence.variant.kv_cache] += len(sequence.table.pages)
-        self._metrics.gauges(
-            self._jobs.running,
-            self._jobs.waiting,
-            self._scheduler.rows_waiting(),
-            {name: pages / self._pool.num_pages for name, pages in used.items()},
-        )
+        self._gauges.set(force=force)
 
 
 _ENDED = {FinishReason.TIMEOUT: "timed out", FinishReason.CANCELLED: "cancelled"}

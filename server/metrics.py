@@ -40,6 +40,20 @@ FailureReason = Literal["internal", "timeout", "shutdown"]
 RejectionReason = Literal["invalid", "unauthorized", "body_too_large", "queue_full", "unavailable"]
 CompressionMethod = Literal["weights", "kv_cache", "linear_block", "early_exit"]
 
+ResidentKind = Literal[
+    "embedding",
+    "full",
+    "int4",
+    "norms",
+    "kv_projection",
+    "exit_output",
+    "exit_shortlists",
+    "rope",
+    "linear_block",
+    "exits",
+    "cuda_graphs",
+]
+
 # Seconds. Small models answer in a few milliseconds, large ones under load take minutes.
 _LATENCY_BUCKETS: Final = (
     *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5),
@@ -110,6 +124,10 @@ class Metrics:
         self._thresholds = {target: thresholds.labels(self._model_name, f"{target}") for target in targets}
         for threshold in self._thresholds.values():
             threshold.set(float("nan"))
+        resident = self._labelled_gauge(
+            "resident_bytes", "Bytes of the model, and of captured CUDA graphs, by kind.", "kind"
+        )
+        self._resident = {kind: resident.labels(self._model_name, kind) for kind in get_args(ResidentKind)}
         self._ready = self._gauge("ready", "1 while a request would be served, 0 while loading or draining.")
         build = Gauge(
             "exeunt_build_info",
@@ -353,6 +371,11 @@ class Metrics:
             gauge.set(rows)
         for name, gauge in self._kv_usage.items():
             gauge.set(kv_usage.get(name, 0.0))
+
+    def resident_bytes(self, sizes: Mapping[str, int]) -> None:
+        """Set the bytes held by kind; what grows while the server runs, CUDA graphs above all, is told again."""
+        for kind, gauge in self._resident.items():
+            gauge.set(sizes.get(kind, 0))
 
     def exit_thresholds(self, thresholds: Mapping[float, float | None]) -> None:
         """Set thresholds of risk targets: None where none is certified (NaN), infinity where no token may leave."""

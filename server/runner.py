@@ -5,17 +5,20 @@ It knows nothing of queues or of requests' lives: the scheduler says which rows 
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from exeunt.compression.decoder import Decoder
+from exeunt.compression.host_memory import staged
 from exeunt.compression.kv_format import KVPages
 from exeunt.compression.model import LoadedModel
+from exeunt.compression.row_graphs import StepGraphs
 from exeunt.compression.variant import Variant
 from exeunt.server.auditor import Auditor
+from exeunt.server.gate_timer import GateTimer
 from exeunt.server.request import SamplingParams
 from exeunt.server.row import Row
 from exeunt.server.row_result import RowResult, Score
@@ -23,7 +26,16 @@ from exeunt.server.sampling import RowSampling, sample_each
 from exeunt.server.sequence import Sequence
 from exeunt.server.stages import StagePlan
 from exeunt.server.tick import Tick
-from exeunt.server.tick_batch import Part, TickBatch, geometry_of, integers, selected, without
+from exeunt.server.tick_batch import (
+    Part,
+    TickBatch,
+    geometry_of,
+    integers,
+    of_tokens,
+    placed,
+    selected,
+    without,
+)
 from exeunt.server.verification import Draw
 
 
@@ -39,8 +51,8 @@ class Sampler:
 class StageRun:
     """Stages run in one piece: from where rows entered to the next gate or the tick's end.
 
-    `seconds` hold the tick's set-up with the first and its draws with the last, but no audits, and `gate_seconds` of
-    them were spent asking the gate about `gated` tokens.
+    `seconds` hold the tick's set-up with the first and its draws with the last, but neither audits nor the capturing of
+    CUDA graphs, and `gate_seconds` of them were spent asking the gate about `gated` tokens.
     """
 
     variant: Variant
@@ -75,7 +87,10 @@ class Runner:
         page_bytes: int,
         on_stages: Callable[[StageRun], None],
         audit_share: float = 0.0,
+        graphs: StepGraphs | None = None,
     ) -> None:
+        """`graphs` are those that the model's decoders run in, where they do."""
+        self._graphs = graphs
         self._model = model
         self._on_stages = on_stages
         self._plan = plan
@@ -84,11 +99,16 @@ class Runner:
         self._samplers: dict[Sequence, Sampler] = {}
         # by sequence and stage, the states [tokens, hidden] of `Sequence.pending`
         self._states: dict[Sequence, dict[int, list[Tensor]]] = {}
-        self._auditor = Auditor(audit_share, model.device)
+        self._auditor = Auditor(audit_share, model.device, lambda: self.captured_seconds)
 
     def page_tokens(self, variant: Variant) -> int:
         """Tokens that one page holds in this variant's layout."""
         return self._pages[variant].layout.page_tokens
+
+    @property
+    def captured_seconds(self) -> float:
+        """Seconds that the capturing of CUDA graphs has taken so far: no part of what a tick costs."""
+        return 0.0 if self._graphs is None else self._graphs.pool.seconds
 
     @property
     def holds_nothing(self) -> bool:
@@ -119,7 +139,7 @@ class Runner:
         """
         run = _TickRun(tick)
         self._auditor.begin_tick()
-        began = time.perf_counter()
+        began = self._clock()
         batch: TickBatch | None = None
         stage = tick.first_stage
         while batch is not None or run.entering:
@@ -136,13 +156,17 @@ class Runner:
             if batch is None and not run.entering:
                 self._draw(run)
                 self._note_audits(run)
-            ended = time.perf_counter()
+            ended = self._clock()
             stages, seconds = range(stage, boundary + 1), ended - began - self._auditor.take_seconds()
             self._on_stages(
                 StageRun(tick.variant, stages, seconds, rows, tokens, run.gated, run.gate_seconds)
             )
             began, stage = ended, boundary + 1
         return [run.results[row] for row in tick.rows]
+
+    def _clock(self) -> float:
+        """Seconds, on a clock that stands still while graphs are captured."""
+        return time.perf_counter() - self.captured_seconds
 
     def _run_stages(self, run: "_TickRun", batch: TickBatch, stage: int, boundary: int) -> TickBatch | None:
         """Run stages `stage` to `boundary` in one piece and say what is left to be run in this tick."""
@@ -180,10 +204,10 @@ class Runner:
         rows = run.entering.pop(stage, [])
         if stage == 0:
             parts = [Part(row, row.positions) for row in rows]
-            geometry = geometry_of(parts, self._device)
-            ids = [part.row.sequence.tokens[p] for part in parts for p in part.positions]
+            tokens = [part.row.sequence.tokens[p] for part in parts for p in part.positions]
+            geometry, ids = placed(parts, self._device, tokens)
             embed = self._model.decoder(run.tick.variant).embed
-            return TickBatch(parts, geometry, embed(integers(ids, self._device), geometry.positions))
+            return TickBatch(parts, geometry, embed(ids, geometry.positions))
         arrived = list(batch.spans()) if batch is not None else []
         arrived += [(Part(row, []), 0, 0) for row in rows]
         if batch is not None and not rows and not any(stage in p.row.sequence.pending for p, _, _ in arrived):
@@ -277,13 +301,13 @@ class Runner:
         run: "_TickRun",
     ) -> tuple[list[int], Tensor]:
         """Ask the exit's gate about the tokens `gated`; emit those that leave and say which, with their logits."""
-        began = time.perf_counter()
+        timer = GateTimer(self._device, self._clock, lambda: self.captured_seconds)
         states = selected(hidden, gated)
         thresholds = [tokens[i][0].threshold for i in gated]
-        asked = torch.from_numpy(np.array(thresholds, dtype=np.float32)).to(self._device)
+        asked = staged(np.array(thresholds, dtype=np.float32), self._device)
         gate = self._model.exits[stage].gate(states, asked, decoder.project_exit)
         leaves = gate.leaves.tolist()
-        run.gated, run.gate_seconds = len(gated), time.perf_counter() - began
+        run.gated, run.gate_seconds = len(gated), timer.seconds()
         leaving = [index for index, leave in zip(gated, leaves, strict=True) if leave]
         if not leaving:
             return [], gate.logits[:0]
@@ -297,16 +321,7 @@ class Runner:
         self, stage: int, decoder: Decoder, pages: KVPages, batch: TickBatch, left: list[int]
     ) -> None:
         """Write the deeper blocks' keys and values of tokens that leave, from their state at the exit."""
-        hidden, geometry = batch.hidden, batch.geometry
-        if len(left) < hidden.shape[0]:
-            index = integers(left, self._device)
-            hidden = hidden.index_select(0, index)
-            # nothing attends here, so whose rows the tokens are does not matter
-            positions, slots = (
-                geometry.positions.index_select(0, index),
-                geometry.slots.index_select(0, index),
-            )
-            geometry = replace(geometry, positions=positions, slots=slots)
+        hidden, geometry = of_tokens(batch, left)  # nothing attends here: whose they are does not matter
         decoder.project_kv(hidden, geometry, pages, self._plan.stop(stage), self._plan.blocks)
 
     def _emit(self, wanted: list[tuple[Row, int]], logits: Tensor, stage: int, run: "_TickRun") -> None:
@@ -333,7 +348,7 @@ class Runner:
         parts = [some.logits for some in run.undrawn]
         logits = parts[0] if len(parts) == 1 else torch.cat(parts)
         asks = [self._sampling(row.sequence, position) for row, position in tokens]
-        drawn = sample_each(logits, asks, self._model.spec.eos_token_ids)
+        drawn = sample_each(logits, asks, self._model.spec.eos_token_ids, self._graphs)
         found: dict[Row, list[Draw]] = {}
         for (row, position), stage, token, logprob, error in zip(
             tokens, stages, drawn.ids, drawn.logprobs, drawn.errors, strict=True

@@ -29,6 +29,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from exeunt.compression.host_memory import fetched, sent, staged
+from exeunt.compression.row_graphs import StepGraphs
 from exeunt.kernels.gpu import triton_runs
 from exeunt.kernels.token_draw import draw_tokens, penalise_scores, truncate_scores
 from exeunt.server.request import SamplingParams
@@ -77,10 +79,16 @@ class SampledTokens:
     errors: tuple[str | None, ...]
 
 
-def sample(logits: Tensor, rows: Sequence[RowSampling], eos_token_ids: Collection[int] = ()) -> SampledTokens:
+def sample(
+    logits: Tensor,
+    rows: Sequence[RowSampling],
+    eos_token_ids: Collection[int] = (),
+    graphs: StepGraphs | None = None,
+) -> SampledTokens:
     """Draws a token for each row of `logits` [rows, vocabulary], any float dtype.
 
-    A row whose logits are not usable (NaN, +inf, or nothing left to choose from) gets an error in the result.
+    A row whose logits are not usable (NaN, +inf, or nothing left to choose from) gets an error in the result. On a GPU
+    `graphs` hold the draws of few rows that ask for neither penalties nor truncation.
     Raises ValueError when the number of rows differs.
     """
     if logits.ndim != 2 or logits.shape[0] != len(rows):
@@ -90,26 +98,55 @@ def sample(logits: Tensor, rows: Sequence[RowSampling], eos_token_ids: Collectio
     logits = logits.float().contiguous()
     scores = processed_scores(logits, rows, eos_token_ids)
     temperatures = np.array([0.0 if row.greedy else row.params.temperature for row in rows], np.float32)
-    device = logits.device
+    keys, device = row_keys(rows), logits.device
+    if device.type != "cpu":
+        return _sample_there(logits, scores, temperatures, keys, graphs)
     ids, logprobs = draw_tokens(
-        logits,
-        scores,
-        _moved(temperatures, device),
-        row_keys(rows).to(device, non_blocking=True),
-        token_keys(logits.shape[1], device),
+        logits, scores, torch.from_numpy(temperatures), keys, token_keys(logits.shape[1], device)
     )
-    if device.type == "cpu":
-        return _on_host(ids.tolist(), logprobs.tolist())
-    host = torch.stack((ids.double(), logprobs.double())).tolist()  # one copy: float64 holds every id exactly
-    return _on_host([int(token) for token in host[0]], host[1])
+    return _on_host(ids.tolist(), logprobs.tolist())
+
+
+def _sample_there(
+    logits: Tensor, scores: Tensor, temperatures: np.ndarray, keys: Tensor, graphs: StepGraphs | None
+) -> SampledTokens:
+    """Draw on another device: what rows ask for goes there in one copy, what is drawn comes back in one."""
+    device, vocab_size = logits.device, logits.shape[1]
+    both = np.empty((len(keys), 3), np.int32)
+    both[:, 0], both[:, 1:] = temperatures.view(np.int32), keys.numpy()
+    asked, of_tokens, found = staged(both, device), token_keys(vocab_size, device), None
+    if graphs is not None and scores is logits:
+        found = graphs.run(
+            ("a draw", vocab_size),
+            lambda logits, asked: (_drawn(logits, logits, asked, of_tokens),),
+            logits,
+            asked,
+        )
+    if found is None:
+        found = (_drawn(logits, scores, asked.to(device, non_blocking=True), of_tokens),)
+    tokens, logprobs = fetched(found[0]).t().tolist()
+    return _on_host([int(token) for token in tokens], logprobs)
+
+
+def _drawn(logits: Tensor, scores: Tensor, asked: Tensor, token_keys: Tensor) -> Tensor:
+    """Ids and log-probabilities [rows, 2] float64, which holds every id exactly.
+
+    `asked` [rows, 3] int32 are the bits of each row's temperature and its two keys.
+    """
+    temperatures, keys = asked[:, 0].contiguous().view(torch.float32), asked[:, 1:].contiguous()
+    ids, logprobs = draw_tokens(logits, scores, temperatures, keys, token_keys)
+    return torch.stack((ids.double(), logprobs.double()), dim=1)
 
 
 def sample_each(
-    logits: Tensor, rows: Sequence[RowSampling], eos_token_ids: Collection[int] = ()
+    logits: Tensor,
+    rows: Sequence[RowSampling],
+    eos_token_ids: Collection[int] = (),
+    graphs: StepGraphs | None = None,
 ) -> SampledTokens:
     """`sample`, but a row that raises gets an error like one whose logits are not usable: the others are drawn."""
     try:
-        return sample(logits, rows, eos_token_ids)
+        return sample(logits, rows, eos_token_ids, graphs)
     except Exception:  # noqa: BLE001 - whose it is shows when each is drawn alone
         drawn = [_sample_alone(logits[i : i + 1], row, eos_token_ids) for i, row in enumerate(rows)]
     return SampledTokens(
@@ -191,11 +228,11 @@ def _penalised_on_gpu(logits: Tensor, rows: Sequence[RowSampling], eos_token_ids
     device = logits.device
     return penalise_scores(
         logits,
-        _moved(np.concatenate(ids), device),
-        _moved(np.cumsum([0, *lengths], dtype=np.int32), device),
-        _moved(np.array([row.params.repetition_penalty for row in rows], np.float32), device),
-        _moved(np.fromiter(eos_token_ids, np.int32, len(eos_token_ids)), device),
-        _moved(np.array([row.masks_eos() for row in rows], np.bool_), device),
+        sent(np.concatenate(ids), device),
+        sent(np.cumsum([0, *lengths], dtype=np.int32), device),
+        sent(np.array([row.params.repetition_penalty for row in rows], np.float32), device),
+        sent(np.fromiter(eos_token_ids, np.int32, len(eos_token_ids)), device),
+        sent(np.array([row.masks_eos() for row in rows], np.bool_), device),
     )
 
 
@@ -204,15 +241,10 @@ def _truncated_on_gpu(scores: Tensor, rows: Sequence[RowSampling]) -> Tensor:
     device, vocab_size = scores.device, scores.shape[1]
     return truncate_scores(
         scores,
-        _moved(np.array([0.0 if row.greedy else row.params.temperature for row in rows], np.float32), device),
-        _moved(np.array([min(row.params.top_k, vocab_size) for row in rows], np.int32), device),
-        _moved(np.array([row.params.top_p for row in rows], np.float64), device),
+        sent(np.array([0.0 if row.greedy else row.params.temperature for row in rows], np.float32), device),
+        sent(np.array([min(row.params.top_k, vocab_size) for row in rows], np.int32), device),
+        sent(np.array([row.params.top_p for row in rows], np.float64), device),
     )
-
-
-def _moved(values: np.ndarray, device: torch.device) -> Tensor:
-    """The same on `device`, without waiting for it."""
-    return torch.from_numpy(values).to(device, non_blocking=True)
 
 
 def _seen(rows: Sequence[RowSampling], penalised: list[int], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -39,7 +39,7 @@ class Scheduler:
     its variant.
 
     A long prompt is computed in chunks beside the decode steps, each small enough, by `costs`, to make such a step
-    about twice as long as it is alone.
+    about twice as long as it is alone; longer where more prompts wait than sequences decode.
 
     A token that left early and still owes its keys and values to deeper blocks waits in front of the next stage until
     a pass of its sequence comes by; when `max_owed` wait, or drafts can be taken no further, the next pass goes deep
@@ -248,7 +248,7 @@ class Scheduler:
         for ready in (lane.decoding, lane.prefilling):
             if not ready:
                 continue
-            left = self._budget if ready is lane.decoding else self._prompt_room(rows)
+            left = self._budget if ready is lane.decoding else self._prompt_room(rows, len(ready))
             for sequence in list(ready):
                 if left <= 0:
                     break
@@ -266,8 +266,11 @@ class Scheduler:
                 rows.append(row)
         return rows
 
-    def _prompt_room(self, rows: list[Row]) -> int:
-        """Tokens of prompts that may share a tick with these decode steps, so that it takes about twice as long."""
+    def _prompt_room(self, rows: list[Row], prompts: int) -> int:
+        """Tokens of prompts that may share a tick with these decode steps, so that it takes about twice as long.
+
+        Where more `prompts` wait than there are steps, so many times longer: what a step loses each of them gains.
+        """
         tokens = sum(row.tokens for row in rows)
         room = max(self._budget - tokens, 1)
         if not rows:
@@ -280,7 +283,8 @@ class Scheduler:
         each = max(
             sum(max(cost.each or 0.0, cost.slope) for cost in stages), 1e-9
         )  # few together cost more each
-        return min(room, max(int(_CHUNK_SHARE * step / each), LEAST_CHUNK))
+        share = _CHUNK_SHARE * max(1.0, prompts / len(rows))
+        return min(room, max(int(share * step / each), LEAST_CHUNK))
 
     def _make_room(self, sequence: Sequence, tokens: int, taken: set[Sequence]) -> bool:
         """Get pages for a sequence's first `tokens` positions, preempting younger ones; False if it must wait."""

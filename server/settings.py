@@ -19,7 +19,9 @@ from exeunt.server.audit import DEFAULT_SHARE
 from exeunt.server.stage_choice import SchedulingPolicy
 
 ENV_PREFIX: Final = "EXEUNT_"
-_OTHERS: Final = frozenset({"EXEUNT_NATIVE", "EXEUNT_TRITON", "EXEUNT_PUBLISHED_PORT"})  # of kernels, compose
+_OTHERS: Final = frozenset(
+    {"EXEUNT_NATIVE", "EXEUNT_TRITON", "EXEUNT_TUNED", "EXEUNT_PUBLISHED_PORT"}
+)  # of kernels, compose
 
 
 def _comma_separated(value: Any) -> Any:
@@ -107,6 +109,12 @@ class Settings(BaseSettings):
     )
     enforce_eager: bool = Field(
         default=False, description="On a GPU, capture no CUDA graphs: slower, and what they hold is free."
+    )
+    tuning_seconds: float = Field(
+        default=20.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="On a GPU of an unknown kind, seconds to search for its fastest launches at the start.",
     )
     scheduling: SchedulingPolicy = Field(
         default="run-through",

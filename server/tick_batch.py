@@ -2,14 +2,17 @@
 
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from exeunt.kernels.paged_batch import PagedBatch
+from exeunt.compression.decode_graphs import padded_layout
+from exeunt.compression.graph_pool import size_for
+from exeunt.compression.host_memory import integers_on_host, sent
+from exeunt.kernels.paged_batch import BatchLayout, PagedBatch
 from exeunt.server.row import Row
 
 
@@ -43,8 +46,8 @@ class TickBatch:
 
 
 def integers(values: list[int] | list[list[int]], device: torch.device) -> Tensor:
-    """The values as int64 on a device."""
-    return torch.from_numpy(np.array(values, dtype=np.int64)).to(device)
+    """The values as int64 on a device, which is not waited for."""
+    return sent(np.array(values, dtype=np.int64), device)
 
 
 def selected(tensor: Tensor, rows: Items[int]) -> Tensor:
@@ -59,6 +62,37 @@ def selected(tensor: Tensor, rows: Items[int]) -> Tensor:
 
 def geometry_of(parts: Items[Part], device: torch.device) -> PagedBatch:
     """Where the parts' tokens are and where their keys and values lie."""
+    return _geometry_here(parts) if device.type == "cpu" else placed(parts, device)[0]
+
+
+def placed(
+    parts: Items[Part], device: torch.device, beside: Items[int] = (), context: int = 0
+) -> tuple[PagedBatch, Tensor]:
+    """The geometry of the parts, and the numbers `beside` as int64 on the same device.
+
+    Elsewhere than on the host all of it is sent in one copy. A batch that fits a captured graph is padded there as the
+    graph's is, for a longest context of at least `context` tokens: the graph then takes it over in one copy.
+    """
+    if device.type == "cpu":
+        return _geometry_here(parts), integers(list(beside), device)
+    positions = [p for part in parts for p in part.positions]
+    tokens, context = len(positions), max(context, *(part.positions[-1] + 1 for part in parts))
+    page_tokens, size = parts[0].row.sequence.table.page_tokens, size_for(len(positions))
+    if size is not None:
+        layout = padded_layout(size, context, page_tokens)
+    else:
+        layout = BatchLayout(tokens, len(parts), -(-context // page_tokens))
+    host = integers_on_host(layout.numbers + len(beside), device)
+    numbers = host.numpy()
+    _write(layout, numbers, parts, positions)
+    numbers[layout.numbers :] = beside
+    there = host.to(device, non_blocking=True)
+    batch = layout.batch(there[: layout.numbers], tokens, len(parts), context)
+    return batch, there[layout.numbers :]
+
+
+def _geometry_here(parts: Items[Part]) -> PagedBatch:
+    """The parts' geometry on the host."""
     positions = [p for part in parts for p in part.positions]
     slots = [part.row.sequence.table.slot(p) for part in parts for p in part.positions]
     starts = np.fromiter(accumulate((len(part.positions) for part in parts), initial=0), dtype=np.int32)
@@ -66,20 +100,41 @@ def geometry_of(parts: Items[Part], device: torch.device) -> PagedBatch:
     tables = np.zeros((len(parts), max(used)), dtype=np.int32)
     for index, (part, count) in enumerate(zip(parts, used, strict=True)):
         tables[index, :count] = part.row.sequence.table.pages[:count]
-    places = integers([positions, slots], device)
+    places = torch.from_numpy(np.array([positions, slots], dtype=np.int64))
     return PagedBatch(
         positions=places[0],
         slots=places[1],
-        query_starts=torch.from_numpy(starts).to(device),
-        page_tables=torch.from_numpy(tables).to(device),
+        query_starts=torch.from_numpy(starts),
+        page_tables=torch.from_numpy(tables),
         max_context=max(part.positions[-1] for part in parts) + 1,
     )
 
 
+def _write(layout: BatchLayout, numbers: np.ndarray, parts: Items[Part], positions: list[int]) -> None:
+    """Write the parts' numbers over zeros, and behind them padding: tokens at no position, each in its own row."""
+    tokens, rows, wide = len(positions), len(parts), numbers.view(np.int32)
+    numbers[:tokens] = positions
+    numbers[tokens : layout.tokens] = -1
+    numbers[layout.slots : layout.slots + tokens] = [
+        part.row.sequence.table.slot(p) for part in parts for p in part.positions
+    ]
+    numbers[layout.slots + tokens : layout.slots + layout.tokens] = -1
+    starts = wide[layout.starts : layout.starts + layout.rows + 1]
+    starts[: rows + 1] = np.fromiter(accumulate((len(part.positions) for part in parts), initial=0), np.int32)
+    if rows < layout.rows:
+        starts[rows + 1 :] = np.minimum(np.arange(tokens + 1, tokens + 1 + layout.rows - rows), layout.tokens)
+    for index, part in enumerate(parts):
+        table, start = part.row.sequence.table, layout.tables + index * layout.pages
+        used = part.positions[-1] // table.page_tokens + 1
+        wide[start : start + used] = table.pages[:used]
+
+
 def without(batch: TickBatch, gone: set[int]) -> TickBatch | None:
     """The batch without the tokens `gone`, None where nothing is left."""
-    device = batch.hidden.device
-    if batch.geometry.tokens == batch.geometry.rows:  # one token a row: a decode step
+    device, context = batch.hidden.device, batch.geometry.max_context
+    if (
+        device.type == "cpu" and batch.geometry.tokens == batch.geometry.rows
+    ):  # one token a row: a decode step
         staying = [i for i in range(len(batch.parts)) if i not in gone]
         if not staying:
             return None
@@ -95,4 +150,20 @@ def without(batch: TickBatch, gone: set[int]) -> TickBatch | None:
             parts.append(Part(part.row, [part.positions[i - start] for i in kept]))
     if not parts:
         return None
-    return TickBatch(parts, geometry_of(parts, device), selected(batch.hidden, stay))
+    geometry, index = placed(parts, device, stay, context)
+    return TickBatch(parts, geometry, batch.hidden.index_select(0, index))
+
+
+def of_tokens(batch: TickBatch, tokens: Items[int]) -> tuple[Tensor, PagedBatch]:
+    """The states [n, hidden] of some tokens of a batch, and where they are; whose they are is not said."""
+    if len(tokens) == batch.hidden.shape[0]:
+        return batch.hidden, batch.geometry
+    device, geometry = batch.hidden.device, batch.geometry
+    if device.type == "cpu":
+        index = integers(list(tokens), device)
+        positions, slots = (each.index_select(0, index) for each in (geometry.positions, geometry.slots))
+        return batch.hidden.index_select(0, index), replace(geometry, positions=positions, slots=slots)
+    whole = batch.tokens()
+    parts = [Part(row, [position]) for row, position in (whole[i] for i in tokens)]
+    geometry, index = placed(parts, device, tokens, geometry.max_context)
+    return batch.hidden.index_select(0, index), geometry

@@ -5,7 +5,7 @@ One kernel for decode and prefill (see `exeunt.kernels.linear_parts` for the cut
 
 # Kernels are written in Triton's language: their arguments have no Python types, and compile-time ones are upper case.
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
-# ruff: noqa: N803
+# ruff: noqa: N803, SIM102 - a condition known at compile time stands alone
 
 from typing import Final
 
@@ -15,7 +15,6 @@ import triton.language as tl
 from torch import Tensor
 
 from exeunt.kernels.linear_parts import (
-    TILES,
     added_product,
     checked_out,
     checked_rows,
@@ -30,33 +29,48 @@ _STEP_BYTES: Final = 128  # of an output's inputs that are summed at once
 
 
 @triton.jit
-def _sum_part(
+def _sum_inputs(
     x,
     weight,
     first,
     last,
+    part_inputs,
     rows,
     outputs,
-    live,
-    there,
     x_stride,
     weight_stride,
     STEP: tl.constexpr,
+    WHOLE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    SPLIT: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """The products [BLOCK outputs, ROWS] over inputs `first` to `last` - 1."""
-    sums = tl.zeros((BLOCK, ROWS), tl.float32)
+    """The products [BLOCK outputs, ROWS] over inputs `first` to `last` - 1, a WHOLE number of steps or not.
+
+    Each part is summed for itself and they are added in order, in one loop: what is loaded ahead is so across parts.
+    """
+    total = tl.zeros((BLOCK, ROWS), tl.float32)
+    sums = total
     row = x + rows.to(tl.int64)[:, None] * x_stride
     run = weight + outputs.to(tl.int64)[:, None] * weight_stride
+    part_end = first + part_inputs
     for start in tl.range(first, last, STEP, num_stages=STAGES):
         at = start + tl.arange(0, STEP)
-        inside = (at < last)[None, :]
-        values = tl.load(row + at[None, :], mask=live[:, None] & inside, other=0.0)
-        weights = tl.load(run + at[None, :], mask=there[:, None] & inside, other=0.0)
+        if WHOLE:
+            values = tl.load(row + at[None, :])
+            weights = tl.load(run + at[None, :])
+        else:
+            inside = (at < last)[None, :]
+            values = tl.load(row + at[None, :], mask=inside, other=0.0)
+            weights = tl.load(run + at[None, :], mask=inside, other=0.0)
         sums = added_product(weights, values.T, sums)
-    return sums
+        if not SPLIT:
+            if start + STEP >= part_end:
+                total += sums
+                sums = tl.zeros((BLOCK, ROWS), tl.float32)
+                part_end += part_inputs
+    return total + sums
 
 
 @triton.jit(do_not_specialize=["tokens", "parts"])
@@ -76,6 +90,7 @@ def _full_linear(
     x_stride,
     weight_stride,
     STEP: tl.constexpr,
+    WHOLE: tl.constexpr,
     BIASED: tl.constexpr,
     GATED: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -87,44 +102,31 @@ def _full_linear(
 ):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     outputs, there = tile_columns(width, tl.program_id(1), GATED, BLOCK)
-    live = rows < tokens
+    # rows and outputs that are not there stand for some that are, and are not stored
+    outputs = tl.where(there, outputs, 0)
+    read = tl.minimum(rows, tokens - 1)
+    first = 0
+    last = in_features
     if SPLIT:
-        part = tl.program_id(2)
-        total = _sum_part(
-            x,
-            weight,
-            part * part_inputs,
-            tl.minimum((part + 1) * part_inputs, in_features),
-            rows,
-            outputs,
-            live,
-            there,
-            x_stride,
-            weight_stride,
-            STEP,
-            ROWS,
-            BLOCK,
-            STAGES,
-        )
-    else:
-        total = tl.zeros((BLOCK, ROWS), tl.float32)
-        for part in range(parts):
-            total += _sum_part(
-                x,
-                weight,
-                part * part_inputs,
-                tl.minimum((part + 1) * part_inputs, in_features),
-                rows,
-                outputs,
-                live,
-                there,
-                x_stride,
-                weight_stride,
-                STEP,
-                ROWS,
-                BLOCK,
-                STAGES,
-            )
+        first = tl.program_id(2) * part_inputs
+        last = tl.minimum(first + part_inputs, in_features)
+    total = _sum_inputs(
+        x,
+        weight,
+        first,
+        last,
+        part_inputs,
+        read,
+        outputs,
+        x_stride,
+        weight_stride,
+        STEP,
+        WHOLE,
+        ROWS,
+        BLOCK,
+        SPLIT,
+        STAGES,
+    )
     join(
         out,
         bias,
@@ -195,7 +197,7 @@ def _full_linear_op(
     columns = out.shape[1]
     if tokens == 0 or columns == 0:
         return
-    launch = launch_for(tokens, in_features, columns, gated, x.dtype)
+    launch = launch_for(tokens, in_features, columns, gated, x.dtype, int4=False)
     sums, counters = scratch_for(launch, tokens, weight.shape[0], x.device)
     step = _STEP_BYTES // x.element_size()
     _full_linear[launch.grid](
@@ -214,16 +216,17 @@ def _full_linear_op(
         x.stride(0),
         weight.stride(0),
         STEP=step,
+        WHOLE=in_features % step == 0,
         BIASED=bias is not None,
         GATED=gated,
         ACTIVATION=activation,
         ADDED=added,
         SPLIT=launch.split,
-        ROWS=launch.rows,
-        BLOCK=TILES.outputs,
-        STAGES=TILES.stages,
-        num_warps=TILES.warps,
-        num_stages=TILES.stages,
+        ROWS=launch.tile.rows,
+        BLOCK=launch.tile.outputs,
+        STAGES=launch.tile.stages,
+        num_warps=launch.tile.warps,
+        num_stages=launch.tile.stages,
         enable_fp_fusion=False,  # multiply-adds are where the source has them, in every variant of the kernel
     )
 

@@ -6,7 +6,7 @@ is dequantised in float32 and rounded once, to the dtype of the activations; pro
 
 # Kernels are written in Triton's language: their arguments have no Python types, and compile-time ones are upper case.
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
-# ruff: noqa: N803, N806
+# ruff: noqa: N803, N806, SIM102 - a condition known at compile time stands alone
 
 from typing import Final
 
@@ -15,18 +15,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from exeunt.kernels.codes_triton import bias_of, numbers_and_ones
 from exeunt.kernels.int4_linear.dispatch import PackedWeight
 from exeunt.kernels.int4_linear.pairs import PairedInt4, pack_pairs, unroll_of
 from exeunt.kernels.int4_linear.weight import Int4Weight
 from exeunt.kernels.linear_parts import (
-    INTERPRETED,
-    TILES,
     added_product,
     checked_out,
     checked_rows,
     join,
     launch_for,
-    rounded,
     scratch_for,
     tile_columns,
 )
@@ -37,59 +35,24 @@ _STEP_FLOAT32: Final = 32  # without tensor cores a step's operands all lie in r
 
 
 @triton.jit
-def _codes(tile):
-    """16 + the code, in float32, of the low and of the high nibbles of bytes: the code goes into the mantissa of 16."""
-    if INTERPRETED:
-        low = ((((tile << 3) & 0x78) | 0x80).to(tl.uint32) << 16) | 0x41000000
-        high = ((((tile >> 1) & 0x78) | 0x80).to(tl.uint32) << 16) | 0x41000000
-        low, high = low.to(tl.float32, bitcast=True), high.to(tl.float32, bitcast=True)
-    else:  # the same for four bytes at once: Triton itself would unpack every byte for each of the two nibbles
-        low, high = tl.inline_asm_elementwise(
-            """
-            {
-            .reg .b32 low, high;
-            shl.b32 low, $8, 3;
-            shr.u32 high, $8, 1;
-            lop3.b32 low, low, 0x78787878, 0x80808080, 0xEA;
-            lop3.b32 high, high, 0x78787878, 0x80808080, 0xEA;
-            prmt.b32 $0, low, 0x41, 0x4055;
-            prmt.b32 $1, low, 0x41, 0x4155;
-            prmt.b32 $2, low, 0x41, 0x4255;
-            prmt.b32 $3, low, 0x41, 0x4355;
-            prmt.b32 $4, high, 0x41, 0x4055;
-            prmt.b32 $5, high, 0x41, 0x4155;
-            prmt.b32 $6, high, 0x41, 0x4255;
-            prmt.b32 $7, high, 0x41, 0x4355;
-            }
-            """,
-            "=r,=r,=r,=r,=r,=r,=r,=r,r",
-            [tile],
-            dtype=(tl.float32, tl.float32),
-            is_pure=True,
-            pack=4,
-        )
-    return low, high
-
-
-@triton.jit
-def _weights(codes, scaling, DTYPE: tl.constexpr):
-    """Weights [outputs, inputs] from 16 + their codes and their outputs' scaling [outputs]."""
+def _scaled(sums, products, input_sums, scaling, BIAS: tl.constexpr):
+    """Add a run's products [outputs, rows] of BIAS + code, scaled, and its offsets times the sums of the inputs."""
     scale = (scaling & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
     offset = ((scaling >> 16) & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
-    return rounded(tl.fma(codes, scale[:, None], (offset - 16 * scale)[:, None]), DTYPE)
+    sums = tl.fma(input_sums, (offset - BIAS * scale)[:, None], sums)
+    return tl.fma(products, scale[:, None], sums)
 
 
 @triton.jit
-def _sum_part(
+def _sum_pairs(
     x,
     codes,
     scaling,
     first,
     last,
+    part_pairs,
     rows,
     outputs,
-    live,
-    there,
     in_features,
     x_stride,
     code_stride,
@@ -99,38 +62,57 @@ def _sum_part(
     TURNS: tl.constexpr,
     STEP: tl.constexpr,
     UNROLL: tl.constexpr,
+    WHOLE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    SPLIT: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """The products [BLOCK outputs, ROWS] over pairs `first` to `last` - 1."""
+    """The products [BLOCK outputs, ROWS] over pairs `first` to `last` - 1.
+
+    Each part is summed for itself and they are added in order, in one loop: what is loaded ahead is so across parts.
+    Where the inputs are no WHOLE number of pairs, what is missing of them is taken as zero.
+    """
     DTYPE: tl.constexpr = x.dtype.element_ty
-    sums = tl.zeros((BLOCK, ROWS), tl.float32)
+    BIAS: tl.constexpr = bias_of(DTYPE)
+    nothing = tl.zeros((BLOCK, ROWS), tl.float32)
+    total = nothing
+    sums = nothing
+    part_end = (first + part_pairs) * TURNS
     row = x + rows.to(tl.int64)[:, None] * x_stride
+    own = scaling + outputs
     for base in tl.range(first * TURNS, last * TURNS, UNROLL, num_stages=STAGES):
         for ahead in tl.static_range(UNROLL):
             pair = (base + ahead) // TURNS
             byte = (base + ahead) % TURNS * STEP + tl.arange(0, STEP)
-            at = pair * (2 * GROUP) + byte
-            low_inside = at < in_features
-            high_inside = at + GROUP < in_features
-            tile_mask = there[:, None]
-            if TURNS * STEP != GROUP:
-                low_inside &= byte < GROUP
-                high_inside &= byte < GROUP
-                tile_mask &= (byte < GROUP)[None, :]
-            low_x = tl.load(row + at[None, :], mask=live[:, None] & low_inside[None, :], other=0.0)
-            high_x = tl.load(
-                row + (at + GROUP)[None, :], mask=live[:, None] & high_inside[None, :], other=0.0
-            )
-            own = scaling + pair * pair_stride + outputs
-            low_params = tl.load(own, mask=there, other=0)
-            high_params = tl.load(own + plane_stride, mask=there, other=0)
-            run = codes + tl.cast(pair, tl.int64) * code_stride + outputs[:, None] * GROUP
-            low, high = _codes(tl.load(run + byte[None, :], mask=tile_mask, other=0))
-            sums = added_product(_weights(low, low_params, DTYPE), low_x.T, sums)
-            sums = added_product(_weights(high, high_params, DTYPE), high_x.T, sums)
-    return sums
+            at = (pair * (2 * GROUP) + byte)[None, :]
+            run = codes + tl.cast(pair, tl.int64) * code_stride + outputs[:, None] * GROUP + byte[None, :]
+            if WHOLE:
+                low_x = tl.load(row + at)
+                high_x = tl.load(row + at + GROUP)
+                packed = tl.load(run)
+            else:
+                inside = (byte < GROUP)[None, :]
+                low_x = tl.load(row + at, mask=inside & (at < in_features), other=0.0)
+                high_x = tl.load(row + at + GROUP, mask=inside & (at + GROUP < in_features), other=0.0)
+                packed = tl.load(run, mask=inside, other=0)
+            low_scaling = tl.load(own + pair * pair_stride)
+            high_scaling = tl.load(own + pair * pair_stride + plane_stride)
+            low, high, ones = numbers_and_ones(packed, low_scaling[:, None], high_scaling[:, None], DTYPE)
+            low_x = low_x.T
+            high_x = high_x.T
+            low_products = added_product(low, low_x, nothing)
+            low_inputs = added_product(ones, low_x, nothing)
+            high_products = added_product(high, high_x, nothing)
+            high_inputs = added_product(ones, high_x, nothing)
+            sums = _scaled(sums, low_products, low_inputs, low_scaling, BIAS)
+            sums = _scaled(sums, high_products, high_inputs, high_scaling, BIAS)
+        if not SPLIT:
+            if base + UNROLL >= part_end:
+                total += sums
+                sums = nothing
+                part_end += part_pairs * TURNS
+    return total + sums
 
 
 @triton.jit(do_not_specialize=["tokens", "parts", "part_pairs", "pairs"])
@@ -157,6 +139,7 @@ def _int4_linear(
     TURNS: tl.constexpr,
     STEP: tl.constexpr,
     UNROLL: tl.constexpr,
+    WHOLE: tl.constexpr,
     BIASED: tl.constexpr,
     GATED: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -168,58 +151,38 @@ def _int4_linear(
 ):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     outputs, there = tile_columns(width, tl.program_id(1), GATED, BLOCK)
-    live = rows < tokens
+    # rows and outputs that are not there stand for some that are, and are not stored
+    outputs = tl.where(there, outputs, 0)
+    read = tl.minimum(rows, tokens - 1)
+    first = 0
+    last = pairs
     if SPLIT:
-        part = tl.program_id(2)
-        total = _sum_part(
-            x,
-            codes,
-            scaling,
-            part * part_pairs,
-            tl.minimum((part + 1) * part_pairs, pairs),
-            rows,
-            outputs,
-            live,
-            there,
-            in_features,
-            x_stride,
-            code_stride,
-            pair_stride,
-            plane_stride,
-            GROUP,
-            TURNS,
-            STEP,
-            UNROLL,
-            ROWS,
-            BLOCK,
-            STAGES,
-        )
-    else:
-        total = tl.zeros((BLOCK, ROWS), tl.float32)
-        for part in range(parts):
-            total += _sum_part(
-                x,
-                codes,
-                scaling,
-                part * part_pairs,
-                tl.minimum((part + 1) * part_pairs, pairs),
-                rows,
-                outputs,
-                live,
-                there,
-                in_features,
-                x_stride,
-                code_stride,
-                pair_stride,
-                plane_stride,
-                GROUP,
-                TURNS,
-                STEP,
-                UNROLL,
-                ROWS,
-                BLOCK,
-                STAGES,
-            )
+        first = tl.program_id(2) * part_pairs
+        last = tl.minimum(first + part_pairs, pairs)
+    total = _sum_pairs(
+        x,
+        codes,
+        scaling,
+        first,
+        last,
+        part_pairs,
+        read,
+        outputs,
+        in_features,
+        x_stride,
+        code_stride,
+        pair_stride,
+        plane_stride,
+        GROUP,
+        TURNS,
+        STEP,
+        UNROLL,
+        WHOLE,
+        ROWS,
+        BLOCK,
+        SPLIT,
+        STAGES,
+    )
     join(
         out,
         bias,
@@ -295,7 +258,7 @@ def _int4_linear_op(
     columns = out.shape[1]
     if tokens == 0 or columns == 0:
         return
-    launch = launch_for(tokens, in_features, columns, gated, x.dtype)
+    launch = launch_for(tokens, in_features, columns, gated, x.dtype, int4=True)
     sums, counters = scratch_for(launch, tokens, codes.shape[1], x.device)
     pairs, unroll = codes.shape[0], unroll_of(group_size)
     width = max(32, triton.next_power_of_2(group_size))
@@ -323,16 +286,17 @@ def _int4_linear_op(
         TURNS=width // step,
         STEP=step,
         UNROLL=unroll,
+        WHOLE=width == group_size and in_features == 2 * group_size * pairs,
         BIASED=bias is not None,
         GATED=gated,
         ACTIVATION=activation,
         ADDED=added,
         SPLIT=launch.split,
-        ROWS=launch.rows,
-        BLOCK=TILES.outputs,
-        STAGES=TILES.stages,
-        num_warps=TILES.warps,
-        num_stages=TILES.stages,
+        ROWS=launch.tile.rows,
+        BLOCK=launch.tile.outputs,
+        STAGES=launch.tile.stages,
+        num_warps=launch.tile.warps,
+        num_stages=launch.tile.stages,
         enable_fp_fusion=False,  # multiply-adds are where the source has them, in every variant of the kernel
     )
 

@@ -7,8 +7,9 @@
 import triton
 import triton.language as tl
 
+from exeunt.kernels.codes_triton import bias_of, numbers
 from exeunt.kernels.paged_attention.fold_triton import shares
-from exeunt.kernels.paged_attention.unpack_triton import scale_and_middle, unpacked
+from exeunt.kernels.paged_attention.unpack_triton import narrowed, scale_and_minimum
 
 
 @triton.jit(do_not_specialize=["tokens", "rows", "splits", "window", "table_stride"])
@@ -45,7 +46,6 @@ def attention_kernel(
     SHARED: tl.constexpr,
     INT4: tl.constexpr,
     WINDOWED: tl.constexpr,
-    UNPACK: tl.constexpr,
     WIDE: tl.constexpr,
     STAGES: tl.constexpr,
     K_PAGE: tl.constexpr,
@@ -135,17 +135,17 @@ def attention_kernel(
             split_largest, weights, minima, sums, odd_sums = _attend(
                 split_largest, weights, minima, sums, odd_sums, low, plain_from, stop,
                 query, odd_query, query_sum, position, table, k_head, v_head, kp_head, vp_head, scale, window,
-                True, HEAD_DIM, PAGE_TOKENS, DIMS, BLOCK_KEYS, INT4, WINDOWED, UNPACK, WIDE, 1,
+                True, HEAD_DIM, PAGE_TOKENS, DIMS, BLOCK_KEYS, INT4, WINDOWED, WIDE, 1,
                 K_PAGE, K_TOKEN, V_PAGE, V_TOKEN, KP_PAGE, KP_TOKEN, VP_PAGE, VP_TOKEN)  # fmt: skip
         split_largest, weights, minima, sums, odd_sums = _attend(
             split_largest, weights, minima, sums, odd_sums, plain_from, plain_to, stop,
             query, odd_query, query_sum, position, table, k_head, v_head, kp_head, vp_head, scale, window,
-            False, HEAD_DIM, PAGE_TOKENS, DIMS, BLOCK_KEYS, INT4, WINDOWED, UNPACK, WIDE, STAGES,
+            False, HEAD_DIM, PAGE_TOKENS, DIMS, BLOCK_KEYS, INT4, WINDOWED, WIDE, STAGES,
             K_PAGE, K_TOKEN, V_PAGE, V_TOKEN, KP_PAGE, KP_TOKEN, VP_PAGE, VP_TOKEN)  # fmt: skip
         split_largest, weights, minima, sums, odd_sums = _attend(
             split_largest, weights, minima, sums, odd_sums, plain_to, high, stop,
             query, odd_query, query_sum, position, table, k_head, v_head, kp_head, vp_head, scale, window,
-            True, HEAD_DIM, PAGE_TOKENS, DIMS, BLOCK_KEYS, INT4, WINDOWED, UNPACK, WIDE, 1,
+            True, HEAD_DIM, PAGE_TOKENS, DIMS, BLOCK_KEYS, INT4, WINDOWED, WIDE, 1,
             K_PAGE, K_TOKEN, V_PAGE, V_TOKEN, KP_PAGE, KP_TOKEN, VP_PAGE, VP_TOKEN)  # fmt: skip
         split_weight = tl.sum(weights, axis=1)
         if INT4:
@@ -224,7 +224,6 @@ def _attend(
     BLOCK_KEYS: tl.constexpr,
     INT4: tl.constexpr,
     WINDOWED: tl.constexpr,
-    UNPACK: tl.constexpr,
     WIDE: tl.constexpr,
     STAGES: tl.constexpr,
     K_PAGE: tl.constexpr,
@@ -244,7 +243,8 @@ def _attend(
     WIDTH: tl.constexpr = HEAD_DIM // 2 if INT4 else HEAD_DIM
     dims = tl.arange(0, DIMS)
     lanes = tl.arange(0, BLOCK_KEYS)
-    dtype = query.dtype
+    dtype: tl.constexpr = query.dtype
+    BIAS: tl.constexpr = bias_of(dtype)
     for start in tl.range(first, last, BLOCK_KEYS, num_stages=STAGES):
         places = start + lanes
         if EDGE:
@@ -272,16 +272,19 @@ def _attend(
             else:
                 key_words = tl.load(at_key_params)
                 value_words = tl.load(at_value_params)
-            key_scale, key_middle = scale_and_middle(key_words)
-            value_scale, value_middle = scale_and_middle(value_words)
-            low, high = unpacked(keys, dtype, UNPACK)
+            key_scale, key_minimum = scale_and_minimum(key_words)
+            value_scale, value_minimum = scale_and_minimum(value_words)
+            low, high = numbers(keys, dtype)
             scores = tl.zeros((query.shape[0], BLOCK_KEYS), tl.float32)
             scores = _product(query, low, scores, WIDE)
             scores = _product(odd_query, high, scores, WIDE)
-            scores = scores * key_scale[None, :] + query_sum[:, None] * key_middle[None, :]
+            # one multiplication a key, not one a score
+            key_scale = key_scale * scale
+            key_base = tl.fma(key_scale, -BIAS, key_minimum * scale)
+            scores = tl.fma(scores, key_scale[None, :], query_sum[:, None] * key_base[None, :])
         else:
             scores = _product(query, keys, tl.zeros((query.shape[0], BLOCK_KEYS), tl.float32), WIDE)
-        scores = scores * scale
+            scores = scores * scale
         if EDGE:
             seen = places[None, :] <= position[:, None]
             if WINDOWED:
@@ -293,18 +296,20 @@ def _attend(
         kept = tl.exp2(largest - base)[:, None]
         largest = together
         added = tl.exp2(scores - base[:, None])
-        weights = weights * kept + added
+        weights = tl.fma(weights, kept, added)
         sums = sums * kept
         if INT4:
             odd_sums = odd_sums * kept
             scaled = added * value_scale[None, :]
-            shifted = added * value_middle[None, :]
+            shifted = added * value_minimum[None, :]
             if EDGE:  # 0 times a scale that is not finite
                 scaled = tl.where(seen, scaled, 0.0)
                 shifted = tl.where(seen, shifted, 0.0)
-            minima = minima * kept + shifted
-            low, high = unpacked(values, dtype, UNPACK)
-            scaled = scaled.to(dtype)
+            scaled, as_rounded = narrowed(scaled, dtype)
+            # what the tensor cores will have multiplied by the bias is taken out again: the rounded weights
+            shifted = tl.fma(as_rounded, -BIAS, shifted)
+            minima = tl.fma(minima, kept, shifted)
+            low, high = numbers(values, dtype)
             sums = _product(scaled, low, sums, WIDE)
             odd_sums = _product(scaled, high, odd_sums, WIDE)
         else:

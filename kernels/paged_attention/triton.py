@@ -164,7 +164,6 @@ def _paged_attention(
         SHARED=shared,
         INT4=int4,
         WINDOWED=window > 0,
-        UNPACK=_unpacking(queries) if int4 else 0,
         WIDE=not queries.is_cuda,
         STAGES=TILES.stages,
         **strides,
@@ -223,10 +222,3 @@ def _block_keys(dims: int, itemsize: int, int4: bool) -> int:
         (TILES.int4_tile_bytes, TILES.int4_most_keys) if int4 else (TILES.tile_bytes, TILES.most_keys)
     )
     return max(16, min(most, room // (dims * itemsize)))
-
-
-def _unpacking(queries: Tensor) -> int:
-    """How codes become numbers: 0 plainly, 1 by bfloat16 and 2 by float16 instructions, on a GPU."""
-    if not queries.is_cuda:
-        return 0
-    return {torch.bfloat16: 1, torch.float16: 2}.get(queries.dtype, 0)

@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -42,6 +43,13 @@ MIB: Final = 2**20
 GIB: Final = 2**30
 
 console = Console(width=None if sys.stdout.isatty() else 140)
+
+
+class Part(StrEnum):
+    """What is measured."""
+
+    MEMORY = "memory"
+    TIME = "time"
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,24 +91,43 @@ Quick = Annotated[
 ]
 
 
-def main(out: Out = None, quick: Quick = False) -> None:
+Only = Annotated[
+    Part | None,
+    typer.Option(help="measure this part anew and keep the other of the JSON that is there; None: both"),
+]
+
+
+def main(out: Out = None, quick: Quick = False, only: Only = None) -> None:
     """Measure, print tables, write JSON."""
     plan = QUICK if quick else WHOLE
+    path = out or (None if quick else RESULTS)
+    kept = _kept(path, asdict(plan), only)
     record: dict[str, Any] = {
         "machine": machine(),
         "settings": asdict(plan),
-        "memory": _memory_points(plan),
-        "time": _time_points(plan, quick=quick),
+        "memory": kept["memory"] if only is Part.TIME else _memory_points(plan),
+        "time": kept["time"] if only is Part.MEMORY else _time_points(plan, quick=quick),
         "arithmetic": _arithmetic(),
     }
     record["memory_growth"] = memory_growth(record["memory"])
     record["time_fit"] = line_through(record["time"])
     _print(record)
-    path = out or (None if quick else RESULTS)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(record, indent=2) + "\n")
         console.print(f"written to {path}")
+
+
+def _kept(path: Path | None, settings: Mapping[str, Any], only: Part | None) -> dict[str, Any]:
+    """The JSON that is there, for the part that is not measured; raises BadParameter where it does not fit."""
+    if only is None:
+        return {}
+    if path is None or not path.is_file():
+        raise typer.BadParameter(f"there is no JSON at {path} whose other part could be kept")
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if found["settings"] != json.loads(json.dumps(settings)):
+        raise typer.BadParameter(f"{path} was measured with other settings, measure both parts")
+    return found
 
 
 def run_point(point: Point, environment: Mapping[str, str] | None = None) -> dict[str, Any]:

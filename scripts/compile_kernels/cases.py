@@ -51,7 +51,7 @@ def _empty(*shape: int, dtype: torch.dtype) -> Tensor:
 
 def _linears() -> Iterator[Case]:
     for dtype in (BF16, FP16, FP32):
-        for rows in (1, 24, 512) if dtype == BF16 else (1, 512):
+        for rows in (1, 12, 24, 64, 512) if dtype == BF16 else (1, 512):
             label = f"{_SHORT[dtype]}, {rows} row{'s' if rows > 1 else ''}"
             for group in (64, 32, 128) if dtype == BF16 else (64,):
                 call = partial(_int4, dtype, rows, group, gated=False)

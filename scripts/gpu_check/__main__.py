@@ -54,6 +54,7 @@ SECTIONS = {
     "end_to_end": Section("end_to_end:run", 120, 8),
     "compiled": Section("end_to_end:compiled", 120, 45),
     "float32": Section("correctness:float32", 60, 10),
+    "tuning": Section("tuning:run", 45, 10),
     "tests": Section("kernel_tests:run", 180, 10),
 }
 """In the order of what their answers are worth: what the targets ask for lies in the first 200 seconds."""

@@ -216,8 +216,8 @@ def _warmed(context: Context, model: LoadedModel, run: Callable[[], object]) -> 
 
 def _captured(model: LoadedModel) -> int:
     """CUDA graphs that the model's decoders have captured."""
-    graphs = {id(each._graphs): each._graphs for each in model.decoders.values()}
-    return sum(each.count for each in graphs.values() if each is not None)
+    graphs = {id(each.step_graphs): each.step_graphs for each in model.decoders.values()}
+    return sum(each.pool.count for each in graphs.values() if each is not None)
 
 
 def _transformers(

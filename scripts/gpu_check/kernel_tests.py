@@ -10,7 +10,13 @@ from typing import Any, Final
 
 from scripts.gpu_check.report import Context, Found
 
-TESTS: Final = ("tests/compression/gpu", "tests/kernels/triton", "tests/server/test_sampling.py")
+TESTS: Final = (
+    "tests/compression/gpu",
+    "tests/server/test_gpu_engine.py",
+    "tests/server/test_gate_timer.py",
+    "tests/kernels/triton",
+    "tests/server/test_sampling.py",
+)
 RECORD: Final = "EXEUNT_TEST_RECORD"
 CUT_SHORT: Final = 124  # what `timeout` says of tests that took too long: those that ran still count
 _QUICK: Final = ("tests/kernels/test_rows.py",)

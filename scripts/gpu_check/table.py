@@ -16,6 +16,7 @@ def table(report: Report) -> str:
         *_checks(report),
         *_tests(report),
         *_kernels(report),
+        *_tuning(report),
         *_decode(report),
         *_ends(report),
     ]
@@ -38,7 +39,7 @@ def _machine(report: Report) -> Iterator[str]:
         f"{name} {each.get('status')} {each.get('seconds', 0):.0f} s" for name, each in sections
     )
     for name, each in sections:
-        if each.get("skipped"):
+        if isinstance(each.get("skipped"), list) and each["skipped"]:
             yield f"  {name} left out {len(each['skipped'])}: {each['skipped'][0]}"
 
 
@@ -83,6 +84,17 @@ def _kernels(report: Report) -> Iterator[str]:
     rest = [case for case in cases if case["op"] in ("draw_tokens", "write_kv")]
     if rest:
         yield "  " + "; ".join(f"{_sizes(case)} {case['us']:.1f} us" for case in rest[:6])
+
+
+def _tuning(report: Report) -> Iterator[str]:
+    found = report.section("tuning")
+    if "launches" in found:
+        gains = sorted((each["speed_up"] for each in found["launches"]), reverse=True)
+        best = f", at most {gains[0]:.2f} times as fast" if gains else ""
+        yield (
+            f"measured launches: {found['tried']} of {found['calls']} calls, {found['faster']} faster than by "
+            f"the rule{best}; {len(found['failed'])} did not run, {len(found['unequal'])} with other bits"
+        )
 
 
 def _decode(report: Report) -> Iterator[str]:

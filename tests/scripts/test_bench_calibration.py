@@ -1,5 +1,6 @@
 """What a calibration costs: that memory is really watched, that sums are right, and lines through what is measured."""
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import typer
 
 from exeunt.calibration.memory_plan import batch_token_bytes, full_batch_tokens
 from exeunt.calibration.options import CalibrationOptions
@@ -167,3 +169,30 @@ def test_a_quick_run_measures_and_writes_only_where_it_is_told(
     assert all(each.stream_weights is True and each.journal for each in grown)
     assert {each.model for each in timed} == {str(packaged_model.path())}
     assert [each.tokens for each in timed] == list(command.QUICK.tokens)
+
+
+def test_one_part_is_measured_anew_and_the_other_kept(
+    recorded: Callable[[], list[Point]], tmp_path: Path
+) -> None:
+    path = tmp_path / "out.json"
+    command.main(path, quick=True)
+    before, points = json.loads(path.read_text()), len(recorded())
+    before["memory"][0]["marked"] = True
+    path.write_text(json.dumps(before))
+    command.main(path, quick=True, only=command.Part.TIME)
+    assert {each.model for each in recorded()[points:]} == {str(packaged_model.path())}
+    assert json.loads(path.read_text()) == before
+
+
+def test_a_part_is_kept_only_from_a_measurement_alike(
+    recorded: Callable[[], list[Point]], tmp_path: Path
+) -> None:
+    path = tmp_path / "out.json"
+    with pytest.raises(typer.BadParameter, match="no JSON"):
+        command.main(path, quick=True, only=command.Part.TIME)
+    command.main(path, quick=True)
+    points = len(recorded())
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"settings": {}}))
+    with pytest.raises(typer.BadParameter, match="other settings"):
+        command.main(path, quick=True, only=command.Part.MEMORY)
+    assert len(recorded()) == points

@@ -206,7 +206,8 @@ class _Captures:
     """Stands for a decoder whose graphs grow with the first runs."""
 
     def __init__(self, grow: int) -> None:
-        self._graphs, self.count, self._grow, self.runs = self, 0, grow, 0
+        self.step_graphs, self.pool, self.count = self, self, 0
+        self._grow, self.runs = grow, 0
 
     def run(self) -> None:
         """A run, which captures a graph or none."""

@@ -79,7 +79,7 @@ def test_no_share_of_the_memorys_rate_is_more_than_the_whole() -> None:
 def test_a_target_is_missed_below_it_and_a_check_fails_by_name() -> None:
     targets = _rows("target on a GPU")
     name = "one stream, mistral-7b shape, INT4 against our own bfloat16"
-    assert targets[name] == ["1.49×", "≥ 2.3×", "missed: 65% of it"]
+    assert targets[name] == ["1.93×", "≥ 2.3×", "missed: 84% of it"]
     other = deepcopy(H200)
     gpu_tables.step_of(other, "int4", "int4", 1, 512)["ms"] = 2.0  # type: ignore[index] # the record is mutable
     assert _rows("target on a GPU", other)[name][2] == "reached"

@@ -12,7 +12,7 @@ from exeunt.server.request import EmittedToken, ExitPolicy, FinishReason, Genera
 
 GAUGES = {
     *("num_requests_running", "num_requests_waiting", "rows_waiting", "kv_cache_usage_ratio"),
-    *("exit_threshold", "ready", "build_info"),
+    *("exit_threshold", "resident_bytes", "ready", "build_info"),
 }
 COUNTERS = {
     *(
@@ -146,6 +146,7 @@ def test_requests_and_steps(metrics: Metrics) -> None:
 def test_gauges_say_what_is_true_now(metrics: Metrics) -> None:
     metrics.gauges(running=2, waiting=3, rows_waiting=[1, 4], kv_usage={"int4": 0.5})
     metrics.set_ready(True)
+    metrics.resident_bytes({"int4": 5, "cuda_graphs": 7})
     metrics.exit_thresholds({0.05: 0.9, 0.01: None})
     assert value(metrics, "num_requests_running") == 2
     assert value(metrics, "rows_waiting", stage="1") == 4
@@ -154,6 +155,8 @@ def test_gauges_say_what_is_true_now(metrics: Metrics) -> None:
     assert value(metrics, "exit_threshold", target="0.05") == 0.9
     assert value(metrics, "exit_threshold", target="0.01") != value(metrics, "exit_threshold", target="0.01")
     assert value(metrics, "ready") == 1
+    assert value(metrics, "resident_bytes", kind="cuda_graphs") == 7
+    assert value(metrics, "resident_bytes", kind="full") == 0
 
 
 def test_savings_of_a_request_are_counted_by_method(metrics: Metrics) -> None:

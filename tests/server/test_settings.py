@@ -86,6 +86,7 @@ def test_misspelt_variables_are_noticed() -> None:
         "EXEUNT_PROT": "1",
         "EXEUNT_PORT": "1",
         "EXEUNT_NATIVE": "0",
+        "EXEUNT_TUNED": "0",
         "HOME": "/",
         "exeunt_host": "x",
     }

@@ -144,6 +144,31 @@ def test_padding_changes_no_state_and_writes_nothing(
     assert torch.equal(other.pages.arena, sequences.pages.arena)
 
 
+@pytest.mark.parametrize(
+    ("name", "weights", "kv"),
+    [
+        ("qwen3", "int4", "int4"),
+        ("gpt2", "full", "full"),
+        *(on_gpu_only(name, *formats) for name in MODELS for formats in FORMATS),
+    ],
+)
+def test_projected_keys_and_values_are_those_that_the_block_writes(
+    name: str, weights: str, kv: KVFormat, device: torch.device, tmp_path: Path
+) -> None:
+    decoder = _decoder(name, tmp_path, device, torch.bfloat16, weights)
+    ran, projected = (Sequences(decoder, rows=2, max_tokens=20, format=kv) for _ in range(2))
+    spans = [range(3), range(2)]
+    batch = ran.batch(spans)
+    hidden = torch.randn(5, decoder.spec.hidden_size, generator=torch.Generator().manual_seed(6))
+    hidden = hidden.to(device, torch.bfloat16)
+    with torch.inference_mode():
+        decoder.run_blocks(hidden, batch, ran.pages, 1, 2)
+        inputs = Inputs.empty(8, 512, projected.pages.layout.page_tokens, hidden)
+        inputs.fill_places(hidden, batch)
+        decoder.project_kv(inputs.hidden, inputs.batch, projected.pages, 1, 2)  # with three tokens of padding
+    assert torch.equal(projected.pages.arena, ran.pages.arena)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(("weights", "kv"), FORMATS)
@@ -159,3 +184,27 @@ def test_captured_passes_give_the_states_of_others_to_the_bit(
     assert torch.equal(captured, plain)
     assert graphs.count >= 3
     assert graphs.nbytes >= 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("weights", "kv"), FORMATS)
+def test_captured_projections_write_the_bits_of_others(
+    weights: str, kv: KVFormat, device: torch.device, tmp_path: Path
+) -> None:
+    decoder = _decoder("llama", tmp_path, device, torch.bfloat16, weights)
+    plain, captured = (Sequences(decoder, rows=2, max_tokens=20, format=kv) for _ in range(2))
+    hidden = torch.randn(12, decoder.spec.hidden_size, device=device).bfloat16()
+    spans = [[range(3), range(2)], [range(3, 4), range(2, 3)], [range(4, 10), range(3, 9)]]
+
+    def project(sequences: Sequences) -> None:
+        for batch in map(sequences.batch, spans):
+            decoder.project_kv(hidden[: batch.tokens], batch, sequences.pages, 0, 2)
+
+    with torch.inference_mode():
+        project(plain)
+        graphs = decoder.capture(64)
+        assert isinstance(graphs, DecodeGraphs)
+        project(captured)
+    assert graphs.count == 3
+    assert torch.equal(captured.pages.arena, plain.pages.arena)

@@ -61,8 +61,8 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def whole_programs(monkeypatch: pytest.MonkeyPatch, module: ModuleType, split: bool | None) -> None:
     """Have the module's kernel give each part of the sum a program of its own, or none, however many rows there are."""
 
-    def launched(*args: Any) -> Launch:
-        launch = launch_for(*args)
+    def launched(*args: Any, **options: Any) -> Launch:
+        launch = launch_for(*args, **options)
         chosen = launch.split if split is None else split and launch.parts > 1
         return replace(launch, grid=(*launch.grid[:2], launch.parts if chosen else 1), split=chosen)
 

@@ -11,7 +11,7 @@ from exeunt.kernels.paged_batch import KVBlock, PagedBatch
 
 def moved(tensor: Tensor, device: str) -> Tensor:
     """A copy of a strided view with all of the memory around it: the same strides, at the same place."""
-    whole = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
+    whole = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(tensor.untyped_storage())
     copied = whole.to(device) if device != "cpu" else whole.clone()
     return copied.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 

@@ -238,7 +238,7 @@ def test_a_gate_is_that_of_separate_steps(
     expected = _gate_on_cpu(head, hidden, thresholds, matrix)
     for module in _DISPATCHES:
         monkeypatch.setattr(f"{module}.triton_runs", lambda device: True)
-    monkeypatch.setattr("exeunt.compression.exits._ROWS_AT_ONCE", parts)
+    monkeypatch.setattr("exeunt.compression.gate_steps.ROWS_AT_ONCE", parts)
     found = head.gate(hidden, thresholds, project)
     torch.testing.assert_close(found.confidence.cpu(), expected.confidence, atol=1e-4, rtol=1e-4)
     near = ((expected.confidence - thresholds.cpu()).abs() < 1e-4).cpu()
@@ -250,7 +250,7 @@ def test_a_gate_is_that_of_separate_steps(
     state = head.read(hidden[found.leaves])[0]
     torch.testing.assert_close(found.logits, project(state), atol=1e-4, rtol=1e-4)
     rows = gate_rows(hidden, thresholds, head.weights, head.rule, lambda state: head.decisive(project(state)))
-    assert torch.equal(rows.leaves, found.leaves)
+    assert torch.equal(rows.leaves.cpu(), found.leaves)
     nobody = head.gate(hidden, torch.full_like(thresholds, torch.inf), project)
     assert not bool(nobody.leaves.any())
     assert len(nobody.looked) == len(nobody.logits) == 0

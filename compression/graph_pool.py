@@ -1,0 +1,139 @@
+"""What captured CUDA graphs share: one pool of memory, one stream to be captured on, and limits.
+
+Graphs of one pool must not run at the same time: what one leaves in the pool's memory, beside its results, the next one
+overwrites. A server's graphs all run one after the other, on the stream of the thread that runs ticks.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final, Generic, TypeVar
+
+import torch
+
+TOKENS: Final = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
+"""Numbers of tokens, or rows, that graphs are captured for: a batch takes the next one up, a larger batch none."""
+SPARE_MEMORY: Final = 0.05
+"""The share of the device's memory that captures leave free: passes without graphs need room too."""
+
+Result = TypeVar("Result")
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Captured(Generic[Result]):
+    """A captured run: `replay` does it again, over the same tensors, and leaves it in the same `result`."""
+
+    replay: Callable[[], None]
+    result: Result
+    nbytes: int  # of device memory that the pool grew by
+
+
+def size_for(tokens: int) -> int | None:
+    """The number of tokens that a graph for so many is captured for; None for none and for too many."""
+    return next((size for size in TOKENS if size >= tokens), None) if tokens > 0 else None
+
+
+class GraphPool:
+    """Captures runs on one GPU, and counts what that took."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._stream: Any = None  # a torch.cuda.Stream: memory is shared among captures on one stream
+        self._handle: Any = None  # what `torch.cuda.graph_pool_handle` gives
+        self._told = False  # that no more graphs are captured
+        self._count = 0
+        self._nbytes = 0
+        self._seconds = 0.0
+
+    @property
+    def count(self) -> int:
+        """Graphs captured so far."""
+        return self._count
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of device memory that graphs take, with the tensors that they read and leave."""
+        return self._nbytes
+
+    @property
+    def seconds(self) -> float:
+        """Seconds that captures have taken so far, the compiling of kernels that were new to them included."""
+        return self._seconds
+
+    def forget(self) -> None:
+        """What was captured so far is let go of: what comes now counts anew, in memory of its own."""
+        self._stream = self._handle = None
+        self._told, self._count, self._nbytes = False, 0, 0
+
+    def note(self, nbytes: int) -> None:
+        """Count tensors that graphs read or leave, made outside of a capture."""
+        self._nbytes += nbytes
+
+    def may_capture(self, kept: int, most: int) -> bool:
+        """Whether whoever keeps `kept` graphs of at most `most` may have one more; a warning says when that is over."""
+        free, total = self._memory()
+        if kept < most and free >= SPARE_MEMORY * total:
+            return True
+        if not self._told:
+            self._told = True
+            _log.warning(
+                "%d CUDA graphs are captured and %d of %d bytes are free: passes of sizes not yet met run without",
+                self._count,
+                free,
+                total,
+            )
+        return False
+
+    def capture(
+        self, name: str, before: Callable[[], object], run: Callable[[], Result]
+    ) -> Captured[Result] | None:
+        """`run` captured, after one run of it that compiles what is new; None, and a warning, where that fails.
+
+        `before` comes first and makes what `run` reads, which must stay where it is. `run` may wait for nothing and
+        copy nothing from the host. `name` says in the warning what it is: want of memory is what fails most often.
+        """
+        began = time.perf_counter()
+        try:
+            before()
+            captured = self._record(run)
+        # PyTorch's out of memory is one, the driver's and Triton's come as others
+        except RuntimeError as error:
+            reason = str(error).split("\n", 1)[0]
+            _log.warning("A CUDA graph of %s cannot be captured, such passes run without: %s", name, reason)
+            return None
+        finally:
+            self._seconds += time.perf_counter() - began
+        self._count += 1
+        self._nbytes += captured.nbytes
+        return captured
+
+    def _memory(self) -> tuple[int, int]:
+        """Bytes of the device that are free, and all of them."""
+        return torch.cuda.mem_get_info(self.device)
+
+    def _record(self, run: Callable[[], Result]) -> Captured[Result]:
+        """Run once, then once more into a graph."""
+        device = self.device
+        with torch.inference_mode(), torch.cuda.device(device):
+            if self._stream is None:
+                self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call] # torch does not annotate it
+                self._handle = torch.cuda.graph_pool_handle()
+            current = torch.cuda.current_stream(device)
+            self._stream.wait_stream(current)
+            # entered here, so that it is left again where a capture fails at its end, which `graph` does not see to
+            with torch.cuda.stream(self._stream):
+                run()  # compiles what has not run yet, which a capture does not allow
+                torch.cuda.synchronize(device)
+                torch.cuda.empty_cache()  # a capture does it anyway, and would hide what it takes
+                before = torch.cuda.memory_reserved(device)
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(
+                    graph, pool=self._handle, stream=self._stream, capture_error_mode="thread_local"
+                ):
+                    result = run()
+            current.wait_stream(self._stream)
+            grown = max(0, torch.cuda.memory_reserved(device) - before)
+        return Captured(graph.replay, result, grown)

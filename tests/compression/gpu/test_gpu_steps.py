@@ -1,0 +1,163 @@
+"""Heads, gates and projections in CUDA graphs: to the bit what they are without, whatever runs between."""
+
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from exeunt.compression.decoder import Decoder
+from exeunt.compression.exit_output import Shortlist
+from exeunt.compression.exits import ExitHead, ExitJudge, ExitProbe, GateResult
+from exeunt.compression.graph_pool import GraphPool
+from exeunt.compression.linear import FullLinear, Int4Linear
+from exeunt.compression.norm import Norm
+from exeunt.compression.row_graphs import StepGraphs
+from exeunt.kernels.int4_linear import quantize
+from tests.compression.reference_models import build_model, save
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+ROWS = (1, 3, 8, 5, 17, 1, 100, 128, 130, 3)
+UNITS = 9
+
+
+def _decoder(folder: Path, family: str, weights: str) -> Decoder:
+    device = torch.device("cuda")
+    model = build_model(family, torch.bfloat16, vocab_size=2100)
+    decoder = Decoder.load(save(model, folder), device=device, dtype=torch.bfloat16)
+    if weights == "int4":
+        assert isinstance(decoder.output, FullLinear)
+        decoder.let_exits_read(Int4Linear(quantize(decoder.output.weight, 16), None))
+    return decoder
+
+
+def _exit(decoder: Decoder, listed: bool) -> ExitHead:
+    generator, hidden = torch.Generator().manual_seed(8), decoder.spec.hidden_size
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    head = ExitHead(
+        1,
+        Norm("rms", torch.ones(hidden), None, 1e-5),
+        random(hidden, hidden) / 9,
+        ExitProbe(random(UNITS, hidden) / 7, random(UNITS), random(UNITS), torch.tensor(0.5)),
+        torch.tensor([0.8, 0.3, 0.2, 0.0]),
+        0.3,
+    )
+    if listed:
+        judge = ExitJudge(random(4, UNITS) / 5, random(UNITS) / 5, random(UNITS), torch.tensor(0.0))
+        head = replace(head, judge=judge, shortlist=Shortlist(torch.arange(0, 2100, 3)))
+    return head.to(decoder.device, decoder.dtype)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_head(tmp_path: Path, family: str) -> None:
+    decoder = _decoder(tmp_path, family, "full")
+    states = [torch.randn(n, decoder.spec.hidden_size, device="cuda").bfloat16() for n in ROWS]
+    with torch.inference_mode():
+        plain = [decoder.head(state) for state in states]
+        assert decoder.capture(64) is not None
+        captured = [decoder.head(state) for state in states]
+        again = [decoder.head(state) for state in states]
+    for one, two, three in zip(plain, captured, again, strict=True):
+        assert torch.equal(one, two)
+        assert torch.equal(one, three)
+    graphs = decoder.step_graphs
+    assert graphs is not None
+    assert graphs.count == 5  # of 1, 4, 8, 24 and 128 rows, each once
+    assert decoder.resident_bytes()["cuda_graphs"] == graphs.pool.nbytes > 0
+    assert graphs.pool.seconds > 0
+    decoder.release_graphs()
+    assert decoder.resident_bytes()["cuda_graphs"] == 0
+
+
+@pytest.mark.parametrize("weights", ["full", "int4"])
+@pytest.mark.parametrize("listed", [False, True])
+def test_gate(tmp_path: Path, weights: str, listed: bool) -> None:
+    decoder = _decoder(tmp_path, "llama", weights)
+    head = _exit(decoder, listed)
+    generator = torch.Generator().manual_seed(3)
+    states = [torch.randn(n, decoder.spec.hidden_size, generator=generator).bfloat16().cuda() for n in ROWS]
+    with torch.inference_mode():
+        sure = head.gate(states[7], torch.zeros(128), decoder.project_exit).confidence
+
+        def gate(state: Tensor, threshold: float) -> GateResult:
+            thresholds = torch.full((len(state),), threshold).pin_memory()
+            thresholds[1::7] = torch.inf
+            return head.gate(state, thresholds, decoder.project_exit)
+
+        levels = [float(sure.quantile(share)) for share in (0.0, 0.5, 0.9)] + [torch.inf]
+        asks = [(state, level) for level in levels for state in states]
+        plain = [gate(*ask) for ask in asks]
+        assert decoder.capture(64) is not None
+        captured = [gate(*ask) for ask in asks]
+    assert any(0 < int(found.leaves.sum()) < len(found.leaves) for found in plain)
+    for one, two in zip(plain, captured, strict=True):
+        for name in ("confidence", "leaves", "looked", "logits"):
+            assert torch.equal(getattr(one, name), getattr(two, name)), name
+        assert two.leaves.device.type == "cpu"
+        assert two.logits.is_cuda
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_a_gate_waits_once_and_a_head_never(tmp_path: Path, listed: bool) -> None:
+    decoder = _decoder(tmp_path, "llama", "full")
+    head = _exit(decoder, listed)
+    state = torch.randn(5, decoder.spec.hidden_size, device="cuda").bfloat16()
+    thresholds = torch.tensor([0.0, torch.inf, 0.0, 0.0, 0.0]).pin_memory()
+    with torch.inference_mode(), warnings.catch_warnings(record=True) as waits:
+        warnings.simplefilter("always")
+        assert decoder.capture(64) is not None
+        for _ in range(2):
+            head.gate(state, thresholds, decoder.project_exit)
+            decoder.head(state)
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            waits.clear()  # the mode itself warns that it does not see every wait
+            decoder.head(state)
+            assert not waits, [str(each.message) for each in waits]
+            head.gate(state, thresholds, decoder.project_exit)
+            assert len(waits) <= 1, [str(each.message) for each in waits]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_decoders_share_what_they_have_in_common(tmp_path: Path) -> None:
+    decoder = _decoder(tmp_path, "llama", "full")
+    twin = Decoder.load(tmp_path, device="cuda", dtype=torch.bfloat16)
+    shared = StepGraphs(GraphPool(torch.device("cuda")))
+    state = torch.randn(2, decoder.spec.hidden_size, device="cuda").bfloat16()
+    with torch.inference_mode():
+        for each in (decoder, twin, decoder):
+            if each.step_graphs is None:
+                each.capture(64, shared)
+            each.head(state)
+    assert shared.count == 2  # embedding and output are each decoder's own here
+    assert decoder.resident_bytes()["cuda_graphs"] == twin.resident_bytes()["cuda_graphs"] > 0
+
+
+def test_a_capture_that_fails_leaves_everything_as_it_was(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    graphs = StepGraphs(GraphPool(torch.device("cuda")))
+    stream = torch.cuda.current_stream()
+
+    def fails(x: Tensor) -> tuple[Tensor]:
+        twice = 2 * x
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("no room")
+        return (twice,)
+
+    x = torch.ones(3, 4, device="cuda")
+    assert graphs.run(("a failure",), fails, x) is None
+    assert "of a failure of 4 rows cannot be captured, such passes run without: no room" in caplog.text
+    assert torch.cuda.current_stream() == stream
+    found = graphs.run(("twice",), lambda x: (2 * x,), x)
+    assert found is not None
+    assert torch.equal(found[0], 2 * x)

@@ -1,0 +1,144 @@
+"""Passes over blocks as graphs: what they read is filled and padded, when they are captured, what they take."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from exeunt.compression.decode_graphs import DecodeGraphs, Inputs, padded_layout
+from exeunt.compression.kv_format import KVPages
+from exeunt.kernels.paged_batch import BatchLayout, PagedBatch
+from tests.compression.fake_graphs import GROWN, FakePool
+
+HIDDEN, PAGE_TOKENS = 6, 16
+
+
+class Blocks:
+    """Stands for blocks: a state grows by its position, and what is projected is kept."""
+
+    def __init__(self) -> None:
+        self.projected: list[tuple[Tensor, Tensor]] = []
+
+    def run(self, hidden: Tensor, batch: PagedBatch, pages: KVPages, start: int, stop: int) -> Tensor:
+        return hidden.add_(batch.positions[:, None] * (stop - start))
+
+    def project_kv(self, hidden: Tensor, batch: PagedBatch, pages: KVPages, start: int, stop: int) -> None:
+        self.projected.append((hidden.clone(), batch.slots.clone()))
+
+
+def pages() -> Any:
+    class Pages:
+        layout = type("Layout", (), {"page_tokens": PAGE_TOKENS})
+
+    return Pages()
+
+
+def batch_of(counts: list[int], context: int = 0) -> PagedBatch:
+    """Rows of so many tokens each, at places that tell them apart."""
+    tokens = sum(counts)
+    starts = torch.tensor([0, *counts]).cumsum(0).int()
+    tables = torch.arange(len(counts) * 2, dtype=torch.int32).view(len(counts), 2) + 1
+    return PagedBatch(
+        torch.arange(tokens) + 3, torch.arange(tokens) + 50, starts, tables, max(tokens + 3, context)
+    )
+
+
+def packed(batch: PagedBatch, size: int) -> PagedBatch:
+    """The same in a graph's layout, padded as whoever makes a batch pads it."""
+    layout = padded_layout(size, batch.max_context, PAGE_TOKENS)
+    numbers = torch.zeros(layout.numbers, dtype=torch.int64)
+    whole = layout.batch(numbers, size, size, batch.max_context)
+    for places, own in ((whole.positions, batch.positions), (whole.slots, batch.slots)):
+        places.fill_(-1)[: batch.tokens] = own
+    starts = [*batch.query_starts.tolist(), *range(batch.tokens + 1, size + 1), *[size] * size]
+    whole.query_starts.copy_(torch.tensor(starts[: size + 1]))
+    whole.page_tables[: batch.rows, : batch.page_tables.shape[1]] = batch.page_tables
+    return layout.batch(numbers, batch.tokens, batch.rows, batch.max_context)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (5, 3, 7), (2, 2, 32), (129, 6, 1)])
+def test_parts_lie_apart_and_where_vectors_can_be_read(sizes: tuple[int, int, int]) -> None:
+    layout = BatchLayout(*sizes)
+    numbers = torch.zeros(layout.numbers, dtype=torch.int64)
+    batch = layout.batch(numbers, *sizes[:2], 9)
+    parts = [batch.positions, batch.slots, batch.query_starts, batch.page_tables]
+    assert [tuple(part.shape) for part in parts] == [
+        (sizes[0],),
+        (sizes[0],),
+        (sizes[1] + 1,),
+        (sizes[1], sizes[2]),
+    ]
+    for number, part in enumerate(parts):
+        assert (part.data_ptr() - numbers.data_ptr()) % 16 == 0
+        part.fill_(number + 1)
+    for number, part in enumerate(parts):
+        assert (part == number + 1).all()
+    assert batch.packed is not None
+    assert batch.packed.numbers is numbers
+
+
+@pytest.mark.parametrize(("counts", "size"), [([1], 1), ([1, 1, 1], 4), ([3, 1, 2], 8), ([5], 8)])
+def test_a_batch_padded_where_it_was_made_is_taken_over_as_it_is(counts: list[int], size: int) -> None:
+    hidden, batch = torch.randn(sum(counts), HIDDEN), batch_of(counts)
+    plain, copied = (Inputs.empty(size, 512, PAGE_TOKENS, hidden) for _ in range(2))
+    plain.fill(hidden, batch)
+    copied.fill(hidden, packed(batch, size))
+    for name in ("positions", "slots", "query_starts", "page_tables"):
+        assert torch.equal(getattr(plain.batch, name), getattr(copied.batch, name))
+    assert torch.equal(plain.hidden, copied.hidden)
+    tokens, starts = sum(counts), plain.batch.query_starts.tolist()
+    assert starts[: len(counts) + 1] == batch.query_starts.tolist()
+    assert starts[-1] == size
+    assert plain.batch.positions[tokens:].tolist() == [-1] * (size - tokens)
+    plain.fill(hidden[:1], batch_of([1]))
+    copied.fill(hidden[:1], batch_of([1]))
+    assert torch.equal(plain.batch.query_starts, copied.batch.query_starts)
+
+
+def test_passes_are_those_of_the_blocks() -> None:
+    pool, blocks, arena = FakePool(), Blocks(), pages()
+    graphs = DecodeGraphs(blocks, 600, pool)
+    for counts in ([1, 1, 1], [3, 1], [1], [2, 1]):
+        for batch in (batch_of(counts), packed(batch_of(counts), 4)):
+            hidden = torch.randn(sum(counts), HIDDEN)
+            given = hidden.clone()
+            found = graphs.run(hidden, batch, arena, 1, 3)
+            assert found is not None
+            assert torch.equal(found, given + 2 * batch.positions[:, None])
+            assert torch.equal(hidden, given)
+    assert graphs.count == pool.count == 2
+    inputs = sum(Inputs.empty(n, 512, PAGE_TOKENS, torch.zeros(1, HIDDEN)).nbytes for n in (1, 4))
+    assert graphs.nbytes == pool.nbytes == 2 * GROWN + inputs
+
+
+def test_what_fits_no_graph_runs_without() -> None:
+    pool = FakePool()
+    graphs = DecodeGraphs(Blocks(), 600, pool)
+    long = batch_of([1])
+    too_long = PagedBatch(long.positions, long.slots, long.query_starts, long.page_tables, 1025)
+    assert graphs.run(torch.zeros(1, HIDDEN), too_long, pages(), 0, 1) is None
+    assert graphs.run(torch.zeros(129, HIDDEN), batch_of([1] * 129), pages(), 0, 1) is None
+    assert graphs.run(torch.zeros(0, HIDDEN), batch_of([0]), pages(), 0, 1) is None
+    assert not graphs.project_kv(torch.zeros(129, HIDDEN), batch_of([1] * 129), pages(), 0, 1)
+    assert pool.captures == 0
+    pool.failing = True
+    arena = pages()
+    for _ in range(2):
+        assert graphs.run(torch.zeros(1, HIDDEN), batch_of([1]), arena, 0, 1) is None
+        assert not graphs.project_kv(torch.zeros(1, HIDDEN), batch_of([1]), arena, 0, 1)
+    assert pool.captures == 2
+    assert graphs.count == 0
+
+
+def test_keys_and_values_are_projected_for_the_tokens_and_for_no_padding() -> None:
+    pool, blocks, arena = FakePool(), Blocks(), pages()
+    graphs = DecodeGraphs(blocks, 600, pool)
+    graphs.project_kv(torch.zeros(4, HIDDEN), batch_of([1] * 4), arena, 2, 4)
+    for batch in (batch_of([1, 1, 1]), packed(batch_of([1, 1, 1]), 4), packed(batch_of([3], 600), 4)):
+        hidden = torch.randn(3, HIDDEN)
+        assert graphs.project_kv(hidden, batch, arena, 2, 4)
+        states, slots = blocks.projected[-1]
+        assert torch.equal(states[:3], hidden)
+        assert slots.tolist() == [50, 51, 52, -1]
+    assert pool.captures == 1

@@ -1,0 +1,102 @@
+"""What capturing CUDA graphs takes is no part of what stages cost, nor of how long a variant was served."""
+
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from exeunt.compression.decoder import Decoder
+from exeunt.compression.model import LoadedModel
+from exeunt.compression.row_graphs import StepGraphs
+from exeunt.server import sampling
+from exeunt.server.auditor import Auditor
+from exeunt.server.request import SamplingParams
+from exeunt.server.runner import StageRun
+from exeunt.server.sampling import RowSampling, sample
+from exeunt.server.scheduler import Scheduler
+from tests.compression.fake_graphs import FakePool
+from tests.server.engine_bench import BACKFILL, running
+
+CAPTURE_S = 0.05
+
+
+@pytest.mark.parametrize("audit_share", [0.0, 1.0])
+def test_captures_are_set_apart(
+    tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch, audit_share: float
+) -> None:
+    pool: Any = SimpleNamespace(seconds=0.0)
+    project = Decoder.head
+
+    def capturing(decoder: Decoder, hidden: torch.Tensor) -> torch.Tensor:
+        time.sleep(CAPTURE_S)
+        pool.seconds += CAPTURE_S
+        return project(decoder, hidden)
+
+    runs: list[StageRun] = []
+    served: list[float] = []
+    serve = Scheduler.served
+
+    def noted(scheduler: Scheduler, variant: Any, seconds: float) -> None:
+        served.append(seconds)
+        serve(scheduler, variant, seconds)
+
+    monkeypatch.setattr(Decoder, "head", capturing)
+    monkeypatch.setattr(Scheduler, "served", noted)
+    with running(tiny_model, audit_share=audit_share) as bench:
+        engine = bench.engine
+        engine._on_stages = runs.append
+        engine._runner._graphs = SimpleNamespace(pool=pool)  # type: ignore[assignment] # all that is read of it
+        monkeypatch.setattr(
+            "exeunt.server.runner.sample_each", lambda *given: sampling.sample_each(*given[:3])
+        )
+        bench.answer(exits=BACKFILL, max_new_tokens=12)
+    assert pool.seconds > CAPTURE_S * 2
+    assert sorted(run.seconds for run in runs)[len(runs) // 2] < CAPTURE_S / 2
+    assert sorted(served)[len(served) // 2] < CAPTURE_S / 2
+    assert min(run.seconds for run in runs) > 0
+    assert engine._costs.around.seconds < CAPTURE_S / 2
+
+
+def test_an_auditor_leaves_captures_to_others() -> None:
+    captured = [0.0]
+    auditor = Auditor(1.0, torch.device("cpu"), lambda: captured[0])
+    with auditor._aside():
+        time.sleep(CAPTURE_S)
+        captured[0] += CAPTURE_S
+    assert abs(auditor.take_seconds()) < CAPTURE_S / 2
+
+
+ROWS = [
+    RowSampling(SamplingParams(temperature=temperature, seed=seed), 0, seed)
+    for seed, temperature in enumerate((0.0, 0.7, 1.3, 0.0, 1.0))
+]
+
+
+@pytest.mark.parametrize("graphs", [None, StepGraphs(FakePool())])
+def test_draws_that_travel_packed_are_the_same(
+    graphs: StepGraphs | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[torch.Size] = []
+
+    def fetched(tensor: torch.Tensor) -> torch.Tensor:
+        waits.append(tensor.shape)
+        return tensor.clone()
+
+    monkeypatch.setattr(sampling, "fetched", fetched)
+    logits = torch.randn(5, 70, generator=torch.Generator().manual_seed(4)) * 3
+    logits[3, 5] = torch.nan
+    expected = sample(logits, ROWS)
+    temperatures = torch.tensor([row.params.temperature for row in ROWS]).numpy()
+    for _ in range(2):
+        found = sampling._sample_there(logits, logits, temperatures, sampling.row_keys(ROWS), graphs)
+        assert found.ids == expected.ids
+        assert found.errors == expected.errors
+        assert found.logprobs[:3] == pytest.approx(expected.logprobs[:3], abs=1e-6)
+    assert waits == [(5, 2), (5, 2)]
+    if graphs is not None:
+        assert graphs.count == 1
+        cut = logits.masked_fill(torch.arange(70) > 30, -torch.inf)
+        sampling._sample_there(logits, cut, temperatures, sampling.row_keys(ROWS), graphs)
+        assert graphs.count == 1  # what others were drawn from is theirs
