@@ -126,12 +126,6 @@ class DecodeGraphs:
         """Graphs captured so far."""
         return sum(found is not None for found in self._graphs.values())
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of device memory that captures took, with what their graphs read."""
-        graphs = sum(found[0].nbytes for found in self._graphs.values() if found is not None)
-        return graphs + sum(inputs.nbytes for inputs in self._inputs.values())
-
     def run(self, hidden: Tensor, batch: PagedBatch, pages: KVPages, start: int, stop: int) -> Tensor | None:
         """The state behind block `stop` - 1 of `hidden` [tokens, hidden] in front of block `start`; `hidden` stays.
 

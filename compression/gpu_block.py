@@ -1,4 +1,4 @@
-"""One transformer block on a GPU: what `exeunt.compression.block` does one operation at a time, in six fused kernels.
+"""One transformer block on a GPU: what `exeunt.compression.block` does one operation at a time, in few launches.
 
 Norm and QKV product; head norms, RoPE, rotation, quantisation and the writing of keys and values; attention; output
 product and residual; norm, gate and up products and activation; down product and residual. Each is row-invariant, so

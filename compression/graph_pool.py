@@ -14,7 +14,7 @@ import torch
 
 TOKENS: Final = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
 """Numbers of tokens, or rows, that graphs are captured for: a batch takes the next one up, a larger batch none."""
-SPARE_MEMORY: Final = 0.05
+SPARE_MEMORY: Final = 0.02
 """The share of the device's memory that captures leave free: passes without graphs need room too."""
 
 Result = TypeVar("Result")
@@ -74,18 +74,24 @@ class GraphPool:
 
     def may_capture(self, kept: int, most: int) -> bool:
         """Whether whoever keeps `kept` graphs of at most `most` may have one more; a warning says when that is over."""
+        if kept >= most:  # asking the driver costs more than many a pass
+            self._tell(f"no more than {most} of a kind are kept")
+            return False
         free, total = self._memory()
-        if kept < most and free >= SPARE_MEMORY * total:
-            return True
+        if free < SPARE_MEMORY * total:
+            self._tell(f"{free} of {total} bytes are free")
+            return False
+        return True
+
+    def _tell(self, why: str) -> None:
+        """Say once that sizes not yet met run without graphs from now on."""
         if not self._told:
             self._told = True
             _log.warning(
-                "%d CUDA graphs are captured and %d of %d bytes are free: passes of sizes not yet met run without",
+                "%d CUDA graphs are captured and %s: passes of sizes not yet met run without",
                 self._count,
-                free,
-                total,
+                why,
             )
-        return False
 
     def capture(
         self, name: str, before: Callable[[], object], run: Callable[[], Result]
@@ -99,8 +105,7 @@ class GraphPool:
         try:
             before()
             captured = self._record(run)
-        # PyTorch's out of memory is one, the driver's and Triton's come as others
-        except RuntimeError as error:
+        except _capture_errors() as error:
             reason = str(error).split("\n", 1)[0]
             _log.warning("A CUDA graph of %s cannot be captured, such passes run without: %s", name, reason)
             return None
@@ -111,8 +116,10 @@ class GraphPool:
         return captured
 
     def _memory(self) -> tuple[int, int]:
-        """Bytes of the device that are free, and all of them."""
-        return torch.cuda.mem_get_info(self.device)
+        """Bytes of the device that are free, those that PyTorch keeps for later among them, and all of them."""
+        free, total = torch.cuda.mem_get_info(self.device)
+        kept = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        return free + kept, total
 
     def _record(self, run: Callable[[], Result]) -> Captured[Result]:
         """Run once, then once more into a graph."""
@@ -137,3 +144,12 @@ class GraphPool:
             current.wait_stream(self._stream)
             grown = max(0, torch.cuda.memory_reserved(device) - before)
         return Captured(graph.replay, result, grown)
+
+
+def _capture_errors() -> tuple[type[Exception], ...]:
+    """What a capture fails with: PyTorch's errors and the driver's, and Triton's own where Triton is there."""
+    try:
+        from triton.errors import TritonError
+    except ImportError:
+        return (RuntimeError,)
+    return RuntimeError, TritonError

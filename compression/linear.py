@@ -38,7 +38,7 @@ class Linear(Protocol):
         gated: bool = False,
         residual: Tensor | None = None,
     ) -> Tensor:
-        """The layer with what stands around it in one Triton kernel: [tokens, out] for x [tokens, in].
+        """The layer with what stands around it, in Triton: [tokens, out] for x [tokens, in], rounded once by each step.
 
         `norm` is applied to x first; `activation` to the output, or, where that is `gated`, to its first half, which
         then multiplies the second; to `residual` [tokens, out] the result is added in place.

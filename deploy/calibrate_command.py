@@ -11,8 +11,8 @@ from exeunt.deploy.cli_options import DEVICE, LEVEL, count, log_from
 _CHECKPOINT = typer.Argument(metavar="MODEL", help="A checkpoint's directory or a Hugging Face id.")
 _OUT = typer.Option(help="Where the bundle goes.", show_default=False)
 _TEXT = typer.Option(
-    help="Text to calibrate on: a file (txt or JSONL), a folder, or hf:NAME. Needed, but for the packaged model, "
-    "which has a text of its own."
+    help="Text to calibrate on: a file (txt or JSONL), a folder, or hf:NAME[[:CONFIG]:SPLIT]. Needed, but for the "
+    "packaged model, which has a text of its own."
 )
 _TOKENS = count("--tokens", 1, "Use so many tokens of it. [by preset: 24000, 48000, all]")
 _PRESET = typer.Option(

@@ -28,7 +28,10 @@ _EVALUATION_SEED = count("--seed", 0, "Seed of the documents' order and of the i
 def evaluate(
     bundle: Annotated[str, typer.Argument(metavar="BUNDLE", help="A bundle or a checkpoint's directory.")],
     data: Annotated[
-        str, typer.Option(help="Text: a file (txt or JSONL), a folder, or hf:NAME.", show_default=False)
+        str,
+        typer.Option(
+            help="Text: a file (txt or JSONL), a folder, or hf:NAME[[:CONFIG]:SPLIT].", show_default=False
+        ),
     ],
     tokens: Annotated[int, _EVALUATION_TOKENS] = 16_000,
     seed: Annotated[int, _EVALUATION_SEED] = 0,

@@ -12,7 +12,7 @@ from exeunt.compression.checkpoint_names import linear_shapes
 from exeunt.compression.model import LoadedModel
 from exeunt.compression.variant import WeightFormat
 from exeunt.kernels.gpu import triton_runs
-from exeunt.kernels.tuned.files import cached_file, packaged_file, write_launches
+from exeunt.kernels.tuned.files import cached_file, has_packaged, write_launches
 from exeunt.kernels.tuned.launches import DTYPES, MEASURED_ROWS, add_launches, is_wanted, known_launches
 from exeunt.kernels.tuned.shape import LinearShape
 
@@ -23,10 +23,11 @@ logger = logging.getLogger("exeunt.tuning")
 
 
 def tune_launches(model: LoadedModel, seconds: float) -> None:
-    """Search for so many seconds at most for launches of those of the model's linears of which nothing is known.
+    """Search for so many seconds at most for launches of those calls of the model's linears that nothing is known of.
 
-    What is found is used from then on, and kept in the user's cache for the next start. Nothing is searched for where
-    the package has a file of that kind of GPU, and where Triton does not run or has nothing to choose.
+    What is found is used from then on, and kept in the user's cache for the next start, which goes on with the calls
+    that the time did not reach. Nothing is searched for where the package has a good file of that kind of GPU, and
+    where Triton does not run or has nothing to choose.
     """
     if seconds <= 0 or not is_wanted() or model.dtype not in DTYPES:
         return
@@ -34,9 +35,10 @@ def tune_launches(model: LoadedModel, seconds: float) -> None:
         return
     index = model.device.index if model.device.index is not None else torch.cuda.current_device()
     gpu = torch.cuda.get_device_name(index)
-    shapes = _unknown(shapes_of(model), index)
-    if shapes and not packaged_file(gpu).exists():
-        _search(gpu, index, shapes, seconds)
+    shapes, known = shapes_of(model), known_launches(index)
+    if all(shape.key(rows) in known for shape in shapes for rows in MEASURED_ROWS) or has_packaged(gpu):
+        return
+    _search(gpu, index, shapes, seconds)
 
 
 def shapes_of(model: LoadedModel) -> list[LinearShape]:
@@ -62,15 +64,10 @@ def linears_of(
     ]
 
 
-def _unknown(shapes: Iterable[LinearShape], index: int) -> list[LinearShape]:
-    known = known_launches(index)
-    return [shape for shape in shapes if not any(shape.key(rows) in known for rows in MEASURED_ROWS)]
-
-
 def _search(gpu: str, index: int, shapes: list[LinearShape], seconds: float) -> None:
     from exeunt.kernels.tuned.trials import search_on
 
-    found = search_on(torch.device("cuda", index), shapes, seconds)
+    found = search_on(torch.device("cuda", index), shapes, seconds, known_launches(index))
     add_launches(index, found.launches)
     logger.info("%s %s", _told(gpu, found), _kept(cached_file(gpu), gpu, found))
 
@@ -79,7 +76,7 @@ def _told(gpu: str, found: "Search") -> str:
     best = max((finding.speed_up for finding in found.faster), default=1.0)
     gain = f" (up to {best:.2f} times)" if found.faster else ""
     return (
-        f"Nothing was known of the fastest launches of these linear layers on {gpu}: of {found.calls} calls "
+        f"Of {found.calls} calls of these linear layers nothing was known on {gpu}: "
         f"{len(found.findings)} were tried in {found.seconds:.1f} s, {len(found.faster)} are faster now{gain}."
     )
 

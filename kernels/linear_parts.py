@@ -11,13 +11,14 @@ A tile is outputs × tokens: the weights are the tensor cores' left operand, whi
 the weights were unpacked into. With two warps a program Triton picks `mma.sync` on every GPU, whatever the tile's
 number of tokens; with four or eight it turns to `wgmma` on Hopper. Its sums of full weights are the same to the bit
 (seen on an H200, and tested on every GPU that runs the tests); those of INT4 weights are not, whose inputs `mma.sync`
-takes in an order of its own: all INT4 tiles have two warps. On other GPUs than Hopper's all tiles have.
+takes in an order of its own: all INT4 tiles have two warps or one. On other GPUs than Hopper's all tiles have.
 """
 
 # Kernels are written in Triton's language: their arguments have no Python types, and compile-time ones are upper case.
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
 # ruff: noqa: N803, N806
 
+import logging
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -25,11 +26,14 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from exeunt.kernels.codes_triton import INTERPRETED
 from exeunt.kernels.linear_tiles import Tile
 from exeunt.kernels.rows.norm import RowNorm
-from exeunt.kernels.tuned.launches import tuned_launch
+from exeunt.kernels.tuned.launches import LaunchKey, leave_to_rule, measured_rows, tuned_launch
+
+_log = logging.getLogger(__name__)
 
 ACTIVATIONS: Final = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
 
@@ -52,6 +56,11 @@ class LinearTiles:
     )
     int4_tiles_to_flood: int = 1056  # the same for few rows of INT4, whose tiles take longer to begin
     split_rows: int = 4  # rows up to which parts are cheap to leave in memory, compared with the weights
+
+    @property
+    def most_warps(self) -> int:
+        """The most warps of a tile: that tiles of more have the same bits is known of no GPU with these sizes."""
+        return max(tile.warps for tile in (*self.full, self.full_wide, *self.int4, self.int4_wide))
 
     def tile_for(
         self, tokens: int, in_features: int, outputs: int, dtype: torch.dtype, *, int4: bool
@@ -92,6 +101,8 @@ def tiles() -> LinearTiles:
 
 
 MOST_COUNTERS: Final = 2048
+MOST_SCRATCH: Final = 2**27
+"""Bytes of parts' sums that are left in memory: more cannot be fast, and graphs would hold them."""
 _counters: dict[tuple[int | None, int], Tensor] = {}
 
 
@@ -111,11 +122,21 @@ def parts_of(in_features: int) -> int:
 
 
 def launch_for(
-    tokens: int, in_features: int, outputs: int, gated: bool, dtype: torch.dtype, *, int4: bool
+    tokens: int,
+    in_features: int,
+    outputs: int,
+    gated: bool,
+    dtype: torch.dtype,
+    *,
+    int4: bool,
+    group_size: int = 0,
 ) -> Launch:
-    """The launch for `tokens` rows of `dtype` and a result of `outputs` columns: as measured, else by the rule."""
+    """The launch for `tokens` rows of `dtype` and a result of `outputs` columns: as measured, else by the rule.
+
+    `group_size` is that of INT4 weights.
+    """
     width = 2 * outputs if gated else outputs
-    tuned = tuned_launch(tokens, in_features, width, gated, dtype, int4=int4)
+    tuned = tuned_launch(tokens, in_features, width, gated, dtype, int4=int4, group_size=group_size)
     rule = tiles()
     tile = rule.tile_for(tokens, in_features, width, dtype, int4=int4) if tuned is None else tuned.tile
     columns = tile.outputs // 2 if gated else tile.outputs
@@ -123,7 +144,42 @@ def launch_for(
     parts = parts_of(in_features)
     split = rule.splits(tokens, across * down, tile, int4=int4) if tuned is None else tuned.split
     split = split and parts > 1 and across * down <= MOST_COUNTERS
+    split = split and 4 * parts * tokens * width <= MOST_SCRATCH
     return Launch((down, across, parts if split else 1), tile, parts, split)
+
+
+def launch_that_fits(
+    failed: Launch,
+    error: OutOfResources,
+    tokens: int,
+    in_features: int,
+    outputs: int,
+    gated: bool,
+    dtype: torch.dtype,
+    *,
+    int4: bool,
+    group_size: int = 0,
+) -> Launch:
+    """The rule's launch of a call whose measured one needs more than the GPU has: with a warning, and from now on.
+
+    The arguments behind `error` are those that `launch_for` took. Raises `error` where `failed` was not measured.
+    """
+    width = 2 * outputs if gated else outputs
+    key = LaunchKey(int4, dtype, in_features, width, gated, group_size, measured_rows(tokens))
+    if leave_to_rule(key):
+        kind = "int4" if int4 else "full"
+        _log.warning(
+            "The measured launch %s of %s weights %d x %d does not run here, the rule's is taken from now on: %s",
+            failed.tile,
+            kind,
+            width,
+            in_features,
+            error,
+        )
+    launch = launch_for(tokens, in_features, outputs, gated, dtype, int4=int4, group_size=group_size)
+    if launch == failed:
+        raise error
+    return launch
 
 
 def scratch_for(launch: Launch, tokens: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -53,6 +53,20 @@ def step_of(record: Row, weights: str, kv: str, sequences: int, context: int, mo
     return _only(record["sections"]["decode"]["steps"], wanted)
 
 
+def steps_of(record: Row, model: str) -> list[Row]:
+    """All decode steps of a model."""
+    return [step for step in record["sections"]["decode"]["steps"] if step["model"] == model]
+
+
+def linear_times(record: Row, layer: str) -> dict[int, tuple[float, float, float]]:
+    """Microseconds of INT4, full weights and PyTorch, by rows."""
+    own = sorted(
+        (case for case in _cases(record, "int4_linear") if case["layer"] == layer),
+        key=lambda case: int(case["rows"]),
+    )
+    return {case["rows"]: (case["us"], case["full_linear"]["us"], case["torch"]["us"]) for case in own}
+
+
 def linears_ms(record: Row, kind: str) -> float:
     """Milliseconds of all linears of the large model for one row: "int4", "full_linear" or "torch"."""
     blocks = 32

@@ -42,6 +42,10 @@ from exeunt.server.verification import Draw, confirmed_draws
 log = logging.getLogger("exeunt.engine")
 
 
+class DeviceLostError(RuntimeError):
+    """The device fails every call: no request can be served by this process any more."""
+
+
 class Lifecycle:
     """Every request between its submission and its last event, and what it holds meanwhile.
 
@@ -161,8 +165,10 @@ class Lifecycle:
         began = time.perf_counter() - self._runner.captured_seconds
         try:
             results = self._runner.run(tick)
-        except Exception as error:  # noqa: BLE001 - whatever a tick raises fails its own requests alone
+        except Exception as error:  # whatever a tick raises fails its own requests alone
             self._fail_tick(tick, error)
+            if not self._runner.device_answers():
+                raise DeviceLostError("the GPU answers no more, start the server again") from error
             return
         ended = time.perf_counter() - self._runner.captured_seconds  # nobody is served by a capture
         self._scheduler.served(tick.variant, ended - began)

@@ -1,10 +1,15 @@
-"""Who holds which page of KV memory: an allocator and a page table per sequence. Plain Python, no torch.
+"""Who holds which page of KV memory: an allocator and a page table per sequence. No torch.
 
 A page is a number below `num_pages`; what lies in it (format, blocks, how many tokens) is the business of the
 layout that a `PageTable` was made for. Tables of different layouts share one pool: KV memory is one budget.
 """
 
 from collections.abc import Iterable
+from typing import Final
+
+import numpy as np
+
+_FIRST_PAGES: Final = 8  # a table has room for, before it grows
 
 
 class OutOfPagesError(Exception):
@@ -110,7 +115,7 @@ class PagePool:
 class PageTable:
     """The pages of one sequence, in the order of its positions: token p lies in page p // page_tokens."""
 
-    __slots__ = ("page_tokens", "pages", "pool")
+    __slots__ = ("_numbers", "page_tokens", "pages", "pool")
 
     def __init__(self, pool: PagePool, page_tokens: int) -> None:
         if page_tokens < 1:
@@ -118,6 +123,12 @@ class PageTable:
         self.pool = pool
         self.page_tokens = page_tokens
         self.pages: list[int] = []
+        self._numbers = np.empty(_FIRST_PAGES, dtype=np.int32)
+
+    @property
+    def numbers(self) -> np.ndarray:
+        """`pages` as int32, to be copied at once: a view that the next change of the table makes another's."""
+        return self._numbers[: len(self.pages)]
 
     @property
     def capacity(self) -> int:
@@ -135,7 +146,7 @@ class PageTable:
         """
         missing = self.missing(tokens)
         if missing:
-            self.pages.extend(self.pool.allocate(missing))
+            self._append(self.pool.allocate(missing))
 
     def truncate(self, tokens: int) -> None:
         """Gives back the pages past the first `tokens` tokens: the roll-back of rejected drafts."""
@@ -155,6 +166,15 @@ class PageTable:
     def slots(self, start: int, stop: int) -> list[int]:
         """The slots of positions start .. stop - 1. IndexError beyond the capacity."""
         return [self.slot(position) for position in range(start, stop)]
+
+    def _append(self, pages: list[int]) -> None:
+        held = len(self.pages)
+        self.pages.extend(pages)
+        if len(self.pages) > len(self._numbers):  # twice the room, so that growing costs O(1) a page
+            grown = np.empty(max(len(self.pages), 2 * len(self._numbers)), dtype=np.int32)
+            grown[:held] = self._numbers[:held]
+            self._numbers = grown
+        self._numbers[held : len(self.pages)] = pages
 
     def _pages_for(self, tokens: int) -> int:
         if tokens < 0:

@@ -156,6 +156,7 @@ class Runner:
             if batch is None and not run.entering:
                 self._draw(run)
                 self._note_audits(run)
+                self._wait()
             ended = self._clock()
             stages, seconds = range(stage, boundary + 1), ended - began - self._auditor.take_seconds()
             self._on_stages(
@@ -163,6 +164,19 @@ class Runner:
             )
             began, stage = ended, boundary + 1
         return [run.results[row] for row in tick.rows]
+
+    def device_answers(self) -> bool:
+        """Whether the device still does anything: after some errors a GPU refuses every later call of the process."""
+        try:
+            self._wait()
+        except RuntimeError:
+            return False
+        return True
+
+    def _wait(self) -> None:
+        """Wait for a GPU: a tick that draws nothing, a prompt's chunk, would be timed by its launches alone."""
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
 
     def _clock(self) -> float:
         """Seconds, on a clock that stands still while graphs are captured."""

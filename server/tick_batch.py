@@ -99,7 +99,7 @@ def _geometry_here(parts: Items[Part]) -> PagedBatch:
     used = [part.positions[-1] // part.row.sequence.table.page_tokens + 1 for part in parts]
     tables = np.zeros((len(parts), max(used)), dtype=np.int32)
     for index, (part, count) in enumerate(zip(parts, used, strict=True)):
-        tables[index, :count] = part.row.sequence.table.pages[:count]
+        tables[index, :count] = part.row.sequence.table.numbers[:count]
     places = torch.from_numpy(np.array([positions, slots], dtype=np.int64))
     return PagedBatch(
         positions=places[0],
@@ -126,7 +126,7 @@ def _write(layout: BatchLayout, numbers: np.ndarray, parts: Items[Part], positio
     for index, part in enumerate(parts):
         table, start = part.row.sequence.table, layout.tables + index * layout.pages
         used = part.positions[-1] // table.page_tokens + 1
-        wide[start : start + used] = table.pages[:used]
+        wide[start : start + used] = table.numbers[:used]
 
 
 def without(batch: TickBatch, gone: set[int]) -> TickBatch | None:

@@ -7,19 +7,23 @@ One kernel for decode and prefill (see `exeunt.kernels.linear_parts` for the cut
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
 # ruff: noqa: N803, SIM102 - a condition known at compile time stands alone
 
+from functools import partial
 from typing import Final
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from exeunt.kernels.linear_parts import (
+    Launch,
     added_product,
     checked_out,
     checked_rows,
     join,
     launch_for,
+    launch_that_fits,
     scratch_for,
     tile_columns,
 )
@@ -197,7 +201,27 @@ def _full_linear_op(
     columns = out.shape[1]
     if tokens == 0 or columns == 0:
         return
-    launch = launch_for(tokens, in_features, columns, gated, x.dtype, int4=False)
+    call = (tokens, in_features, columns, gated, x.dtype)
+    run = partial(_run, x, weight, bias, out, activation, gated, added)
+    launch = launch_for(*call, int4=False)
+    try:
+        run(launch)
+    except OutOfResources as error:
+        run(launch_that_fits(launch, error, *call, int4=False))
+
+
+def _run(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    activation: str | None,
+    gated: bool,
+    added: bool,
+    launch: Launch,
+) -> None:
+    tokens, in_features = x.shape
+    columns = out.shape[1]
     sums, counters = scratch_for(launch, tokens, weight.shape[0], x.device)
     step = _STEP_BYTES // x.element_size()
     _full_linear[launch.grid](

@@ -1,30 +1,35 @@
 """The INT4 linear layer on a GPU: weights are unpacked in registers, on their way to the tensor cores.
 
-One kernel for decode and prefill (see `exeunt.kernels.linear_parts` for the cut of the sum and the tiles). A weight
-is dequantised in float32 and rounded once, to the dtype of the activations; products are summed in float32.
+One kernel for decode and prefill (see `exeunt.kernels.linear_parts` for the cut of the sum and the tiles). Codes are
+multiplied as they are (`exeunt.kernels.codes_triton`), in the activations' dtype, and summed in float32; each group's
+sum is scaled there: Σ w x = scale × Σ (bias + code) x + (offset − bias × scale) × Σ x.
 """
 
 # Kernels are written in Triton's language: their arguments have no Python types, and compile-time ones are upper case.
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
 # ruff: noqa: N803, N806, SIM102 - a condition known at compile time stands alone
 
+from functools import partial
 from typing import Final
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from exeunt.kernels.codes_triton import bias_of, numbers_and_ones
 from exeunt.kernels.int4_linear.dispatch import PackedWeight
 from exeunt.kernels.int4_linear.pairs import PairedInt4, pack_pairs, unroll_of
 from exeunt.kernels.int4_linear.weight import Int4Weight
 from exeunt.kernels.linear_parts import (
+    Launch,
     added_product,
     checked_out,
     checked_rows,
     join,
     launch_for,
+    launch_that_fits,
     scratch_for,
     tile_columns,
 )
@@ -258,7 +263,29 @@ def _int4_linear_op(
     columns = out.shape[1]
     if tokens == 0 or columns == 0:
         return
-    launch = launch_for(tokens, in_features, columns, gated, x.dtype, int4=True)
+    call = (tokens, in_features, columns, gated, x.dtype)
+    run = partial(_run, x, codes, params, bias, out, group_size, activation, gated, added)
+    launch = launch_for(*call, int4=True, group_size=group_size)
+    try:
+        run(launch)
+    except OutOfResources as error:
+        run(launch_that_fits(launch, error, *call, int4=True, group_size=group_size))
+
+
+def _run(
+    x: Tensor,
+    codes: Tensor,
+    params: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    group_size: int,
+    activation: str | None,
+    gated: bool,
+    added: bool,
+    launch: Launch,
+) -> None:
+    tokens, in_features = x.shape
+    columns = out.shape[1]
     sums, counters = scratch_for(launch, tokens, codes.shape[1], x.device)
     pairs, unroll = codes.shape[0], unroll_of(group_size)
     width = max(32, triton.next_power_of_2(group_size))

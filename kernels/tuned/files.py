@@ -3,6 +3,10 @@
 A file is JSON: the format's version, the GPU's name, with what and when it was measured, and a line per launch. Its
 `tile` is [rows, outputs, stages, warps], or null where nothing was faster than the rule. What was measured here for a
 GPU of another name, or by another release's format, is not used: a file is taken whole or, with a warning, not at all.
+
+Other kernels, or another compiler, may be fastest with other launches; the bits are the same. So a file of the package
+says of which it was measured (`triton`, and `kernels`, a digest of their sources), and where it was of others, what the
+cache holds comes before it: that is of these kernels and this compiler by its name.
 """
 
 import hashlib
@@ -24,10 +28,12 @@ from exeunt.kernels.linear_tiles import Tile
 from exeunt.kernels.native.build import cache_folder
 from exeunt.kernels.tuned.launches import DTYPES, MEASURED_ROWS, Key, Launches, LaunchKey, TunedLaunch
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 PACKAGED: Final = Path(__file__).parent
 _KERNELS: Final = ("int4_linear/triton.py", "full_linear/triton.py", "linear_parts.py", "codes_triton.py")
-"""The sources by which a cached measurement is of these kernels: another version's may not even fit the GPU."""
+"""The sources by which a measurement is of these kernels: another version's may not even fit the GPU."""
+_MADE_FOR: Final = ("triton", "kernels")
+"""What is measured of: where one of these differs, other launches may be the fastest."""
 _WARPS: Final = {"int4": (1, 2), "full": (2, 4, 8)}
 """INT4 tiles of four warps would be summed by other instructions, to other bits (`exeunt.kernels.linear_parts`)."""
 _SIZES: Final = (8, 16, 32, 64, 128, 256)
@@ -67,27 +73,81 @@ def packaged_file(gpu: str) -> Path:
 
 def cached_file(gpu: str) -> Path:
     """Where this user's cache has them, for these kernels under this compiler, if it has."""
-    digest = hashlib.sha256(_version("triton").encode())
+    made_for = f"{_version('triton')} {kernels_digest()}"
+    digest = hashlib.sha256(made_for.encode()).hexdigest()
+    return cache_folder().parent / "tuned" / f"{slug(gpu)}-{digest[:12]}.json"
+
+
+def kernels_digest() -> str:
+    """The kernels whose launches are measured here, by their sources."""
+    digest = hashlib.sha256()
     for name in _KERNELS:
         digest.update((PACKAGED.parent / name).read_bytes())
-    return cache_folder().parent / "tuned" / f"{slug(gpu)}-{digest.hexdigest()[:12]}.json"
+    return digest.hexdigest()[:12]
 
 
 def read_known(gpu: str) -> Launches:
-    """The package's launches for a kind of GPU, else the cache's, else none; one warning of a file that is no good."""
-    for path in (packaged_file(gpu), cached_file(gpu)):
-        try:
-            return read_launches(path, gpu)
-        except FileNotFoundError:
-            continue
-        except (OSError, LaunchFileError) as error:
-            _log.warning("The measured launches in %s are not used: %s.", path, error)
-            return {}
-    return {}
+    """The package's launches for a kind of GPU and the cache's for other calls; a warning of each file that is no good.
+
+    Where the package's are of other kernels or of another compiler, the cache's come first.
+    """
+    packaged, cached = (_good(path, gpu) for path in (packaged_file(gpu), cached_file(gpu)))
+    if packaged is None:
+        return {} if cached is None else cached.launches
+    others = [f"{name} {told}" for name, told in _others(packaged.measured)]
+    if others:
+        _log.debug(
+            "The launches in %s were measured with %s: another search may find faster ones.",
+            packaged_file(gpu),
+            " and ".join(others),
+        )
+    kept = {} if cached is None else cached.launches
+    return {**packaged.launches, **kept} if others else {**kept, **packaged.launches}
+
+
+def has_packaged(gpu: str) -> bool:
+    """Whether the package has launches of a kind of GPU, in a file that is good."""
+    return _there(packaged_file(gpu), gpu) is not None
 
 
 def read_launches(path: Path, gpu: str) -> Launches:
     """The launches in a file. Raises LaunchFileError where they are another GPU's or malformed, and OSError."""
+    return _read(path, gpu).launches
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    """A good file: its launches and their lines in one order, and what those were measured with, the last first."""
+
+    launches: Launches
+    lines: list[dict[str, Any]]
+    measured: list[dict[str, Any]]
+
+
+def _good(path: Path, gpu: str) -> _File | None:
+    """A file that is there and good; a warning where it is there and not good."""
+    try:
+        return _read(path, gpu)
+    except FileNotFoundError:
+        return None
+    except (OSError, LaunchFileError) as error:
+        _log.warning("The measured launches in %s are not used: %s.", path, error)
+        return None
+
+
+def _others(measured: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """In what a file was measured with something else than what is here, and what that was."""
+    here = _made_for()
+    told = [(name, each[name]) for each in measured for name in _MADE_FOR if each[name] != here[name]]
+    return list(dict.fromkeys(told))
+
+
+def _made_for() -> dict[str, str]:
+    return {"triton": _version("triton"), "kernels": kernels_digest()}
+
+
+def _read(path: Path, gpu: str) -> _File:
+    """A file. Raises as `read_launches`."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -98,18 +158,41 @@ def read_launches(path: Path, gpu: str) -> Launches:
         raise LaunchFileError(f"it is of {found.get('gpu')!r}, this GPU is {gpu!r}")
     if not isinstance(found.get("launches"), list):
         raise LaunchFileError("it has no list of launches")
-    return dict(_launch(entry) for entry in found["launches"])
+    launches: dict[Key, TunedLaunch | None] = dict(map(_launch, found["launches"]))
+    if len(launches) < len(found["launches"]):
+        raise LaunchFileError("it has two lines about one call")
+    return _File(launches, found["launches"], _measured(found))
+
+
+def _measured(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a file says that its lines were measured with. Raises LaunchFileError."""
+    earlier = found.get("earlier", [])
+    if not isinstance(earlier, list):
+        raise LaunchFileError("what was measured earlier is no list")
+    measured = [found.get("measured"), *earlier]
+    if not all(
+        isinstance(each, dict) and all(isinstance(each.get(n), str) for n in _MADE_FOR) for each in measured
+    ):
+        raise LaunchFileError("it does not say which kernels were measured with which Triton")
+    return measured
 
 
 def write_launches(path: Path, gpu: str, findings: Iterable[Finding], *, add: bool = False) -> None:
     """Write what was measured now, whole or not at all; `add` keeps what a good file there says of other calls.
 
-    Raises OSError.
+    What was `measured` of other kernels or with another compiler is told beside, as `earlier`. Raises OSError.
     """
-    entries = _entries(path, gpu) if add else {}
-    entries |= {finding.key: entry_of(finding) for finding in findings}
-    made = {name: _version(name) for name in ("exeunt", "torch", "triton")}
+    entries: dict[Key, dict[str, Any]] = {finding.key: entry_of(finding) for finding in findings}
+    made = {name: _version(name) for name in ("exeunt", "torch")} | _made_for()
     head = {"format": FORMAT, "gpu": gpu, "measured": {"date": time.strftime("%Y-%m-%d"), **made}}
+    there = _there(path, gpu) if add else None
+    if there is not None:
+        kept = {
+            key: line for key, line in zip(there.launches, there.lines, strict=True) if key not in entries
+        }
+        earlier = [each for each in there.measured if any(each[name] != made[name] for name in _MADE_FOR)]
+        head |= {"earlier": earlier} if kept and earlier else {}
+        entries |= kept
     ordered = sorted(entries.items(), key=lambda item: (not item[0][0], str(item[0][1]), *item[0][2:]))
     lines = ",\n".join(f"  {json.dumps(entry)}" for _, entry in ordered)
     text = json.dumps(head, indent=1).removesuffix("\n}") + f',\n "launches": [\n{lines}\n ]\n}}\n'
@@ -122,13 +205,12 @@ def write_launches(path: Path, gpu: str, findings: Iterable[Finding], *, add: bo
         beside.unlink(missing_ok=True)
 
 
-def _entries(path: Path, gpu: str) -> dict[Key, dict[str, Any]]:
-    """The lines of a file that is there and good, as they are."""
+def _there(path: Path, gpu: str) -> _File | None:
+    """A file that is there and good; no warning of one that is not."""
     try:
-        keys = read_launches(path, gpu)
-        return dict(zip(keys, json.loads(path.read_text(encoding="utf-8"))["launches"], strict=True))
-    except (OSError, ValueError):
-        return {}
+        return _read(path, gpu)
+    except (OSError, LaunchFileError):
+        return None
 
 
 def entry_of(finding: Finding) -> dict[str, Any]:
@@ -140,6 +222,7 @@ def entry_of(finding: Finding) -> dict[str, Any]:
         "in_features": key.in_features,
         "outputs": key.outputs,
         "gated": key.gated,
+        "group_size": key.group_size,
         "rows": key.rows,
         "tile": None if launch is None else list(astuple(launch.tile)),
         "split": None if launch is None else launch.split,
@@ -154,6 +237,7 @@ def _launch(entry: Any) -> tuple[LaunchKey, TunedLaunch | None]:
         raise LaunchFileError(f"{entry!r} is no launch")
     dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
     kind, dtype, gated = entry.get("format"), entry.get("dtype"), entry.get("gated")
+    group_size = entry.get("group_size")
     numbers = [entry.get(name) for name in ("in_features", "outputs", "rows")]
     if (
         kind not in list(_WARPS)  # of a list, since what is there need not be hashable
@@ -161,10 +245,19 @@ def _launch(entry: Any) -> tuple[LaunchKey, TunedLaunch | None]:
         or not isinstance(gated, bool)
         or not all(type(number) is int and number > 0 for number in numbers)
         or entry["rows"] not in MEASURED_ROWS
+        or type(group_size) is not int
+        or (group_size > 0) != (kind == "int4")
+        or group_size < 0
     ):
         raise LaunchFileError(f"{entry} says nothing of a call that is measured")
     key = LaunchKey(
-        kind == "int4", dtypes[dtype], entry["in_features"], entry["outputs"], gated, entry["rows"]
+        kind == "int4",
+        dtypes[dtype],
+        entry["in_features"],
+        entry["outputs"],
+        gated,
+        group_size,
+        entry["rows"],
     )
     if entry.get("tile") is None:
         return key, None

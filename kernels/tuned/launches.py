@@ -33,6 +33,7 @@ class LaunchKey(NamedTuple):
     in_features: int
     outputs: int  # of the weight: gate and up together where the layer is gated
     gated: bool
+    group_size: int  # of INT4 weights, by which their kernel's loop is cut; 0 of full ones
     rows: int  # one of MEASURED_ROWS
 
 
@@ -44,7 +45,7 @@ class TunedLaunch:
     split: bool
 
 
-Key = tuple[bool, torch.dtype, int, int, bool, int]
+Key = tuple[bool, torch.dtype, int, int, bool, int, int]
 """A LaunchKey's values: as a plain tuple, which is quicker to make, they find the same."""
 Launches = Mapping[Key, TunedLaunch | None]
 """What is known of a GPU; None where the rule was measured to be as fast as anything."""
@@ -58,7 +59,8 @@ class _Forced(threading.local):
 
 
 _forced = _Forced()
-_known: dict[int, Launches] = {}  # by the number of the GPU
+_known: dict[int, Launches] = {}  # by the number of the GPU; what is there is replaced, never changed
+_changing = threading.RLock()  # whoever changes `_known`, and reads what there is for that
 
 
 def measured_rows(tokens: int) -> int:
@@ -67,7 +69,14 @@ def measured_rows(tokens: int) -> int:
 
 
 def tuned_launch(
-    tokens: int, in_features: int, outputs: int, gated: bool, dtype: torch.dtype, *, int4: bool
+    tokens: int,
+    in_features: int,
+    outputs: int,
+    gated: bool,
+    dtype: torch.dtype,
+    *,
+    int4: bool,
+    group_size: int = 0,
 ) -> TunedLaunch | None:
     """How to run a call of `tokens` rows on the current GPU, `outputs` being the weight's; None: by the rule.
 
@@ -81,21 +90,41 @@ def tuned_launch(
     known = _known.get(index)
     if known is None:
         known = known_launches(index)
-    return known.get((int4, dtype, in_features, outputs, gated, measured_rows(tokens)))
+    return known.get((int4, dtype, in_features, outputs, gated, group_size, measured_rows(tokens)))
 
 
 def known_launches(index: int) -> Launches:
     """What is known of the GPU numbered `index`: read from its file the first time."""
-    if index not in _known:
-        from exeunt.kernels.tuned.files import read_known
+    known = _known.get(index)
+    if known is not None:
+        return known
+    with _changing:
+        if index not in _known:
+            from exeunt.kernels.tuned.files import read_known
 
-        _known[index] = read_known(torch.cuda.get_device_name(index)) if is_wanted() else {}
-    return _known[index]
+            _known[index] = read_known(torch.cuda.get_device_name(index)) if is_wanted() else {}
+        return _known[index]
 
 
 def add_launches(index: int, launches: Launches) -> None:
     """Have the GPU numbered `index` run with `launches` too, from the next launch on."""
-    _known[index] = {**known_launches(index), **launches}
+    with _changing:
+        _known[index] = {**known_launches(index), **launches}
+
+
+def leave_to_rule(key: Key) -> bool:
+    """Have calls of `key` on the current GPU run by the rule from now on; whether they did not already.
+
+    Where this thread is told what to run with, nothing changes.
+    """
+    if _forced.on or not _has_gpu():
+        return False
+    index = torch.cuda.current_device()
+    with _changing:
+        if known_launches(index).get(key) is None:
+            return False
+        add_launches(index, {key: None})
+        return True
 
 
 def is_wanted() -> bool:

@@ -2,11 +2,14 @@
 
 It knows no GPU: a `Trial` runs and times a call. Only launches with the rule's bits are taken, and only those that are
 clearly faster, in a second measurement too. What does not compile or does not fit the GPU is passed over.
+
+Equal results do not show equal sums: rounded to 16 bits, few of those that were summed in another order differ. So what
+is to be taken is compared in its sums' low bits too.
 """
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
@@ -36,6 +39,13 @@ class Trial(Protocol):
 
     def result(self, launch: TunedLaunch | None) -> Tensor:
         """What the call gives [rows, outputs], always of the same inputs. Raises whatever keeps it from running."""
+        ...
+
+    def low_bits(self, launch: TunedLaunch | None) -> Tensor:
+        """What is left of the first row's sums [outputs] when the rule's are taken from them before they are rounded.
+
+        Raises as `result`.
+        """
         ...
 
     def seconds(self, launch: TunedLaunch | None) -> float:
@@ -69,22 +79,32 @@ def search(
     seconds: float,
     trial: Callable[[LinearShape, int], Trial],
     *,
+    most_warps: int,
+    known: Container[Key] = (),
     clock: Callable[[], float] = time.monotonic,
 ) -> Search:
-    """The fastest launches of calls of `shapes` that can be found in so many seconds.
+    """The fastest launches of calls of `shapes` that can be found in so many seconds, those `known` left out.
 
     The time may be exceeded by what one launch takes to compile or to be timed. `trial` makes what runs a shape with a
-    number of rows; a call whose trial cannot be made, or does not run by the rule either, is passed over.
+    number of rows; a call whose trial cannot be made, or does not run by the rule either, is passed over. For
+    `most_warps` see `candidates`.
     """
     began = clock()
     ordered = sorted(dict.fromkeys(shapes), key=lambda shape: -shape.weight_bytes)
-    calls = {shape.key(rows): (shape, rows) for rows in ORDER for shape in ordered}
+    calls = {
+        shape.key(rows): (shape, rows) for rows in ORDER for shape in ordered if shape.key(rows) not in known
+    }
     found = Search(calls=len(calls))
+
+    def left() -> float:
+        return seconds - (clock() - began)
+
     for shape, rows in calls.values():
-        if clock() - began >= seconds:
+        if left() <= 0:
             break
         try:
-            finding = _tried(shape, rows, trial(shape, rows), found, lambda: seconds - (clock() - began))
+            launches = candidates(shape, rows, most_warps)
+            finding = _tried(shape, rows, trial(shape, rows), launches, found, left)
         except Exception as error:  # noqa: BLE001 - a call that does not fit the GPU leaves the others worth trying
             found.failed.append(_said(shape, rows, None, error))
             continue
@@ -95,12 +115,16 @@ def search(
 
 
 def _tried(
-    shape: LinearShape, rows: int, trial: Trial, found: Search, left: Callable[[], float]
+    shape: LinearShape,
+    rows: int,
+    trial: Trial,
+    launches: Sequence[TunedLaunch],
+    found: Search,
+    left: Callable[[], float],
 ) -> Finding | None:
     """What is found of one call; None where the time ended before anything was."""
     wanted = trial.result(None)
     by_rule = trial.seconds(None)
-    launches = candidates(shape, rows)
     trial.prepare(launches, left)
     times: dict[TunedLaunch, float] = {}
     for launch in launches:
@@ -114,23 +138,39 @@ def _tried(
         except Exception as error:  # noqa: BLE001 - out of shared memory, a compiler's error: another launch will do
             found.failed.append(_said(shape, rows, launch, error))
     else:
-        return _best(shape, rows, trial, by_rule, times) or Finding(shape.key(rows), None, by_rule, by_rule)
-    return _best(shape, rows, trial, by_rule, times)
+        return _best(shape, rows, trial, by_rule, times, found) or Finding(
+            shape.key(rows), None, by_rule, by_rule
+        )
+    return _best(shape, rows, trial, by_rule, times, found)
 
 
 def _best(
-    shape: LinearShape, rows: int, trial: Trial, by_rule: float, times: dict[TunedLaunch, float]
+    shape: LinearShape,
+    rows: int,
+    trial: Trial,
+    by_rule: float,
+    times: dict[TunedLaunch, float],
+    found: Search,
 ) -> Finding | None:
-    """The fastest of the launches, where it beats the rule twice over."""
-    if not times:
-        return None
-    best = min(times, key=times.__getitem__)
-    if by_rule <= times[best] * LEAST_GAIN:
-        return None
-    seconds, by_rule = trial.seconds(best), trial.seconds(None)
-    if by_rule <= seconds * LEAST_GAIN:
-        return None
-    return Finding(shape.key(rows), best, seconds, by_rule)
+    """The fastest of the launches that sums as the rule does, where it beats the rule twice over."""
+    for launch in sorted(times, key=times.__getitem__):
+        if by_rule <= times[launch] * LEAST_GAIN:
+            return None
+        if _sums_alike(shape, rows, trial, launch, found):
+            seconds, again = trial.seconds(launch), trial.seconds(None)
+            return Finding(shape.key(rows), launch, seconds, again) if again > seconds * LEAST_GAIN else None
+    return None
+
+
+def _sums_alike(shape: LinearShape, rows: int, trial: Trial, launch: TunedLaunch, found: Search) -> bool:
+    """Whether a launch has the rule's sums before they are rounded; asked of those to be taken, since it compiles."""
+    try:
+        if _same_bits(trial.low_bits(launch), trial.low_bits(None)):
+            return True
+        found.unequal.append(_said(shape, rows, launch))
+    except Exception as error:  # noqa: BLE001 - as where it is run without: another launch will do
+        found.failed.append(_said(shape, rows, launch, error))
+    return False
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:

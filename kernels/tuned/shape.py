@@ -29,5 +29,11 @@ class LinearShape:
     def key(self, rows: int) -> LaunchKey:
         """What a launch of so many rows is kept under."""
         return LaunchKey(
-            self.int4, self.dtype, self.in_features, self.out_features, self.gated, measured_rows(rows)
+            self.int4,
+            self.dtype,
+            self.in_features,
+            self.out_features,
+            self.gated,
+            self.group_size if self.int4 else 0,
+            measured_rows(rows),
         )

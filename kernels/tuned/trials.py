@@ -1,10 +1,10 @@
 """Calls of linear layers on a GPU, for the search to run and time: random weights that take turns in memory."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from functools import partial
+from functools import cached_property, partial
 from typing import Final
 
 import torch
@@ -13,12 +13,15 @@ from torch import Tensor
 from exeunt.kernels.full_linear.triton import full_linear_triton
 from exeunt.kernels.int4_linear.pairs import PairedInt4, pairs_of
 from exeunt.kernels.int4_linear.triton import int4_linear_triton
+from exeunt.kernels.linear_parts import tiles
 from exeunt.kernels.timing import copies, timed
-from exeunt.kernels.tuned.launches import TunedLaunch, forced
+from exeunt.kernels.tuned.launches import Key, TunedLaunch, forced
 from exeunt.kernels.tuned.search import Search, search
 from exeunt.kernels.tuned.shape import LinearShape
 
 _REPLAYS: Final = 7
+_SCALE: Final = 64
+"""Of inputs whose sums are compared to the last bit: those of small ones float16 could not show."""
 _COMPILERS: Final = 8  # threads that compile side by side
 
 
@@ -28,12 +31,10 @@ class TimedLinear:
     def __init__(self, shape: LinearShape, rows: int, device: torch.device) -> None:
         self._device = device
         self._x = torch.randn(rows, shape.in_features, device=device).to(shape.dtype)
-        activation = "silu" if shape.gated else None
-        run = partial(_int4 if shape.int4 else _full, shape, device)
-        self._calls = [
-            partial(_called, self._x, run(), activation, shape.gated)
-            for _ in range(copies(shape.weight_bytes))
-        ]
+        made = partial(_int4 if shape.int4 else _full, shape, device)
+        weights = [made() for _ in range(copies(shape.weight_bytes))]
+        self._calls = [partial(_called, self._x, weight, gated=shape.gated) for weight in weights]
+        self._product = partial(_product, _SCALE * self._x, weights[0])
 
     def prepare(self, launches: Sequence[TunedLaunch], left: Callable[[], float]) -> None:
         """See `Trial`: in threads, since a compiler works outside of Python for most of its time."""
@@ -45,6 +46,17 @@ class TimedLinear:
         """See `Trial`."""
         with torch.cuda.device(self._device), torch.inference_mode(), forced(launch):
             return self._calls[0]()
+
+    def low_bits(self, launch: TunedLaunch | None) -> Tensor:
+        """See `Trial`."""
+        less = -self._rules_sums
+        with torch.cuda.device(self._device), torch.inference_mode(), forced(launch):
+            return self._product(less)[0]
+
+    @cached_property
+    def _rules_sums(self) -> Tensor:
+        with torch.cuda.device(self._device), torch.inference_mode(), forced(None):
+            return first_sums(self._product)
 
     def seconds(self, launch: TunedLaunch | None) -> float:
         """See `Trial`. Raises RuntimeError where it cannot be timed as it runs in a server, in a graph."""
@@ -60,10 +72,30 @@ class TimedLinear:
                 self.result(launch)
 
 
-def search_on(device: torch.device, shapes: Sequence[LinearShape], seconds: float) -> Search:
+def search_on(
+    device: torch.device, shapes: Sequence[LinearShape], seconds: float, known: Container[Key] = ()
+) -> Search:
     """The fastest launches on a GPU for calls of `shapes`, as far as so many seconds reach; see `search`."""
     with torch.cuda.device(device), _memory_given_back():
-        return search(shapes, seconds, lambda shape, rows: TimedLinear(shape, rows, device))
+        return search(
+            shapes,
+            seconds,
+            lambda shape, rows: TimedLinear(shape, rows, device),
+            most_warps=tiles().most_warps,
+            known=known,
+        )
+
+
+def first_sums(product: Callable[[Tensor | None], Tensor]) -> Tensor:
+    """The first row's sums [outputs] in float32, out of a product that adds a bias to them and rounds to 16 bits.
+
+    What was read of the sums is taken from them, and what is left is read: twice, until there is nothing in bfloat16.
+    float16 leaves what is below its smallest numbers.
+    """
+    sums = product(None)[0].float()
+    for _ in range(2):
+        sums = sums + product(-sums)[0].float()
+    return sums
 
 
 @contextmanager
@@ -76,10 +108,18 @@ def _memory_given_back() -> Iterator[None]:
         torch.cuda.empty_cache()
 
 
-def _called(x: Tensor, weight: Tensor | PairedInt4, activation: str | None, gated: bool) -> Tensor:
+def _called(
+    x: Tensor, weight: Tensor | PairedInt4, *, gated: bool = False, bias: Tensor | None = None
+) -> Tensor:
+    activation = "silu" if gated else None
     if isinstance(weight, Tensor):
-        return full_linear_triton(x, weight, activation=activation, gated=gated)
-    return int4_linear_triton(x, weight, activation=activation, gated=gated)
+        return full_linear_triton(x, weight, bias, activation=activation, gated=gated)
+    return int4_linear_triton(x, weight, bias, activation=activation, gated=gated)
+
+
+def _product(x: Tensor, weight: Tensor | PairedInt4, bias: Tensor | None) -> Tensor:
+    """The product as it is, whatever the layer makes of it; the bias is of float32, and added before it is rounded."""
+    return _called(x, weight, bias=bias)
 
 
 def _full(shape: LinearShape, device: torch.device) -> Tensor:

@@ -8,7 +8,6 @@ on with the sections that are left.
 import faulthandler
 import importlib
 import os
-import re
 import sys
 import tempfile
 import threading
@@ -28,6 +27,7 @@ make_importable()
 
 import torch  # noqa: E402 - what stands above says where `exeunt` is
 
+from exeunt.kernels.tuned.files import slug  # noqa: E402
 from scripts.gpu_check.report import Clock, Context, Report  # noqa: E402
 from scripts.gpu_check.table import table  # noqa: E402
 from scripts.gpu_check.warming import GROUPS, PACKAGED, Warmers  # noqa: E402
@@ -90,7 +90,8 @@ def main(
     wanted = [name.strip() for name in sections.split(",") if name.strip()]
     if unknown := [name for name in wanted if name not in SECTIONS]:
         raise typer.BadParameter(f"there is no section {unknown[0]}; there are {', '.join(SECTIONS)}")
-    path = out or RESULTS / f"gpu-check-{_file_name(place)}.json"
+    name = torch.cuda.get_device_name(place) if place.type == "cuda" else str(place)
+    path = out or RESULTS / f"gpu-check-{slug(name)}.json"
     report = Report(path, resume=resume)
     context = Context(place, quick, report, Clock(seconds), bundle or _cached_bundle())
     if not resume:
@@ -224,11 +225,6 @@ def _cached_bundle() -> Path | None:
     except (ImportError, OSError):
         return None
     return folder if (folder / "manifest.json").is_file() else None
-
-
-def _file_name(device: torch.device) -> str:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 if __name__ == "__main__":

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from exeunt.compression.decoder import Decoder
 from exeunt.compression.variant import KVFormat, WeightFormat
+from exeunt.kernels.timing import between_events, timed
 from scripts.gpu_check.models import LLAMA, MISTRAL, TOY, Shape, random_decoders
 from scripts.gpu_check.paged_rows import PagedRows
 from scripts.gpu_check.report import Context, Found
-from scripts.gpu_check.timing import between_events, timed
 
 Step = tuple[WeightFormat, KVFormat, int, int]  # sequences, tokens of each
 STEPS: tuple[Step, ...] = (

@@ -19,11 +19,11 @@ from exeunt.kernels.full_linear import full_linear
 from exeunt.kernels.int4_linear import Int4Weight, int4_linear, pack
 from exeunt.kernels.paged_attention import paged_attention
 from exeunt.kernels.paged_batch import PagedBatch
+from exeunt.kernels.timing import Calls, copies, timed
 from exeunt.kernels.token_draw import draw_tokens
 from exeunt.kernels.write_kv import write_kv
 from scripts.gpu_check.models import GROUP_SIZE, MISTRAL
 from scripts.gpu_check.report import Context, Found
-from scripts.gpu_check.timing import Calls, copies, timed
 
 ROWS = (1, 16, 64, 4, 512)
 LAYERS = {

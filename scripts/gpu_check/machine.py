@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
+from exeunt.kernels.timing import timed
 from scripts.gpu_check.report import Context, Found
-from scripts.gpu_check.timing import timed
 
 _NUMBERS = 10**9  # of four bytes: 4 GB read, and as many written
 _TRIES = 5

@@ -7,6 +7,7 @@ from typing import Final
 import torch
 
 from exeunt.compression.architecture import load_architecture
+from exeunt.compression.bundle import manifest_fields
 from exeunt.compression.variant import WeightFormat
 from exeunt.deploy.packaged_model import path as packaged_checkpoint
 from exeunt.deploy.tuning import linears_of
@@ -31,13 +32,18 @@ def run(context: Context, found: Found) -> None:
     found |= tuned(context.device, layer_shapes(), context.clock.left(), path)
 
 
-def tuned(device: torch.device, shapes: list[LinearShape], seconds: float, path: Path) -> Found:
-    """Search, write the launches to `path`, and say what was found: with what did not run, or not to the same bits."""
+def tuned(
+    device: torch.device, shapes: list[LinearShape], seconds: float, path: Path, *, add: bool = False
+) -> Found:
+    """Search, write the launches to `path`, and say what was found: with what did not run, or not to the same bits.
+
+    `add` keeps what a good file there says of other calls.
+    """
     from exeunt.kernels.tuned.trials import search_on  # Triton is there only where a GPU is
 
     search = search_on(device, shapes, seconds)
     if search.findings:
-        write_launches(path, torch.cuda.get_device_name(device), search.findings)
+        write_launches(path, torch.cuda.get_device_name(device), search.findings, add=add)
     return {
         "calls": search.calls,
         "tried": len(search.findings),
@@ -67,7 +73,13 @@ def layer_shapes() -> list[LinearShape]:
 
 
 def model_shapes(folder: Path, group_size: int | None = None) -> list[LinearShape]:
-    """The layers of the bundle or checkpoint in a folder, in both formats. Raises what `load_architecture` raises."""
+    """The layers of the bundle or checkpoint in a folder, in both formats. Raises what `load_architecture` raises.
+
+    A bundle says its groups' size itself; `group_size` is that of a checkpoint, None: the usual one.
+    """
+    own = (manifest_fields(folder) or {}).get("int4_group_size")
+    if isinstance(own, int) and own > 0:
+        group_size = own
     return linears_of(load_architecture(folder), FORMATS, torch.bfloat16, group_size)
 
 

@@ -120,7 +120,7 @@ def test_memory_is_left_free(graphs: StepGraphs, pool: FakePool, caplog: pytest.
     with caplog.at_level(logging.WARNING):
         assert [graphs.run(KEY, Doubling(), *asked(2)) for _ in range(3)] == [None] * 3
     assert [record.message for record in caplog.records] == [
-        "1 CUDA graphs are captured and 4 of 100 bytes are free: passes of sizes not yet met run without"
+        "1 CUDA graphs are captured and 1 of 100 bytes are free: passes of sizes not yet met run without"
     ]
     assert graphs.run(KEY, Doubling(), *asked(1)) is not None
     pool.free = 100

@@ -1,7 +1,7 @@
 """When a loaded model's launches are searched for, what is logged, and where they are kept."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from exeunt.deploy.tuning import shapes_of, tune_launches
 from exeunt.kernels.linear_tiles import Tile
 from exeunt.kernels.tuned import files, launches
 from exeunt.kernels.tuned.files import Finding, cached_file, read_launches, write_launches
-from exeunt.kernels.tuned.launches import TunedLaunch, known_launches
+from exeunt.kernels.tuned.launches import MEASURED_ROWS, Key, TunedLaunch, known_launches
 from exeunt.kernels.tuned.shape import LinearShape
 from exeunt.server.settings import load_settings
 from tests.deploy.server_process import byte_bundle
@@ -33,19 +33,22 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
 
 
 class Machine:
-    """A machine with a GPU; `asked` are the searches made on it, which find one launch that is twice as fast."""
+    """A machine with a GPU; `asked` are the searches made on it, which find one launch that is twice as fast.
+
+    Each tries `calls` of those that it does not know.
+    """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
         self.asked: list[tuple[torch.device, list[LinearShape], float]] = []
         self.packaged = folder / "packaged.json"
+        self.calls = 10_000
         self._patch = monkeypatch
         monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
         monkeypatch.delenv("EXEUNT_TUNED", raising=False)
         monkeypatch.setattr(tuning, "triton_runs", lambda device: True)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: GPU)
-        for module in (tuning, files):
-            monkeypatch.setattr(module, "packaged_file", lambda gpu: self.packaged)
+        monkeypatch.setattr(files, "packaged_file", lambda gpu: self.packaged)
         monkeypatch.setattr("exeunt.kernels.tuned.trials.search_on", self._search)
         self.restart()
 
@@ -53,13 +56,20 @@ class Machine:
         """Forget what a process knows."""
         self._patch.setattr(launches, "_known", {})
 
-    def _search(self, device: torch.device, shapes: Sequence[LinearShape], seconds: float) -> Any:
+    def _search(
+        self, device: torch.device, shapes: Sequence[LinearShape], seconds: float, known: Container[Key]
+    ) -> Any:
         from exeunt.kernels.tuned.search import Search
 
         self.asked.append((device, list(shapes), seconds))
-        keys = [shape.key(1) for shape in shapes]
-        found = [Finding(keys[0], FAST, 1e-5, 2e-5), *(Finding(key, None, 1e-5, 1e-5) for key in keys[1:])]
-        return Search(found, seconds=3.25, calls=7 * len(shapes))
+        keys = list(
+            dict.fromkeys(
+                shape.key(rows) for rows in MEASURED_ROWS for shape in shapes if shape.key(rows) not in known
+            )
+        )
+        tried = keys[: self.calls]
+        found = [Finding(tried[0], FAST, 1e-5, 2e-5), *(Finding(key, None, 1e-5, 1e-5) for key in tried[1:])]
+        return Search(found, seconds=3.25, calls=len(keys))
 
 
 @pytest.fixture
@@ -76,7 +86,11 @@ def test_the_first_start_searches_and_the_next_one_knows(
     shapes = shapes_of(model)
     assert machine.asked == [(torch.device("cuda", 0), shapes, 12.5)]
     (line,) = caplog.messages
-    assert f"on {GPU}: of {7 * len(shapes)} calls {len(shapes)} were tried in 3.2 s, 1 are faster" in line
+    calls = len({shape.key(rows) for shape in shapes for rows in MEASURED_ROWS})
+    assert line.startswith(
+        f"Of {calls} calls of these linear layers nothing was known on {GPU}: {calls} were "
+    )
+    assert "were tried in 3.2 s, 1 are faster" in line
     assert line.endswith(f"(up to 2.00 times). They are kept in {cached_file(GPU)}.")
     assert known_launches(0)[shapes[0].key(1)] == FAST
     assert read_launches(cached_file(GPU), GPU) == known_launches(0)
@@ -86,13 +100,27 @@ def test_the_first_start_searches_and_the_next_one_knows(
     assert len(machine.asked) == 1
 
 
+def test_a_search_that_was_cut_short_goes_on_with_the_next_start(
+    machine: Machine, model: LoadedModel
+) -> None:
+    calls = {shape.key(rows) for shape in shapes_of(model) for rows in MEASURED_ROWS}
+    machine.calls = len(calls) - 5
+    for _ in range(4):
+        tune_launches(model, 5)
+        machine.restart()
+    assert len(machine.asked) == 2
+    assert read_launches(cached_file(GPU), GPU).keys() == calls
+
+
 def test_another_models_layers_are_searched_for_by_themselves(machine: Machine, model: LoadedModel) -> None:
     tune_launches(replace(model, decoders={("int4", False): model.decoders["int4", False]}), 5)
     tune_launches(model, 5)
     (_, first, _), (_, second, _) = machine.asked
     assert {shape.int4 for shape in first} == {True}
-    assert {shape.int4 for shape in second} == {False}
-    assert len(read_launches(cached_file(GPU), GPU)) == len({shape.key(1) for shape in (*first, *second)})
+    keys = {shape.key(rows) for shape in (*first, *second) for rows in MEASURED_ROWS}
+    found = read_launches(cached_file(GPU), GPU)
+    assert found.keys() == keys
+    assert sum(launch == FAST for launch in found.values()) == 2
 
 
 def _off(patch: pytest.MonkeyPatch) -> None:
@@ -131,6 +159,14 @@ def test_a_kind_of_gpu_that_the_package_knows_is_not_measured(machine: Machine, 
     write_launches(machine.packaged, GPU, [Finding(LinearShape(8, 8, int4=True).key(1), FAST, 1.0, 2.0)])
     tune_launches(model, 20.0)
     assert machine.asked == []
+
+
+def test_a_bad_file_of_the_package_keeps_no_search_away(machine: Machine, model: LoadedModel) -> None:
+    machine.packaged.write_text("spoilt")
+    tune_launches(model, 20.0)
+    machine.restart()
+    tune_launches(model, 20.0)
+    assert len(machine.asked) == 1
 
 
 def test_a_cache_that_cannot_be_written_costs_the_next_start(

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from exeunt.compression.decoder import Decoder
 from exeunt.kernels.int4_linear import quantize
+from exeunt.kernels.timing import L2_BYTES, copies, timed
 from scripts.gpu_check import correctness, end_to_end, kernel_tests, source_tree, warming
 from scripts.gpu_check.models import TOY, RandomWeights, random_decoders
 from scripts.gpu_check.paged_rows import PagedRows, greedy, logits_of
 from scripts.gpu_check.report import Clock, Context, Report
 from scripts.gpu_check.table import table
-from scripts.gpu_check.timing import L2_BYTES, copies, timed
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")

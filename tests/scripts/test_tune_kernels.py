@@ -9,16 +9,19 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 
 from exeunt.kernels.linear_tiles import Tile
-from exeunt.kernels.tuned.files import Finding, read_launches
+from exeunt.kernels.tuned.files import Finding, read_launches, write_launches
 from exeunt.kernels.tuned.launches import TunedLaunch
 from exeunt.kernels.tuned.shape import LinearShape
+from scripts import tune_kernels
 from scripts.gpu_check import tuning
 from scripts.gpu_check.kernel_speeds import LAYERS
 from scripts.gpu_check.report import Clock, Context, Report
 from scripts.gpu_check.table import table
-from scripts.gpu_check.tuning import default_shapes, layer_shapes, parsed_shape
+from scripts.gpu_check.tuning import default_shapes, layer_shapes, model_shapes, parsed_shape
+from tests.deploy.server_process import byte_bundle
 
 ROOT = Path(__file__).resolve().parents[2]
 GPU = "NVIDIA Q100"
@@ -40,6 +43,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> torch.device:
 
     monkeypatch.setattr("exeunt.kernels.tuned.trials.search_on", found)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: GPU)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     return torch.device("cuda")
 
 
@@ -55,6 +60,38 @@ def test_the_section_writes_launches_beside_its_report(tmp_path: Path, gpu: torc
     assert read_launches(path, GPU) == {first.key(1): FAST, second.key(1): None}
     assert "2 of 112 calls, 1 faster than by the rule, at most 2.00 times as fast" in table(context.report)
     json.dumps(found)
+
+
+def test_the_command_adds_to_what_the_file_has_of_this_gpu(tmp_path: Path, gpu: torch.device) -> None:
+    path, other = tmp_path / "q100.json", LinearShape(64, 64, int4=True).key(8)
+    int4, full = parsed_shape("4096x2048", 32)
+    write_launches(path, GPU, [Finding(other, FAST, 1e-5, 2e-5), Finding(int4.key(1), None, 1e-5, 1e-5)])
+    tune_kernels.main(shape=["4096x2048"], group_size=32, out=path)
+    assert read_launches(path, GPU) == {other: FAST, int4.key(1): FAST, full.key(1): None}
+
+
+@pytest.mark.parametrize("content", ["another GPU's", "spoilt"])
+def test_the_command_leaves_a_file_alone_that_it_cannot_add_to(
+    tmp_path: Path, gpu: torch.device, capsys: pytest.CaptureFixture[str], content: str
+) -> None:
+    path = tmp_path / "q100.json"
+    write_launches(path, "NVIDIA T4", [Finding(LinearShape(64, 64, int4=True).key(8), FAST, 1e-5, 2e-5)])
+    if content == "spoilt":
+        path.write_text("spoilt")
+    before = path.read_bytes()
+    with pytest.raises(typer.Exit) as left:
+        tune_kernels.main(shape=["4096x2048"], out=path)
+    assert left.value.exit_code == 2
+    assert f"Nothing can be added to {path}: it is " in capsys.readouterr().err
+    assert path.read_bytes() == before
+
+
+def test_a_bundle_says_the_size_of_its_groups(tmp_path: Path) -> None:
+    folder = byte_bundle(tmp_path)
+    own = json.loads((folder / "manifest.json").read_text())["int4_group_size"]
+    assert {shape.group_size for shape in model_shapes(folder, 2 * own)} == {own}
+    (folder / "manifest.json").unlink()  # a checkpoint
+    assert {shape.group_size for shape in model_shapes(folder, 2 * own)} == {2 * own}
 
 
 def test_there_is_nothing_to_tune_on_a_cpu(tmp_path: Path) -> None:

@@ -198,6 +198,19 @@ def test_an_exception_in_a_tick_fails_its_requests_and_the_engine_lives_on(
         assert len(bench.answer().ids()) == 24
 
 
+def test_an_engine_whose_device_answers_no_more_tells_everybody_and_is_not_alive(
+    tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = tiny_model.decoder(FULL)
+    with running(tiny_model, max_num_seqs=1) as bench:
+        monkeypatch.setattr(type(decoder), "head", lambda *_: (_ for _ in ()).throw(RuntimeError("launch")))
+        monkeypatch.setattr(Runner, "device_answers", lambda _: False)
+        with bench.held():
+            asked = [bench.ask() for _ in range(3)]
+        assert [type(each.wait().events[-1]) for each in asked] == [FailureEvent] * 3
+        assert not bench.engine.alive
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_an_exception_in_what_follows_a_tick_fails_one_request_alone(
     tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch, when: str

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -59,6 +60,12 @@ class PagesMachine(RuleBasedStateMachine):
         slots = [(t.page_tokens, s) for t in self.tables for s in t.slots(0, t.capacity)]
         bytes_used = {(s // tokens, s % tokens) for tokens, s in slots}
         assert len(bytes_used) == len(slots)
+
+    @invariant()
+    def numbers_are_the_pages(self) -> None:
+        for table in self.tables:
+            assert table.numbers.dtype == np.int32
+            assert table.numbers.tolist() == table.pages
 
     @invariant()
     def books_add_up(self) -> None:

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,6 +22,7 @@ class Table:
 
     def __init__(self, first: int) -> None:
         self.pages = list(range(first + 300, first, -1))
+        self.numbers = np.array(self.pages, dtype=np.int32)
 
     def slot(self, position: int) -> int:
         return self.pages[position // 4] * 4 + position % 4

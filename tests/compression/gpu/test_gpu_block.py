@@ -183,7 +183,7 @@ def test_captured_passes_give_the_states_of_others_to_the_bit(
     captured = _states(decoder, kv, [*TEXT], chunks)
     assert torch.equal(captured, plain)
     assert graphs.count >= 3
-    assert graphs.nbytes >= 0
+    assert graphs.pool.nbytes > 0
 
 
 @pytest.mark.gpu

@@ -167,3 +167,18 @@ def test_graph_replays_to_the_same_bits(seed: int, tokens: int) -> None:
     for _ in range(20):  # programs arrive in another order every time
         assert torch.equal(full_linear_triton(x, weight), expected)
     assert torch.equal(captured(lambda: full_linear_triton(x, weight)), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize("inputs", [4096, 8000, 14336])
+def test_a_prompts_rows_are_summed_as_a_decoded_one(seed: int, dtype: torch.dtype, inputs: int) -> None:
+    """The widest tile against the narrowest. A bias of minus the rounded result lays the sums' low bits bare."""
+    weight = (torch.randn(4096, inputs, device="cuda") * 0.02).to(dtype)
+    x = torch.randn(512, inputs, device="cuda").to(dtype)
+    bias = -full_linear_triton(x[:1], weight)[0]
+    alone = torch.cat([full_linear_triton(row, weight, bias) for row in x[:3, None]])
+    for rows in (16, 64, 130, 512):
+        assert torch.equal(full_linear_triton(x[:rows], weight, bias)[:3], alone), rows
+    assert 0 < float(alone[0].abs().max()) < 0.01 * float(bias.abs().max())

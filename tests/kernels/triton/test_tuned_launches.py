@@ -1,11 +1,24 @@
 """Launches that are chosen by measurement: no bit but the rule's, and a search that ends on a GPU."""
 
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
+from exeunt.kernels.full_linear import triton as full_linear
 from exeunt.kernels.full_linear.triton import full_linear_triton
+from exeunt.kernels.int4_linear import triton as int4_linear
+from exeunt.kernels.int4_linear.pairs import pack_pairs
+from exeunt.kernels.int4_linear.triton import int4_linear_triton
+from exeunt.kernels.int4_linear.weight import quantize
 from exeunt.kernels.linear_tiles import Tile
+from exeunt.kernels.tuned import launches
 from exeunt.kernels.tuned.launches import TunedLaunch, forced
 from exeunt.kernels.tuned.shape import LinearShape
 from tests.kernels.triton.linear_checks import TOLERANCE, relative_error
@@ -30,6 +43,94 @@ def test_a_launch_is_what_it_is_told_to_be(seed: int, device: str, launch: Tuned
     assert relative_error(_with(launch, x, weight), expected) < TOLERANCE[BF16]
 
 
+def _first_sums(product: Callable[[Tensor | None], Tensor]) -> Tensor:
+    from exeunt.kernels.tuned.trials import first_sums
+
+    return first_sums(product)
+
+
+@pytest.mark.parametrize(("dtype", "scale"), [(BF16, 1e-3), (BF16, 1.0), (BF16, 1e3), (torch.float16, 100.0)])
+def test_all_bits_of_sums_are_read_out_of_rounded_results(
+    seed: int, dtype: torch.dtype, scale: float
+) -> None:
+    sums = scale * torch.randn(3, 4096)
+    sums[0, :2] = torch.tensor([0.0, 1.0])
+
+    def product(bias: Tensor | None) -> Tensor:
+        return (sums if bias is None else sums + bias).to(dtype)
+
+    found = _first_sums(product)
+    if dtype == BF16:
+        assert torch.equal(found, sums[0])
+    else:
+        large = sums[0].abs() >= 0.5  # float16 ends where the last bits of smaller ones lie
+        assert torch.equal(found[large], sums[0][large])
+
+
+@pytest.mark.parametrize("int4", [False, True])
+def test_low_bits_show_another_order_of_summation(seed: int, device: str, int4: bool) -> None:
+    weight, x = torch.randn(64, 512, device=device), torch.randn(2, 512, device=device)
+    if int4:
+        packed = pack_pairs(quantize(weight, 64))
+        turned = pack_pairs(quantize(torch.cat((weight[:, 128:], weight[:, :128]), 1), 64))
+        one = partial(int4_linear_triton, x.to(BF16), packed)
+        other = partial(int4_linear_triton, x.roll(-128, 1).to(BF16), turned)
+    else:
+        one = partial(full_linear_triton, x.to(BF16), weight.to(BF16))
+        other = partial(full_linear_triton, x.roll(-128, 1).to(BF16), weight.roll(-128, 1).to(BF16))
+    less = -_first_sums(one)
+    assert not one(less)[0].any()
+    assert one(less)[1].any()
+    assert int((other(less)[0] != 0).sum()) > 10  # of 64
+    assert int((other(None)[0] != one(None)[0]).sum()) < 10
+
+
+@dataclass(frozen=True)
+class Small:
+    """A kernel on a GPU that has no room for tiles of 128 outputs."""
+
+    kernel: Any
+
+    def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., None]:
+        def run(*args: Any, **options: Any) -> None:
+            if options["BLOCK"] >= 128:
+                raise OutOfResources(300000, 101376, "shared memory")
+            self.kernel[grid](*args, **options)
+
+        return run
+
+
+@pytest.mark.parametrize("int4", [False, True])
+def test_a_measured_launch_that_does_not_fit_is_left_for_the_rules(
+    seed: int, device: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, int4: bool
+) -> None:
+    weight, x = torch.randn(64, 512, device=device), torch.randn(2, 512, device=device).to(BF16)
+    if int4:
+        call = partial(int4_linear_triton, x, pack_pairs(quantize(weight, 32)))
+    else:
+        call = partial(full_linear_triton, x, weight.to(BF16))
+    shape = LinearShape(512, 64, int4, group_size=32)
+    with forced(None):
+        expected = call()
+    module, name = (int4_linear, "_int4_linear") if int4 else (full_linear, "_full_linear")
+    monkeypatch.setattr(module, name, Small(getattr(module, name)))
+    large = TunedLaunch(Tile(8, 128, 4), split=True)
+    with forced(large), pytest.raises(OutOfResources):  # a search's
+        call()
+    fits = TunedLaunch(Tile(16, 32, 4), split=False)
+    known = {shape.key(1): large, shape.key(8): fits}
+    monkeypatch.setattr(launches, "_known", {0: known})
+    monkeypatch.setattr(launches, "_has_gpu", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            assert torch.equal(call(), expected)
+    (message,) = caplog.messages
+    assert "weights 64 x 512 does not run here, the rule's is taken from now on" in message
+    assert "out of resource: shared memory" in message
+    assert launches.known_launches(0) == {shape.key(1): None, shape.key(8): fits}
+
+
 @pytest.mark.gpu
 @on_a_gpu
 @pytest.mark.parametrize("tokens", [1, 16, 70])
@@ -46,6 +147,7 @@ def test_a_measured_launch_has_the_rules_bits(seed: int, tile: Tile, gated: bool
     for split in (True, False):
         out = trial.result(TunedLaunch(tile, split))
         assert torch.equal(out.view(torch.int16), by_rule.view(torch.int16)), split
+        assert not trial.low_bits(TunedLaunch(tile, split)).any(), split
 
 
 @pytest.mark.gpu
@@ -65,8 +167,6 @@ def test_a_search_finds_the_call_that_comes_first(seed: int) -> None:
 @pytest.mark.gpu
 @on_a_gpu
 def test_what_is_measured_is_run(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from exeunt.kernels.tuned import launches
-
     shape = LinearShape(2048, 2048, int4=False)
     weight, x = (torch.randn(rows, 2048, device=GPU).to(BF16) for rows in (2048, 3))
     by_rule = _with(None, x, weight)

@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,15 @@ from exeunt.kernels.tuned.files import (
     Finding,
     LaunchFileError,
     cached_file,
+    has_packaged,
+    kernels_digest,
     packaged_file,
     read_known,
     read_launches,
     slug,
     write_launches,
 )
-from tests.kernels.tuned.measured import FULL, GPU, INT4, NARROW, WIDE, findings
+from tests.kernels.tuned.measured import FULL, GPU, HALF, INT4, NARROW, WIDE, findings
 
 EXPECTED = {finding.key: finding.launch for finding in findings()}
 
@@ -41,20 +44,33 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert read_launches(path, GPU) == EXPECTED
     found = json.loads(path.read_text())
     assert found["measured"]["torch"] == torch.__version__
-    assert set(found["measured"]) == {"date", "exeunt", "torch", "triton"}
+    assert set(found["measured"]) == {"date", "exeunt", "torch", "triton", "kernels"}
+    assert found["measured"]["kernels"] == kernels_digest()
+    assert "earlier" not in found
     assert found["launches"][0] == {
         "format": "int4",
         "dtype": "bfloat16",
         "in_features": 4096,
         "outputs": 28672,
         "gated": True,
+        "group_size": 64,
         "rows": 1,
         "tile": [8, 32, 4, 1],
         "split": True,
         "us": 20.0,
         "rule_us": 30.0,
     }
+    assert [line["group_size"] for line in found["launches"]] == [64, 0, 0]
     assert [path.name for path in path.parent.iterdir()] == ["q100.json"]
+
+
+def test_groups_of_other_sizes_are_other_calls(tmp_path: Path) -> None:
+    small, path = replace(INT4, group_size=32), tmp_path / "q100.json"
+    write_launches(
+        path, GPU, [Finding(small.key(1), None, 1e-5, 1e-5), Finding(INT4.key(1), NARROW, 1e-5, 2e-5)]
+    )
+    assert read_launches(path, GPU) == {small.key(1): None, INT4.key(1): NARROW}
+    assert replace(FULL, group_size=32).key(1) == FULL.key(1)
 
 
 def test_what_is_added_leaves_the_other_calls(tmp_path: Path) -> None:
@@ -74,8 +90,61 @@ def test_the_package_comes_before_the_cache(folders: tuple[Path, Path]) -> None:
     assert read_known(GPU) == {}
     write_launches(cached, GPU, findings()[:1])
     assert read_known(GPU) == {INT4.key(1): NARROW}
-    write_launches(packaged, GPU, findings()[1:])
-    assert set(read_known(GPU)) == {FULL.key(512), FULL.key(1)}
+    write_launches(packaged, GPU, [Finding(INT4.key(1), None, 1e-5, 1e-5), *findings()[1:]])
+    assert read_known(GPU) == {**EXPECTED, INT4.key(1): None}
+    write_launches(cached, GPU, [Finding(HALF.key(1), WIDE, 1e-6, 2e-6)], add=True)
+    assert read_known(GPU) == {**EXPECTED, INT4.key(1): None, HALF.key(1): WIDE}
+
+
+@pytest.mark.parametrize("other", [{"triton": "0.9"}, {"kernels": "0123456789ab"}])
+def test_what_was_measured_of_others_is_used_where_the_cache_says_nothing(
+    folders: tuple[Path, Path], caplog: pytest.LogCaptureFixture, other: dict[str, str]
+) -> None:
+    packaged, cached = folders
+    write_launches(packaged, GPU, findings())
+    found = json.loads(packaged.read_text())
+    found["measured"] |= other
+    packaged.write_text(json.dumps(found))
+    ((name, told),) = other.items()
+    with caplog.at_level(logging.DEBUG, files.__name__):
+        assert read_known(GPU) == EXPECTED
+    (record,) = caplog.records
+    assert record.levelno == logging.DEBUG
+    assert f"in {packaged} were measured with {name} {told}:" in record.message
+    write_launches(cached, GPU, [Finding(INT4.key(1), None, 1e-5, 1e-5)])
+    assert read_known(GPU) == {**EXPECTED, INT4.key(1): None}
+
+
+def test_what_is_added_to_lines_of_other_kernels_says_so(
+    folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packaged, cached = folders
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "kernels_digest", lambda: "before")
+        write_launches(packaged, GPU, findings())
+    for _ in range(2):
+        write_launches(packaged, GPU, findings()[:1], add=True)
+        found = json.loads(packaged.read_text())
+        assert found["measured"]["kernels"] == kernels_digest()
+        assert [each["kernels"] for each in found["earlier"]] == ["before"]
+    write_launches(cached, GPU, [Finding(FULL.key(1), WIDE, 1e-5, 2e-5)])
+    assert read_known(GPU) == {**EXPECTED, FULL.key(1): WIDE}
+    write_launches(packaged, GPU, findings(), add=True)  # no line of the other kernels is left
+    assert "earlier" not in json.loads(packaged.read_text())
+    assert read_known(GPU) == EXPECTED
+
+
+def test_a_bad_file_of_the_package_hides_no_good_one(
+    folders: tuple[Path, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    packaged, cached = folders
+    packaged.write_text("spoilt")
+    write_launches(cached, GPU, findings())
+    assert read_known(GPU) == EXPECTED
+    assert len(caplog.messages) == 1
+    assert not has_packaged(GPU)
+    write_launches(packaged, GPU, findings())
+    assert has_packaged(GPU)
 
 
 def test_a_cached_file_is_of_these_kernels_and_this_compiler(
@@ -95,7 +164,14 @@ def _without(entry: dict[str, Any], name: str) -> None:
 
 BAD: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "another GPU's": (lambda found: found.update(gpu="NVIDIA T4"), "it is of 'NVIDIA T4'"),
-    "another format": (lambda found: found.update(format=2), "not of format 1"),
+    "another format": (lambda found: found.update(format=1), "not of format 2"),
+    "no compiler": (lambda found: _without(found["measured"], "triton"), "which kernels were measured"),
+    "nothing measured": (lambda found: _without(found, "measured"), "which kernels were measured"),
+    "earlier": (lambda found: found.update(earlier={}), "is no list"),
+    "twice": (lambda found: found["launches"].append(found["launches"][0]), "two lines about one call"),
+    "no group size": (lambda found: _without(found["launches"][0], "group_size"), "says nothing of a call"),
+    "INT4, no groups": (lambda found: found["launches"][0].update(group_size=0), "says nothing of a call"),
+    "full, groups": (lambda found: found["launches"][2].update(group_size=64), "says nothing of a call"),
     "no launches": (lambda found: found.update(launches={}), "no list of launches"),
     "no launch": (lambda found: found["launches"].append(3), "3 is no launch"),
     "no dtype": (lambda found: _without(found["launches"][0], "dtype"), "says nothing of a call"),
@@ -149,5 +225,5 @@ def test_a_folder_in_the_place_of_a_file_is_left_alone(
 def test_the_packages_files_are_good_and_named_by_their_gpu(path: Path) -> None:
     found = json.loads(path.read_text(encoding="utf-8"))
     assert packaged_file(found["gpu"]) == path
-    assert set(found["measured"]) == {"date", "exeunt", "torch", "triton"}
+    assert set(found["measured"]) == {"date", "exeunt", "torch", "triton", "kernels"}
     assert len(read_launches(path, found["gpu"])) == len(found["launches"]) > 0

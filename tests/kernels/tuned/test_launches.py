@@ -1,6 +1,8 @@
 """What a launch finds of what was measured, and when it is left to the rule."""
 
 import threading
+import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from exeunt.kernels.tuned.launches import (
     add_launches,
     forced,
     known_launches,
+    leave_to_rule,
     measured_rows,
     tuned_launch,
 )
@@ -23,7 +26,13 @@ KNOWN: Launches = {INT4.key(1): NARROW, FULL.key(512): WIDE, FULL.key(1): None}
 
 def _found(tokens: int, shape: LinearShape = INT4) -> launches.TunedLaunch | None:
     return tuned_launch(
-        tokens, shape.in_features, shape.out_features, shape.gated, shape.dtype, int4=shape.int4
+        tokens,
+        shape.in_features,
+        shape.out_features,
+        shape.gated,
+        shape.dtype,
+        int4=shape.int4,
+        group_size=shape.group_size if shape.int4 else 0,
     )
 
 
@@ -49,6 +58,7 @@ def test_what_was_measured_is_found_and_read_once(gpu: list[str]) -> None:
     assert [_found(tokens) for tokens in (1, 4, 5)] == [NARROW, NARROW, None]
     assert [_found(tokens, FULL) for tokens in (1, 128, 129, 4096)] == [None, None, WIDE, WIDE]
     assert _found(512, HALF) is None
+    assert _found(1, replace(INT4, group_size=32)) is None
     assert gpu == [GPU]
 
 
@@ -71,6 +81,34 @@ def test_what_is_added_is_found_from_then_on(gpu: list[str]) -> None:
     add_launches(0, {HALF.key(1): WIDE})
     assert (_found(2, HALF), _found(2)) == (WIDE, NARROW)
     assert known_launches(0).keys() == {*KNOWN, HALF.key(1)}
+
+
+def test_what_is_left_to_the_rule_is_so_from_then_on(gpu: list[str]) -> None:
+    with forced(NARROW):  # a search's: it says nothing of what is known
+        assert not leave_to_rule(INT4.key(1))
+    assert leave_to_rule(INT4.key(1))
+    assert (_found(1), _found(512, FULL)) == (None, WIDE)
+    assert not leave_to_rule(INT4.key(1))
+    assert not leave_to_rule(HALF.key(1))
+    assert known_launches(0).keys() == KNOWN.keys()
+
+
+def test_threads_lose_nothing_that_another_adds(gpu: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def slowly(name: str) -> Launches:
+        gpu.append(name)
+        time.sleep(0.05)
+        return KNOWN
+
+    monkeypatch.setattr(files, "read_known", slowly)
+    shapes = [LinearShape(64 * each, 64, int4=False) for each in range(1, 9)]
+    threads = [threading.Thread(target=add_launches, args=(0, {shape.key(1): WIDE})) for shape in shapes]
+    threads.append(threading.Thread(target=known_launches, args=(0,)))
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert known_launches(0).keys() == {*KNOWN, *(shape.key(1) for shape in shapes)}
+    assert gpu == [GPU]
 
 
 def test_a_variable_leaves_all_to_the_rule(gpu: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
