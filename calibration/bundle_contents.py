@@ -48,7 +48,7 @@ def bundle_contents(task: Task, learned: Learned, judged: Judged, studies: Studi
         exit_screen=learned.screen,
         weight_study=studies.weights,
         written=judged.written,
-        text=TextSource(len(task.corpus.documents), task.corpus.repeats),
+        text=TextSource(len(task.corpus.documents), task.corpus.repeats, task.corpus.rows),
     )
     choice = learned.choice
     return BundleContents(

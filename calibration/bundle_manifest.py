@@ -10,7 +10,8 @@ from pathlib import Path
 
 from exeunt.calibration.block_choice import BlockChoice
 from exeunt.calibration.certificates import CertifiedVariant, nll_risk_table
-from exeunt.calibration.corpus import HUB_PREFIX, Corpus, Splits
+from exeunt.calibration.corpus import Corpus, Splits
+from exeunt.calibration.documents import HUB_PREFIX
 from exeunt.calibration.evaluation import EvaluationTable
 from exeunt.calibration.exit_fit import FittedExit
 from exeunt.calibration.exit_selection import Drafting, ExitSelection

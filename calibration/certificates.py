@@ -134,7 +134,14 @@ def certify_variants(
                 advance=advance,
             )
             found = _both_methods(
-                model, full_depth, plan, steps, effort, stack.deployed, confidence=confidence, advance=advance
+                model,
+                full_depth,
+                plan,
+                steps,
+                effort,
+                _untested_reason(effort, variant, stack.deployed),
+                confidence=confidence,
+                advance=advance,
             )
             journal.write(name, *packed(found, under))
         else:
@@ -184,7 +191,7 @@ def _both_methods(
     plan: ThresholdPlan,
     steps: Steps | None,
     effort: NllEffort,
-    deployed: Variant,
+    untested_reason: str,
     *,
     confidence: float,
     advance: Callable[[int], None],
@@ -192,6 +199,7 @@ def _both_methods(
     """The outcomes with backfill and with propagate.
 
     What is skipped lies behind a single exit: there it decides nothing about who leaves, and disagreement is the same.
+    `untested_reason` is why the NLL increase with propagate is not tested, where `steps` are None.
     """
     backfilled = certify_backfilled(full_depth, plan, confidence=confidence)
     several = len(model.exits) > 1
@@ -207,16 +215,31 @@ def _both_methods(
     nll: list[NllCertification | None] = [None, None]
     if plan.nll is not None:
         nll[0] = certify_nll_backfilled(full_depth, plan.nll.backfill, confidence=confidence)
-        nll[1] = increase if steps is not None else _not_tested(plan.nll.propagate, deployed)
+        nll[1] = increase if steps is not None else _not_tested(plan.nll.propagate, untested_reason)
     return [(backfilled, nll[0]), (propagated if several else backfilled, nll[1])]
 
 
-def _not_tested(steps: Steps, deployed: Variant) -> NllCertification:
-    reason = (
-        "with propagated keys and values this risk takes passes of its own, which this calibration made, if at all, "
-        f"for {deployed} alone"
-    )
+def _not_tested(steps: Steps, reason: str) -> NllCertification:
     return NllCertification(tuple(untested(target, reason) for target in steps.begins), ())
+
+
+def _untested_reason(effort: NllEffort, variant: Variant, deployed: Variant) -> str:
+    """Why `effort` leaves out the NLL increase with propagated keys and values, and what would test it for `variant`.
+
+    Users read it, in the report and in the server's answers, behind the target and the way with skipped keys and values
+    that it is about.
+    """
+    if effort.variants == "none":
+        preset = "default" if variant == deployed else "thorough"
+        return f"the bundle's preset does not test it, calibrate with --preset {preset}"
+    return f"it was tested only for {_in_words(deployed)}, ask for that or calibrate with --preset thorough"
+
+
+def _in_words(variant: Variant) -> str:
+    weights, keys = ({"int4": "INT4", "full": "full"}[form] for form in (variant.weights, variant.kv_cache))
+    return f"{weights} weights with {keys} keys and values" + (
+        " and the linear block" if variant.linear_block else ""
+    )
 
 
 def _circumstances(

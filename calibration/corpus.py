@@ -5,34 +5,28 @@ alternatives) and *certify* (held out for certificates and evaluation). It does 
 """
 
 import hashlib
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, islice
-from pathlib import Path
+from itertools import islice
 from typing import Final, Literal
 
-import httpx
 import numpy as np
 import torch
 from torch import Tensor
 
+from exeunt.calibration.documents import read_documents
 from exeunt.calibration.errors import CorpusError
-from exeunt.calibration.separators import documents_of
+from exeunt.calibration.passages import PASSAGE_CHARACTERS, joined, text_passages
 
 SplitName = Literal["fit", "select", "certify"]
 SHARES: Final[dict[SplitName, float]] = {"fit": 0.48, "select": 0.17, "certify": 0.35}
 LEAST_TOKENS: Final = 6000
 """Fewer tokens than this in all three splits together say nothing about anything."""
 LEAST_ROW: Final = 8  # tokens; shorter rows are all beginning
-HUB_PREFIX: Final = "hf:"
-_PASSAGE_CHARACTERS: Final = 2000
-_LONG_LINE: Final = 4 * _PASSAGE_CHARACTERS
 BORDER_CHARACTERS: Final = 2000
 """Of a text that is cut in three at least so much is in no split at either border, about a row of 512 tokens: what one
 split is judged on is not the next sentence of what another learned from."""
 _CHARACTERS_PER_TOKEN: Final = 12  # generous, so that a cut text still fills its quota
-_MOST_CHARACTERS: Final = 256 * 2**20  # of a file or data set; what follows is not read
 
 Encode = Callable[[str], list[int]]
 Passage = tuple[int, str]
@@ -43,12 +37,25 @@ Passage = tuple[int, str]
 class Corpus:
     """Documents and where they came from. `sha256` is that of the documents, each followed by a zero byte.
 
-    `repeats` documents were left out because they are one of the others again.
+    `repeats` documents were left out because they are one of the others again. Where rows of a data set were so short
+    that they were joined, `documents` are passages of neighbours, and `rows` says how many there were (0: not joined).
     """
 
     name: str
     documents: tuple[str, ...]
     repeats: int = 0
+    rows: int = 0
+
+    def in_words(self) -> str:
+        """What there is, what was left out, and what was joined."""
+        count = len(self.documents)
+        found = "1 document" if count == 1 else f"{count:,} documents"
+        if self.rows:
+            found = (
+                f"{self.rows:,} rows, so short that neighbours were joined to {count:,} passages of about "
+                f"{PASSAGE_CHARACTERS:,} characters, which are dealt as documents are"
+            )
+        return found + (f" ({self.repeats:,} repeats of one left out)" if self.repeats else "")
 
     @property
     def sha256(self) -> str:
@@ -91,115 +98,24 @@ class Splits:
 
 
 def read_corpus(source: str, separator: str | None) -> Corpus:
-    """The documents of `source`: a text file, a JSONL file, a folder of `.txt`, or `hf:NAME[:SPLIT]`.
+    """The documents of `source`: a text file, a JSONL file, a folder of `.txt`, or `hf:NAME[[:CONFIG]:SPLIT]`.
 
     `separator` is the tokenizer's end-of-text, which stands between the documents of one text file (see
-    `separators.documents_of` for files made with another one). Of documents that are alike to the letter, but for what
-    they begin and end with of white space, one is kept: in another split it would be known by heart, and in the same
-    one it is no further draw of text.
+    `separators.documents_of` for files made with another one). Rows of a data set or of a JSONL file that are no
+    documents but lines are joined to passages (see `passages.joined`). Of documents that are alike to the letter, but
+    for what they begin and end with of white space, one is kept: in another split it would be known by heart, and in
+    the same one it is no further draw of text.
 
     Raises CorpusError where there is nothing there, or nothing that can be read as text.
     """
-    if source.startswith(HUB_PREFIX):
-        documents: Iterable[str] = _hub_documents(source.removeprefix(HUB_PREFIX))
-    else:
-        path = Path(source).expanduser()
-        if path.is_dir():
-            documents = _folder_documents(path, separator)
-        elif path.is_file():
-            documents = _file_documents(path, separator)
-        else:
-            raise CorpusError(
-                f"{source} is neither a file nor a folder; give a text file, a JSONL file, a folder of .txt "
-                f"files, or {HUB_PREFIX}NAME for a data set of the Hugging Face hub."
-            )
-    kept = tuple(text for text in (document.strip() for document in documents) if text)
+    found = read_documents(source, separator)
+    kept = tuple(text for text in (document.strip() for document in found.texts) if text)
     if not kept:
         raise CorpusError(f"{source} holds no text; give a file with some pages of it.")
     distinct = tuple(dict.fromkeys(kept))
-    return Corpus(source, distinct, len(kept) - len(distinct))
-
-
-def _file_documents(path: Path, separator: str | None) -> list[str]:
-    text = _decoded(path)
-    if path.suffix in (".jsonl", ".ndjson"):
-        return [
-            _json_text(path, number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()
-        ]
-    return documents_of(text, separator)
-
-
-def _decoded(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            data = file.read(_MOST_CHARACTERS)
-    except OSError as error:
-        raise CorpusError(f"{path} cannot be read: {(error.strerror or str(error)).lower()}.") from error
-    if (at := data.find(b"\0")) >= 0:
-        raise CorpusError(f"{path} is not a text file: byte {at} is zero; give UTF-8 text.")
-    whole = len(data) < _MOST_CHARACTERS
-    try:
-        return data.decode("utf-8-sig", errors="strict" if whole else "ignore")
-    except UnicodeDecodeError as error:
-        raise CorpusError(f"{path} is not UTF-8 text: byte {error.start} cannot be decoded.") from error
-
-
-def _json_text(path: Path, number: int, line: str) -> str:
-    try:
-        entry = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise CorpusError(f"{path}, line {number}, is not JSON: {error.msg}.") from error
-    if not isinstance(entry, dict) or not isinstance(entry.get("text"), str):
-        raise CorpusError(f'{path}, line {number}, is not an object with a string field "text".')
-    return str(entry["text"])
-
-
-def _folder_documents(folder: Path, separator: str | None) -> Iterator[str]:
-    paths = sorted(folder.glob("*.txt"))
-    if not paths:
-        raise CorpusError(
-            f"{folder} holds no .txt file; give a folder of .txt files, one or more documents each."
-        )
-    read = 0
-    for path in paths:
-        for document in _file_documents(path, separator):
-            yield document
-            read += len(document)
-        if read >= _MOST_CHARACTERS:
-            return
-
-
-def _hub_documents(name: str) -> list[str]:
-    data_set, _, split = name.partition(":")
-    try:
-        from datasets import load_dataset  # an optional dependency, and slow to import
-    except ImportError as error:
-        raise CorpusError(
-            f"{HUB_PREFIX}{name} needs the package 'datasets': install exeunt[hub], or give a local file."
-        ) from error
-    try:
-        entries = load_dataset(data_set, split=split or "train", streaming=True)
-        return list(_hub_texts(entries))
-    except KeyError as error:
-        raise CorpusError(
-            f'the data set {data_set} has no field "text"; give a local JSONL file instead.'
-        ) from error
-    except (OSError, ValueError, RuntimeError, httpx.HTTPError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CorpusError(
-            f"the data set {data_set} cannot be read from the Hugging Face hub ({reason}); check the name and "
-            "the network, or give a local file."
-        ) from error
-
-
-def _hub_texts(entries: Iterable[dict[str, object]]) -> Iterator[str]:
-    read = 0
-    for entry in entries:
-        text = str(entry["text"])
-        yield text
-        read += len(text)
-        if read >= _MOST_CHARACTERS // 8:  # of a stream over the network less is enough
-            return
+    dealt = tuple(joined(distinct)) if found.rows else distinct
+    of_rows = len(distinct) if dealt != distinct else 0
+    return Corpus(source, dealt, len(kept) - len(distinct), of_rows)
 
 
 def split_corpus(
@@ -273,7 +189,9 @@ def numbered_rows_of(
 
 def _deal(documents: Sequence[str], seed: int) -> dict[SplitName, list[Passage]]:
     if len(documents) < len(SHARES):
-        numbered = [(number, passage) for number, text in enumerate(documents) for passage in _passages(text)]
+        numbered = [
+            (number, passage) for number, text in enumerate(documents) for passage in text_passages(text)
+        ]
         return _deal_in_order(numbered)
     order = np.random.default_rng(seed).permutation(len(documents))
     total = sum(len(text) for text in documents)
@@ -309,33 +227,6 @@ def _passages_of(characters: int, passages: Sequence[Passage]) -> int:
     """How many of `passages`, from the first, it takes to hold `characters` characters; all where they do not."""
     held = np.cumsum([len(text) for _, text in passages])
     return min(int(np.searchsorted(held, characters)) + 1, len(passages))
-
-
-def _passages(text: str) -> Iterator[str]:
-    """Runs of whole lines of at least `_PASSAGE_CHARACTERS` characters; the last may be shorter.
-
-    Lines of several passages' length, such as those of a text without line ends, are cut first.
-    """
-    run: list[str] = []
-    length = 0
-    for line in chain.from_iterable(map(_pieces, text.splitlines(keepends=True))):
-        run.append(line)
-        length += len(line)
-        if length >= _PASSAGE_CHARACTERS:
-            yield "".join(run)
-            run, length = [], 0
-    if run:
-        yield "".join(run)
-
-
-def _pieces(line: str) -> Iterator[str]:
-    """A line, or, where it is long, pieces of it of about a passage's length, cut behind a space if there is any."""
-    start = 0
-    while len(line) > _LONG_LINE and len(line) - start > _PASSAGE_CHARACTERS:
-        stop = line.rfind(" ", start, start + _PASSAGE_CHARACTERS) + 1 or start + _PASSAGE_CHARACTERS
-        yield line[start:stop]
-        start = stop
-    yield line[start:]
 
 
 def _rows(

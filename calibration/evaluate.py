@@ -88,7 +88,7 @@ def evaluate(
     The reference is full weights, full KV, full depth; where only INT4 weights are loaded, those. Raises CorpusError,
     and CalibrationError for a window that the model cannot read.
     """
-    text = _text(model, data, options)
+    text = _text(model, data, options, progress)
     exits, arena = [model.exits[place] for place in model.certified_exits], PageArena()
     models = {
         variant: ForcedModel(model.decoder(variant), variant.kv_cache, exits, arena)
@@ -146,10 +146,12 @@ def _written(
         )
 
 
-def _text(model: LoadedModel, data: str, options: EvaluationOptions) -> ScoredText:
+def _text(model: LoadedModel, data: str, options: EvaluationOptions, progress: ProgressReport) -> ScoredText:
     spec, tokens, seed = model.spec, options.tokens, options.seed
     window, stride = options.window_and_stride(spec.max_position_embeddings)
     corpus = read_corpus(data, separator(model.tokenizer))
+    if corpus.rows:  # what was read is not what the text calls its documents
+        progress.note(f"{data}: {corpus.in_words()}.")
     encoding = text_encoding(model.tokenizer, spec)
     if stride == window:
         numbered = numbered_rows_of(corpus, encoding, tokens=tokens, row_tokens=window, seed=seed)

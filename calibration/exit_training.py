@@ -124,6 +124,12 @@ class TrainedHead:
         """Tokens seen in training, with repetition."""
         return self.curve[-1].visits if self.curve else 0
 
+    @property
+    def still_rising(self) -> bool:
+        """Whether training ended with its visits, the last look at the head having been the best."""
+        before = [point.selective for point in self.curve[:-1]]
+        return bool(before) and not self.stopped_early and self.curve[-1].selective > max(before)
+
 
 def head_state(norm: ExitNorm, adapter: Tensor, hidden: Tensor) -> Tensor:
     """n + A n with n = norm(hidden): what the output matrix is applied to. [T, H] in the adapter's dtype.

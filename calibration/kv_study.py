@@ -17,7 +17,7 @@ from torch import Tensor
 from exeunt.calibration.bootstrap import Floats, Measure, block_difference, block_ratio, resamples
 from exeunt.calibration.kv_forms import DEPLOYED, FORMS, UNROTATED, KVForm
 from exeunt.calibration.kv_forward import FULL_READING, KVPart, KVReading, states_behind
-from exeunt.calibration.sequence_batch import SequenceBatch, batches, first_rows
+from exeunt.calibration.sequence_batch import SequenceBatch, batches
 from exeunt.calibration.teacher_forcing import logit_rows
 from exeunt.calibration.text_units import text_units
 from exeunt.compression.decoder import Decoder
@@ -83,13 +83,34 @@ class KVCost:
 
 
 @dataclass(frozen=True, slots=True)
+class KVDifference:
+    """What the deployed form costs over the form `other`, keys and values together; below zero it costs less.
+
+    `increase` is in perplexity and `kl`, the difference of both KLs to full keys and values, in nats per token. Both
+    forms are read on the same resamples, so that the intervals are of the difference.
+    """
+
+    other: str
+    increase: Measure
+    kl: Measure
+
+
+@dataclass(frozen=True, slots=True)
 class KVWeightsCosts:
-    """The costs under one form of the weights; `perplexity` and `bytes_per_token` are of full keys and values."""
+    """The costs under one form of the weights; `perplexity` and `bytes_per_token` are of full keys and values.
+
+    `differences` hold the deployed form against each other one, where both were studied.
+    """
 
     weights: WeightFormat
     perplexity: Measure
     bytes_per_token: float
     costs: tuple[KVCost, ...]
+    differences: tuple[KVDifference, ...] = ()
+
+    def over(self, form: KVForm) -> KVDifference | None:
+        """The deployed form against `form`, None where that was not measured."""
+        return next((each for each in self.differences if each.other == form.name), None)
 
     def cost(self, form: KVForm, part: KVPart) -> KVCost | None:
         """The cost of `form` in `part`, None where it was not measured."""
@@ -141,7 +162,7 @@ class _Errors:
 
 def study_work(subjects: Sequence[KVSubject], rows: Sequence[Tensor], tokens: int = KV_TOKENS) -> int:
     """What `advance` of `study_kv` is told in all."""
-    seen = sum(map(len, first_rows(rows, tokens)))
+    seen = sum(len(rows[place]) for place in longest_rows(rows, tokens))
     return seen * sum((each.decoder.spec.blocks + 1) * (1 + len(each.readings)) for each in subjects)
 
 
@@ -155,16 +176,31 @@ def study_kv(
     documents: Sequence[int] | None = None,
     advance: Advance = lambda _units: None,
 ) -> KVStudy:
-    """The costs of the forms under every subject's weights, on the first `rows` up to `tokens` tokens.
+    """The costs of the forms under every subject's weights, on the longest of `rows` up to `tokens` tokens.
 
     `documents` numbers each row's document, for the intervals (see `text_units`).
     `advance` is told a batch's tokens for every block, the head and every pass: `study_work` in all.
     """
-    used = first_rows(rows, tokens)
-    units = text_units(used, None if documents is None else documents[: len(used)])
+    places = longest_rows(rows, tokens)
+    used = tuple(rows[place] for place in places)
+    units = text_units(used, None if documents is None else [documents[place] for place in places])
     text = _Text(used, units.where, resamples(units.count, seed))
     found = tuple(_under(subject, text, batch_tokens, advance) for subject in subjects)
     return KVStudy(sum(map(len, used)), max(map(len, used)), units.count, found)
+
+
+def longest_rows(rows: Sequence[Tensor], tokens: int) -> list[int]:
+    """The places, ascending, of the longest of `rows`, `tokens` tokens in all at most but at least one row.
+
+    What a cache costs may grow with what is attended to, and the first rows of a split may all be short.
+    """
+    kept: list[int] = []
+    held = 0
+    for place in sorted(range(len(rows)), key=lambda place: -len(rows[place])):
+        if not kept or held + len(rows[place]) <= tokens:
+            kept.append(place)
+            held += len(rows[place])
+    return sorted(kept)
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,6 +261,28 @@ def _under(subject: KVSubject, text: _Text, batch_tokens: int, advance: Advance)
         perplexity=block_ratio(text.sums(full.nll), scored, text.drawn, np.exp),
         bytes_per_token=size(FULL_READING),
         costs=tuple(cost(*each) for each in zip(readings[1:], others, strict=True)),
+        differences=_differences(readings[1:], others, text),
+    )
+
+
+def _differences(
+    readings: Sequence[KVReading], losses: Sequence[_Losses], text: _Text
+) -> tuple[KVDifference, ...]:
+    """The deployed form's losses against those of every other form, keys and values together."""
+    joint = {
+        reading.form: own for reading, own in zip(readings, losses, strict=True) if reading.part == "both"
+    }
+    deployed = joint.pop(DEPLOYED, None)
+    if deployed is None:
+        return ()
+    scored, every = text.sums(text.scored.astype(np.float64)), text.sums(np.ones(len(text.where)))
+    return tuple(
+        KVDifference(
+            form.name,
+            block_difference(text.sums(deployed.nll), text.sums(other.nll), scored, text.drawn, np.exp),
+            block_difference(text.sums(deployed.kl), text.sums(other.kl), every, text.drawn),
+        )
+        for form, other in joint.items()
     )
 
 

@@ -1,5 +1,6 @@
 """What a calibration is asked for: plain data, checked against the model before any work."""
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal
@@ -15,7 +16,7 @@ from exeunt.calibration.exit_training import HeadTraining
 from exeunt.calibration.gate_training import ProbeTraining
 from exeunt.calibration.nll_risk import CLIP
 from exeunt.calibration.presets import StudySizes
-from exeunt.calibration.weights_int4 import Rounding
+from exeunt.calibration.weights_int4 import Rounding, check_even
 from exeunt.compression.architecture import Architecture
 from exeunt.compression.device import DeviceError, find_device
 from exeunt.compression.model import WeightChoice
@@ -95,6 +96,7 @@ class CalibrationOptions:
                     f"The NLL risk target {target} must be above 0 and below {CLIP:g} nats per token (0.05 lets "
                     "perplexity rise by 5 %)."
                 )
+        check_even(self.group_size)
         if not 0.5 < self.confidence < 1.0:
             raise OptionError(f"The confidence is {self.confidence}; it must be above 0.5 and below 1.")
         if self.row_tokens < 16 or self.batch_tokens < self.row_tokens:
@@ -126,6 +128,21 @@ def work_place(options: CalibrationOptions) -> Path:
     if isinstance(options.work, Path):
         return options.work
     return options.out.with_name(f".{options.out.name}.unfinished")
+
+
+def checked_work_folder(options: CalibrationOptions, spec: Architecture) -> Path | None:
+    """What `work_folder` returns, a place that can be written. Raises OptionError for one that cannot be used."""
+    folder = work_folder(options, spec)
+    if folder is None:
+        return None
+    check_apart(options.out, folder)
+    there = next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place))
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        raise OptionError(
+            f"Unfinished work is to be kept in {folder}, and nothing can be written in {there}; give another folder as "
+            "--work, or none."
+        )
+    return folder
 
 
 def check_apart(out: Path, work: Path) -> None:

@@ -14,12 +14,11 @@ from exeunt.calibration.fingerprint import calibration_fingerprint
 from exeunt.calibration.journal import FolderJournal, Journal, NoJournal
 from exeunt.calibration.options import (
     CalibrationOptions,
-    check_apart,
+    checked_work_folder,
     drafting_blocks,
     exit_blocks,
     resolve_device,
     wanted_linear_block,
-    work_folder,
 )
 from exeunt.calibration.phases import planned_phases
 from exeunt.calibration.progress import NumberedProgress, ProgressReport
@@ -79,6 +78,7 @@ def opened(options: CalibrationOptions, progress: ProgressReport) -> Iterator[Ta
     wanted_linear_block(spec, options.linear_block)
     if options.weights != "full":
         check_group_size(spec, options.group_size)
+    kept_in = checked_work_folder(options, spec)
     progress.note(f"Reading {options.model} and {options.data}.")
     tokenizer = load_tokenizer(checkpoint.directory)
     corpus = read_corpus(options.data, separator(tokenizer))
@@ -91,12 +91,12 @@ def opened(options: CalibrationOptions, progress: ProgressReport) -> Iterator[Ta
         least=options.least_tokens,
     )
     shown = ", ".join(f"{count:,} to {name}" for name, count in splits.tokens().items())
-    progress.note(f"{_documents(corpus)}, tokens: {shown}")
+    progress.note(f"{corpus.in_words()}, tokens: {shown}")
     numbered = NumberedProgress(progress, planned_phases(options, spec, device))
     with numbered.phase("Checking the weights", spec.blocks + 1) as advance:
         check_weights(checkpoint.weights(), spec, advance)
     remove_partial_bundles(options.out)
-    with _kept(options, checkpoint, corpus.sha256, progress) as (journal, folder):
+    with _kept(options, kept_in, checkpoint, corpus.sha256, progress) as (journal, folder):
         yield Task(
             options=options,
             checkpoint=checkpoint,
@@ -114,15 +114,20 @@ def opened(options: CalibrationOptions, progress: ProgressReport) -> Iterator[Ta
 
 @contextmanager
 def _kept(
-    options: CalibrationOptions, checkpoint: Checkpoint, corpus_sha256: str, progress: ProgressReport
+    options: CalibrationOptions,
+    folder: Path | None,
+    checkpoint: Checkpoint,
+    corpus_sha256: str,
+    progress: ProgressReport,
 ) -> Iterator[tuple[Journal, Path]]:
-    """The journal, and the folder of hidden states: gone at the end, or kept for whoever goes on."""
-    folder = work_folder(options, checkpoint.spec)
+    """The journal in `folder`, and the folder of hidden states: gone at the end, or kept for whoever goes on.
+
+    Where `folder` is None nothing is kept.
+    """
     if folder is None:
         with scratch_folder(options.out) as scratch:
             yield NoJournal(), scratch
         return
-    check_apart(options.out, folder)
     journal = FolderJournal(folder, calibration_fingerprint(options, checkpoint, corpus_sha256))
     try:
         if journal.resumed:
@@ -137,9 +142,3 @@ def _measurements(options: CalibrationOptions) -> Measurements:
     if options.costs == "now":
         return MeasuredNow()
     return RememberedCosts(costs_folder(), anew=options.costs == "anew")
-
-
-def _documents(corpus: Corpus) -> str:
-    count = len(corpus.documents)
-    found = "1 document" if count == 1 else f"{count:,} documents"
-    return found + (f" ({corpus.repeats:,} repeats of one left out)" if corpus.repeats else "")

@@ -18,7 +18,7 @@ from typing import Final, Literal
 import torch
 from torch import Tensor
 
-from exeunt.calibration.errors import CalibrationError
+from exeunt.calibration.errors import CalibrationError, OptionError
 from exeunt.calibration.gptq import Gptq, gptq, weighted_error
 from exeunt.compression.architecture import Architecture
 from exeunt.compression.bundle_weights import int4_tensors
@@ -92,13 +92,20 @@ class Int4Weights:
         return int4_tensors(self.weights, self.output)
 
 
-def check_group_size(spec: Architecture, group_size: int) -> None:
-    """Raise CalibrationError where this model's linears cannot be held in groups of `group_size`."""
+def check_even(group_size: int) -> None:
+    """Raise OptionError where no model's linears can be held in groups of `group_size`: INT4 has two weights a byte."""
     if group_size < 2 or group_size % 2:
-        raise CalibrationError(f"The INT4 group size is {group_size}; it must be even and at least 2.")
+        raise OptionError(
+            f"The INT4 group size is {group_size}; it must be even and at least 2: give 32, 64 or 128."
+        )
+
+
+def check_group_size(spec: Architecture, group_size: int) -> None:
+    """Raise OptionError where this model's linears cannot be held in groups of `group_size`."""
+    check_even(group_size)
     for name, (_, fan_in) in linear_shapes(spec).items():
         if fan_in % 2:
-            raise CalibrationError(
+            raise OptionError(
                 f"The layer {name} has {fan_in} inputs, and INT4 holds two weights a byte; calibrate with full weights."
             )
 

@@ -20,10 +20,14 @@ from exeunt.compression.manifest import Manifest
 
 @dataclass(frozen=True, slots=True)
 class TextSource:
-    """The documents that were dealt to the splits, and how many more were left out as repeats of one of them."""
+    """The documents that were dealt to the splits, and how many more were left out as repeats of one of them.
+
+    Where they are passages that short rows of a data set were joined to, `rows` counts those (0: nothing was joined).
+    """
 
     documents: int
     repeats: int
+    rows: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -90,6 +90,7 @@ def _exit(fitted: FittedExit) -> dict[str, Any]:
         "loss": fitted.training.loss,
         "training_curve": [asdict(point) for point in fitted.training.curve],
         "stopped_early": fitted.training.stopped_early,
+        "still_rising": fitted.training.still_rising,
         "losses": None if fitted.losses is None else asdict(fitted.losses),
         "gate": asdict(fitted.gate),
         "combine": [float(weight) for weight in fitted.head.combine],

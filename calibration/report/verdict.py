@@ -1,9 +1,14 @@
 """The verdict: what each saving costs, what is certified, and which modes to use, by rules that the page states.
 
-A cost is the increase of perplexity over the reference, relative to it, with the 95 % interval of the evaluation. Up to
-`SMALL` it is called small, up to `FAIR` fair, beyond that large; where the interval holds zero it is said that the text
-is too short to tell it from none. Of exits, what is certified is told for backfilled keys and values, which is what a
-server does unless asked otherwise, or for propagated ones where nothing is certified for backfill.
+A cost is the increase of perplexity over the reference, relative to it, and the KL from the reference, both with the
+95 % interval of the evaluation. It is called small where both upper ends are up to `SMALL`, fair up to `FAIR`, and
+large beyond. On little text perplexity alone may call anything cheap, a block that changes every fifth top token too:
+it hears of each place only the token that followed, and what it loses on some it wins on others. A KL of k nats is what
+the logarithm of perplexity rises by, in expectation, on text that the reference itself writes: so the shares are the
+same. Where the interval of perplexity holds zero it is said that the text is too short to tell it from none, and where
+it lies below zero that this is not to be counted on. Of exits, what is certified is told for backfilled keys and
+values, which is what a server does unless asked otherwise, or for propagated ones where nothing is certified for
+backfill.
 """
 
 from collections.abc import Sequence
@@ -21,31 +26,44 @@ from exeunt.compression.variant import SkippedKV, Variant
 
 SMALL: Final = 0.01
 FAIR: Final = 0.05
-"""Shares of the reference's perplexity up to which a saving's cost is called small, or fair."""
+"""Up to which a saving's cost is called small, or fair: shares of the reference's perplexity, and nats of KL to it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What one saving, or several together, cost: perplexity over the reference, also as a share of it."""
+    """What one saving, or several together, cost: perplexity over the reference, also as a share of it, and KL.
+
+    `kl` is from the reference, in nats per token.
+    """
 
     variant: Variant
     increase: Measure
     relative: Measure
+    kl: Measure
 
     @property
     def tone(self) -> Tone:
-        """Good, fair or bad, by the upper end of the interval: what the text cannot rule out counts.
+        """Good, fair or bad, by the upper ends of the intervals: what the text cannot rule out counts.
 
         Without an interval nothing is ruled out, and nothing shown either: none of them.
         """
         if not self.relative.bounded:
             return ""
-        return "good" if self.relative.high <= SMALL else "fair" if self.relative.high <= FAIR else "bad"
+        return "good" if self.within(SMALL) else "fair" if self.within(FAIR) else "bad"
+
+    def within(self, limit: float) -> bool:
+        """Whether the text rules out more than `limit`, as a share of perplexity and as nats of KL."""
+        return self.relative.high <= limit and self.kl.ends[1] <= limit
 
     @property
     def shown(self) -> bool:
-        """Whether the text is long enough to tell the cost from none."""
-        return self.relative.low > 0.0
+        """Whether the text is long enough to tell the change of perplexity from none, a rise or a fall."""
+        return self.relative.low > 0.0 or self.better
+
+    @property
+    def better(self) -> bool:
+        """Whether the whole interval of perplexity lies below that of the reference."""
+        return self.relative.high < 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,9 +174,8 @@ def relative_to(measure: Measure, base: float) -> Measure:
 
 def _cost(result: ModeResult, table: EvaluationTable) -> Cost:
     base = table.results[0].perplexity.value
-    return Cost(
-        result.mode.variant, result.perplexity_increase, relative_to(result.perplexity_increase, base)
-    )
+    increase = result.perplexity_increase
+    return Cost(result.mode.variant, increase, relative_to(increase, base), result.kl)
 
 
 def _savings(variant: Variant) -> int:
@@ -166,11 +183,14 @@ def _savings(variant: Variant) -> int:
 
 
 def _advice(table: EvaluationTable, costs: Sequence[Cost]) -> tuple[Advice, ...]:
-    """The most compressed modes of small and of fair cost, and certified exits, by either risk, of fair cost."""
+    """The most compressed modes of small and of fair cost, and certified exits, by either risk, of fair cost.
+
+    Where nothing is cheap enough it is the full model, which costs nothing by definition.
+    """
     uncompressed = _cost(table.results[0], table)
     small, fair = (
         max(
-            (cost for cost in (uncompressed, *costs) if cost.relative.high <= limit),
+            (uncompressed, *(cost for cost in costs if cost.within(limit))),
             key=lambda cost: (_savings(cost.variant), -cost.relative.value),
         )
         for limit in (SMALL, FAIR)
@@ -193,10 +213,22 @@ def _advice(table: EvaluationTable, costs: Sequence[Cost]) -> tuple[Advice, ...]
 def _exits_advised(table: EvaluationTable, results: Sequence[ModeResult]) -> ModeResult | None:
     """The most compressed of `results` of fair cost whose exits save something, backfilled ones first."""
     worth = [
-        result for result in results if net_saving(result) > 0 and _cost(result, table).relative.high <= FAIR
+        result
+        for result in results
+        if net_saving(result) > 0 and _cost(result, table).within(FAIR) and _adds_little(result)
     ]
     for method in METHODS:
         own = [result for result in worth if result.mode.skipped_kv == method]
         if own:
             return max(own, key=lambda each: (_savings(each.mode.variant), net_saving(each)))
     return None
+
+
+def _adds_little(result: ModeResult) -> bool:
+    """Whether what exits add to the same savings is fair: by a certificate, or by the upper end of what was measured.
+
+    The total alone does not say so: savings that are lucky on this text would pay for exits that are dear.
+    """
+    if result.mode.nll_target is not None and result.mode.nll_target <= FAIR:
+        return True
+    return result.exits_ratio is not None and result.exits_ratio.high - 1.0 <= FAIR

@@ -24,7 +24,7 @@ from exeunt.calibration.generation import Written
 from exeunt.calibration.kv_forms import DEPLOYED as DEPLOYED_KV
 from exeunt.calibration.kv_forms import PER_CHANNEL, KVForm
 from exeunt.calibration.kv_forward import KVPart
-from exeunt.calibration.kv_study import ContextCost, KVCost, KVStudy, KVWeightsCosts
+from exeunt.calibration.kv_study import ContextCost, KVCost, KVDifference, KVStudy, KVWeightsCosts
 from exeunt.calibration.loss_comparison import LossComparison, LossOutcome
 from exeunt.calibration.nll_risk import NllCertificate, NllCounts
 from exeunt.calibration.options import CalibrationOptions
@@ -121,6 +121,7 @@ def kv_study() -> KVStudy:
                 kv_cost(DEPLOYED_KV, "both", 0.0502 + shift),
                 kv_cost(PER_CHANNEL, "both", 0.0903 + shift),
             ),
+            (KVDifference(PER_CHANNEL.name, about(-0.0401 + shift, 0.2), about(-0.0071, 0.001)),),
         )
         for weights, shift in kinds
     ]

@@ -203,7 +203,7 @@ def test_files_of_every_kind(tmp_path: Path) -> None:
     assert read_corpus(str(tmp_path / "a.txt"), "<END>").documents == ("one", "two")
     assert read_corpus(str(tmp_path / "a.txt"), None).documents == ("one<END>two<END>",)
     assert read_corpus(str(tmp_path), "<END>").documents == ("one", "two", "three")
-    assert read_corpus(str(tmp_path / "c.jsonl"), None).documents == ("four", "five")
+    assert read_corpus(str(tmp_path / "c.jsonl"), None).documents == ("four\nfive",)
 
 
 def test_the_hash_is_that_of_the_documents() -> None:
@@ -253,18 +253,121 @@ def test_an_unreachable_hub_is_an_error_and_not_a_traceback(monkeypatch: pytest.
         read_corpus("hf:some/set", None)
 
 
-def test_a_hub_data_set_is_read_by_its_text_field(monkeypatch: pytest.MonkeyPatch) -> None:
+class Hub:
+    """A hub with one data set of two splits; what was asked of it."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, str | None, str]] = []
+
+    def load(self, name: str, config: str | None, *, split: str, streaming: bool) -> list[dict[str, str]]:
+        assert streaming
+        self.asked.append((name, config, split))
+        if name == "some/several" and config is None:
+            raise ValueError(
+                "Config name is missing.\nPlease pick one among the available configs: ['raw', 'clean']\nExample"
+            )
+        return [{"text": "one" * 200}, {"text": "two" * 200}] if split == "test" else [{"body": "x"}]
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
     import datasets
 
-    asked: list[tuple[str, str]] = []
+    found = Hub()
+    monkeypatch.setattr(datasets, "load_dataset", found.load)
+    return found
 
-    def load(name: str, *, split: str, streaming: bool) -> list[dict[str, str]]:
-        assert streaming
-        asked.append((name, split))
-        return [{"text": "one"}, {"text": "two"}] if split == "test" else [{"body": "x"}]
 
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    assert read_corpus("hf:some/set:test", None).documents == ("one", "two")
-    assert asked == [("some/set", "test")]
+def test_a_hub_data_set_is_read_by_its_text_field(hub: Hub) -> None:
+    assert read_corpus("hf:some/set:test", None).documents == ("one" * 200, "two" * 200)
+    assert hub.asked == [("some/set", None, "test")]
     with pytest.raises(CorpusError, match='no field "text"'):
         read_corpus("hf:some/set", None)
+
+
+def test_a_hub_data_set_may_have_configurations(hub: Hub) -> None:
+    assert len(read_corpus("hf:some/several:raw:test", None).documents) == 2
+    assert hub.asked == [("some/several", "raw", "test")]
+    with pytest.raises(CorpusError, match=r"configs: \['raw', 'clean'\].*hf:some/several:CONFIG:train"):
+        read_corpus("hf:some/several:test", None)
+
+
+@pytest.mark.parametrize("name", ["hf:", "hf:a/b:", "hf:a/b::test", "hf:a/b:c:test:more"])
+def test_what_is_no_name_of_a_data_set_is_refused(name: str, hub: Hub) -> None:
+    with pytest.raises(CorpusError, match="is no name of a data set; give hf:NAME"):
+        read_corpus(name, None)
+    assert hub.asked == []
+
+
+def test_lines_of_json_end_at_line_feeds_alone(tmp_path: Path) -> None:
+    signs = "\u2028\u2029\x85"  # all of which str.splitlines cuts at, and JSON may hold unescaped
+    path = tmp_path / "a.jsonl"
+    texts = [sign.join(["words" * 60, "more" * 60]) for sign in signs]
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+    path.write_text("\r\n".join(lines), encoding="utf-8", newline="")
+    assert read_corpus(str(path), None).documents == tuple(texts)
+
+
+def test_a_file_that_is_longer_than_what_is_read_loses_its_last_line_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "a.jsonl"
+    lines = [json.dumps({"text": sign * 500}, ensure_ascii=False) + "\n" for sign in "äöü"]
+    path.write_text("".join(lines), encoding="utf-8")
+    size = path.stat().st_size
+    monkeypatch.setattr("exeunt.calibration.documents.MOST_BYTES", size)
+    assert len(read_corpus(str(path), None).documents) == 3
+    assert not caplog.records
+    monkeypatch.setattr(
+        "exeunt.calibration.documents.MOST_BYTES", size - 4
+    )  # in the last text, inside a sign
+    assert len(read_corpus(str(path), None).documents) == 2
+    assert f"is longer than {size - 4:,} bytes, and only so many are read" in caplog.text
+
+
+def test_a_text_that_is_not_read_to_its_end_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in "abc":
+        (tmp_path / f"{name}.txt").write_text(name * 100)
+    monkeypatch.setattr("exeunt.calibration.documents.MOST_BYTES", 99)
+    assert read_corpus(str(tmp_path / "a.txt"), None).documents == ("a" * 99,)
+    assert "a.txt is longer than 99 bytes" in caplog.text
+    caplog.clear()
+    monkeypatch.setattr("exeunt.calibration.documents.MOST_BYTES", 150)
+    assert read_corpus(str(tmp_path), None).documents == ("a" * 100, "b" * 100)
+    assert "the first 2 of 3 files are read" in caplog.text
+
+
+def test_a_data_set_that_is_not_read_to_its_end_says_so(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("exeunt.calibration.documents.MOST_HUB_CHARACTERS", 1200)
+    assert len(read_corpus("hf:some/set:test", None).documents) == 2
+    assert not caplog.records
+    monkeypatch.setattr("exeunt.calibration.documents.MOST_HUB_CHARACTERS", 600)
+    assert len(read_corpus("hf:some/set:test", None).documents) == 1
+    assert "Of hf:some/set:test the first 600 characters are read." in caplog.text
+
+
+def test_rows_that_are_lines_are_joined_to_passages(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    lines = [f"Line {number} of an article, " + "words " * 30 for number in range(200)]
+    path.write_text("".join(json.dumps({"text": line}) + "\n\n" for line in lines))
+    corpus = read_corpus(str(path), None)
+    assert corpus.rows == 200
+    assert "\n".join(corpus.documents).split("\n") == [line.strip() for line in lines]
+    assert all(2000 <= len(text) <= 2300 for text in corpus.documents[:-1])
+    assert "200 rows, so short that neighbours were joined to 20 passages" in corpus.in_words()
+
+
+def test_documents_are_not_joined_and_neither_is_a_text_file(tmp_path: Path) -> None:
+    rows = tmp_path / "stories.jsonl"
+    rows.write_text(
+        "".join(json.dumps({"text": chr(65 + number) * (300 + 50 * number)}) + "\n" for number in range(20))
+    )
+    corpus = read_corpus(str(rows), None)
+    assert (len(corpus.documents), corpus.rows) == (20, 0)  # some are short, most are not
+    file = tmp_path / "short.txt"
+    file.write_text("<END>".join(f"Document {number}." for number in range(20)))
+    assert len(read_corpus(str(file), "<END>").documents) == 20

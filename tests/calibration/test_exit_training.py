@@ -105,6 +105,7 @@ def test_training_ends_when_agreement_stops_rising_and_keeps_the_best() -> None:
         done.append,
     )
     assert head.stopped_early
+    assert not head.still_rising
     assert head.visits < 100_000
     assert sum(done) == planned_visits(150, training), "what stopping spares is told as well"
     values = [point.selective for point in head.curve]
@@ -121,6 +122,7 @@ def test_training_goes_on_while_agreement_rises() -> None:
         NORM, torch.zeros(H, H), rotated(3000, 1), rotated(1000, 2), project, training, generator
     )
     assert not head.stopped_early
+    assert head.still_rising
     assert head.visits == planned_visits(3000, training)
     values = [point.selective for point in head.curve]
     assert values == sorted(values)

@@ -8,7 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from exeunt.calibration.kv_forms import DEPLOYED, FULL, PER_CHANNEL, UNROTATED, TokenInt4
-from exeunt.calibration.kv_study import KVStudy, KVSubject, context_buckets, study_kv, study_work
+from exeunt.calibration.kv_study import (
+    KVStudy,
+    KVSubject,
+    context_buckets,
+    longest_rows,
+    study_kv,
+    study_work,
+)
 from exeunt.calibration.sequence_batch import batches
 from exeunt.calibration.teacher_forcing import ForcedModel
 from exeunt.compression.decoder import Decoder
@@ -29,11 +36,7 @@ def study(decoder: Decoder) -> KVStudy:
 
 
 def test_every_part_of_every_form_is_there_once(study: KVStudy, decoder: Decoder) -> None:
-    assert (study.tokens, study.row_tokens, study.text_blocks) == (
-        273,
-        70,
-        5,
-    )  # the last row would be too much
+    assert (study.tokens, study.row_tokens) == (300, 90)  # the longest rows that there is room for
     (costs,) = study.subjects
     pairs = [(each.form, each.part) for each in costs.costs]
     assert pairs == [
@@ -53,7 +56,7 @@ def test_every_part_of_every_form_is_there_once(study: KVStudy, decoder: Decoder
 
 
 def test_figures_equal_those_of_the_decoders_pages(study: KVStudy, decoder: Decoder) -> None:
-    (batch,) = batches(some_rows()[:5], 1000)
+    (batch,) = batches([row for row in some_rows() if len(row) >= 70], 1000)
     full, int4 = (
         decoder.head(ForcedModel(decoder, kv, ()).full_depth(batch)[1]).log_softmax(-1)
         for kv in ("full", "int4")
@@ -78,7 +81,7 @@ def test_buckets_sum_to_the_total(study: KVStudy) -> None:
     (costs,) = study.subjects
     for cost in costs.costs:
         counts = [bucket.tokens for bucket in cost.by_context]
-        assert sum(counts) == 273 - 5  # a row's last token predicts nothing
+        assert sum(counts) == 300 - 4  # a row's last token predicts nothing
         total = sum(bucket.tokens * bucket.increase.value for bucket in cost.by_context) / sum(counts)
         ratio = cost.perplexity.value / costs.perplexity.value
         assert total == pytest.approx(float(torch.tensor(ratio, dtype=torch.float64).log()), abs=1e-9)
@@ -86,8 +89,37 @@ def test_buckets_sum_to_the_total(study: KVStudy) -> None:
             (1, 16),
             (17, 32),
             (33, 64),
-            (65, 70),
+            (65, 90),
         ]
+
+
+def test_the_longest_rows_are_studied() -> None:
+    rows = some_rows()
+    assert longest_rows(rows, 300) == [0, 2, 4, 5]
+    assert longest_rows(rows, 190) == [0, 3, 5]  # a shorter one where no longer one has room
+    assert longest_rows(rows, 10) == [5]
+
+
+def test_forms_are_held_against_each_other_on_the_same_resamples(study: KVStudy) -> None:
+    (costs,) = study.subjects
+    assert [each.other for each in costs.differences] == [UNROTATED.name, PER_CHANNEL.name]
+    ours = costs.cost(DEPLOYED, "both")
+    for form in (UNROTATED, PER_CHANNEL):
+        theirs, over = costs.cost(form, "both"), costs.over(form)
+        assert ours is not None
+        assert theirs is not None
+        assert over is not None
+        assert over.increase.value == pytest.approx(ours.increase.value - theirs.increase.value, abs=1e-9)
+        assert over.kl.value == pytest.approx(ours.kl.value - theirs.kl.value, abs=1e-12)
+        apart = (ours.kl.high - ours.kl.low) + (theirs.kl.high - theirs.kl.low)
+        assert 0 < over.kl.high - over.kl.low < apart  # what both share cancels
+
+
+def test_without_the_deployed_form_nothing_is_held_against_it(decoder: Decoder) -> None:
+    subject = KVSubject("full", decoder, parts=("both",), forms=(UNROTATED, PER_CHANNEL))
+    (costs,) = study_kv([subject], some_rows(), batch_tokens=100, seed=0).subjects
+    assert costs.differences == ()
+    assert costs.over(PER_CHANNEL) is None
 
 
 def test_context_buckets_double() -> None:

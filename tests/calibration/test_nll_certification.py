@@ -199,7 +199,10 @@ def test_every_combination_has_both_risks_and_says_what_was_not_tested(stack: Mo
     assert other.nll is not None
     assert deployed.nll.tested
     assert other.nll.tested == ()
-    assert f"for {stack.deployed} alone" in str(other.nll.certificates[0].reason)
+    assert other.nll.certificates[0].reason == (
+        "it was tested only for full weights with INT4 keys and values, ask for that or calibrate with --preset "
+        "thorough"
+    )
     assert sum(told) <= certify_work(stack, EXITS, rows(50), PLAN)
     table = nll_risk_table(found, 0.95)
     assert [(entry.skipped_kv, entry.text_blocks) for entry in table] == [
@@ -214,6 +217,11 @@ def test_every_combination_has_both_risks_and_says_what_was_not_tested(stack: Mo
     assert nll_risk_table(every, 0.95)[1].text_blocks == 50
     none = certified(stack, EXITS, effort=NllEffort("none"))
     assert [bool(each.nll and each.nll.tested) for each in none] == [True, False, True, False]
+    reasons = [each.nll.certificates[0].reason for each in none[1::2] if each.nll is not None]
+    assert reasons == [  # the default preset tests the deployed variant, the first of these, and no other
+        "the bundle's preset does not test it, calibrate with --preset default",
+        "the bundle's preset does not test it, calibrate with --preset thorough",
+    ]
 
 
 def test_behind_one_exit_propagate_costs_what_backfill_does_not(stack: ModelStack) -> None:

@@ -22,7 +22,6 @@ from tests.calibration.tiny_calibration import options
         ({"exits": (-1,)}, CalibrationError, "no exit after block -1"),
         ({"drafting_exit": 3}, CalibrationError, "no exit after block 3"),
         ({"linear_block": 4}, CalibrationError, "no block 4"),
-        ({"group_size": 7}, CalibrationError, "group size is 7"),
         ({"data": "/nowhere/text.txt"}, CorpusError, "neither a file nor a folder"),
         ({"model": "/nowhere/model"}, CheckpointError, "neither a checkpoint directory"),
         ({"least_tokens": 50_000, "tokens": 60_000}, CorpusError, "at least 50,000"),
@@ -59,6 +58,7 @@ def test_a_folder_that_is_no_bundle_is_not_overwritten(
         ({"confidence": 1.0}, "confidence is 1"),
         ({"tokens": 10}, "allowed 10 tokens"),
         ({"row_tokens": 4}, "at least 16"),
+        ({"group_size": 7}, "group size is 7"),
     ],
 )
 def test_options_are_checked(change: dict[str, object], says: str) -> None:

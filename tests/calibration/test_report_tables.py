@@ -6,15 +6,18 @@ from dataclasses import replace
 
 import pytest
 
+from exeunt.calibration.bootstrap import Measure
+from exeunt.calibration.evaluation_table import ModeResult
 from exeunt.calibration.kv_forms import PER_CHANNEL
 from exeunt.calibration.report.content import ReportContent, TextSource
 from exeunt.calibration.report.json_report import report_json
+from exeunt.calibration.report.parts import Text
 from exeunt.calibration.report.sections.gates import within
 from tests.calibration.report_content import (
     content,
     fitted_exit,
 )
-from tests.calibration.report_page import column, table
+from tests.calibration.report_page import column, flat, sections, table
 
 
 @pytest.fixture(scope="module")
@@ -209,5 +212,97 @@ def test_the_documents_are_those_of_the_record(full: ReportContent) -> None:
     told = replace(full, text=TextSource(1234, 56))
     facts = {row[0].text: row[1].text for row in table(told, "made", "").cells()}
     assert facts["documents"] == "1,234, dealt whole; 56 repeats of one were left out"
-    assert json.loads(report_json(told))["text"] == {"documents": 1234, "repeats": 56}
+    assert json.loads(report_json(told))["text"] == {"documents": 1234, "repeats": 56, "rows": 0}
     assert json.loads(report_json(full))["text"] is None
+
+
+def lead(found: ReportContent, name: str) -> str:
+    """What a section says before its figures, and its texts."""
+    own = next(each for each in sections(found) if each.name == name)
+    return " ".join([own.shows, own.limits, *(p.text for p in flat(own.parts) if isinstance(p, Text))])
+
+
+def test_forms_of_keys_and_values_are_accepted_in_words(full: ReportContent) -> None:
+    told = lead(full, "kv")
+    assert (
+        "(INT4 weights). By KL that holds; by perplexity this text does not decide it: it costs more here"
+        in told
+    )
+    assert (
+        "(full weights). By KL that holds; by perplexity this text does not decide it: it costs less" in told
+    )
+    assert "The longest context here is 64 tokens" in told
+    shown = table(full, "kv", "the served form over")
+    record = json.loads(report_json(full))["kv_study"]["subjects"][-1]["differences"]
+    assert [cell.text for cell in column(shown, "KL")] == [f"{each['kl']['value']:+.4f}" for each in record]
+
+
+@pytest.mark.parametrize(
+    ("increase", "says"),
+    [
+        (Measure(-0.2, -0.3, -0.1), "by perplexity that holds."),
+        (Measure(0.2, 0.1, 0.3), "by perplexity that does not hold: it costs more."),
+        (Measure(0.2, math.nan, math.nan), "costs more here, which one block of text does not show"),
+    ],
+)
+def test_an_acceptance_is_judged_by_its_interval(full: ReportContent, increase: Measure, says: str) -> None:
+    study = full.kv_study
+    assert study is not None
+    *others, last = study.subjects
+    held = replace(last, differences=(replace(last.differences[0], increase=increase),))
+    assert says in lead(replace(full, kv_study=replace(study, subjects=(*others, held))), "kv")
+
+
+def test_the_trade_off_tells_of_layers_and_of_compute(full: ReportContent) -> None:
+    told = lead(full, "trade-off")
+    layers, net = (
+        told.index("Counted by layers skipped, as the paper counts"),
+        told.index("Counted net of what"),
+    )
+    assert layers < net
+
+
+def test_points_that_save_nothing_are_what_is_not_below(full: ReportContent) -> None:
+    def idle(result: ModeResult) -> ModeResult:
+        return replace(result, compute_saved=Measure(-0.05, -0.06, -0.04))
+
+    some = tuple(idle(each) if number == 0 else each for number, each in enumerate(full.table.sweep))
+    told = lead(replace(full, table=replace(full.table, sweep=some)), "trade-off")
+    assert "1 of them save nothing and cost perplexity all the same" in told
+    every = tuple(map(idle, full.table.sweep))
+    results = tuple(map(idle, full.table.results))
+    told = lead(replace(full, table=replace(full.table, sweep=every, results=results)), "trade-off")
+    assert "Counted net of what exits compute, no threshold saves anything" in told
+
+
+def test_heads_that_were_cut_off_are_marked(full: ReportContent) -> None:
+    cells = {row[0].text: row[6] for row in table(full, "exits", "tokens seen").cells()}
+    assert {name: cell.interval for name, cell in cells.items()} == {
+        "block_0": "cut off, still rising",
+        "block_1": "cut off, still rising",
+        "block_2": "stopped early",
+    }
+    record = json.loads(report_json(full))
+    marked = {each["name"]: each["still_rising"] for each in (*record["exits"], *record["exits_left_out"])}
+    assert marked == {"block_0": True, "block_1": True, "block_2": False}
+
+
+def test_certificates_say_where_their_level_gives_way(full: ReportContent) -> None:
+    plan = full.selection.plan
+
+    def told(correlation: float, units: int) -> str:
+        selection = replace(full.selection, plan=replace(plan, correlation=correlation))
+        outcomes = tuple(replace(each, text_blocks=units) for each in full.certified)
+        return lead(replace(full, selection=selection, certified=outcomes), "certificates")
+
+    assert "up to 8 %" not in told(0.05, 77)
+    assert "may be correlated by 0.23, more than 0.1: on such texts simulation has up to 8 %" in told(
+        0.23, 77
+    )
+    assert "Here there are fewer than 40 units: on such texts" in told(0.05, 31)
+
+
+def test_the_comparison_of_roundings_says_what_is_compared(full: ReportContent) -> None:
+    told = lead(full, "weights")
+    assert "to nearest, each group's range searched" in told
+    assert "NF4's levels in groups of 16" in told

@@ -118,11 +118,93 @@ def test_one_risk_alone_may_be_certified() -> None:
 
 def test_a_cost_that_the_text_cannot_show_is_called_so() -> None:
     found = content()
-    unclear = replace(found.table.results[1], perplexity_increase=Measure(0.01, -0.05, 0.08))
+    unclear = replace(
+        found.table.results[1],
+        perplexity_increase=Measure(0.01, -0.05, 0.08),
+        kl=Measure(0.004, 0.003, 0.005),
+    )
     results = (found.table.results[0], unclear, *found.table.results[2:])
     cost = verdict_of(replace(found, table=replace(found.table, results=results))).alone[0]
     assert not cost.shown
     assert cost.tone == "good"
+
+
+def with_first_saving(
+    found: ReportContent, perplexity_increase: Measure, kl: Measure | None = None
+) -> ReportContent:
+    """The findings with other figures of the first saving, INT4 weights alone."""
+    full, first, *others = found.table.results
+    changed = replace(first, perplexity_increase=perplexity_increase, kl=first.kl if kl is None else kl)
+    results = (full, changed, *others)
+    return replace(found, table=replace(found.table, results=results))
+
+
+def test_a_fall_of_perplexity_is_not_called_too_little_text() -> None:
+    found = with_first_saving(content(), perplexity_increase=Measure(-0.4, -0.6, -0.2))
+    cost = verdict_of(found).alone[0]
+    assert cost.shown
+    assert cost.better
+    text = " ".join(Tags(report_html(found)).text)
+    (told,) = [part for part in text.split("INT4 weights: ") if part.startswith("-2.0 % perplexity")]
+    assert "It is better than the full model on this text" in told[:400]
+    assert "do not count on that" in told[:400]
+    assert "holds zero" not in told[:400]
+
+
+def test_the_opening_does_not_count_on_a_fall_of_perplexity() -> None:
+    found = content()
+    results = tuple(
+        replace(each, perplexity_increase=Measure(-0.4, -0.6, -0.2)) if each.mode == Mode(DEPLOYED) else each
+        for each in found.table.results
+    )
+    text = " ".join(Tags(report_html(replace(found, table=replace(found.table, results=results)))).text)
+    assert "(-2.0 %), better than the full model on this text, which is not to be counted on" in text
+    assert "too short to tell from nothing" not in text
+
+
+@pytest.mark.parametrize(("kl", "tone"), [(0.13, "bad"), (0.04, "fair"), (0.008, "good")])
+def test_a_cost_is_called_by_kl_too(kl: float, tone: str) -> None:
+    cheap = Measure(-0.5, -0.9, -0.1)
+    found = with_first_saving(
+        content(), perplexity_increase=cheap, kl=Measure(kl, 0.9 * kl, min(1.1 * kl, 0.3))
+    )
+    cost = verdict_of(found).alone[0]
+    assert cost.tone == tone
+    assert f"{kl:.3f} [" in " ".join(Tags(report_html(found)).text)
+    quality_first = verdict_of(found).advice[0].cost.variant
+    assert quality_first == (WEIGHTS if tone == "good" else FULL)
+
+
+def test_a_kl_without_an_interval_counts_by_its_value() -> None:
+    found = with_first_saving(
+        content(), perplexity_increase=Measure(0.0, -0.1, 0.1), kl=Measure(0.06, math.nan, math.nan)
+    )
+    assert verdict_of(found).alone[0].tone == "bad"
+
+
+def test_exits_are_not_advised_on_the_luck_of_what_they_stand_on() -> None:
+    found = content()
+    dear = Measure(1.08, 1.02, 1.12)
+    results = tuple(
+        each if each.exits_ratio is None else replace(each, exits_ratio=dear) for each in found.table.results
+    )
+    by_likelihood = {"mode": "approximate", "max_nll_increase": 0.05, "skipped_kv": "backfill"}
+    assert advised(replace(found, table=replace(found.table, results=results)))[2:] == [by_likelihood]
+    looser = tuple(
+        replace(each, mode=replace(each.mode, nll_target=0.1)) if each.mode.nll_target else each
+        for each in results
+    )
+    assert advised(replace(found, table=replace(found.table, results=looser)))[2:] == []
+
+
+def test_exits_that_lie_far_from_the_full_model_are_not_advised() -> None:
+    found = content()
+    results = tuple(
+        each if each.mode.nll_target is None else replace(each, kl=Measure(0.3, 0.28, 0.36))
+        for each in found.table.results
+    )
+    asked = advised(replace(found, table=replace(found.table, results=results)))
+    assert not any(isinstance(each, dict) and "max_nll_increase" in each for each in asked)
 
 
 def test_nothing_certified_is_said_in_the_verdict() -> None:

@@ -1,6 +1,7 @@
 """What `exeunt calibrate` and `exeunt eval` cannot use: one sentence that names it, and nothing left behind."""
 
 import json
+import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -129,6 +130,8 @@ def test_a_checkpoint_with_a_number_that_is_none(
         (("--risk", "0.05,nan"), "nan"),
         (("--risk", "-0.1"), "risk target -0.1"),
         (("--tokens", "100"), "allowed 100 tokens"),
+        (("--group-size", "3"), "group size is 3; it must be even"),
+        (("--group-size", "3", "--weights", "full"), "group size is 3; it must be even"),
     ],
 )
 def test_what_this_model_does_not_have(
@@ -152,3 +155,25 @@ def test_a_bundle_inside_the_folder_of_unfinished_work(
     assert "one inside the other" in refusal(words, capsys)
     assert not (tmp_path / "w").exists()
     assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("work", ["file", "file/below", "locked/below"])
+def test_unfinished_work_where_nothing_can_be_written_is_refused_before_anything_is_read(
+    model: Path,
+    tmp_path: Path,
+    work: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "file").write_text("here already")
+    (tmp_path / "locked").mkdir()
+    asked = os.access
+    monkeypatch.setattr(  # who runs as root may write anywhere
+        os, "access", lambda path, mode: Path(path).name != "locked" and asked(path, mode)
+    )
+    monkeypatch.setattr("exeunt.calibration.task.read_corpus", pytest.fail)
+    words = calibrate_words(model, tmp_path / "file", tmp_path / "b", "--work", str(tmp_path / work))
+    told = refusal(words, capsys)
+    assert f"Unfinished work is to be kept in {tmp_path / work}, and nothing can be written in" in told
+    assert (tmp_path / "file").read_text() == "here already"
+    assert list((tmp_path / "locked").iterdir()) == []

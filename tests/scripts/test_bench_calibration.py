@@ -1,5 +1,6 @@
 """What a calibration costs: that memory is really watched, that sums are right, and lines through what is measured."""
 
+import gc
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -11,7 +12,7 @@ import pytest
 import torch
 import typer
 
-from exeunt.calibration.memory_plan import batch_token_bytes, full_batch_tokens
+from exeunt.calibration.memory_plan import batch_token_bytes, block_bytes, full_batch_tokens
 from exeunt.calibration.options import CalibrationOptions
 from exeunt.calibration.presets import PRESETS
 from exeunt.calibration.progress import ProgressReport
@@ -75,6 +76,23 @@ def test_more_blocks_need_their_int4_weights_and_a_batchs_keys_and_values_alone(
         assert need.phases["certifying, full weights"]["a batch"] == count * size
 
 
+def test_comparing_roundings_holds_two_blocks_and_the_output_matrix_thrice() -> None:
+    spec = SHAPES["Mistral-7B"]
+    found = needs(spec, torch.float32, study_tokens=1_000)
+    blocks, output = (found.phases[f"comparing roundings, {part}"] for part in ("blocks", "output matrix"))
+    assert (
+        blocks["one full block"]
+        == blocks["another restored from four bits"]
+        == block_bytes(spec, torch.float32)
+    )
+    assert blocks["every form's states"] == 4 * 1_000 * spec.hidden_size * 4
+    assert blocks["second moments"] == found.phases["quantising"]["second moments"]
+    assert blocks["a batch"] < 1_000 * batch_token_bytes(spec, torch.float32) / 2  # of one block at a time
+    matrix = spec.vocab_size * spec.hidden_size
+    assert output["held against each other"] == 3 * 4 * matrix
+    assert output["the matrix again, and restored"] == 2 * 4 * matrix
+
+
 def test_a_line_is_found_and_what_lies_off_it_told() -> None:
     rows = [{"tokens": tokens, "seconds": 5.0 + 0.002 * tokens} for tokens in (1000, 2000, 4000)]
     fit = command.line_through(rows)
@@ -119,6 +137,7 @@ def test_the_memory_of_every_phase_is_seen(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(point, "calibrate", calibrates)
     wanted = Point("model", "text", 3000, 2000, 128, 512, stream_weights=True, journal=True, brief=True)
+    gc.collect()  # what earlier tests left would be freed while this one is watched
     found = measured(wanted)
     (options,) = asked
     assert (options.tokens, options.stream_weights, options.batch_tokens) == (3000, True, 512)

@@ -1,5 +1,7 @@
 """Certificates: which share of the tokens may leave early at which stated risk, for every combination and two risks."""
 
+from typing import Final
+
 from matplotlib.axes import Axes
 
 from exeunt.calibration.certificates import CertifiedVariant
@@ -39,7 +41,7 @@ def certificates_section(content: ReportContent) -> Section | None:
         "certify split, which nothing else has seen, is at most the target. Disagreement: among the tokens that leave "
         "early, the share with another top token than full depth of the same variant. Likelihood: by how many "
         f"nats the text's tokens become less likely, on average over all of them, each counted with at most "
-        f"{CLIP:g} nats. {_unit(deployed)}",
+        f"{CLIP:g} nats. {_unit(deployed)}{_coverage(deployed, content.selection.plan.correlation)}",
         "It says nothing about sampled tokens, nothing about text unlike the certify split, and each "
         "certificate holds by itself; unclipped perplexity has an interval and no certificate. The server "
         "refuses a target that is not certified by name.",
@@ -55,6 +57,27 @@ def _confidence(content: ReportContent) -> float:
 def _unit(deployed: CertifiedVariant) -> str:
     blocks = f": {count(deployed.text_blocks)} of them here" if deployed.text_blocks else ""
     return f"Tokens of one text are not independent, so the unit is a block of text{blocks}."
+
+
+_ALIKE: Final = 0.1
+"""The correlation of errors within a unit up to which simulation finds the bound of disagreement to keep its level."""
+_FEW: Final = 40
+"""Units below which not every kind of text that was simulated kept the level."""
+
+
+def _coverage(deployed: CertifiedVariant, correlation: float) -> str:
+    """That coverage is no theorem, where the text is of the kind on which simulation finds it to give way."""
+    reasons = []
+    if correlation > _ALIKE:
+        reasons.append(f"errors within a unit may be correlated by {correlation:.2f}, more than {_ALIKE:g}")
+    if 0 < deployed.text_blocks < _FEW:
+        reasons.append(f"there are fewer than {_FEW} units")
+    if not reasons:
+        return ""
+    return (
+        f" Here {' and '.join(reasons)}: on such texts simulation has up to 8 % of the certificates unsafe, not the "
+        "5 % that they speak of."
+    )
 
 
 def _disagreement(content: ReportContent, deployed: CertifiedVariant, own: list[CertifiedVariant]) -> Figure:

@@ -8,6 +8,7 @@ from matplotlib.ticker import MaxNLocator
 
 from exeunt.calibration.exit_records import FittedExit
 from exeunt.calibration.exit_screen import ExitScreen, ScreenedExit
+from exeunt.calibration.exit_training import TrainedHead
 from exeunt.calibration.loss_comparison import LossComparison, LossOutcome
 from exeunt.calibration.report.content import ReportContent
 from exeunt.calibration.report.drawing import INK, draw, draw_panels, label_ends, series
@@ -146,13 +147,25 @@ def _training(exits: Sequence[FittedExit]) -> Figure:
         axes.set(xlabel="tokens seen in training, thousands", ylabel="selective agreement, %")
         label_ends(axes, ends)
 
-    early = [each.head.name for each in shown if each.training.stopped_early]
     return draw(
         "training",
         "Selective agreement of exit heads while they were trained",
         "Selective agreement on the select split while heads were trained; the best point is kept. "
-        + (f"Stopped early: {', '.join(early)}." if early else "None was stopped early."),
+        + _ends_of_training(shown),
         paint,
+    )
+
+
+def _ends_of_training(exits: Sequence[FittedExit]) -> str:
+    """Which heads stopped because agreement rose no more, and which because the visits were used up."""
+    early = [each.head.name for each in exits if each.training.stopped_early]
+    cut = [each.head.name for each in exits if each.training.still_rising]
+    stopped = f"Stopped early: {', '.join(early)}." if early else "None was stopped early."
+    if not cut:
+        return stopped
+    return (
+        f"{stopped} Cut off by the preset's limit of visits while still rising: {', '.join(cut)}; --preset thorough "
+        "trains on, for as long as it helps."
     )
 
 
@@ -224,9 +237,15 @@ def _row(content: ReportContent, each: FittedExit) -> list[Cell]:
         Cell(share(training.ridge_agreement)),
         Cell(share(training.agreement), strong=kept),
         Cell(share(training.selective)),
-        Cell(count(training.visits), "stopped early" if training.stopped_early else ""),
+        Cell(count(training.visits), _how_it_ended(training)),
         Cell(f"{each.gate.auc:.3f}"),
     ]
+
+
+def _how_it_ended(training: TrainedHead) -> str:
+    if training.stopped_early:
+        return "stopped early"
+    return "cut off, still rising" if training.still_rising else ""
 
 
 def _screen_table(screen: ExitScreen) -> Table:

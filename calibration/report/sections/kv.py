@@ -2,7 +2,9 @@
 
 from matplotlib.axes import Axes
 
-from exeunt.calibration.kv_study import KVCost, KVStudy, KVWeightsCosts
+from exeunt.calibration.bootstrap import Measure
+from exeunt.calibration.kv_forms import PER_CHANNEL
+from exeunt.calibration.kv_study import KVCost, KVDifference, KVStudy, KVWeightsCosts
 from exeunt.calibration.papers import KV_JOINT
 from exeunt.calibration.report.charts import Line, forest, forest_height
 from exeunt.calibration.report.content import ReportContent
@@ -22,8 +24,9 @@ def kv_section(content: ReportContent) -> Section | None:
     if any(each.by_context for each in _joint(subject)):
         parts.append(_by_context(subject))
     parts.append(_table(subject))
+    parts += _acceptance(subject)
     parts += [
-        Details(f"Under {_weights_name(each)}", (_table(each),))
+        Details(f"Under {_weights_name(each)}", (_table(each), *_acceptance(each)))
         for each in study.subjects
         if each is not subject
     ]
@@ -37,7 +40,8 @@ def kv_section(content: ReportContent) -> Section | None:
         "with a scale per channel needs the whole sequence before it can quantise its first token: no server can hold "
         f"it. It is the paper's, which reports {signed_share(KV_JOINT[1] / KV_JOINT[0] - 1)} perplexity for it on "
         "Mistral 7B, keys and values together.",
-        "Contexts are as long as the rows of this text; what a cache of a hundred thousand tokens costs is not seen.",
+        f"The longest context here is {count(study.row_tokens)} tokens: the longest rows of the text were taken, and "
+        "rows end there. What a longer cache costs is not seen.",
         tuple(parts),
     )
 
@@ -148,6 +152,47 @@ def _table(subject: KVWeightsCosts) -> Table:
     return Table(
         headers, [full, *(_row(each) for each in subject.costs)], words=2, caption=_weights_name(subject)
     )
+
+
+def _acceptance(subject: KVWeightsCosts) -> tuple[Table | Text, ...]:
+    """The deployed form against the others, and whether it costs no more than the paper's, in words."""
+    if not subject.differences:
+        return ()
+    rows = [
+        [Cell(each.other), measured(each.increase, "{:+.3f}"), measured(each.kl, "{:+.4f}")]
+        for each in subject.differences
+    ]
+    table = Table(
+        ("the served form over", "perplexity", "KL"),
+        rows,
+        caption=f"Keys and values together, on the same resamples; below zero the served form costs less "
+        f"({_weights_name(subject)})",
+    )
+    paper = subject.over(PER_CHANNEL)
+    if paper is None:
+        return (table,)
+    return (table, Text(_accepted(paper, subject)))
+
+
+def _accepted(paper: KVDifference, subject: KVWeightsCosts) -> str:
+    return (
+        f"The served form should cost no more than the one with a scale per channel ({_weights_name(subject)}). By KL "
+        f"{_holds(paper.kl)}; by perplexity {_holds(paper.increase)}. KL sees every token's whole distribution, "
+        "perplexity only the token that followed, so where they differ KL has more to tell on so little text."
+    )
+
+
+def _holds(difference: Measure) -> str:
+    """Whether a difference that should not be above zero is, as far as the text tells."""
+    if not difference.bounded:
+        told = "no more" if difference.value <= 0 else "more"
+        return f"it costs {told} here, which one block of text does not show"
+    if difference.high <= 0:
+        return "that holds"
+    if difference.low > 0:
+        return "that does not hold: it costs more"
+    told = "less" if difference.value <= 0 else "more"
+    return f"this text does not decide it: it costs {told} here, and the interval holds zero"
 
 
 def _row(cost: KVCost) -> list[Cell]:

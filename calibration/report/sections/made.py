@@ -26,8 +26,9 @@ def made_section(content: ReportContent) -> Section:
     return Section(
         "made",
         "How it was made",
-        "What it takes to make this bundle again: on one machine, with one number of threads, the same seed, "
-        "model and text give the same bundle to the byte.",
+        "What it takes to make this bundle again: on one machine's CPU, with one number of threads, the same seed, "
+        "model and text give the same bundle to the byte. On a GPU sums that PyTorch adds in no fixed order may differ "
+        "in their last digits, and with them what is rounded and chosen.",
         "But for its date, and what times measured on the machine decide: which exits are kept and how drafts "
         "are made, unless they were named.",
         tuple(parts),
@@ -59,6 +60,11 @@ def _facts(content: ReportContent) -> Table:
 
 def _documents(text: TextSource) -> str:
     repeats = f"; {count(text.repeats)} repeats of one were left out" if text.repeats else ""
+    if text.rows:
+        return (
+            f"{count(text.rows)} short rows, joined with their neighbours to {count(text.documents)} passages, which "
+            f"were dealt whole: passages of one article may have come to several splits{repeats}"
+        )
     return f"{count(text.documents)}, dealt whole{repeats}"
 
 

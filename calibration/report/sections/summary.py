@@ -68,13 +68,27 @@ def _opening(verdict: Verdict, tokens: int, drafts: bool) -> str:
         )
     without = [cost for cost in verdict.together if not cost.variant.linear_block] or list(verdict.together)
     most = max(without, key=lambda cost: (cost.variant.weights == "int4") + (cost.variant.kv_cache == "int4"))
-    sure = "" if most.shown else ", which this text is too short to tell from nothing"
     return (
         f"{variant_name(most.variant)} cost {in_words(most.increase)} perplexity of {base:.2f} "
-        f"({signed_share(most.relative.value)}){sure}, on {count(tokens)} tokens; in brackets the 95 % interval. "
-        f"A cost is called small while its interval stays within {percent(SMALL)} of the full model's, fair "
-        f"within {percent(FAIR)}, large beyond. " + _certified_words(verdict, drafts)
+        f"({signed_share(most.relative.value)}){_sure(most)}, and lie {in_words(most.kl, '{:.3f}')} nats a token of KL "
+        f"from the full model, on {count(tokens)} tokens; in brackets the 95 % interval. {_RULE} "
+        + _certified_words(verdict, drafts)
     )
+
+
+_RULE = (
+    f"A cost is called small while the intervals of both stay within {percent(SMALL)} of the full model's perplexity "
+    f"and {SMALL:g} nats of KL, fair within {percent(FAIR)} and {FAIR:g} nats, large beyond: on text that the full "
+    "model itself writes so many nats of KL raise perplexity by that share, and unlike perplexity KL hears of all "
+    "tokens that might have followed."
+)
+
+
+def _sure(cost: Cost) -> str:
+    """How far the change of perplexity is to be relied on, where it is no plain rise."""
+    if cost.better:
+        return ", better than the full model on this text, which is not to be counted on"
+    return "" if cost.shown else ", which this text is too short to tell from nothing"
 
 
 def _certified_words(verdict: Verdict, drafts: bool) -> str:
@@ -129,19 +143,28 @@ def _saving(cost: Cost) -> Finding:
     if not cost.relative.bounded:
         told = "All text was one block, which gives no interval: it takes more text to tell this cost."
         return Finding(name, f"{in_words(cost.increase)}. {told}", "fair")
-    called = _CALLED[cost.tone]
-    rest = "" if cost.shown else " The interval holds zero: it takes more text to tell this cost from none."
     act = {
         "good": "Use it.",
         "fair": "Use it where memory or speed is worth that.",
-        "bad": "Leave it off unless ",
+        "bad": "Leave it off unless its saving is worth more than that.",
     }
-    advice = act[cost.tone] + ("its saving is worth more than that." if cost.tone == "bad" else "")
     return Finding(
         name,
-        f"A {called} cost: {in_words(cost.increase)}, at most {signed_share(cost.relative.high)}.{rest} {advice}",
+        f"A {_CALLED[cost.tone]} cost: {in_words(cost.increase)}, at most {signed_share(cost.relative.high)}; KL to "
+        f"the full model {in_words(cost.kl, '{:.3f}')} nats a token.{_unsure(cost)} {act[cost.tone]}",
         cost.tone,
     )
+
+
+def _unsure(cost: Cost) -> str:
+    """What the text does not show of a cost, as sentences of their own."""
+    if cost.better:
+        return (
+            " It is better than the full model on this text, by chance or by its kind: do not count on that."
+        )
+    if not cost.shown:
+        return " The interval holds zero: it takes more text to tell this cost from none."
+    return ""
 
 
 def _exits(content: ReportContent, verdict: Verdict) -> list[Finding]:
@@ -272,6 +295,7 @@ def _advice(content: ReportContent, advice: Sequence[Advice]) -> Table:
                 Cell(exits, way),
                 Cell(plain(None if result is None else result.perplexity.value)),
                 measured(each.cost.relative, "{:+.1f} %", each.cost.tone, 100.0),
+                measured(each.cost.kl, "{:.3f}"),
                 Cell(share(None if each.exits is None else each.exits.passes_saved.value)),
                 Cell(share(None if each.exits is None else each.exits.compute_saved.value)),
             ]
@@ -282,6 +306,7 @@ def _advice(content: ReportContent, advice: Sequence[Advice]) -> Table:
         "exits",
         "perplexity",
         "change",
+        "KL",
         "passes saved by exits",
         "compute saved by exits",
     )

@@ -47,7 +47,7 @@ def trade_off_section(content: ReportContent) -> Section | None:
     return Section(
         "trade-off",
         "What leaving early costs",
-        f"{_opening(layers, points)} Each point is a threshold, on {count(content.table.tokens)} tokens; "
+        f"{_opening(layers, net, points)} Each point is a threshold, on {count(content.table.tokens)} tokens; "
         "ringed ones are certified for the risk beside them, per cent that differ or nats.",
         "The paper's curve is another model on other data: shapes are to be compared, in relative terms.",
         (
@@ -108,7 +108,7 @@ def _certified(points: Sequence[ModeResult]) -> dict[float, str]:
     }
 
 
-def _opening(layers: TradeOff, points: Sequence[ModeResult]) -> str:
+def _opening(layers: TradeOff, net: TradeOff, points: Sequence[ModeResult]) -> str:
     parts = []
     certified = [each for each in points if each.mode.target is not None]
     if certified:
@@ -118,17 +118,47 @@ def _opening(layers: TradeOff, points: Sequence[ModeResult]) -> str:
             f"Certified to differ on at most {percent(best.mode.target or 0.0)} of the tokens that leave, exits skip "
             f"{share(best.passes_saved.value)} of the layers for {100 * increase:+.1f} % perplexity. {_net(best)}"
         )
-    held = layers.comparison
-    if held.compared and held.closest is not None:
-        sure = ", also with the upper ends of their intervals" if held.surely else ""
-        parts.append(
-            f"All {held.compared} points that can be compared lie below the paper's curve{sure}; the closest pays "
-            f"{100 * held.closest:.0f} % of what the paper's routing does."
-            if held.below
-            else f"Not all of the {held.compared} points that can be compared lie below the paper's curve: the worst "
-            f"pays {100 * held.closest:.0f} % of what the paper's routing does."
-        )
+    if by_layers := _below(layers, "by layers skipped, as the paper counts"):
+        parts.append(f"{by_layers} {_below(net, 'net of what exits compute') or _NOTHING_NET}")
     return " ".join(parts) or "No threshold saves anything here."
+
+
+_NOTHING_NET: Final = "Net of what exits compute no point can be compared."
+
+
+def _below(held: TradeOff, counted: str) -> str:
+    """Whether a curve lies below the paper's, in words; nothing where no point of it can be compared."""
+    found = held.comparison
+    if not found.compared:
+        return ""
+    if not any(point.saved.value > 0 for point in held.curve.points):
+        return (
+            f"Counted {counted}, no threshold saves anything, so that nothing lies below the paper's curve."
+        )
+    if not found.below:
+        return (
+            f"Counted {counted}, not all of the {found.compared} points that can be compared lie below the paper's "
+            f"curve{_worst(held)}."
+        )
+    sure = ", also with the upper ends of their intervals" if found.surely else ""
+    closest = "" if found.closest is None else f"; the closest pays {_paid(found.closest)}"
+    return (
+        f"Counted {counted}, all {found.compared} points that can be compared lie below the paper's curve{sure}"
+        f"{closest}."
+    )
+
+
+def _worst(held: TradeOff) -> str:
+    """Which points do not lie below: one that pays more than the paper's, or those that save nothing and cost."""
+    closest = held.comparison.closest
+    if closest is not None and closest >= 1.0:
+        return f": the worst pays {_paid(closest)}"
+    idle = sum(point.saved.value <= 0 < point.increase.value for point in held.curve.points)
+    return f": {idle} of them save nothing and cost perplexity all the same" if idle else ""
+
+
+def _paid(ratio: float) -> str:
+    return f"{100 * ratio:.0f} % of what the paper's routing does"
 
 
 def _net(result: ModeResult) -> str:
