@@ -4,16 +4,22 @@ States pass a model in `exeunt.calibration.streaming_pass`; whoever wants a bloc
 Arrays live in files of a scratch folder, mapped into memory, so that a large model's do not have to fit.
 """
 
+import errno
 import hashlib
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Final, Protocol
 
 import torch
 from torch import Tensor
 
+from exeunt.calibration.errors import CalibrationError
 from exeunt.calibration.journal import Entry
+
+_NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_CANNOT_RESERVE: Final = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS})  # of some file systems
 
 
 class BlockVisitor(Protocol):
@@ -48,11 +54,37 @@ class Scratch:
         self._arrays = 0
 
     def array(self, tokens: int, hidden: int, dtype: torch.dtype, name: str | None = None) -> Tensor:
-        """An array [tokens, hidden] on the CPU, backed by a file: zeroed, or what stands in the file called `name`."""
+        """An array [tokens, hidden] on the CPU, backed by a file: zeroed, or what stands in the file called `name`.
+
+        Raises CalibrationError where the disk has no room for it: its blocks are reserved here, for a write to memory
+        that finds the disk full would end the process by a signal.
+        """
         path = self._folder / (f"states-{self._arrays}" if name is None else name)
         self._arrays += name is None
+        self._reserve(path, tokens * hidden * dtype.itemsize)
         flat = torch.from_file(str(path), shared=True, size=tokens * hidden, dtype=dtype)
         return flat.view(tokens, hidden)
+
+    def _reserve(self, path: Path, size: int) -> None:
+        """Give the file `path` of `size` bytes its place on the disk, where the system can; what it holds stays."""
+        reserve = getattr(os, "posix_fallocate", None)
+        if reserve is None or size == 0:
+            return
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            reserve(descriptor, 0, size)
+        except OSError as error:
+            if error.errno in _CANNOT_RESERVE:
+                return
+            if error.errno not in _NO_ROOM:
+                raise
+            free, reason = shutil.disk_usage(self._folder).free, os.strerror(error.errno).lower()
+            raise CalibrationError(
+                f"{self._folder} has no room for {size:,} bytes of hidden states ({reason}; {free:,} bytes are "
+                "free); set TMPDIR to a folder on a larger disk, or give one as --work."
+            ) from error
+        finally:
+            os.close(descriptor)
 
     def sync(self, name: str) -> None:
         """Force the array called `name` onto the disk."""

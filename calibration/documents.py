@@ -20,6 +20,9 @@ MOST_BYTES: Final = 256 * 2**20
 """Of a file, or of a folder's files together; what follows is not read."""
 MOST_HUB_CHARACTERS: Final = 32 * 2**20
 """Of a data set of the hub: of a stream over the network less is enough."""
+_NOT_REGULAR: Final = (
+    "no regular file but a folder, a pipe, a device or a link to nothing; give a file of text"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +47,8 @@ def read_documents(source: str, separator: str | None) -> Documents:
         return Documents(list(_folder_documents(path, separator)), rows=False)
     if path.is_file():
         return Documents(_file_documents(path, separator), rows=_is_jsonl(path))
+    if path.exists():
+        raise CorpusError(f"{path} is {_NOT_REGULAR}.")
     raise CorpusError(
         f"{source} is neither a file nor a folder; give a text file, a JSONL file, a folder of .txt "
         f"files, or {HUB_PREFIX}NAME for a data set of the Hugging Face hub."
@@ -51,10 +56,14 @@ def read_documents(source: str, separator: str | None) -> Documents:
 
 
 def _is_jsonl(path: Path) -> bool:
-    return path.suffix in (".jsonl", ".ndjson")
+    return path.suffix.lower() in (".jsonl", ".ndjson")
 
 
 def _file_documents(path: Path, separator: str | None) -> list[str]:
+    if path.suffix.lower() == ".json":
+        raise CorpusError(
+            f'{path} is a JSON file; give JSON Lines, a .jsonl file with an object and its field "text" on each line.'
+        )
     text, whole = _decoded(path)
     if not _is_jsonl(path):
         return documents_of(text, separator)
@@ -90,17 +99,40 @@ def _json_text(path: Path, number: int, line: str) -> str:
         entry = json.loads(line)
     except json.JSONDecodeError as error:
         raise CorpusError(f"{path}, line {number}, is not JSON: {error.msg}.") from error
+    except RecursionError as error:
+        raise CorpusError(
+            f'{path}, line {number}, is nested too deeply; give an object with a string field "text".'
+        ) from error
+    except ValueError as error:
+        raise CorpusError(
+            f"{path}, line {number}, cannot be read ({str(error).partition(';')[0]}); give an object with a string "
+            'field "text".'
+        ) from error
     if not isinstance(entry, dict) or not isinstance(entry.get("text"), str):
         raise CorpusError(f'{path}, line {number}, is not an object with a string field "text".')
-    return str(entry["text"])
+    text = str(entry["text"])
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise CorpusError(
+            f"{path}, line {number}, is no text: character {error.start} of it is {text[error.start]!a}, half of a "
+            "surrogate pair; leave the line out or repair it."
+        ) from error
+    return text
 
 
 def _folder_documents(folder: Path, separator: str | None) -> Iterator[str]:
-    paths = sorted(folder.glob("*.txt"))
+    try:
+        paths = sorted(path for path in folder.iterdir() if path.suffix.lower() == ".txt")
+    except OSError as error:
+        raise CorpusError(f"{folder} cannot be read: {(error.strerror or str(error)).lower()}.") from error
     if not paths:
         raise CorpusError(
             f"{folder} holds no .txt file; give a folder of .txt files, one or more documents each."
         )
+    for path in paths:
+        if not path.is_file():
+            raise CorpusError(f"{path} is {_NOT_REGULAR}, or leave it out.")
     read = 0
     for number, path in enumerate(paths):
         if read >= MOST_BYTES:

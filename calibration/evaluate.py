@@ -1,23 +1,27 @@
 """`exeunt eval`: every mode of a loaded model on a text of the user's."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 from torch import Tensor
 
 from exeunt.calibration.bundle_manifest import data_name
 from exeunt.calibration.corpus import numbered_rows_of, read_corpus
-from exeunt.calibration.errors import CalibrationError
+from exeunt.calibration.errors import OptionError
 from exeunt.calibration.evaluation import EvaluationTable, Mode, evaluate_modes
 from exeunt.calibration.generation import TEMPERATURES, GenerationSize, Written, generate_modes
 from exeunt.calibration.modes import plan_modes
+from exeunt.calibration.option_limits import check_seed
 from exeunt.calibration.page_arena import PageArena
 from exeunt.calibration.progress import ProgressReport
 from exeunt.calibration.scored_text import ScoredText, sliding_windows
 from exeunt.calibration.teacher_forcing import ForcedModel
 from exeunt.calibration.text_encoding import separator, text_encoding
 from exeunt.calibration.trade_off import TradeOff, trade_offs
+from exeunt.compression.architecture import ConfigError, UnsupportedModelError, load_architecture
 from exeunt.compression.model import LoadedModel
 from exeunt.compression.variant import Variant
 
@@ -30,7 +34,7 @@ class EvaluationOptions:
     """How much of the text is used, and how. Lengths are tokens.
 
     `window` None is `WINDOW`, or a shorter context that the model has; `stride` None is the window: rows side by side.
-    Raises CalibrationError for what cannot be.
+    Raises OptionError for what cannot be.
     """
 
     tokens: int = 16_000  # that count
@@ -41,31 +45,39 @@ class EvaluationOptions:
     generate: bool = False  # let every mode write, too
 
     def __post_init__(self) -> None:
+        check_seed(self.seed)
         if self.tokens < LEAST_WINDOW:
-            raise CalibrationError(
+            raise OptionError(
                 f"{self.tokens} tokens are too few to evaluate on; give at least {LEAST_WINDOW}."
             )
         if self.window is not None and self.window < LEAST_WINDOW:
-            raise CalibrationError(
+            raise OptionError(
                 f"A window of {self.window} tokens is too short to evaluate in; give at least {LEAST_WINDOW}."
             )
         if self.stride is not None and self.stride < 1:
-            raise CalibrationError(f"The stride is {self.stride} tokens; it must be at least 1.")
+            raise OptionError(f"The stride is {self.stride} tokens; it must be at least 1.")
         self._check_stride(self.window or WINDOW)
 
     def window_and_stride(self, context: int) -> tuple[int, int]:
-        """Both for a model of that context; raises CalibrationError for what the model cannot read."""
+        """Both for a model of that context; raises OptionError for what the model cannot read."""
         if self.window is not None and self.window > context:
-            raise CalibrationError(
+            raise OptionError(
                 f"The window of {self.window} tokens is longer than the model's context; give at most {context}."
             )
         window = min(self.window or WINDOW, context)
         self._check_stride(window)
         return window, self.stride or window
 
+    def check_for(self, directory: Path) -> None:
+        """Raise OptionError for what the model in `directory` cannot read, before its weights are read."""
+        if self.window is None and self.stride is None:
+            return
+        with suppress(ConfigError, UnsupportedModelError):  # to be told by whoever loads it
+            self.window_and_stride(load_architecture(directory).max_position_embeddings)
+
     def _check_stride(self, window: int) -> None:
         if self.stride is not None and self.stride > window:
-            raise CalibrationError(
+            raise OptionError(
                 f"The stride of {self.stride} tokens is longer than the window of {window}, and what lies between two "
                 "windows would count nowhere; give a stride of at most the window."
             )
@@ -86,7 +98,7 @@ def evaluate(
     """The figures of every mode that `model` holds, on the text `data` (see `corpus.read_corpus`).
 
     The reference is full weights, full KV, full depth; where only INT4 weights are loaded, those. Raises CorpusError,
-    and CalibrationError for a window that the model cannot read.
+    and OptionError for a window that the model cannot read.
     """
     text = _text(model, data, options, progress)
     exits, arena = [model.exits[place] for place in model.certified_exits], PageArena()

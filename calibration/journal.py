@@ -17,7 +17,7 @@ from typing import Any, Final, Protocol
 import torch
 from torch import Tensor
 
-from exeunt.calibration.errors import CalibrationError
+from exeunt.calibration.errors import CalibrationError, OptionError
 from exeunt.compression.tensor_file import TensorFileError, read_tensors, write_tensors
 
 FINGERPRINT: Final = "fingerprint"
@@ -60,13 +60,13 @@ class FolderJournal:
     def __init__(self, folder: Path, fingerprint: str) -> None:
         """Open the journal of the calibration that `fingerprint` names; what another has left in `folder` is removed.
 
-        Raises CalibrationError where `folder` is something else, or cannot be written.
+        Raises CalibrationError where `folder` cannot be written, OptionError where it is something else.
         """
         self.folder, self._fingerprint = folder, fingerprint
         self.resumed = False  # whether there was something to go on from
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._refuse_others()
+            check_no_other(folder)
             _lock(folder)
             self.resumed = self._kept(fingerprint)
             self.scratch.mkdir(exist_ok=True)
@@ -136,14 +136,6 @@ class FolderJournal:
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}{_ENTRY}"
 
-    def _refuse_others(self) -> None:
-        """Raise CalibrationError where the folder holds what no journal wrote."""
-        held = set(os.listdir(self.folder))
-        if held - {_LOCK} and (FINGERPRINT not in held or not all(_is_ours(name) for name in held)):
-            raise CalibrationError(
-                f"{self.folder} holds something else than unfinished work; give another --work or remove it."
-            )
-
     def _kept(self, fingerprint: str) -> bool:
         """Whether the folder holds this calibration's work; another's is removed."""
         with suppress(OSError, UnicodeDecodeError):
@@ -151,6 +143,15 @@ class FolderJournal:
                 return any(name.endswith(_ENTRY) for name in os.listdir(self.folder))
         self._clear()
         return False
+
+
+def check_no_other(folder: Path) -> None:
+    """Raise OptionError where `folder`, which is there, holds what no journal wrote."""
+    held = set(os.listdir(folder))
+    if held - {_LOCK} and (FINGERPRINT not in held or not all(_is_ours(name) for name in held)):
+        raise OptionError(
+            f"{folder} holds something else than unfinished work; give another --work or remove it."
+        )
 
 
 def fingerprint_of(parts: Iterable[str]) -> str:

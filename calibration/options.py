@@ -14,8 +14,11 @@ from exeunt.calibration.errors import OptionError
 from exeunt.calibration.exit_screen import ScreenSize
 from exeunt.calibration.exit_training import HeadTraining
 from exeunt.calibration.gate_training import ProbeTraining
+from exeunt.calibration.journal import check_no_other
 from exeunt.calibration.nll_risk import CLIP
+from exeunt.calibration.option_limits import check_names, check_seed
 from exeunt.calibration.presets import StudySizes
+from exeunt.calibration.scratch_folder import check_work_can_stand
 from exeunt.calibration.weights_int4 import Rounding, check_even
 from exeunt.compression.architecture import Architecture
 from exeunt.compression.device import DeviceError, find_device
@@ -81,6 +84,9 @@ class CalibrationOptions:
     probe: ProbeTraining = field(default_factory=ProbeTraining)
 
     def __post_init__(self) -> None:
+        work = self.work if isinstance(self.work, Path) else None
+        check_names({"MODEL": self.model, "--out": self.out, "--data": self.data, "--work": work})
+        check_seed(self.seed)
         if self.tokens < self.least_tokens:
             raise OptionError(
                 f"Calibration was allowed {self.tokens:,} tokens; it needs at least {self.least_tokens:,}."
@@ -127,11 +133,14 @@ def work_place(options: CalibrationOptions) -> Path:
     """The folder in which unfinished work is kept if it is kept."""
     if isinstance(options.work, Path):
         return options.work
-    return options.out.with_name(f".{options.out.name}.unfinished")
+    out = Path(os.path.abspath(options.out))  # "." has no name
+    return out.with_name(f".{out.name}.unfinished")
 
 
 def checked_work_folder(options: CalibrationOptions, spec: Architecture) -> Path | None:
-    """What `work_folder` returns, a place that can be written. Raises OptionError for one that cannot be used."""
+    """What `work_folder` returns, a place that can be written, as an absolute path: with `--out .` the folder that one
+    stands in is replaced, and relative ones then lead nowhere. Raises OptionError for one that cannot be used.
+    """
     folder = work_folder(options, spec)
     if folder is None:
         return None
@@ -142,7 +151,10 @@ def checked_work_folder(options: CalibrationOptions, spec: Architecture) -> Path
             f"Unfinished work is to be kept in {folder}, and nothing can be written in {there}; give another folder as "
             "--work, or none."
         )
-    return folder
+    if folder.is_dir():
+        check_no_other(folder)
+    check_work_can_stand(folder)
+    return Path(os.path.abspath(folder))
 
 
 def check_apart(out: Path, work: Path) -> None:

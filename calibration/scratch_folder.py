@@ -5,6 +5,8 @@ belongs to nobody, and the next calibration for the same bundle removes it.
 """
 
 import os
+import re
+import secrets
 import shutil
 import tempfile
 import time
@@ -13,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
+from exeunt.calibration.errors import OptionError
 from exeunt.calibration.journal import fingerprint_of
 
 _PREFIX: Final = "exeunt-calibrate-"
@@ -41,11 +44,48 @@ def scratch_folder(target: Path) -> Iterator[Path]:
 
 def remove_partial_bundles(target: Path) -> None:
     """Remove what killed calibrations had written of the bundle `target`, where nobody has gone on for ten minutes."""
-    for partial in target.parent.glob(f".{target.name}.partial-*"):
+    target = target.resolve()
+    ours = re.compile(rf"\.{re.escape(target.name)}\.partial-[0-9a-f]{{8}}")
+    try:
+        beside = [path for path in target.parent.iterdir() if ours.fullmatch(path.name)]
+    except OSError:  # no such folder yet, or none that can be listed
+        return
+    for partial in beside:
         with suppress(OSError):
             newest = max(path.stat().st_mtime for path in (partial, *partial.rglob("*")))
             if time.time() - newest > _ABANDONED:
                 shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_bundle_can_stand(target: Path) -> None:
+    """Make the folder that the bundle `target` is written to and remove it again. Raises OptionError where it cannot
+    be made: a name that is too long, or a place that takes no folder, is to be told before the work.
+    """
+    target = target.resolve()
+    partial = target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")
+    _check_can_be_made(partial, "--out", f"--out is {target}")
+
+
+def check_work_can_stand(folder: Path) -> None:
+    """The same for the folder of unfinished work, where it is not there already."""
+    if not folder.exists():
+        _check_can_be_made(folder.resolve(), "--work", f"Unfinished work is to be kept in {folder}")
+
+
+def _check_can_be_made(folder: Path, option: str, asked: str) -> None:
+    """Make `folder` and its missing parents and remove them again. Raises OptionError: `asked`, why not, `option`."""
+    missing = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise OptionError(
+            f"{asked}, and no folder can be made there ({reason}); give another {option}."
+        ) from error
+    finally:
+        for path in missing:
+            with suppress(OSError):
+                path.rmdir()
 
 
 @contextmanager

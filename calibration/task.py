@@ -23,7 +23,7 @@ from exeunt.calibration.options import (
 from exeunt.calibration.phases import planned_phases
 from exeunt.calibration.progress import NumberedProgress, ProgressReport
 from exeunt.calibration.remembered import MeasuredNow, Measurements, RememberedCosts, costs_folder
-from exeunt.calibration.scratch_folder import remove_partial_bundles, scratch_folder
+from exeunt.calibration.scratch_folder import check_bundle_can_stand, remove_partial_bundles, scratch_folder
 from exeunt.calibration.text_encoding import separator, text_encoding
 from exeunt.calibration.weight_check import check_weights
 from exeunt.calibration.weights_int4 import Int4Plan, check_group_size
@@ -78,6 +78,7 @@ def opened(options: CalibrationOptions, progress: ProgressReport) -> Iterator[Ta
     wanted_linear_block(spec, options.linear_block)
     if options.weights != "full":
         check_group_size(spec, options.group_size)
+    check_bundle_can_stand(options.out)
     kept_in = checked_work_folder(options, spec)
     progress.note(f"Reading {options.model} and {options.data}.")
     tokenizer = load_tokenizer(checkpoint.directory)
@@ -96,7 +97,7 @@ def opened(options: CalibrationOptions, progress: ProgressReport) -> Iterator[Ta
     with numbered.phase("Checking the weights", spec.blocks + 1) as advance:
         check_weights(checkpoint.weights(), spec, advance)
     remove_partial_bundles(options.out)
-    with _kept(options, kept_in, checkpoint, corpus.sha256, progress) as (journal, folder):
+    with _kept(options, kept_in, checkpoint, corpus.sha256, splits, progress) as (journal, folder):
         yield Task(
             options=options,
             checkpoint=checkpoint,
@@ -118,6 +119,7 @@ def _kept(
     folder: Path | None,
     checkpoint: Checkpoint,
     corpus_sha256: str,
+    splits: Splits,
     progress: ProgressReport,
 ) -> Iterator[tuple[Journal, Path]]:
     """The journal in `folder`, and the folder of hidden states: gone at the end, or kept for whoever goes on.
@@ -128,7 +130,7 @@ def _kept(
         with scratch_folder(options.out) as scratch:
             yield NoJournal(), scratch
         return
-    journal = FolderJournal(folder, calibration_fingerprint(options, checkpoint, corpus_sha256))
+    journal = FolderJournal(folder, calibration_fingerprint(options, checkpoint, corpus_sha256, splits))
     try:
         if journal.resumed:
             progress.note(f"Going on from the unfinished work in {folder}.")

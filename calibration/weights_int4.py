@@ -103,6 +103,12 @@ def check_even(group_size: int) -> None:
 def check_group_size(spec: Architecture, group_size: int) -> None:
     """Raise OptionError where this model's linears cannot be held in groups of `group_size`."""
     check_even(group_size)
+    widest = max(fan_in for _, fan_in in linear_shapes(spec).values())
+    if group_size > widest:
+        raise OptionError(
+            f"The INT4 group size is {group_size}, and no layer of the model has more than {widest} inputs; "
+            "give at most that."
+        )
     for name, (_, fan_in) in linear_shapes(spec).items():
         if fan_in % 2:
             raise OptionError(

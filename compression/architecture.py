@@ -5,7 +5,9 @@ refused here by name; nothing in a config that would change the logits is passed
 """
 
 import json
+import logging
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +16,8 @@ from exeunt.compression.rope import SUPPORTED_ROPE_TYPES, RopeSpec, rope_spec
 Family = Literal["gpt2", "llama", "mistral", "qwen2", "qwen3"]
 SUPPORTED_FAMILIES: tuple[Family, ...] = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
 SUPPORTED_ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu")
+_log = logging.getLogger(__name__)
+
 _ACTIVATION_ALIASES = {"swish": "silu", "gelu_python": "gelu", "gelu_python_tanh": "gelu_pytorch_tanh"}
 
 
@@ -108,11 +112,12 @@ def load_architecture(directory: Path) -> Architecture:
     return read_architecture(config, eos_token_id=generation.get("eos_token_id"))
 
 
-def read_architecture(config: Any, *, eos_token_id: int | list[int] | None = None) -> Architecture:
+def read_architecture(config: Any, *, eos_token_id: object = None) -> Architecture:
     """The architecture of a transformers config.
 
     `eos_token_id` is what generation_config.json says, which has the last word where it says anything (Llama 3's
-    instruct models end turns with ids that only stand there). Raises UnsupportedModelError or ConfigError.
+    instruct models end turns with ids that only stand there): a token's id, a list of them, or None. An id beyond the
+    vocabulary is left out with a warning. Raises UnsupportedModelError or ConfigError.
     """
     family = _family(config.model_type)
     _refuse_quantised(getattr(config, "quantization_config", None))
@@ -127,6 +132,7 @@ def _refuse_before_parsing(raw: dict[str, Any], directory: Path) -> None:
             f"{directory / 'config.json'} names no model_type; it is not a Hugging Face config."
         )
     _family(str(raw["model_type"]))
+    _token_ids("config.json", raw.get("eos_token_id"))
     _refuse_quantised(raw.get("quantization_config"))
 
 
@@ -149,7 +155,7 @@ def _refuse_quantised(quantisation: Any) -> None:
         )
 
 
-def _gpt2(config: Any, eos_token_id: int | list[int] | None) -> Architecture:
+def _gpt2(config: Any, eos_token_id: object) -> Architecture:
     if config.add_cross_attention:
         raise UnsupportedModelError(
             "GPT-2 with cross-attention is not supported; supported is the plain decoder."
@@ -180,12 +186,12 @@ def _gpt2(config: Any, eos_token_id: int | list[int] | None) -> Architecture:
         attention_scales=tuple(scale / (i + 1 if by_depth else 1) for i in range(config.n_layer)),
         max_position_embeddings=config.n_positions,
         bos_token_id=config.bos_token_id,
-        eos_token_ids=_token_ids(eos_token_id if eos_token_id is not None else config.eos_token_id),
+        eos_token_ids=_eos_token_ids(config, eos_token_id),
         dtype=_dtype(config),
     )
 
 
-def _llama_like(config: Any, family: Family, eos_token_id: int | list[int] | None) -> Architecture:
+def _llama_like(config: Any, family: Family, eos_token_id: object) -> Architecture:
     head_dim = getattr(config, "head_dim", None) or _quotient(
         config.hidden_size, config.num_attention_heads, "hidden_size", "num_attention_heads"
     )
@@ -213,7 +219,7 @@ def _llama_like(config: Any, family: Family, eos_token_id: int | list[int] | Non
         attention_scales=(head_dim**-0.5,) * config.num_hidden_layers,
         max_position_embeddings=config.max_position_embeddings,
         bos_token_id=config.bos_token_id,
-        eos_token_ids=_token_ids(eos_token_id if eos_token_id is not None else config.eos_token_id),
+        eos_token_ids=_eos_token_ids(config, eos_token_id),
         dtype=_dtype(config),
     )
 
@@ -294,10 +300,42 @@ def _quotient(whole: int, parts: int, whole_name: str, parts_name: str) -> int:
     return whole // parts
 
 
-def _token_ids(ids: int | list[int] | None) -> tuple[int, ...]:
-    if ids is None:
-        return ()
-    return (ids,) if isinstance(ids, int) else tuple(ids)
+def _eos_token_ids(config: Any, generation: object) -> tuple[int, ...]:
+    """The ids that end a text, those of generation_config.json where it names any.
+
+    An id beyond the vocabulary is one that the model never writes, and transformers saves such: a GPT-2 with a small
+    vocabulary keeps the default 50256. It is left out with a warning; what no vocabulary could hold is refused.
+    """
+    source = "config.json" if generation is None else "generation_config.json"
+    given = config.eos_token_id if generation is None else generation
+    ids: list[int] = []
+    for token in _token_ids(source, given):
+        if token < config.vocab_size:
+            ids.append(token)
+        else:
+            _warn_of_token(source, token, config.vocab_size)
+    return tuple(ids)
+
+
+def _token_ids(source: str, given: object) -> list[int]:
+    ids = given if isinstance(given, list | tuple) else [] if given is None else [given]
+    for token in ids:
+        if isinstance(token, bool) or not isinstance(token, int) or token < 0:
+            raise ConfigError(
+                f"eos_token_id of {source} is {token!r}; it must be the number of a token, which is whole and at "
+                "least 0, a list of such, or null where no token ends a text."
+            )
+    return list(ids)
+
+
+@cache  # a config is read several times on the way to a model
+def _warn_of_token(source: str, token: int, vocab_size: int) -> None:
+    _log.warning(
+        "eos_token_id of %s names %d, which is left out: the vocabulary ends at %d, so that token never comes.",
+        source,
+        token,
+        vocab_size - 1,
+    )
 
 
 def _dtype(config: Any) -> str:
@@ -310,6 +348,10 @@ def _read_json(path: Path) -> dict[str, Any] | None:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
+    except RecursionError as error:
+        raise ConfigError(
+            f"{path} cannot be read as JSON, it is nested too deeply; copy the checkpoint again."
+        ) from error
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):

@@ -2,11 +2,15 @@
 
 Writing goes to a hidden directory beside the target, file by file forced onto the disk, and becomes the target by
 a rename: whatever interrupts it (an exception, Ctrl-C, a full disk) leaves nothing behind and an older bundle at
-the target as it was.
+the target as it was. An older bundle and the new one change places in one step; where the file system cannot do
+that, there are two renames, and a process killed between them leaves the older bundle as `.NAME.old-xxxxxxxx`, which
+the next write to the target puts back first.
 """
 
+import ctypes
 import errno
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -56,6 +60,8 @@ _SIDE_FILES: Final = (
     "chat_template.jinja",
     "chat_template.json",
 )
+_AT_FDCWD: Final = -100  # paths are relative to the working directory, as usual
+_RENAME_EXCHANGE: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +124,10 @@ def write_bundle(path: Path | str, contents: BundleContents, advance: Advance = 
 
     Raises BundleError where the target may not be replaced or the disk does not take it.
     """
+    try:
+        _restore(Path(os.path.realpath(path)))
+    except OSError as error:
+        raise BundleError(_write_problem(Path(path), error)) from error
     target = check_target(path)
     try:
         with _created(target.parent), _partial(target) as partial:
@@ -206,21 +216,59 @@ def _partial(target: Path) -> Iterator[Path]:
 
 
 def _install(partial: Path, target: Path) -> None:
-    """Put `partial` in the place of `target`; an older bundle there is deleted once the new one stands."""
+    """Put `partial` in the place of `target`; older bundles of it are deleted once the new one stands."""
     old = target.with_name(f".{target.name}.old-{secrets.token_hex(4)}")
+    if not target.exists():
+        partial.rename(target)
+    else:
+        check_target(target)  # nobody may have put files there in the meantime
+        if _exchange(partial, target):
+            with suppress(OSError):  # or it goes as the partial one
+                partial.rename(old)
+        else:
+            _rename_twice(partial, target, old)
     try:
-        if target.exists():
-            check_target(target)  # nobody may have put files there in the meantime
-            target.rename(old)
+        _sync_directory(target.parent)
+    finally:
+        for each in _set_aside(target):
+            shutil.rmtree(each, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two directories change places in one step; False, and nothing changed, where the system cannot."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)  # Linux, and not every file system
+    if rename is None:
+        return False
+    done: int = rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE)
+    return done == 0
+
+
+def _rename_twice(partial: Path, target: Path, old: Path) -> None:
+    try:
+        target.rename(old)
         partial.rename(target)
     except BaseException:
         if old.exists() and not target.exists():
             old.rename(target)
         raise
-    try:
-        _sync_directory(target.parent)
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
+
+
+def _restore(target: Path) -> None:
+    """Put back the bundle that a writer killed between its two renames left beside `target`."""
+    if os.path.lexists(target):
+        return
+    old = _set_aside(target)
+    if len(old) == 1 and manifest_fields(old[0]) is not None:
+        old[0].rename(target)
+
+
+def _set_aside(target: Path) -> list[Path]:
+    """The directories beside `target` to which bundles that stood there were renamed."""
+    if not os.path.isdir(target.parent):
+        return []
+    name = re.compile(rf"\.{re.escape(target.name)}\.old-[0-9a-f]{{8}}", re.DOTALL)
+    found = (target.parent / each for each in os.listdir(target.parent) if name.fullmatch(each))
+    return [path for path in found if path.is_dir() and not path.is_symlink()]
 
 
 def _sync_directory(path: Path) -> None:

@@ -87,11 +87,11 @@ def _weight_files(directory: Path) -> tuple[Path, ...]:
 def _shards(index: Path) -> tuple[Path, ...]:
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        shards = sorted(set(weight_map.values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        shards = sorted(set(weight_map.values()), key=str)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{index} is not an index of safetensors files: {error!r}") from error
     for shard in shards:
-        if Path(shard).name != shard:
+        if not isinstance(shard, str) or Path(shard).name != shard:
             raise CheckpointError(f"{index} names {shard!r}, which is not a file beside it.")
     return tuple(index.parent / shard for shard in shards)
 

@@ -220,8 +220,11 @@ class CanonicalWeights:
 def _check_finite(name: str, tensor: Tensor) -> None:
     if tensor.dtype == torch.uint8:  # INT4 codes
         return
-    if not tensor.is_floating_point():
-        raise WeightError(f"Tensor {name!r} is {tensor.dtype}; weights must be float32, bfloat16 or float16.")
+    if not tensor.is_floating_point() or tensor.itemsize < 2:  # float8 is a quantised form without its scales
+        raise WeightError(
+            f"Tensor {name!r} is {tensor.dtype}; weights must be float32, bfloat16 or float16, so give the "
+            "full-precision checkpoint."
+        )
     if tensor.numel():
         low, high = torch.aminmax(tensor)  # both carry NaN; one pass and no copy, unlike isfinite
         if not bool(torch.isfinite(low) & torch.isfinite(high)):

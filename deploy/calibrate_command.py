@@ -66,11 +66,13 @@ def calibrate(
 ) -> None:
     """Make a bundle from a model: INT4 weights, a linear block, exits with certified thresholds."""
     log_from(log_level)
+    from exeunt.calibration.option_limits import check_names
     from exeunt.calibration.options import CalibrationOptions
     from exeunt.calibration.presets import PRESETS
     from exeunt.deploy.calibrate import calibration_data, check_checkpoint, check_out, make_bundle
     from exeunt.deploy.loading import resolve_device
 
+    check_names({"MODEL": model, "--out": out, "--data": data, "--work": work})
     resolve_device(device)
     check_checkpoint(model)
     check_out(out)

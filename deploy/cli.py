@@ -189,7 +189,7 @@ def inspect(
 ) -> None:
     """Show what is inside a bundle, its sizes, how it was made, and its risk table."""
     log_from(log_level)
-    target = json_target(json_file)
+    target = json_target(json_file, model=bundle)
     from exeunt.compression.bundle import open_bundle
     from exeunt.deploy.inspect import describe, render
 
@@ -239,7 +239,7 @@ def bench(
         raise UsageError(
             f"--device is {device} and {target} is a server, which has its device; leave --device out."
         )
-    file = json_target(json_file)
+    file = json_target(json_file, model=target)
     from exeunt.deploy.bench import Load, bench_record, modes_of
     from exeunt.deploy.bench_table import measure, speed_table
     from exeunt.deploy.bench_target import driver

@@ -65,9 +65,12 @@ def log_from(level: str) -> None:
     configure_logging(one_of("--log-level", level, *LOG_LEVELS), as_json=False)
 
 
-def json_target(path: Path | None) -> JSONFile | None:
-    """The file of `--json`, if one is wanted. Raises UsageError where it cannot be written, before any work."""
-    return None if path is None else JSONFile.checked(path)
+def json_target(path: Path | None, *, model: Path | str, data: str | None = None) -> JSONFile | None:
+    """The file of `--json`, if one is wanted, looked at before any work.
+
+    Raises UsageError where it cannot be written, or would be written into the folder `model` or over the text `data`.
+    """
+    return None if path is None else JSONFile.checked(path, model=model, data=data)
 
 
 def show(table: Any) -> None:

@@ -45,13 +45,18 @@ def evaluate(
 ) -> None:
     """Measure perplexity, KL, agreement, depth and speed of every mode on a text."""
     log_from(log_level)
-    target = json_target(json_file)
+    target = json_target(json_file, model=bundle, data=data)
     from exeunt.calibration.evaluate import EvaluationOptions
+    from exeunt.calibration.option_limits import check_names
     from exeunt.calibration.progress import watched_progress
     from exeunt.deploy.evaluation import evaluate_and_time, show_evaluation
+    from exeunt.deploy.loading import find_folder
     from exeunt.deploy.preparation import load_to_measure
 
+    check_names({"BUNDLE": bundle, "--data": data})
     options = EvaluationOptions(tokens=tokens, window=window, stride=stride, seed=seed, generate=generate)
+    if (folder := find_folder(bundle)) is not None:
+        options.check_for(folder)
 
     with interruptible() as interruption:
         model = load_to_measure(bundle, device, InterruptibleProgress(watched_progress(), interruption))

@@ -45,6 +45,7 @@ _KINDS: Final = {
     MANIFEST: "manifest",
 }
 _OTHER_KIND: Final = "config and tokenizer"
+_NEARLY_ALL: Final = 0.995
 _UNITS: Final = ("bytes", "kB", "MB", "GB", "TB")
 
 Entry = TypeVar("Entry", RiskEntry, NllRiskEntry)
@@ -185,7 +186,7 @@ def _overview(bundle: Bundle) -> Table:
     table.add_column(overflow="fold")
     for name, value in lines.items():
         if value:
-            table.add_row(name, Text(value))
+            table.add_row(name, _text(value))
     return table
 
 
@@ -209,7 +210,7 @@ def _files_table(bundle: Bundle) -> Table:
     table = _table("Files", "file", "kind", right=("size",))
     files = file_sizes(bundle)
     for file in files:
-        table.add_row(file.name, file.kind, _size(file.bytes))
+        table.add_row(_text(file.name), file.kind, _size(file.bytes))
     table.add_section()
     for kind, size in kind_sizes(bundle).items():
         table.add_row("", kind, _size(size))
@@ -244,7 +245,7 @@ def _exits_table(manifest: Manifest) -> RenderableType:
     for record in manifest.exits:
         uses = [*([may_leave] if record.certified else []), *(["drafts"] if record.drafting else [])]
         table.add_row(
-            record.name,
+            _text(record.name),
             ", ".join(uses) or "-",
             f"{record.block + 1} of {manifest.base_model.blocks}",
             _percent(record.agreement),
@@ -253,7 +254,7 @@ def _exits_table(manifest: Manifest) -> RenderableType:
             f"{record.tokens:,}",
         )
     expected = [_expected(record.name, record.draft) for record in manifest.exits if record.draft is not None]
-    return Group(table, *(Text(each) for each in expected))
+    return Group(table, *(_text(each) for each in expected))
 
 
 def _expected(name: str, draft: DraftRecord) -> str:
@@ -286,7 +287,9 @@ def _certificates(confidence: float, skipped_kv: str, entries: Sequence[Entry]) 
     if isinstance(entries[0], NllRiskEntry):
         what = f"rise of the mean NLL (a token's clipped at {entries[0].clip:g}), nats per token"
         shown = _nats
-    title = f"Thresholds certified at {confidence:.0%}, by {what}; in brackets what leaves ({skipped_kv})"
+    title = (
+        f"Thresholds certified at {100 * confidence:.4g}%, by {what}; in brackets what leaves ({skipped_kv})"
+    )
     table = _table("", "weights/KV", right=tuple(shown(target) for target in targets))
     missing: dict[str, list[str]] = {}  # by reason
     for entry in entries:
@@ -298,7 +301,7 @@ def _certificates(confidence: float, skipped_kv: str, entries: Sequence[Entry]) 
                 reason = line.reason or "no threshold is safe"
                 missing.setdefault(reason, []).append(f"{name}, {shown(line.target)}")
     told = (f"not certified: {'; '.join(rows)}: {reason}" for reason, rows in missing.items())
-    return Group(Text(title, style="bold"), table, *map(Text, told))
+    return Group(_text(title, style="bold"), table, *map(_text, told))
 
 
 def _certificate(line: RiskTarget | NllRiskTarget | None) -> str:
@@ -315,7 +318,7 @@ def _evaluation_table(rows: Iterable[EvaluationRow]) -> Table:
     )
     for row in rows:
         table.add_row(
-            row.name,
+            _text(row.name),
             f"{row.perplexity:.3f}",
             _number(row.kl, 4),
             _percent(row.agreement),
@@ -342,6 +345,12 @@ def _table(title: str, *left: str, right: tuple[str, ...]) -> Table:
     return table
 
 
+def _text(words: str, style: str = "") -> Text:
+    """`words` as they are, without markup; control characters, which a terminal would obey, as escapes."""
+    shown = (each if each.isprintable() else each.encode("unicode_escape").decode() for each in words)
+    return Text("".join(shown), style=style)
+
+
 def _size(size: int) -> str:
     """Bytes as people read them, in powers of 1000."""
     value, unit = float(size), 0
@@ -351,7 +360,10 @@ def _size(size: int) -> str:
 
 
 def _percent(share: float | None, digits: int = 3) -> str:
-    return "-" if share is None else f"{100 * share:.{digits}g} %"
+    if share is None:
+        return "-"
+    digits = max(digits, 3) if share >= _NEARLY_ALL else digits  # two digits have no room for 100
+    return f"{100 * share:.{digits}g} %"
 
 
 def _share(target: float) -> str:

@@ -13,6 +13,7 @@ from typing import Final
 from exeunt.deploy.arguments import UsageError
 
 _DESCRIPTOR: Final = re.compile(r"(?:/dev/fd/|/proc/self/fd/)(\d+)|/dev/(stdout|stderr)")
+_TEXT_ENDING: Final = ".txt"  # of what is read where --data is a folder
 _STANDARD: Final = {"stdout": 1, "stderr": 2}
 
 
@@ -27,9 +28,21 @@ class JSONFile:
     path: Path
 
     @classmethod
-    def checked(cls, path: Path) -> "JSONFile":
-        """The file at `path`. Raises UsageError where it cannot be written."""
+    def checked(cls, path: Path, *, model: Path | str | None = None, data: str | None = None) -> "JSONFile":
+        """The file at `path`.
+
+        Args:
+            path: what was asked for.
+            model: the bundle or checkpoint that is read; what is no folder on this machine is passed over.
+            data: the text that is read, a file or a folder; what is neither is passed over.
+
+        Raises UsageError where it cannot be written, or where writing it would change what is read.
+        """
         file = cls(path)
+        if model is not None:
+            file._refuse_in_model(model)
+        if data is not None:
+            file._refuse_in_data(data)
         try:
             if path.is_dir():
                 raise IsADirectoryError("it is a folder")
@@ -43,6 +56,33 @@ class JSONFile:
                 f"--json is {path}, which cannot be written: {_reason(error)}; give a file in a folder that can be."
             ) from error
         return file
+
+    def _refuse_in_model(self, model: Path | str) -> None:
+        """Raise UsageError where this is, or would be, one of the files in the folder `model`."""
+        folder = os.path.realpath(model)
+        if not os.path.isdir(folder):
+            return
+        held = os.listdir(folder) if os.access(folder, os.R_OK) else []
+        if self._target.is_relative_to(folder) or any(self._is(os.path.join(folder, each)) for each in held):
+            raise UsageError(
+                f"--json is {self.path}, which is in the model's folder {model}; give a file outside it."
+            )
+
+    def _refuse_in_data(self, data: str) -> None:
+        """Raise UsageError where this is the file `data`, or would be a text in the folder `data`."""
+        place = os.path.realpath(data)
+        text = self._target.suffix.lower() == _TEXT_ENDING and self._target.is_relative_to(place)
+        if self._is(place) or (text and os.path.isdir(place)):
+            raise UsageError(
+                f"--json is {self.path}, which is one of the texts of --data {data}; give another file."
+            )
+
+    def _is(self, other: str) -> bool:
+        """Whether this is the regular file `other`, under whichever name."""
+        try:
+            return self.path.is_file() and os.path.samefile(self.path, other)
+        except OSError:
+            return False
 
     def write(self, content: object) -> None:
         """Write `content` as JSON. Raises JSONFileError."""

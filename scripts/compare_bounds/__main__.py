@@ -1,5 +1,6 @@
 """Compares bounds on simulated texts, `python -m scripts.compare_bounds simulate`, minutes on one core; measures how
-alike stretches of real documents are, `python -m scripts.compare_bounds correlation BUNDLE FOLDER`.
+alike stretches of real documents are, `python -m scripts.compare_bounds correlation BUNDLE FOLDER`; tells what rare
+documents hide from any bound, `python -m scripts.compare_bounds rare`, seconds.
 """
 
 from itertools import product
@@ -13,6 +14,7 @@ from exeunt.compression.model import load_bundle
 from scripts.compare_bounds.bounds import BOUNDS
 from scripts.compare_bounds.distances import alike, document_rows
 from scripts.compare_bounds.draws import Text
+from scripts.compare_bounds.rare import RareDocuments, passing
 
 TEXTS: Final[tuple[tuple[float, float], ...]] = ((12, 0.2), (30, 0.1), (30, 0.3), (60, 0.2), (100, 0.3))
 """Mean exits in a block of 256 tokens, and the share of them that costs: true increases of 0.010 to 0.126 nats."""
@@ -48,6 +50,20 @@ def simulate(texts: int = 2000, seed: int = 5) -> None:
                 for blocks in BLOCKS
             ]
             typer.echo(f"| {name} | {' | '.join(cells)} |")
+
+
+@app.command()
+def rare(draws: int = 10_000, seed: int = 5) -> None:
+    """How often text is called safe at its own true risk, where that lies in a rare kind of document."""
+    mixtures = (
+        ("2 % of documents wrong throughout, target 2 %", RareDocuments(0.02), 0.02),
+        ("3.3 % cost 0.3 nats a token, target 0.01", RareDocuments(1 / 30, nats=0.3), 0.01),
+        ("8 % wrong in half their tokens, target 4 %", RareDocuments(0.08, 0.5), 0.04),
+    )
+    typer.echo("| documents | 43 | 77 |\n| --- | ---: | ---: |")
+    for title, mixture, target in mixtures:
+        cells = [f"{passing(mixture, documents, target, draws, seed):.1%}" for documents in (43, 77)]
+        typer.echo(f"| {title} | {' | '.join(cells)} |")
 
 
 @app.command()

@@ -4,10 +4,20 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from exeunt.calibration.errors import CalibrationError, CorpusError
-from exeunt.calibration.options import CalibrationOptions, drafting_blocks, exit_blocks, resolve_device
+from exeunt.calibration.errors import CalibrationError, CorpusError, OptionError
+from exeunt.calibration.evaluate import EvaluationOptions
+from exeunt.calibration.option_limits import MOST_SEED
+from exeunt.calibration.options import (
+    CalibrationOptions,
+    drafting_blocks,
+    exit_blocks,
+    resolve_device,
+    work_place,
+)
 from exeunt.calibration.pipeline import calibrate
+from exeunt.calibration.weights_int4 import check_group_size
 from exeunt.compression.bundle import BundleError
 from exeunt.compression.checkpoint import CheckpointError
 from exeunt.compression.decoder import Decoder
@@ -81,3 +91,37 @@ def test_devices_are_checked() -> None:
     assert resolve_device("cpu").type == "cpu"
     with pytest.raises(CalibrationError, match="'toaster'"):
         resolve_device("toaster")
+
+
+@pytest.mark.parametrize("seed", [-1, 2**31, 18446744073709551616])
+def test_seeds_that_could_not_be_drawn_from(seed: int) -> None:
+    with pytest.raises(OptionError, match=f"The seed is {seed}; give a whole number from 0 to 2147483647"):
+        CalibrationOptions(model="m", out=Path("o"), data="d", seed=seed)
+    with pytest.raises(OptionError, match=f"The seed is {seed}"):
+        EvaluationOptions(seed=seed)
+
+
+def test_the_largest_seed_can_be_drawn_from() -> None:
+    assert CalibrationOptions(model="m", out=Path("o"), data="d", seed=MOST_SEED).seed == MOST_SEED
+    torch.Generator().manual_seed((MOST_SEED * 1000 + 999) * 2 + 1)  # as `exit_fit` numbers its draws
+
+
+def test_unfinished_work_of_a_bundle_named_by_a_dot(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    monkeypatch.chdir(tmp_path / "b")
+    assert work_place(CalibrationOptions(model="m", out=Path("."), data="d")) == tmp_path / ".b.unfinished"
+
+
+def test_groups_larger_than_any_layer(decoder: Decoder) -> None:
+    check_group_size(decoder.spec, 48)
+    with pytest.raises(
+        OptionError, match="group size is 50, and no layer of the model has more than 48 inputs"
+    ):
+        check_group_size(decoder.spec, 50)
+
+
+def test_windows_are_checked_before_weights_are_read(checkpoint: Path) -> None:
+    EvaluationOptions(window=96).check_for(checkpoint)
+    for asked in (EvaluationOptions(window=97), EvaluationOptions(stride=97)):
+        with pytest.raises(OptionError, match="96"):
+            asked.check_for(checkpoint)

@@ -304,3 +304,14 @@ def test_no_exit_need_be_certified(
     page = (bundle.path / "report.html").read_text()
     assert ("drafts for the verified mode alone" in page) == (drafts > 0)
     assert ("There are no exits in this bundle" in page) == (drafts == 0)
+
+
+def test_a_bundle_in_the_place_of_the_folder_that_one_stands_in(
+    checkpoint: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "b").mkdir()
+    monkeypatch.chdir(tmp_path / "b")
+    asked = replace(options(checkpoint, text_file, Path(".")), work=Path("../work"))
+    assert calibrate(asked, SilentProgress()) == tmp_path / "b"
+    assert (tmp_path / "b" / "manifest.json").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]

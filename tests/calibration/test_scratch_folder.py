@@ -9,7 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from exeunt.calibration.scratch_folder import remove_partial_bundles, scratch_folder
+from exeunt.calibration.errors import OptionError
+from exeunt.calibration.scratch_folder import (
+    check_bundle_can_stand,
+    check_work_can_stand,
+    remove_partial_bundles,
+    scratch_folder,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -67,13 +73,51 @@ def test_what_a_killed_one_left_goes_and_what_a_living_one_has_stays(tmp_path: P
         process.communicate()
 
 
+def old_folder(path: Path) -> Path:
+    """A folder with a file, nothing written to either for years."""
+    path.mkdir()
+    (path / "weights.safetensors").write_text("x")
+    for each in (path / "weights.safetensors", path):
+        os.utime(each, (1.0, 1.0))
+    return path
+
+
 def test_a_partial_bundle_that_nobody_goes_on_with_is_removed(tmp_path: Path) -> None:
-    names = (".b.partial-00ff", ".b.partial-11ff", ".c.partial-00ff")
-    for name in names:
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "weights.safetensors").write_text("x")
-    for name in (names[0], names[2]):
-        for path in (tmp_path / name / "weights.safetensors", tmp_path / name):
-            os.utime(path, (1.0, 1.0))
+    left, other = (old_folder(tmp_path / f".{name}.partial-0011eeff") for name in "bc")
+    (tmp_path / ".b.partial-2233eeff").mkdir()
     remove_partial_bundles(tmp_path / "b")
-    assert sorted(path.name for path in tmp_path.glob(".*")) == [names[1], names[2]]
+    assert not left.exists()
+    assert other.exists()
+    assert (tmp_path / ".b.partial-2233eeff").exists(), "someone may be writing there"
+
+
+@pytest.mark.parametrize("name", ["*", "?", "[p]recious", "precious"])
+def test_what_only_looks_like_a_partial_bundle_stays(tmp_path: Path, name: str) -> None:
+    mine = old_folder(tmp_path / ".precious.partial-notes")
+    theirs = old_folder(tmp_path / ".p.partial-0011eeff")
+    remove_partial_bundles(tmp_path / name)
+    assert mine.exists()
+    assert theirs.exists()
+
+
+def test_partial_bundles_are_looked_for_where_the_bundle_really_lies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "real").mkdir()
+    left = old_folder(tmp_path / ".real.partial-0011eeff")
+    monkeypatch.chdir(tmp_path / "real")
+    remove_partial_bundles(Path("."))
+    assert not left.exists()
+
+
+def test_whether_a_bundle_can_stand_is_tried_and_leaves_nothing(tmp_path: Path) -> None:
+    check_bundle_can_stand(tmp_path / "new" / "folders" / "b")
+    check_work_can_stand(tmp_path / "new" / "work")
+    assert list(tmp_path.iterdir()) == [tmp_path / "tmp"]
+    with pytest.raises(
+        OptionError, match=r"no folder can be made there \(file name too long\); give another --out"
+    ):
+        check_bundle_can_stand(tmp_path / "new" / ("b" * 240))
+    with pytest.raises(OptionError, match=r"too long\); give another --work"):
+        check_work_can_stand(tmp_path / "new" / ("b" * 256))
+    assert list(tmp_path.iterdir()) == [tmp_path / "tmp"]

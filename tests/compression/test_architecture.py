@@ -12,6 +12,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from exeunt.compression.architecture import (
     ConfigError,
     UnsupportedModelError,
+    _warn_of_token,
     load_architecture,
     read_architecture,
 )
@@ -54,6 +55,44 @@ def test_generation_config_has_the_last_word_on_the_end_of_text(tmp_path: Path) 
     assert load_architecture(directory).eos_token_ids == (2,)
     (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 9]}))
     assert load_architecture(directory).eos_token_ids == (2, 9)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("given", [-1, [3, -1], "256", ["2"], 2.5, True, {"a": 1}, [[2]]])
+def test_an_end_of_text_that_is_no_token_is_refused(name: str, given: object, tmp_path: Path) -> None:
+    directory = _config_json(tmp_path, model_type="llama", vocab_size=258, **SIZES)
+    path = directory / name
+    said = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(said | {"eos_token_id": given}))
+    with pytest.raises(ConfigError) as refusal:
+        load_architecture(directory)
+    token = given[-1] if isinstance(given, list) else given
+    assert str(refusal.value) == (
+        f"eos_token_id of {name} is {token!r}; it must be the number of a token, which is whole and at least 0, "
+        "a list of such, or null where no token ends a text."
+    )
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_an_end_of_text_beyond_the_vocabulary_is_left_out_with_one_warning(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _warn_of_token.cache_clear()
+    directory = _config_json(tmp_path, model_type="llama", vocab_size=258, eos_token_id=[5000, 257], **SIZES)
+    if name == "generation_config.json":
+        (directory / name).write_text(json.dumps({"eos_token_id": [257, 5000]}))
+    for _ in range(2):
+        assert load_architecture(directory).eos_token_ids == (257,)
+    ours = [record.getMessage() for record in caplog.records if record.name.startswith("exeunt")]
+    assert ours == [
+        f"eos_token_id of {name} names 5000, which is left out: the vocabulary ends at 257, so that token never comes."
+    ]
+
+
+def test_a_small_gpt2_keeps_transformers_end_of_text_and_has_none() -> None:
+    config = GPT2Config(vocab_size=258, n_embd=48, n_layer=2, n_head=3)
+    assert config.eos_token_id == 50256
+    assert read_architecture(config).eos_token_ids == ()
 
 
 @pytest.mark.parametrize(
@@ -184,6 +223,7 @@ def test_what_the_decoder_does_not_do_is_refused_by_name(
     ("content", "reason"),
     [
         (None, "no config.json"),
+        ('{"a": ' + "[" * 200_000, "it is nested too deeply"),
         ("{", "cannot be read as JSON"),
         ("[]", "holds list, not an object"),
         ("{}", "names no model_type"),

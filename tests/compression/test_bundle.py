@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from exeunt.compression import tensor_file
+from exeunt.compression import bundle_writer, tensor_file
 from exeunt.compression.bundle import BundleError, checkpoint_sha256, file_sha256, is_bundle, open_bundle
 from exeunt.compression.bundle_writer import BundleContents, check_target, write_bundle
 from exeunt.compression.exits import ExitHead, ExitProbe
@@ -291,6 +291,7 @@ def test_a_real_limit_of_the_file_system_leaves_nothing(contents: BundleContents
 def test_an_interrupted_exchange_brings_the_old_bundle_back(
     contents: BundleContents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(bundle_writer, "_exchange", lambda *_: False)  # as on a file system that cannot
     old = write_bundle(tmp_path / "bundle", contents)
     before = sorted(tmp_path.iterdir())
     rename = Path.rename
@@ -305,6 +306,69 @@ def test_an_interrupted_exchange_brings_the_old_bundle_back(
         write_bundle(tmp_path / "bundle", contents)
     assert sorted(tmp_path.iterdir()) == before
     assert open_bundle(tmp_path / "bundle") == old
+
+
+def test_there_is_always_a_bundle_at_the_target(
+    contents: BundleContents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_bundle(tmp_path / "bundle", contents)
+    exchange, rename = bundle_writer._exchange, Path.rename
+    there: list[bool] = []
+
+    def watched(one: Path, other: Path) -> bool:
+        done = exchange(one, other)
+        there.append(done)
+        return done
+
+    def renamed(self: Path, target: Path) -> Path:
+        there.append(is_bundle(tmp_path / "bundle"))
+        found = rename(self, target)
+        there.append(is_bundle(tmp_path / "bundle"))
+        return found
+
+    monkeypatch.setattr(bundle_writer, "_exchange", watched)
+    monkeypatch.setattr(Path, "rename", renamed)
+    write_bundle(tmp_path / "bundle", _changed(contents, manifest=_manifest("second")))
+    if not there[0]:
+        pytest.skip("this file system cannot exchange two directories in one step")
+    assert there == [True] * 3
+    assert open_bundle(tmp_path / "bundle").manifest.base_model.name == "second"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "checkpoint"]
+
+
+def test_what_a_killed_writer_set_aside_is_put_back_by_the_next_one(
+    contents: BundleContents, tmp_path: Path
+) -> None:
+    target, aside = tmp_path / "bundle", tmp_path / ".bundle.old-0123abcd"
+    old = write_bundle(target, contents)
+    target.rename(aside)
+    with pytest.raises(RuntimeError):
+        write_bundle(target, _changed(contents, full=_Failing(_fail)))
+    assert open_bundle(target) == old
+    assert not aside.exists()
+    target.rename(aside)
+    (target / "mine").mkdir(parents=True)
+    with pytest.raises(BundleError, match="is not a bundle"):
+        write_bundle(target, contents)
+    assert is_bundle(aside)
+
+
+def test_what_killed_writers_set_aside_goes_once_a_new_bundle_stands(
+    contents: BundleContents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for replaced in (False, True):
+        monkeypatch.setattr(bundle_writer, "_exchange", lambda *_: False)
+        for name in (
+            ".bundle.old-0123abcd",
+            ".bundle.old-89abcdef",
+            ".bundle.old-notours",
+            ".other.old-0123abcd",
+        ):
+            (tmp_path / name).mkdir(exist_ok=True)
+        assert (tmp_path / "bundle").exists() is replaced
+        write_bundle(tmp_path / "bundle", contents)
+        left = sorted(path.name for path in tmp_path.iterdir())
+        assert left == [".bundle.old-notours", ".other.old-0123abcd", "bundle", "checkpoint"]
 
 
 def test_a_bundle_replaces_a_bundle_even_a_broken_one(contents: BundleContents, tmp_path: Path) -> None:

@@ -111,6 +111,10 @@ K_PROJ = "model.layers.1.self_attn.k_proj.weight"
             _put("model.norm.weight", lambda _: torch.ones(48, dtype=torch.int8)),
             "'model.norm.weight' is torch.int8",
         ),
+        (
+            lambda tensors: {**tensors, K_PROJ: tensors[K_PROJ].to(torch.float8_e4m3fn)},
+            f"'{K_PROJ}' is torch.float8_e4m3fn; weights must be .* float16, so give the full-precision",
+        ),
         (_put("model.layers.1.self_attn.q_proj.bias", lambda _: torch.ones(48)), "q_proj.bias' has no place"),
         (
             _put("model.layers.4.mlp.up_proj.weight", lambda _: torch.ones(2)),
@@ -159,9 +163,16 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     index.write_text(json.dumps({"weight_map": {"a": "../elsewhere.safetensors"}}))
     with pytest.raises(CheckpointError, match="not a file beside it"):
         Decoder.load(directory)
-    index.write_text("{}")
-    with pytest.raises(CheckpointError, match="not an index"):
-        Decoder.load(directory)
+    for shards, named in (({"a": 5}, "5"), ({"a": 5, "b": "x.safetensors"}, "5"), ({"a": [1]}, None)):
+        index.write_text(json.dumps({"weight_map": shards}))
+        with pytest.raises(
+            CheckpointError, match=f"names {named}, which is not a file" if named else "not an index"
+        ):
+            Decoder.load(directory)
+    for text in ("{}", "[" * 200_000):
+        index.write_text(text)
+        with pytest.raises(CheckpointError, match="not an index"):
+            Decoder.load(directory)
     with pytest.raises(CheckpointError, match="neither a checkpoint directory nor a Hugging Face id"):
         Decoder.load(directory / "absent")
 

@@ -276,6 +276,23 @@ def test_a_result_that_has_no_place_is_refused_before_the_work(
     assert f"--json is {tmp_path}" in told.err
 
 
+@pytest.mark.parametrize("command", ["eval", "bench", "inspect"])
+def test_a_result_does_not_overwrite_what_is_read(
+    command: str, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, manifest = tmp_path / "text.txt", bundle / "manifest.json"
+    text.write_text("kept")
+    before = manifest.read_bytes()
+    more = ["--data", str(text)] if command == "eval" else []
+    for path in (manifest, bundle / "new.json", *([text] if more else [])):
+        assert run([command, str(bundle), *more, "--json", str(path)]) == 2
+        told = capsys.readouterr()
+        assert (told.out, told.err.count("\n")) == ("", 1)
+        assert f"--json is {path}, which is " in told.err
+    assert (text.read_text(), manifest.read_bytes()) == ("kept", before)
+    assert not (bundle / "new.json").exists()
+
+
 def test_inspect_prints_and_writes(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["inspect", str(bundle), "--json", str(tmp_path / "bundle.json")]) == 0
     assert "block_1" in capsys.readouterr().out

@@ -177,3 +177,121 @@ def test_unfinished_work_where_nothing_can_be_written_is_refused_before_anything
     assert f"Unfinished work is to be kept in {tmp_path / work}, and nothing can be written in" in told
     assert (tmp_path / "file").read_text() == "here already"
     assert list((tmp_path / "locked").iterdir()) == []
+
+
+def no_utf8(folder: Path) -> Path:
+    """A file whose name is no UTF-8."""
+    path = Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.txt"))
+    try:
+        path.write_text(some_text())
+    except OSError:
+        pytest.skip("this file system has UTF-8 names alone")
+    return path
+
+
+@pytest.mark.parametrize("option", ["MODEL", "--data", "--out", "--work"])
+def test_names_that_are_no_utf8(
+    model: Path, text: Path, tmp_path: Path, option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    odd = no_utf8(tmp_path)
+    named: dict[str, Path] = {
+        "MODEL": model,
+        "--data": text,
+        "--out": tmp_path / "b",
+        "--work": tmp_path / "w",
+    }
+    named[option] = odd
+    words = calibrate_words(named["MODEL"], named["--data"], named["--out"], "--work", str(named["--work"]))
+    told = refusal(words, capsys)
+    assert told.startswith(f"{option} is ")
+    assert "caf\\udce9.txt, a name with bytes that are no UTF-8" in told
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("option", ["BUNDLE", "--data"])
+def test_names_that_are_no_utf8_are_not_evaluated(
+    model: Path, text: Path, tmp_path: Path, option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    named = {"BUNDLE": str(model), "--data": str(text)} | {option: str(no_utf8(tmp_path))}
+    told = refusal(["eval", named["BUNDLE"], "--data", named["--data"], "--device", "cpu"], capsys)
+    assert told.startswith(f"{option} is ")
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (
+            ("--seed", "18446744073709551616"),
+            "The seed is 18446744073709551616; give a whole number from 0 to",
+        ),
+        (
+            ("--group-size", "1000000"),
+            "group size is 1000000, and no layer of the model has more than 48 inputs",
+        ),
+    ],
+)
+def test_numbers_that_are_too_large(
+    model: Path,
+    text: Path,
+    tmp_path: Path,
+    more: tuple[str, ...],
+    says: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert says in refusal(calibrate_words(model, text, tmp_path / "b", *more), capsys)
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("out", ["b" * 240, "/proc/bundle"])
+def test_a_bundle_that_could_not_be_written_is_refused_before_anything_is_read(
+    model: Path,
+    text: Path,
+    tmp_path: Path,
+    out: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if not Path(out).parent.is_dir():
+        pytest.skip("no such place on this system")
+    monkeypatch.setattr("exeunt.calibration.task.read_corpus", pytest.fail)
+    told = refusal(calibrate_words(model, text, tmp_path / out), capsys)
+    assert told.startswith("--out is ")
+    assert "another" in told
+    assert list(tmp_path.iterdir()) == [text]
+
+
+def test_unfinished_work_in_a_folder_of_something_else(
+    model: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "holiday.png").write_bytes(b"x")
+    monkeypatch.setattr("exeunt.calibration.task.read_corpus", pytest.fail)
+    words = calibrate_words(model, text, tmp_path / "b", "--work", str(tmp_path / "photos"))
+    assert "holds something else than unfinished work" in refusal(words, capsys)
+    assert (tmp_path / "photos" / "holiday.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (("--window", "5000"), "window of 5000 tokens is longer than the model's context; give at most 96"),
+        (("--stride", "33", "--window", "32"), "stride of 33 tokens is longer than the window of 32"),
+        (("--stride", "100"), "stride of 100 tokens is longer than the window of 96"),
+        (("--seed", "2147483648"), "The seed is 2147483648"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_wrong_usage_before_the_weights_are_read(
+    model: Path,
+    text: Path,
+    more: tuple[str, ...],
+    says: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("exeunt.deploy.preparation.load_to_measure", pytest.fail)
+    told = refusal(["eval", str(model), "--data", str(text), "--device", "cpu", *more], capsys)
+    assert says in told

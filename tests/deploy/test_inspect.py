@@ -307,6 +307,40 @@ def test_the_second_risk_has_a_table_of_its_own(bundle: Bundle) -> None:
     assert "0.9312" in text  # the first risk's table is there as before
 
 
+def test_shares_near_all_are_numbers_that_people_read(bundle: Bundle) -> None:
+    (entry,) = bundle.manifest.risk_table
+    failed, certified = entry.targets
+    for share, shown in ((0.994, "99 %"), (0.995, "99.5 %"), (0.998, "99.8 %"), (1.0, "100 %")):
+        targets = (failed, certified.model_copy(update={"exit_rate": share}))
+        table = (entry.model_copy(update={"targets": targets, "confidence": 0.999}),)
+        text = _printed(Bundle(bundle.path, bundle.manifest.model_copy(update={"risk_table": table})))
+        assert f"0.9312 ({shown})" in text
+        assert "certified at 99.9%" in text
+
+
+def test_what_a_terminal_would_obey_is_shown_and_markup_is_words(bundle: Bundle) -> None:
+    evil, shown = "\x1b]0;t\x07[red]\u202e\x9b2J\r\n\udc9b", r"\x1b]0;t\x07[red]\u202e\x9b2J\r\n\udc9b"
+    manifest = bundle.manifest
+    (entry,) = manifest.risk_table
+    assert manifest.calibration is not None
+    failed = entry.targets[0].model_copy(update={"reason": f"5{evil}"})
+    changed = manifest.model_copy(
+        update={
+            "base_model": manifest.base_model.model_copy(update={"name": f"0{evil}"}),
+            "versions": {f"1{evil}": "2"},
+            "calibration": manifest.calibration.model_copy(update={"data": f"2{evil}", "origin": f"3{evil}"}),
+            "exits": tuple(each.model_copy(update={"name": f"4{evil}"}) for each in manifest.exits),
+            "risk_table": (entry.model_copy(update={"targets": (failed,)}),),
+            "evaluation": tuple(each.model_copy(update={"name": f"6{evil}"}) for each in manifest.evaluation),
+            "files": {f"7{evil}": record for record in manifest.files.values()},
+        }
+    )
+    text = _printed(Bundle(bundle.path, changed), 300)
+    for number in range(8):
+        assert f"{number}{shown}" in text
+    assert all(each.isprintable() for line in text.split("\n") for each in line)
+
+
 def test_the_json_form_holds_the_same(bundle: Bundle) -> None:
     described = json.loads(json.dumps(describe(bundle)))
     assert described["manifest"]["risk_table"][0]["targets"][1]["threshold"] == 0.9312

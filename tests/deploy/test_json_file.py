@@ -113,3 +113,58 @@ def test_a_pipe_is_written_to_and_not_replaced(tmp_path: Path) -> None:
     reader.join(10)
     assert json.loads(read[0]) == [3]
     assert stat.S_ISFIFO(pipe.stat().st_mode)
+
+
+def test_a_models_folder_is_not_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = tmp_path / "bundle"
+    (bundle / "deep").mkdir(parents=True)
+    manifest = bundle / "manifest.json"
+    manifest.write_text("kept")
+    (tmp_path / "link").symlink_to(bundle)
+    (tmp_path / "file").symlink_to(manifest)
+    (tmp_path / "hard").hardlink_to(manifest)
+    monkeypatch.chdir(tmp_path)
+    for model in ("bundle", "bundle/", bundle, "link"):
+        for path in (
+            "bundle/manifest.json",
+            "link/new.json",
+            "bundle/deep/x.json",
+            "file",
+            "hard",
+            "./bundle/x",
+        ):
+            with pytest.raises(
+                UsageError, match=r"--json is .*, which is in the model's folder .*; give a file"
+            ):
+                JSONFile.checked(Path(path), model=model)
+    assert manifest.read_text() == "kept"
+    assert list((bundle / "deep").iterdir()) == []
+    for model in ("bundle", "owner/name", "http://127.0.0.1:1"):
+        JSONFile.checked(Path("bundle.json"), model=model)
+
+
+def test_the_text_that_is_read_is_not_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = tmp_path / "texts" / "t.txt"
+    text.parent.mkdir()
+    text.write_text("kept")
+    (tmp_path / "link").symlink_to(text)
+    for path, data in (
+        ("texts/t.txt", "texts/t.txt"),
+        ("link", str(text)),
+        (str(text), "link"),
+        ("texts/t.txt", "texts"),
+        ("texts/new.txt", "texts"),
+    ):
+        with pytest.raises(
+            UsageError, match=r"--json is .*, which is one of the texts of --data .*; give another"
+        ):
+            JSONFile.checked(Path(path), data=data)
+    assert text.read_text() == "kept"
+    for path, data in (
+        ("texts/result.json", "texts"),
+        ("t.json", "hf:owner/name"),
+        ("t.json", "texts/t.txt"),
+    ):
+        JSONFile.checked(Path(path), data=data)
+    JSONFile.checked(Path("/dev/stdout"), data="/dev/stdin")
