@@ -42,11 +42,18 @@ def read_documents(source: str, separator: str | None) -> Documents:
     """
     if source.startswith(HUB_PREFIX):
         return Documents(_hub_documents(source.removeprefix(HUB_PREFIX)), rows=True)
+    check_there(source)
     path = Path(source).expanduser()
     if path.is_dir():
         return Documents(list(_folder_documents(path, separator)), rows=False)
-    if path.is_file():
-        return Documents(_file_documents(path, separator), rows=_is_jsonl(path))
+    return Documents(_file_documents(path, separator), rows=_is_jsonl(path))
+
+
+def check_there(source: str) -> None:
+    """Raise CorpusError where `source` is nothing that could be read; a data set of the hub is not asked for."""
+    path = Path(source).expanduser()
+    if source.startswith(HUB_PREFIX) or path.is_dir() or path.is_file():
+        return
     if path.exists():
         raise CorpusError(f"{path} is {_NOT_REGULAR}.")
     raise CorpusError(

@@ -46,6 +46,7 @@ def evaluate(
     """Measure perplexity, KL, agreement, depth and speed of every mode on a text."""
     log_from(log_level)
     target = json_target(json_file, model=bundle, data=data)
+    from exeunt.calibration.documents import check_there
     from exeunt.calibration.evaluate import EvaluationOptions
     from exeunt.calibration.option_limits import check_names
     from exeunt.calibration.progress import watched_progress
@@ -54,6 +55,7 @@ def evaluate(
     from exeunt.deploy.preparation import load_to_measure
 
     check_names({"BUNDLE": bundle, "--data": data})
+    check_there(data)  # before a model is loaded for nothing
     options = EvaluationOptions(tokens=tokens, window=window, stride=stride, seed=seed, generate=generate)
     if (folder := find_folder(bundle)) is not None:
         options.check_for(folder)

@@ -46,6 +46,7 @@ _REQUIREMENTS: Final = {
     "int_from_float": "it must be a whole number",
     "float_parsing": "it must be a number",
     "bool_parsing": "it must be true or false",
+    "extra_forbidden": "there is no such field; the fields are those of `compression` in POST /generate",
     "string_pattern_mismatch": "it must be auto, cpu, cuda or cuda:N",  # there is one pattern, the device's
 }
 """What a value must be, where pydantic's own words are not for users."""
