@@ -55,10 +55,10 @@ def evaluate(
     from exeunt.deploy.preparation import load_to_measure
 
     check_names({"BUNDLE": bundle, "--data": data})
-    check_there(data)  # before a model is loaded for nothing
     options = EvaluationOptions(tokens=tokens, window=window, stride=stride, seed=seed, generate=generate)
     if (folder := find_folder(bundle)) is not None:
         options.check_for(folder)
+        check_there(data)  # before a model is loaded for nothing
 
     with interruptible() as interruption:
         model = load_to_measure(bundle, device, InterruptibleProgress(watched_progress(), interruption))

@@ -1,21 +1,18 @@
 """What a calibration costs: that memory is really watched, that sums are right, and lines through what is measured."""
 
-import gc
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import typer
 
 from exeunt.calibration.memory_plan import batch_token_bytes, block_bytes, full_batch_tokens
-from exeunt.calibration.options import CalibrationOptions
-from exeunt.calibration.presets import PRESETS
-from exeunt.calibration.progress import ProgressReport
 from exeunt.calibration.weight_check import check_weights
 from exeunt.compression.checkpoint import open_checkpoint
 from exeunt.compression.checkpoint_names import linear_names
@@ -23,9 +20,8 @@ from exeunt.compression.model import load_tokenizer
 from exeunt.deploy import packaged_model
 from exeunt.kernels.int4_linear import quantize
 from scripts.bench_calibration import __main__ as command
-from scripts.bench_calibration import point
 from scripts.bench_calibration.arithmetic import SHAPES, int4_bytes, needs
-from scripts.bench_calibration.point import STATUS, Point, measured
+from scripts.bench_calibration.point import STATUS, Point
 from scripts.bench_calibration.random_model import Size, write_model
 
 GIB = 2**30
@@ -118,31 +114,14 @@ def test_growth_is_that_of_the_peak_beyond_the_beginning() -> None:
 
 
 @pytest.mark.skipif(not STATUS.exists(), reason="needs Linux's account of a process's memory")
-def test_the_memory_of_every_phase_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[CalibrationOptions] = []
-
-    def calibrates(options: CalibrationOptions, progress: ProgressReport) -> Path:
-        asked.append(options)
-        with progress.phase("step 1 of 3: Small", 1) as advance:
-            advance(1)
-        with progress.phase("step 2 of 3: Large", 1):
-            held = np.ones(64 * MIB, dtype=np.uint8)
-        assert held[-1] == 1  # still there when the phase ends, and looked at then at the latest
-        del held
-        with progress.phase("step 3 of 3: Small again", 1):
-            pass
-        options.out.mkdir()
-        (options.out / "weights").write_bytes(b"1234")
-        return options.out
-
-    monkeypatch.setattr(point, "calibrate", calibrates)
-    wanted = Point("model", "text", 3000, 2000, 128, 512, stream_weights=True, journal=True, brief=True)
-    gc.collect()  # what earlier tests left would be freed while this one is watched
-    found = measured(wanted)
-    (options,) = asked
-    assert (options.tokens, options.stream_weights, options.batch_tokens) == (3000, True, 512)
-    assert options.work is not None
-    assert options.head == PRESETS["quick"]["head"]
+def test_the_memory_of_every_phase_is_seen() -> None:
+    watched = [sys.executable, "-m", "tests.scripts.watched_calibration"]
+    said = subprocess.run(watched, cwd=command.ROOT, capture_output=True, text=True, check=True, timeout=120)
+    told = json.loads(said.stdout)
+    assert told["options"] == [3000, True, 512]
+    assert told["work"]
+    assert told["quick"]
+    found = told["found"]
     peaks = {each["phase"]: each["peak"]["anonymous"] for each in found["phases"]}
     named = ("Small", "after small", "Large", "after large", "Small again", "after small again")
     assert tuple(peaks) == ("beginning", *named)
