@@ -22,6 +22,33 @@ def bias_of(dtype):
     return {"bf16": 128.0, "fp16": 1024.0, "fp32": 16.0}[dtype.name]
 
 
+@triton.constexpr_function
+def _unpacking(dtype, ones):
+    """The instructions that make numbers of four bytes, and with `ones` as many ones."""
+    exponents, one = {"bf16": ("0x43434343", "0x3F803F80"), "fp16": ("0x64646464", "0x3C003C00")}[dtype.name]
+    source = "$6" if ones else "$4"
+    text = f"""{{
+            .reg .b32 lows, highs;
+            and.b32 lows, {source}, 0x0F0F0F0F;
+            shr.u32 highs, {source}, 4;
+            and.b32 highs, highs, 0x0F0F0F0F;
+            prmt.b32 $0, lows, {exponents}, 0x4140;
+            prmt.b32 $1, lows, {exponents}, 0x4342;
+            prmt.b32 $2, highs, {exponents}, 0x4140;
+            prmt.b32 $3, highs, {exponents}, 0x4342;
+"""
+    if ones:
+        text += f"""            mov.b32 $4, {one};
+            mov.b32 $5, {one};
+"""
+    return text + "            }"
+
+
+@triton.constexpr_function
+def _as_many(dtype, count):
+    return (dtype,) * count
+
+
 @triton.jit
 def numbers(packed, DTYPE: tl.constexpr):
     """BIAS + code, in DTYPE and exact, of the low and of the high nibbles of bytes.
@@ -31,39 +58,12 @@ def numbers(packed, DTYPE: tl.constexpr):
     """
     if INTERPRETED or tl.float32 == DTYPE:
         low, high = _plainly(packed, DTYPE)
-    elif tl.bfloat16 == DTYPE:
-        low, high = tl.inline_asm_elementwise(
-            """{
-            .reg .b32 lows, highs;
-            and.b32 lows, $4, 0x0F0F0F0F;
-            shr.u32 highs, $4, 4;
-            and.b32 highs, highs, 0x0F0F0F0F;
-            prmt.b32 $0, lows, 0x43434343, 0x4140;
-            prmt.b32 $1, lows, 0x43434343, 0x4342;
-            prmt.b32 $2, highs, 0x43434343, 0x4140;
-            prmt.b32 $3, highs, 0x43434343, 0x4342;
-            }""",
-            "=r,=r,=r,=r,r",
-            [packed],
-            dtype=(tl.bfloat16, tl.bfloat16),
-            is_pure=True,
-            pack=4,
-        )
     else:
         low, high = tl.inline_asm_elementwise(
-            """{
-            .reg .b32 lows, highs;
-            and.b32 lows, $4, 0x0F0F0F0F;
-            shr.u32 highs, $4, 4;
-            and.b32 highs, highs, 0x0F0F0F0F;
-            prmt.b32 $0, lows, 0x64646464, 0x4140;
-            prmt.b32 $1, lows, 0x64646464, 0x4342;
-            prmt.b32 $2, highs, 0x64646464, 0x4140;
-            prmt.b32 $3, highs, 0x64646464, 0x4342;
-            }""",
+            _unpacking(DTYPE, False),
             "=r,=r,=r,=r,r",
             [packed],
-            dtype=(tl.float16, tl.float16),
+            dtype=_as_many(DTYPE, 2),
             is_pure=True,
             pack=4,
         )
@@ -80,43 +80,12 @@ def numbers_and_ones(packed, first, second, DTYPE: tl.constexpr):
     if INTERPRETED or tl.float32 == DTYPE:
         low, high = _plainly(packed, DTYPE)
         ones = (packed.to(tl.float32) * 0.0 + 1.0).to(DTYPE)
-    elif tl.bfloat16 == DTYPE:
-        low, high, ones = tl.inline_asm_elementwise(
-            """{
-            .reg .b32 lows, highs;
-            and.b32 lows, $6, 0x0F0F0F0F;
-            shr.u32 highs, $6, 4;
-            and.b32 highs, highs, 0x0F0F0F0F;
-            prmt.b32 $0, lows, 0x43434343, 0x4140;
-            prmt.b32 $1, lows, 0x43434343, 0x4342;
-            prmt.b32 $2, highs, 0x43434343, 0x4140;
-            prmt.b32 $3, highs, 0x43434343, 0x4342;
-            mov.b32 $4, 0x3F803F80;
-            mov.b32 $5, 0x3F803F80;
-            }""",
-            "=r,=r,=r,=r,=r,=r,r,r,r,r,r,r,r,r,r",
-            [packed, first, second],
-            dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16),
-            is_pure=True,
-            pack=4,
-        )
     else:
         low, high, ones = tl.inline_asm_elementwise(
-            """{
-            .reg .b32 lows, highs;
-            and.b32 lows, $6, 0x0F0F0F0F;
-            shr.u32 highs, $6, 4;
-            and.b32 highs, highs, 0x0F0F0F0F;
-            prmt.b32 $0, lows, 0x64646464, 0x4140;
-            prmt.b32 $1, lows, 0x64646464, 0x4342;
-            prmt.b32 $2, highs, 0x64646464, 0x4140;
-            prmt.b32 $3, highs, 0x64646464, 0x4342;
-            mov.b32 $4, 0x3C003C00;
-            mov.b32 $5, 0x3C003C00;
-            }""",
+            _unpacking(DTYPE, True),
             "=r,=r,=r,=r,=r,=r,r,r,r,r,r,r,r,r,r",
             [packed, first, second],
-            dtype=(tl.float16, tl.float16, tl.float16),
+            dtype=_as_many(DTYPE, 3),
             is_pure=True,
             pack=4,
         )

@@ -270,10 +270,12 @@ def rounded(value, DTYPE: tl.constexpr):
 @triton.jit
 def added_product(left, right, sums):
     """Return sums + left × right, in float32."""
-    if INTERPRETED:
-        left = left.to(tl.float32)
-        right = right.to(tl.float32)
-    return tl.dot(left, right, sums, input_precision="ieee")
+    if INTERPRETED:  # NumPy's order of adding depends on the shapes: in float64 that is lost in the rounding
+        wide = tl.dot(left.to(tl.float64), right.to(tl.float64), out_dtype=tl.float64)
+        result = sums + wide.to(tl.float32)
+    else:
+        result = tl.dot(left, right, sums, input_precision="ieee")
+    return result
 
 
 @triton.jit

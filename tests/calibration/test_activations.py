@@ -11,7 +11,10 @@ import torch
 from exeunt.calibration.activations import Scratch
 from exeunt.calibration.errors import CalibrationError
 
-needs_reservation = pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="reserves no blocks")
+needs_reservation = pytest.mark.skipif(
+    not hasattr(os, "posix_fallocate"),
+    reason="this platform cannot reserve disk space for a file (posix_fallocate)",
+)
 
 
 @needs_reservation

@@ -47,7 +47,7 @@ def test_json_is_not_taken_for_text(tmp_path: Path, name: str) -> None:
         read_documents(str(tmp_path / name), None)
 
 
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names")
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this platform has no named pipes (mkfifo)")
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("words")
     os.mkfifo(tmp_path / "b.txt")
