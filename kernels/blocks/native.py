@@ -18,6 +18,9 @@ from exeunt.kernels.paged_batch import PagedBatch
 
 ACTIVATION_CODES = {"silu": 0, "gelu_new": 1, "gelu_pytorch_tanh": 1, "gelu": 2, "relu": 3}
 
+TILE_TOKENS = 256
+"""Tokens that pass a part of a block together: what lies between its operations then stays in the caches."""
+
 _pointer, _long = ctypes.c_void_p, ctypes.c_int64
 
 
@@ -160,8 +163,10 @@ class NativeBlocks:
                 f"the rotation is {list(rotation.shape)} {rotation.dtype}, expected dense [positions, 2, "
                 f"{shape.head_dim}] {dtype} with at least {batch.max_context} positions"
             )
-        mixed = max(shape.heads * shape.head_dim, shape.inner)
-        scratch = torch.empty(tokens * (2 * shape.hidden + self.widest + mixed), dtype=dtype)
+        queries = shape.heads * shape.head_dim
+        projected = queries + 2 * shape.kv_heads * shape.head_dim
+        of_a_tile = 2 * shape.hidden + max(queries, shape.inner) + self.widest
+        scratch = torch.empty(tokens * projected + min(tokens, TILE_TOKENS) * of_a_tile, dtype=dtype)
         function(
             hidden.data_ptr(),
             tokens,
@@ -173,7 +178,7 @@ class NativeBlocks:
             slots.data_ptr(),
             None if rotation is None else rotation.data_ptr(),
             scratch.data_ptr(),
-            self.widest,
+            TILE_TOKENS,
             DTYPE_CODES[dtype],
             torch.get_num_threads(),
         )

@@ -87,84 +87,113 @@ int64_t matrix_product(const Matrix& m, const T* x, T* y, int64_t rows, int64_t 
   return first - from;
 }
 
+struct Tile {  // tokens that pass a part of a block together
+  int64_t first, count;
+};
+
+// A pass over a long text goes through a block in tiles of `tile` tokens, so that what lies between its operations
+// stays in the caches: first norm, projection and keys and values of all tiles, for a token attends to those of
+// others, then the rest of the block. A row's bits do not depend on its tile.
 template <class T>
 struct BlockRun {
   const BlockShape& shape;
   const Batch& batch;
   const int64_t* slots;
   const T* rotation;  // [positions, 2, head_dim]: cosines and signed sines; null without rotary embedding
-  int64_t tokens;
+  int64_t tokens, tile;
   int threads;
-  T *normed, *delta, *wide, *mixed;  // scratch: [tokens, hidden] twice, then the widest projections
+  T* qkv;                            // scratch [tokens, projected]
+  T *normed, *delta, *mixed, *wide;  // scratch of a tile: [hidden] twice, the larger of queries and inner, the widest
 
   BlockRun(const BlockShape& shape_, const Batch& batch_, const int64_t* slots_, const void* rotation_,
-           int64_t tokens_, int threads_, void* scratch, int64_t widest)
+           int64_t tokens_, int64_t tile_, int threads_, void* scratch)
       : shape(shape_), batch(batch_), slots(slots_), rotation((const T*)rotation_), tokens(tokens_),
-        threads(threads_), normed((T*)scratch), delta(normed + tokens * shape.hidden), wide(delta + tokens * shape.hidden), mixed(wide + tokens * widest) {}
+        tile(tile_ < tokens_ ? tile_ : tokens_), threads(threads_), qkv((T*)scratch),
+        normed(qkv + tokens * projected()), delta(normed + tile * shape.hidden), mixed(delta + tile * shape.hidden),
+        wide(mixed + tile * (queries() > shape.inner ? queries() : shape.inner)) {}
+
+  int64_t queries() const { return shape.heads * shape.head_dim; }
+  int64_t keys() const { return shape.kv_heads * shape.head_dim; }
+  int64_t projected() const { return queries() + 2 * keys(); }
 
   template <class Body>
-  void each_row(int64_t width, const Body& body) const {
-    share(tokens, tokens * width >= SHARED_ROW_VALUES ? threads : 1, 16, [&](int64_t first, int64_t last) {
+  void each_tile(const Body& body) const {
+    for (int64_t first = 0; first < tokens; first += tile)
+      body(Tile{first, first + tile < tokens ? tile : tokens - first});
+  }
+
+  template <class Body>
+  void each_row(Tile at, int64_t width, const Body& body) const {  // rows counted within the tile
+    share(at.count, at.count * width >= SHARED_ROW_VALUES ? threads : 1, 16, [&](int64_t first, int64_t last) {
       for (int64_t t = first; t < last; t++) body(t);
     });
   }
 
-  int64_t linear(const Matrix& m, const T* x, T* y, int64_t first = 0) const {
-    return matrix_product(m, x, y, tokens, first, threads);
+  int64_t linear(Tile at, const Matrix& m, const T* x, T* y, int64_t first = 0) const {
+    return matrix_product(m, x, y, at.count, first, threads);
   }
 
-  void norm(const NormWeights& weights, const T* x, T* y) const {
+  void norm(Tile at, const NormWeights& weights, const T* hidden) const {
     const int64_t n = shape.hidden;
-    each_row(n, [&](int64_t t) {
+    const T* x = hidden + at.first * n;
+    each_row(at, n, [&](int64_t t) {
       if (shape.layer_norm)
-        layer_norm(y + t * n, x + t * n, (const T*)weights.weight, (const T*)weights.bias, n, float(shape.eps));
+        layer_norm(normed + t * n, x + t * n, (const T*)weights.weight, (const T*)weights.bias, n, float(shape.eps));
       else
-        rms_norm(y + t * n, x + t * n, (const T*)weights.weight, 1, n, n, float(shape.eps));
+        rms_norm(normed + t * n, x + t * n, (const T*)weights.weight, 1, n, n, float(shape.eps));
     });
   }
 
-  void add(T* hidden) const {
+  void add(Tile at, T* hidden) const {
     const int64_t n = shape.hidden;
-    each_row(n, [&](int64_t t) {
-      for (int64_t i = t * n, end = i + n; i < end; i += LANES) {
-        const int count = vector_at(i, end);
-        store(hidden + i, load(hidden + i, count) + load(delta + i, count), count);
+    each_row(at, n, [&](int64_t t) {
+      T* state = hidden + (at.first + t) * n;
+      for (int64_t i = 0; i < n; i += LANES) {
+        const int count = vector_at(i, n);
+        store(state + i, load(state + i, count) + load(delta + t * n + i, count), count);
       }
     });
   }
 
   // Norms and turns `heads` heads of each token; `heads_norm` are their weights or null.
-  void turn(T* x, int64_t heads, int64_t stride, const T* heads_norm) const {
+  void turn(Tile at, T* x, int64_t heads, int64_t stride, const T* heads_norm) const {
     const int64_t n = shape.head_dim;
-    each_row(heads * n, [&](int64_t t) {
+    each_row(at, heads * n, [&](int64_t t) {
       T* token = x + t * stride;
       if (heads_norm)
         for (int64_t h = 0; h < heads; h++)
           rms_norm(token + h * n, token + h * n, heads_norm + h * n, 1, n, n, float(shape.eps));
       if (rotation) {
-        const T* table = rotation + batch.positions[t] * 2 * n;
+        const T* table = rotation + batch.positions[at.first + t] * 2 * n;
         rotate_heads(token, table, table + n, heads, n);
       }
     });
   }
 
-  void attend(const BlockParts& block, const Pages& pages, T* qkv) const {
-    const int64_t n = shape.head_dim, queries = shape.heads * n, keys = shape.kv_heads * n;
-    const int64_t stride = queries + 2 * keys;
-    turn(qkv, shape.heads + shape.kv_heads, stride, (const T*)block.head_norm);
-    write_kv(pages, qkv + queries, qkv + queries + keys, stride, stride, slots, tokens, threads);
-    if (pages.int4())
-      paged_attention<Int4Pages>(pages, batch, qkv, stride, mixed, tokens, shape.heads, float(block.scale),
-                                 block.window, threads);
-    else
-      paged_attention<FullPages<T>>(pages, batch, qkv, stride, mixed, tokens, shape.heads, float(block.scale),
-                                    block.window, threads);
+  void write(Tile at, const Pages& pages, const T* x, int64_t stride) const {
+    write_kv(pages, x, x + keys(), stride, stride, slots + at.first, at.count, threads);
   }
 
-  void activate(const T* up) const {
+  void project(Tile at, const BlockParts& block, const Pages& pages, const T* hidden) const {
+    T* x = qkv + at.first * projected();
+    norm(at, block.attention_norm, hidden);
+    linear(at, block.qkv, normed, x);
+    turn(at, x, shape.heads + shape.kv_heads, projected(), (const T*)block.head_norm);
+    write(at, pages, x + queries(), projected());
+  }
+
+  void attend(Tile at, const BlockParts& block, const Pages& pages) const {
+    const Queries<T> asked{qkv, projected(), shape.heads, at.first, at.count};
+    if (pages.int4())
+      paged_attention<Int4Pages>(pages, batch, asked, mixed, float(block.scale), block.window, threads);
+    else
+      paged_attention<FullPages<T>>(pages, batch, asked, mixed, float(block.scale), block.window, threads);
+  }
+
+  void activate(Tile at) const {
     const int64_t n = shape.inner, stride = shape.gated ? 2 * n : n;
-    each_row(n, [&](int64_t t) {
-      const T* x = up + t * stride;
+    each_row(at, n, [&](int64_t t) {
+      const T* x = wide + t * stride;
       T* y = mixed + t * n;
       for (int64_t i = 0; i < n; i += LANES) {
         const int count = vector_at(i, n);
@@ -176,31 +205,35 @@ struct BlockRun {
 
   void run(const BlockParts& block, const Pages* pages, T* hidden) const {
     if (block.is_linear_map) {
-      linear(block.qkv, hidden, wide);
-      linear(block.out, wide, delta);
-      add(hidden);
+      each_tile([&](Tile at) {
+        linear(at, block.qkv, hidden + at.first * shape.hidden, wide);
+        linear(at, block.out, wide, delta);
+        add(at, hidden);
+      });
       return;
     }
-    norm(block.attention_norm, hidden, normed);
-    linear(block.qkv, normed, wide);
-    attend(block, *pages, wide);
-    linear(block.out, mixed, delta);
-    add(hidden);
-    norm(block.mlp_norm, hidden, normed);
-    linear(block.up, normed, wide);
-    activate(wide);
-    linear(block.down, mixed, delta);
-    add(hidden);
+    each_tile([&](Tile at) { project(at, block, *pages, hidden); });
+    each_tile([&](Tile at) {
+      attend(at, block, *pages);
+      linear(at, block.out, mixed, delta);
+      add(at, hidden);
+      norm(at, block.mlp_norm, hidden);
+      linear(at, block.up, normed, wide);
+      activate(at);
+      linear(at, block.down, mixed, delta);
+      add(at, hidden);
+    });
   }
 
   // Only the keys and values that the block makes of `hidden`; a linear map has none.
   void project_kv(const BlockParts& block, const Pages* pages, const T* hidden) const {
     if (block.is_linear_map) return;
-    const int64_t n = shape.head_dim, keys = shape.kv_heads * n, queries = shape.heads * n;
-    norm(block.attention_norm, hidden, normed);
-    const int64_t skipped = linear(block.qkv, normed, wide, queries), stride = skipped + 2 * keys;
-    const T* heads_norm = (const T*)block.head_norm;
-    turn(wide + skipped, shape.kv_heads, stride, heads_norm ? heads_norm + queries : nullptr);
-    write_kv(*pages, wide + skipped, wide + skipped + keys, stride, stride, slots, tokens, threads);
+    each_tile([&](Tile at) {
+      norm(at, block.attention_norm, hidden);
+      const int64_t skipped = linear(at, block.qkv, normed, wide, queries()), stride = skipped + 2 * keys();
+      const T* heads_norm = (const T*)block.head_norm;
+      turn(at, wide + skipped, shape.kv_heads, stride, heads_norm ? heads_norm + queries() : nullptr);
+      write(at, *pages, wide + skipped, stride);
+    });
   }
 };

@@ -49,12 +49,11 @@ EXPORTED void exeunt_paged_attention(void* out, const void* queries, const Pages
                             int dtype, int threads) {
   with_dtype(dtype, [&](auto* kind) {
     using T = std::remove_pointer_t<decltype(kind)>;
+    const Queries<T> asked{(const T*)queries, query_stride, heads, 0, tokens};
     if (pages->int4())
-      paged_attention<Int4Pages>(*pages, *batch, (const T*)queries, query_stride, (T*)out, tokens, heads, scale,
-                                 window, threads);
+      paged_attention<Int4Pages>(*pages, *batch, asked, (T*)out, scale, window, threads);
     else
-      paged_attention<FullPages<T>>(*pages, *batch, (const T*)queries, query_stride, (T*)out, tokens, heads,
-                                    scale, window, threads);
+      paged_attention<FullPages<T>>(*pages, *batch, asked, (T*)out, scale, window, threads);
   });
 }
 
@@ -110,14 +109,15 @@ EXPORTED void exeunt_full_linear(void* y, const void* x, const void* weight, con
 }
 
 // hidden [tokens, hidden] is replaced by the state behind `count` blocks; rotation is null without rotary embedding,
-// else [positions, 2, head_dim] cosines and signed sines; scratch holds per token twice the hidden
-// size, `widest` values and as many as the larger of the queries and the inner size.
+// else [positions, 2, head_dim] cosines and signed sines. Tokens pass in tiles of at most `tile`. Scratch holds each
+// token's queries, keys and values, then for each token of the largest tile twice the hidden size, the larger of the
+// queries and the inner size, and the widest projection.
 EXPORTED void exeunt_run_blocks(void* hidden, int64_t tokens, const BlockShape* shape, const BlockParts* blocks,
                                 const Pages* const* pages, int64_t count, const Batch* batch, const int64_t* slots,
-                                const void* rotation, void* scratch, int64_t widest, int dtype, int threads) {
+                                const void* rotation, void* scratch, int64_t tile, int dtype, int threads) {
   with_dtype(dtype, [&](auto* kind) {
     using T = std::remove_pointer_t<decltype(kind)>;
-    const BlockRun<T> work(*shape, *batch, slots, rotation, tokens, threads, scratch, widest);
+    const BlockRun<T> work(*shape, *batch, slots, rotation, tokens, tile, threads, scratch);
     for (int64_t b = 0; b < count; b++) work.run(blocks[b], pages[b], (T*)hidden);
   });
 }
@@ -125,10 +125,10 @@ EXPORTED void exeunt_run_blocks(void* hidden, int64_t tokens, const BlockShape* 
 // Writes the keys and values that `count` blocks make of hidden [tokens, hidden]; scratch as above.
 EXPORTED void exeunt_project_kv(const void* hidden, int64_t tokens, const BlockShape* shape, const BlockParts* blocks,
                                 const Pages* const* pages, int64_t count, const Batch* batch, const int64_t* slots,
-                                const void* rotation, void* scratch, int64_t widest, int dtype, int threads) {
+                                const void* rotation, void* scratch, int64_t tile, int dtype, int threads) {
   with_dtype(dtype, [&](auto* kind) {
     using T = std::remove_pointer_t<decltype(kind)>;
-    const BlockRun<T> work(*shape, *batch, slots, rotation, tokens, threads, scratch, widest);
+    const BlockRun<T> work(*shape, *batch, slots, rotation, tokens, tile, threads, scratch);
     for (int64_t b = 0; b < count; b++) work.project_kv(blocks[b], pages[b], (const T*)hidden);
   });
 }

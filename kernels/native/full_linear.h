@@ -12,6 +12,7 @@ constexpr int OUTPUT_TILE = 4;
 constexpr int FULL_ROW_TILE = LANES == 16 ? 4 : 2;
 constexpr int64_t SHARED_PRODUCTS = 1 << 20;      // multiplications from which threads pay: some 40 µs of one
 constexpr int64_t CACHED_ROW_BYTES = 128 << 10;   // of x that stay in the second-level cache while weights pass
+constexpr int64_t CACHED_WEIGHT_BYTES = 16 << 10;  // of weights that stay in the first-level cache while rows pass
 
 template <class T>
 struct Dot {
@@ -43,8 +44,22 @@ inline vf four_sums(const vf part[OUTPUT_TILE]) {
   return sums;
 }
 
-// Adds one step's products. All indices are constants once unrolled: the sums stay in registers.
-template <int ROWS, class T>
+// Lane 4 r + o of the result is the sum over the lanes of part[r][o]: the tree of four_sums, of all rows at once.
+inline vf tile_sums(const vf part[FULL_ROW_TILE][OUTPUT_TILE]) {
+  vf row[FULL_ROW_TILE];
+#pragma GCC unroll 4
+  for (int r = 0; r < FULL_ROW_TILE; r++)
+    row[r] = pair_sums(pair_sums(part[r][0], part[r][1]), pair_sums(part[r][2], part[r][3]));
+#if defined(EXEUNT_AVX512)
+  return pair_sums(pair_sums(row[0], row[1]), pair_sums(row[2], row[3]));
+#else
+  return pair_sums(row[0], row[1]);
+#endif
+}
+
+// Adds one step's products. All indices are constants once unrolled: the sums stay in registers. FETCH: the weights of
+// the tile after the next are asked for, which pays where few rows use each of them.
+template <int ROWS, bool FETCH, class T>
 inline __attribute__((always_inline)) void add_step(vf (&part)[ROWS][OUTPUT_TILE], const T* const* w, const T* x,
                                                     int64_t inputs, int64_t i, int n) {
   typedef Dot<T> D;
@@ -52,7 +67,7 @@ inline __attribute__((always_inline)) void add_step(vf (&part)[ROWS][OUTPUT_TILE
 #pragma GCC unroll 4
   for (int o = 0; o < OUTPUT_TILE; o++) {
     weights[o] = D::read(w[o] + i, n);
-    __builtin_prefetch(w[o] + i + 2 * OUTPUT_TILE * inputs, 0, 2);  // the tile after the next
+    if (FETCH) __builtin_prefetch(w[o] + i + 2 * OUTPUT_TILE * inputs, 0, 2);
 #if defined(EXEUNT_AVX512)
     asm("" : "+v"(weights[o]));  // or GCC loads it again for every row
 #endif
@@ -65,20 +80,18 @@ inline __attribute__((always_inline)) void add_step(vf (&part)[ROWS][OUTPUT_TILE
   }
 }
 
-// Rows x, x + inputs, … against the four outputs whose weights are w.
-template <int ROWS, class T>
-void four_outputs(const T* const w[OUTPUT_TILE], const T* x, int64_t inputs, vf out[ROWS]) {
+// The products of rows x, x + inputs, … with the four outputs whose weights are w, still in the lanes of `part`.
+template <int ROWS, bool FETCH, class T>
+inline __attribute__((always_inline)) void sum_products(vf (&part)[ROWS][OUTPUT_TILE], const T* const w[OUTPUT_TILE],
+                                                        const T* x, int64_t inputs) {
   constexpr int STEP = Dot<T>::STEP;
-  vf part[ROWS][OUTPUT_TILE];
 #pragma GCC unroll 4
   for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 4
     for (int o = 0; o < OUTPUT_TILE; o++) part[r][o] = vf{};
   int64_t i = 0;
-  for (; i + STEP <= inputs; i += STEP) add_step<ROWS>(part, w, x, inputs, i, STEP);
-  if (i < inputs) add_step<ROWS>(part, w, x, inputs, i, int(inputs - i));
-#pragma GCC unroll 4
-  for (int r = 0; r < ROWS; r++) out[r] = four_sums(part[r]);
+  for (; i + STEP <= inputs; i += STEP) add_step<ROWS, FETCH>(part, w, x, inputs, i, STEP);
+  if (i < inputs) add_step<ROWS, FETCH>(part, w, x, inputs, i, int(inputs - i));
 }
 
 template <class T>
@@ -88,24 +101,57 @@ struct FullLinear {
   const T* x;
   T* y;
 
-  template <int ROWS>
-  void write(int64_t row, int64_t first) const {
-    const int count = int(outputs - first < OUTPUT_TILE ? outputs - first : OUTPUT_TILE);
+  struct Outputs {
+    int64_t first;
+    int count;
     const T* w[OUTPUT_TILE];  // past the last output: the last one again, not stored
-    for (int o = 0; o < OUTPUT_TILE; o++) w[o] = weight + (first + (o < count ? o : count - 1)) * inputs;
-    vf out[ROWS];
-    four_outputs<ROWS>(w, x + row * inputs, inputs, out);
+  };
+
+  Outputs tile(int64_t number) const {
+    Outputs at;
+    at.first = number * OUTPUT_TILE;
+    at.count = int(outputs - at.first < OUTPUT_TILE ? outputs - at.first : OUTPUT_TILE);
+    for (int o = 0; o < OUTPUT_TILE; o++) at.w[o] = weight + (at.first + (o < at.count ? o : at.count - 1)) * inputs;
+    return at;
+  }
+
+  void put_sums(const float* sums, int64_t row, const Outputs& at) const {
+    T* out = y + row * outputs + at.first;
+    if (bias == nullptr && sizeof(T) == 4 && at.count == OUTPUT_TILE) {
+      memcpy((void*)out, sums, OUTPUT_TILE * sizeof(float));
+      return;
+    }
+    for (int o = 0; o < at.count; o++) put(out + o, bias ? sums[o] + to_float(bias[at.first + o]) : sums[o]);
+  }
+
+  template <int ROWS>
+  void write(int64_t row, const Outputs& at) const {
+    vf part[ROWS][OUTPUT_TILE];
+    sum_products<ROWS, true>(part, at.w, x + row * inputs, inputs);
     for (int r = 0; r < ROWS; r++) {
-      if (bias) out[r] += load(bias + first, count);
-      for (int o = 0; o < count; o++) put(y + (row + r) * outputs + first + o, out[r][o]);
+      const vf sums = four_sums(part[r]);
+      put_sums((const float*)&sums, row + r, at);
     }
   }
 
-  void write_rows(int64_t row, int64_t last, int64_t first) const {
-    for (; row + FULL_ROW_TILE <= last; row += FULL_ROW_TILE) write<FULL_ROW_TILE>(row, first);
-    if (last - row == 1) write<1>(row, first);
-    if (FULL_ROW_TILE > 2 && last - row == 2) write<2>(row, first);
-    if (FULL_ROW_TILE > 2 && last - row == 3) write<3>(row, first);
+  template <bool FETCH>
+  void write_tile(int64_t row, const Outputs& at) const {
+    vf part[FULL_ROW_TILE][OUTPUT_TILE];
+    sum_products<FULL_ROW_TILE, FETCH>(part, at.w, x + row * inputs, inputs);
+    const vf sums = tile_sums(part);
+    for (int r = 0; r < FULL_ROW_TILE; r++) put_sums((const float*)&sums + OUTPUT_TILE * r, row + r, at);
+  }
+
+  // Rows `row` to `last` - 1 against the tiles `from` to `to` - 1, whose weights stay near while the rows pass.
+  template <bool FETCH>
+  void write_rows(int64_t row, int64_t last, int64_t from, int64_t to) const {
+    for (; row + FULL_ROW_TILE <= last; row += FULL_ROW_TILE)
+      for (int64_t t = from; t < to; t++) write_tile<FETCH>(row, tile(t));
+    for (int64_t t = from; t < to; t++) {
+      if (last - row == 1) write<1>(row, tile(t));
+      if (FULL_ROW_TILE > 2 && last - row == 2) write<2>(row, tile(t));
+      if (FULL_ROW_TILE > 2 && last - row == 3) write<3>(row, tile(t));
+    }
   }
 };
 
@@ -113,16 +159,21 @@ template <class T>
 void full_linear(T* y, const T* x, int64_t rows, const T* weight, int64_t inputs, int64_t outputs, const T* bias,
                  int threads) {
   const FullLinear<T> work{weight, bias, inputs, outputs, x, y};
-  const int64_t tiles = (outputs + OUTPUT_TILE - 1) / OUTPUT_TILE;
-  int64_t together = CACHED_ROW_BYTES / int64_t(sizeof(T)) / inputs / FULL_ROW_TILE * FULL_ROW_TILE;
+  const int64_t tiles = (outputs + OUTPUT_TILE - 1) / OUTPUT_TILE, row_bytes = inputs * int64_t(sizeof(T));
+  int64_t together = CACHED_ROW_BYTES / row_bytes / FULL_ROW_TILE * FULL_ROW_TILE;
   if (together < 2 * FULL_ROW_TILE) together = 2 * FULL_ROW_TILE;
-  const bool parallel = rows * inputs * outputs >= SHARED_PRODUCTS;
+  int64_t near = CACHED_WEIGHT_BYTES / (row_bytes * OUTPUT_TILE);
+  near = near < 1 ? 1 : near;
+  const bool parallel = rows * inputs * outputs >= SHARED_PRODUCTS, many = rows > 2 * FULL_ROW_TILE && near > 1;
   const int64_t piece = rows <= together ? (tiles / (4 * threads) + 4) / 4 * 4 : 8;
   share(tiles, parallel ? threads : 1, piece, [&](int64_t first, int64_t last) {
-    // Few tiles at a time, so that their weights are still near when the next rows come.
-    for (int64_t from = first; from < last; from += 8)
-      for (int64_t row = 0; row < rows; row += together)
-        for (int64_t tile = from; tile < last && tile < from + 8; tile++)
-          work.write_rows(row, row + together < rows ? row + together : rows, tile * OUTPUT_TILE);
+    for (int64_t row = 0; row < rows; row += together)
+      for (int64_t from = first; from < last; from += near) {
+        const int64_t end = row + together < rows ? row + together : rows, to = from + near < last ? from + near : last;
+        if (many)
+          work.template write_rows<false>(row, end, from, to);
+        else
+          work.template write_rows<true>(row, end, from, to);
+      }
   });
 }

@@ -279,19 +279,24 @@ void attend_block(const KeyBlock& block, const Shape& shape, Head* heads, int64_
   if (count - g == 1) attend<KV, 1>(block, shape, heads + g);
 }
 
+template <class Q>
+struct Queries {  // of the batch's tokens `first` to `first` + `count` - 1
+  const Q* data;  // of all of the batch: [tokens, heads, head_dim] with `stride` elements between tokens
+  int64_t stride, heads, first, count;
+};
+
 template <class KV, class Q>
 struct Attention {
   const Pages& pages;
   const Batch& batch;
-  const Q* queries;  // [tokens, heads, head_dim] with query_stride elements between tokens
-  int64_t query_stride, heads;
-  Q* out;  // [tokens, heads, head_dim]
+  const Queries<Q>& queries;
+  Q* out;  // [count, heads, head_dim]
   float scale;
   int64_t window;
 
   // The query heads of `kv_head`, for tokens `token` to `token` + `count` - 1 of `row`.
   void attend_tokens(int64_t token, int64_t count, int64_t row, int64_t kv_head, AttentionScratch& scratch) const {
-    const int64_t n = pages.head_dim, group = heads / pages.kv_heads, all = count * group;
+    const int64_t heads = queries.heads, n = pages.head_dim, group = heads / pages.kv_heads, all = count * group;
     const int64_t width = n / KV::UNIT;
     const Shape shape{(width + LANES - 1) / LANES, width / LANES, int(width % LANES)};
     const int64_t vectors = shape.chunks * KV::UNIT;
@@ -302,7 +307,7 @@ struct Attention {
     Head* state = scratch.heads.data();
     for (int64_t i = 0; i < all; i++) {
       const int64_t t = token + i / group, h = kv_head * group + i % group, position = batch.positions[t];
-      state[i] = new_head<KV>(queries + t * query_stride + h * n, n, scale, scratch.queries.data() + i * vectors,
+      state[i] = new_head<KV>(queries.data + t * queries.stride + h * n, n, scale, scratch.queries.data() + i * vectors,
                               scratch.mixed.data() + i * vectors, vectors, scratch.ordered.data());
       state[i].first = position - window + 1 > 0 ? position - window + 1 : 0;
       state[i].last = position + 1;
@@ -317,7 +322,7 @@ struct Attention {
     bool finite = true;
     for (int64_t i = 0; i < all; i++)
       finite &= finish_head<KV>(state[i], n, vectors, scratch.ordered.data(),
-                                out + ((token + i / group) * heads + kv_head * group + i % group) * n);
+                                out + ((token - queries.first + i / group) * heads + kv_head * group + i % group) * n);
     // A value of a later token that is not finite has weight 0 for an earlier one, and 0 × NaN is NaN: each alone then.
     for (int64_t i = 0; !finite && count > 1 && i < count; i++) attend_tokens(token + i, 1, row, kv_head, scratch);
   }
@@ -337,18 +342,17 @@ struct Attention {
 };
 
 template <class KV, class Q>
-void paged_attention(const Pages& pages, const Batch& batch, const Q* queries, int64_t query_stride, Q* out,
-                     int64_t tokens, int64_t heads, float scale, int64_t window, int threads) {
-  const Attention<KV, Q> work{pages, batch, queries, query_stride, heads, out, scale, window};
-  const int64_t context = batch.max_context < window ? batch.max_context : window;
-  const int64_t tiles = (tokens + TOKEN_TILE - 1) / TOKEN_TILE;
-  const bool parallel = tokens * heads * context * pages.head_dim >= SHARED_SCORES;
-  share(tiles * pages.kv_heads, parallel ? threads : 1, tiles >= 16 ? 4 : 1, [&](int64_t first, int64_t last) {
+void paged_attention(const Pages& pages, const Batch& batch, const Queries<Q>& queries, Q* out, float scale,
+                     int64_t window, int threads) {
+  const Attention<KV, Q> work{pages, batch, queries, out, scale, window};
+  const int64_t context = batch.max_context < window ? batch.max_context : window, last = queries.first + queries.count;
+  const int64_t tiles = (queries.count + TOKEN_TILE - 1) / TOKEN_TILE;
+  const bool parallel = queries.count * queries.heads * context * pages.head_dim >= SHARED_SCORES;
+  share(tiles * pages.kv_heads, parallel ? threads : 1, tiles >= 16 ? 4 : 1, [&](int64_t from, int64_t to) {
     static thread_local AttentionScratch scratch;
-    for (int64_t task = first; task < last; task++) {
-      const int64_t token = task / pages.kv_heads * TOKEN_TILE;
-      work.attend_tile(token, token + TOKEN_TILE < tokens ? token + TOKEN_TILE : tokens, task % pages.kv_heads,
-                       scratch);
+    for (int64_t task = from; task < to; task++) {
+      const int64_t token = queries.first + task / pages.kv_heads * TOKEN_TILE;
+      work.attend_tile(token, token + TOKEN_TILE < last ? token + TOKEN_TILE : last, task % pages.kv_heads, scratch);
     }
   });
 }

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import exeunt.compression.resident_blocks
+import exeunt.kernels.blocks.native
 from exeunt.compression.decoder import Decoder
 from exeunt.compression.linear import FullLinear, Int4Linear, Linear
 from exeunt.compression.linear_block import LinearBlock
@@ -136,6 +137,36 @@ def test_a_token_has_the_same_bits_in_any_company(
         span = slice(cut[0].start, cut[0].stop)
         got = decoder.run_blocks(decoder.embed(ids[span], part.positions), part, alone.pages, 0, blocks)
         assert torch.equal(got, together[span])
+
+
+@pytest.mark.parametrize("linear_block", [False, True])
+@pytest.mark.parametrize("int4", [False, True])
+@pytest.mark.parametrize("format", ["full", "int4"])
+@pytest.mark.parametrize("name", MODELS)
+def test_tiles_of_any_size_give_the_same_bits(
+    name: str,
+    format: KVFormat,
+    int4: bool,
+    linear_block: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Tiles end inside rows: a token attends to keys that another tile wrote, in front of it and behind."""
+    decoder = _decoder(name, tmp_path, torch.float32, int4, linear_block)
+    blocks, ids = decoder.spec.blocks, torch.arange(39) + 5
+    found = []
+    for tile in (256, 1, 7):
+        monkeypatch.setattr(exeunt.kernels.blocks.native, "TILE_TOKENS", tile)
+        held = Sequences(decoder, rows=3, max_tokens=40, format=format)
+        batch = held.batch([range(17), range(9), range(13)])
+        states = decoder.run_blocks(decoder.embed(ids, batch.positions), batch, held.pages, 0, blocks)
+        decoder.project_kv(states, batch, held.pages, 1, blocks)
+        found.append((states, [kv_tensors(held, block) for block in held.pages.layout.blocks]))
+    for states, pages in found[1:]:
+        assert torch.equal(states, found[0][0])
+        for got, expected in zip(pages, found[0][1], strict=True):
+            for mine, theirs in zip(got, expected, strict=True):
+                assert_same_kv(mine, theirs, batch.slots, exact=True)
 
 
 class _Recording(FullLinear):
