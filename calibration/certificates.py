@@ -1,13 +1,14 @@
 """Certificates of every combination, as the manifest holds them and as the report explains them."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Literal, TypeVar
 
 from torch import Tensor
 
 from exeunt.calibration.certification import (
     Certification,
+    Front,
     FullDepthPass,
     NllCertification,
     certify_backfilled,
@@ -111,9 +112,15 @@ def certify_variants(
     `advance` is told the tokens of every pass, at most `certify_work` in all.
     """
     journal = journal or NoJournal()
-    outcomes: list[CertifiedVariant] = []
-    for variant in stack.variants:
+    outcomes: dict[Variant, list[CertifiedVariant]] = {}
+    fronts: dict[
+        int, Front
+    ] = {}  # by place: what the last variant without the linear block leaves to its twin with it
+    for variant in _twins_together(stack.variants):
         places = rows_for(variant, stack, range(len(rows)))
+        fork = None if stack.linear_block is None or variant.linear_block else stack.linear_block.index
+        known = [fronts[place] for place in places] if variant.linear_block and fronts else None
+        fronts = {}
         own = [rows[place] for place in places]
         numbers = None if documents is None else [documents[place] for place in places]
         steps = _propagated_steps(plan, variant, stack, effort)
@@ -131,8 +138,11 @@ def certify_variants(
                 batch_tokens=stack.batch_tokens(variant.weights, batch_tokens),
                 documents=numbers,
                 losses=plan.nll is not None,
+                fork=fork,
+                fronts=known,
                 advance=advance,
             )
+            fronts = dict(zip(places, full_depth.fronts, strict=True)) if fork is not None else {}
             found = _both_methods(
                 model,
                 full_depth,
@@ -147,9 +157,18 @@ def certify_variants(
         else:
             advance(sum(map(len, own)) * _passes(exits, plan, steps))
         blocks = text_units(own, numbers).count
-        for method, (certification, nll) in zip(SKIPPED, found, strict=True):
-            outcomes.append(CertifiedVariant(variant, method, certification, nll, blocks))
-    return tuple(outcomes)
+        outcomes[variant] = [
+            CertifiedVariant(variant, method, certification, nll, blocks)
+            for method, (certification, nll) in zip(SKIPPED, found, strict=True)
+        ]
+    return tuple(each for variant in stack.variants for each in outcomes[variant])
+
+
+def _twins_together(variants: Sequence[Variant]) -> list[Variant]:
+    """`variants`, each with the linear block right behind the one without, with which it shares the blocks up to it."""
+    plain = [variant for variant in variants if not variant.linear_block]
+    twins = ((variant, replace(variant, linear_block=True)) for variant in plain)
+    return [variant for pair in twins for variant in pair if variant in variants]
 
 
 def certify_work(

@@ -8,7 +8,7 @@ exit, the other risk needs it to the end, because tokens that stay attend to wha
 stops when every target's sequence has ended.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -25,6 +25,8 @@ from exeunt.calibration.teacher_forcing import ForcedModel
 from exeunt.calibration.thresholds import Advance, GateView, Steps, ThresholdPlan, gate_reach, view_of
 from exeunt.calibration.token_losses import TokenLosses, exit_nll, nll_of
 
+Front = Mapping[int, Tensor]
+"""The states [n, H] of a row behind its first so many blocks, for the depths in front of the linear block."""
 ByExit = tuple[int, ...]
 """How many tokens left at each exit."""
 
@@ -55,6 +57,7 @@ class FullDepthPass:
     tops: tuple[Tensor, ...]  # by batch, the full-depth top tokens [T]
     view: GateView  # of the gates, down to the `least` threshold that was asked for
     losses: TokenLosses | None = None  # at exits of tokens that may leave from `least` on
+    fronts: tuple[Front, ...] = ()  # by row, where they were asked for
 
 
 @torch.inference_mode()
@@ -66,17 +69,23 @@ def full_depth_pass(
     batch_tokens: int,
     documents: Sequence[int] | None = None,
     losses: bool = True,
+    fork: int | None = None,
+    fronts: Sequence[Front] | None = None,
     advance: Advance = lambda _tokens: None,
 ) -> FullDepthPass:
     """Run `rows` at full depth and ask every gate about every token; `advance` is told the tokens.
 
     Of tokens that leave at no threshold from `least` on the view says only that. `documents` numbers the document that
-    each row was cut from (see `text_units`). Without `losses` nothing can be said of the NLL.
+    each row was cut from (see `text_units`). Without `losses` nothing can be said of the NLL. With `fork` the states in
+    front of that block are kept by row, for the variant whose linear block it is: its pass is given them as `fronts`
+    and begins there.
     """
     groups = tuple(batches(rows, batch_tokens, model.decoder.device))
-    entries, tops, seen, lost = [], [], [], []
+    entries, tops, seen, lost, kept = [], [], [], [], []
     for group in groups:
-        states, final = model.full_depth_at_exits(group)
+        by_depth = model.states_by_depth(group, fork, _front_of(group, fronts))
+        kept += [] if fork is None else _by_row(group, by_depth, fork)
+        states, final = [by_depth[head.depth] for head in model.exits], by_depth[model.blocks]
         top, full = _final(model, group, final, losses)
         entries.append(states[0])
         tops.append(top)
@@ -86,7 +95,23 @@ def full_depth_pass(
         advance(group.tokens)
     reach, projects, agrees = (np.concatenate(parts, axis=1) for parts in zip(*seen, strict=True))
     view = view_of(reach, projects, agrees.astype(bool), rows, documents)
-    return FullDepthPass(groups, tuple(entries), tuple(tops), view, _joined(lost) if losses else None)
+    joined = _joined(lost) if losses else None
+    return FullDepthPass(groups, tuple(entries), tuple(tops), view, joined, tuple(kept))
+
+
+def _front_of(group: SequenceBatch, fronts: Sequence[Front] | None) -> Front | None:
+    """The states of a batch's rows, one after another."""
+    if fronts is None:
+        return None
+    rows = fronts[group.first_row : group.first_row + group.row_count]
+    return {depth: torch.cat([row[depth] for row in rows]) for depth in rows[0]}
+
+
+def _by_row(group: SequenceBatch, by_depth: Front, fork: int) -> list[Front]:
+    """The batch's states up to the fork, row by row; views of them."""
+    lengths = torch.bincount(group.rows).tolist()
+    split = {depth: torch.split(states, lengths) for depth, states in by_depth.items() if depth <= fork}
+    return [{depth: rows[place] for depth, rows in split.items()} for place in range(len(lengths))]
 
 
 def _final(model: ForcedModel, group: SequenceBatch, final: Tensor, losses: bool) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ from exeunt.calibration.bootstrap import Measure, block_difference, block_ratio,
 from exeunt.calibration.compute import ComputeCost
 from exeunt.calibration.evaluation_table import EvaluationTable, Mode, ModeResult, TextColumn
 from exeunt.calibration.journal import Journal, NoJournal
-from exeunt.calibration.mode_pass import Outcome, VariantPass, full_depth, mode_outcome, variant_pass
+from exeunt.calibration.mode_pass import Outcome, VariantPass, mode_outcome, variant_pass
 from exeunt.calibration.scored_text import ScoredBatch, ScoredText
 from exeunt.calibration.teacher_forcing import ForcedModel
 from exeunt.calibration.token_figures import Reference, reference_of
@@ -165,8 +165,8 @@ class _Run:
             base: VariantPass | None = None
             for variant, own in by_variant.items():
                 model = self._models[variant]
-                states = full_depth(
-                    model, batch, self._fork(by_variant), None if base is None else base.states
+                states = model.states_by_depth(
+                    batch.batch, self._fork(by_variant), None if base is None else base.states
                 )
                 if variant == self._reference:
                     finals.append(states[model.blocks])

@@ -55,24 +55,6 @@ class Outcome:
 
 
 @torch.inference_mode()
-def full_depth(
-    model: ForcedModel, batch: ScoredBatch, also: int | None = None, base: Mapping[int, Tensor] | None = None
-) -> dict[int, Tensor]:
-    """The states [T, H] behind each of `model`'s exits, its last block, and `also` behind its first so many blocks.
-
-    `base` are those of the same variant without its linear block: up to that block they are the same.
-    """
-    wanted = sorted({*(head.depth for head in model.exits), model.blocks, *(() if also is None else (also,))})
-    block = model.decoder.linear_block
-    if base is None or block is None or block.index not in base:
-        return dict(zip(wanted, model.states_at(batch.batch, wanted), strict=True))
-    known = {depth: base[depth] for depth in wanted if depth <= block.index}
-    deeper = [depth for depth in wanted if depth > block.index]
-    states = model.states_at(batch.batch, deeper, block.index, base[block.index])
-    return known | dict(zip(deeper, states, strict=True))
-
-
-@torch.inference_mode()
 def variant_pass(
     model: ForcedModel,
     batch: ScoredBatch,

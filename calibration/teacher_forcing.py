@@ -9,7 +9,7 @@ tokens one by one: a block's keys and values of position p come from position p'
 earlier positions of its row only, so all tokens may pass a stage together.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -100,6 +100,26 @@ class ForcedModel:
             start = depth
             states.append(hidden)
         return states
+
+    @torch.inference_mode()
+    def states_by_depth(
+        self, batch: SequenceBatch, also: int | None = None, base: Mapping[int, Tensor] | None = None
+    ) -> dict[int, Tensor]:
+        """The states [T, H] behind each exit's block, the last block, and `also` behind the first so many blocks.
+
+        No token leaves. `base` are those of the same variant without its linear block: up to that block they are the
+        same, and where it has the state in front of it the pass begins there.
+        """
+        wanted = sorted(
+            {*(head.depth for head in self.exits), self.blocks, *(() if also is None else (also,))}
+        )
+        block = self.decoder.linear_block
+        if base is None or block is None or block.index not in base:
+            return dict(zip(wanted, self.states_at(batch, wanted), strict=True))
+        known = {depth: base[depth] for depth in wanted if depth <= block.index}
+        deeper = [depth for depth in wanted if depth > block.index]
+        states = self.states_at(batch, deeper, block.index, base[block.index])
+        return known | dict(zip(deeper, states, strict=True))
 
     def full_depth(self, batch: SequenceBatch) -> tuple[Tensor, Tensor]:
         """The states [T, H] behind the first exit's block (or the last, without exits) and behind the last block."""

@@ -18,6 +18,7 @@ from exeunt.calibration.certificates import (
     nll_risk_table,
 )
 from exeunt.calibration.certification import (
+    certify_backfilled,
     certify_both_propagated,
     certify_nll_backfilled,
     full_depth_pass,
@@ -41,6 +42,7 @@ from exeunt.calibration.token_losses import TokenLosses
 from exeunt.compression.checkpoint import open_checkpoint
 from exeunt.compression.decoder import Decoder
 from exeunt.compression.exits import ExitHead
+from exeunt.compression.linear_block import LinearBlock
 from exeunt.compression.variant import Variant
 from tests.calibration.conftest import VOCAB, random_exit
 
@@ -355,3 +357,33 @@ def test_losses_of_the_select_split_are_those_of_a_pass(decoder: Decoder) -> Non
     known = losses.at_exits != 0
     assert known.mean() > 0.2
     assert losses.at_exits[known] == pytest.approx(full_depth.losses.at_exits[known], abs=1e-5)
+
+
+def test_a_variant_with_the_linear_block_goes_on_from_where_its_twin_parts(
+    stack: ModelStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And says what a pass through all blocks says."""
+    hidden, g = stack.full.spec.hidden_size, torch.Generator().manual_seed(3)
+    down, up, bias = (torch.randn(shape, generator=g) / 4 for shape in ((3, hidden), (hidden, 3), (hidden,)))
+    both = stack.with_linear_block(LinearBlock(1, down, up, bias))
+    starts: list[int] = []
+    run = ForcedModel.states_at
+
+    def noted(model: ForcedModel, batch: SequenceBatch, depths: Sequence[int], *rest: Any) -> Any:
+        starts.append(rest[0] if rest else 0)
+        return run(model, batch, depths, *rest)
+
+    monkeypatch.setattr(ForcedModel, "states_at", noted)
+    found = {(each.variant, each.skipped_kv): each for each in certified(both, EXITS)}
+    assert {*starts} == {0, 1}
+    assert starts.count(1) >= len(both.variants) // 2
+    for variant in (each for each in both.variants if each.linear_block):
+        own = rows(50)[::2]
+        whole = full_depth_pass(both.forced(variant, EXITS), own, PLAN.least, batch_tokens=200)
+        assert PLAN.nll is not None
+        alone = certify_nll_backfilled(whole, PLAN.nll.backfill)
+        certification = certify_backfilled(whole, PLAN)
+        assert found[variant, "backfill"].certification.certificates == certification.certificates
+        shared = found[variant, "backfill"].nll
+        assert shared is not None
+        assert shared.certificates == alone.certificates
