@@ -21,11 +21,11 @@ from typing import Final, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
 from exeunt.calibration.selective import selective_agreement
+from exeunt.calibration.teacher_forcing import LEAST_LOGIT_ROWS, logit_rows
 from exeunt.compression.exits import ExitNorm
 from exeunt.kernels.exit_gate.reference import adapted_state_reference
 
@@ -140,14 +140,29 @@ def head_state(norm: ExitNorm, adapter: Tensor, hidden: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def head_logits(
+    norm: ExitNorm, adapter: Tensor, data: Labelled, project: Project
+) -> Iterator[tuple[Labelled, Tensor, Tensor]]:
+    """`data` in pieces: tokens on the adapter's device, their states [T, H] and their logits [T, V] float32.
+
+    So many at once as leave the logits in a CPU's cache, where what is read off them costs a fraction.
+    """
+    start, rows = 0, LEAST_LOGIT_ROWS  # until the first logits show how many a row has
+    while start < data.tokens:
+        part = data.rows(slice(start, start + rows), adapter.device)
+        state = head_state(norm, adapter, part.hidden)
+        logits = project(state).float()
+        yield part, state, logits
+        start, rows = start + rows, logit_rows(logits.shape[1], logits.device)
+
+
+@torch.no_grad()
 def head_sureness(
-    norm: ExitNorm, adapter: Tensor, data: Labelled, project: Project, chunk: int = 2048
+    norm: ExitNorm, adapter: Tensor, data: Labelled, project: Project
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     """The logarithm of the head's top probability for each token of `data`, and whether it is the full model's."""
     sure, agrees = [], []
-    for start in range(0, data.tokens, chunk):
-        part = data.rows(slice(start, start + chunk), adapter.device)
-        logits = project(head_state(norm, adapter, part.hidden)).float()
+    for part, _, logits in head_logits(norm, adapter, data, project):
         most = logits.max(-1)
         sure.append((most.values - logits.logsumexp(-1)).cpu())
         agrees.append((most.indices == part.top).cpu())
@@ -190,7 +205,8 @@ def train_head(
     for rows in _batches(fit.tokens, training.batch_tokens, course.planned, generator):
         rate = course.step()
         part = fit.rows(rows, ridge.device)
-        live.step(_missed(live, part, project, norm, loss), rate)
+        logits = project(head_state(live.norm, live.adapter, part.hidden))
+        live.step(logits, loss_slope(logits.detach(), part, project, norm, loss), rate)
         advance(len(rows))
         if course.judged:
             now = live.head()
@@ -241,15 +257,15 @@ class _Live:
         self.norm = replace(norm, weight=self.scale)
         self._mean = (start.clone(), norm.weight.clone())
         self._steps = 0
-        self._optimizer = torch.optim.Adam([self.adapter, self.scale])
+        self._optimizer = torch.optim.Adam([self.adapter, self.scale], fused=True)
 
-    def step(self, missed: Tensor, share: float) -> None:
-        """Go one step against the gradient of `missed`, at `share` of the learning rate."""
+    def step(self, logits: Tensor, slope: Tensor, share: float) -> None:
+        """Go one step against `slope`, the loss's gradient by `logits`, at `share` of the learning rate."""
         rate = self._training.learning_rate * share
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         self._optimizer.zero_grad()
-        missed.backward()  # type: ignore[no-untyped-call]
+        logits.backward(slope)  # type: ignore[no-untyped-call]
         self._optimizer.step()
         with torch.no_grad():  # weight decay (decoupled: arXiv 1711.05101), but towards the start
             pulled = min(1.0, self._pull * rate)
@@ -307,18 +323,20 @@ class _Course:
         return True
 
 
-def _missed(live: _Live, part: Labelled, project: Project, norm: ExitNorm, loss: Loss) -> Tensor:
-    """The mean loss of a batch, in nats."""
-    logits = project(head_state(live.norm, live.adapter, part.hidden))
-    top = F.cross_entropy(logits, part.top)
-    if loss == "top token":
-        return top
-    if part.final is None:
-        raise ValueError(f"the loss is {loss!r}, and the data has no states of the last block")
-    with torch.no_grad():
-        wanted = project(norm(part.final.float())).softmax(-1)
-    divergence = F.cross_entropy(logits, wanted)  # but for the entropy of what is wanted, a constant
-    return divergence if loss == "distribution" else (top + divergence) / 2
+@torch.no_grad()
+def loss_slope(logits: Tensor, part: Labelled, project: Project, norm: ExitNorm, loss: Loss) -> Tensor:
+    """The gradient of a batch's mean loss by its logits [T, V]: that of a cross-entropy is softmax less what is wanted.
+
+    Written down because one pass over the vocabulary then serves both parts of the loss.
+    """
+    slope = logits.softmax(-1)
+    of_top = {"top token": 1.0, "both": 0.5, "distribution": 0.0}[loss]
+    if of_top < 1.0:
+        if part.final is None:
+            raise ValueError(f"the loss is {loss!r}, and the data has no states of the last block")
+        slope -= (1.0 - of_top) * project(norm(part.final.float())).float().softmax(-1)
+    slope[torch.arange(part.tokens, device=slope.device), part.top] -= of_top
+    return slope.div_(part.tokens)
 
 
 def _batches(tokens: int, size: int, steps: int, generator: torch.Generator) -> Iterator[Tensor]:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from exeunt.calibration.exit_training import Labelled, Project, TrainedHead, head_state
+from exeunt.calibration.exit_training import Labelled, Project, TrainedHead, head_logits
 from exeunt.calibration.gate_quality import GateQuality as GateQuality
 from exeunt.calibration.gate_quality import auc as auc
 from exeunt.calibration.gate_quality import gate_quality
@@ -159,15 +159,10 @@ def _look(
     project: Project,
     shortlist: Shortlist | None,
     advance: Callable[[int], None],
-    chunk: int = 2048,
 ) -> _Seen:
     states, agrees, tops, features = [], [], [], []
-    device = head.adapter.device
-    ids = None if shortlist is None else shortlist.ids.to(device)
-    for start in range(0, data.tokens, chunk):
-        part = data.rows(slice(start, start + chunk), device)
-        state = head_state(head.norm, head.adapter, part.hidden)
-        logits = project(state).float()
+    ids = None if shortlist is None else shortlist.ids.to(head.adapter.device)
+    for part, state, logits in head_logits(head.norm, head.adapter, data, project):
         decisive = logits if ids is None else logits[:, ids]
         states.append(state.float())
         agrees.append(logits.argmax(-1) == part.top)
@@ -192,7 +187,9 @@ def _train_probe(
     cut = len(seen.agrees) - int(len(seen.agrees) * STOPPING_SHARE)
     fit, stop = standard.rows(slice(0, cut)), standard.rows(slice(cut if cut < len(seen.agrees) else 0, None))
     weights = _first_weights(fit, training.units, generator)
-    optimizer = torch.optim.AdamW(weights, lr=training.learning_rate, weight_decay=training.weight_decay)
+    optimizer = torch.optim.AdamW(
+        weights, lr=training.learning_rate, weight_decay=training.weight_decay, fused=True
+    )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, training.steps)
     best, kept = float("inf"), [weight.detach().clone() for weight in weights]
     every = max(1, training.steps // training.evaluations)

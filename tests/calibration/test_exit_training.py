@@ -5,14 +5,17 @@ from typing import Literal
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from exeunt.calibration.exit_fit import LOSSES
 from exeunt.calibration.exit_training import (
     HeadTraining,
     Labelled,
+    Loss,
     TrainedHead,
     head_agreement,
     head_state,
+    loss_slope,
     planned_visits,
     train_head,
 )
@@ -286,3 +289,20 @@ def test_logistic_regression_finds_the_weights() -> None:
     assert float(separated[0]) > 5
     same = logistic_regression(features, torch.ones(40_000, dtype=torch.bool))
     assert bool(torch.isfinite(same).all())
+
+
+@pytest.mark.parametrize(("loss", "of_top"), [("top token", 1.0), ("both", 0.5), ("distribution", 0.0)])
+def test_training_goes_down_the_slope_of_its_loss(loss: Loss, of_top: float) -> None:
+    g = torch.Generator().manual_seed(4)
+    data = Labelled(torch.randn(30, H, generator=g), torch.randint(V, (30,), generator=g), torch.randn(30, H))
+    assert data.final is not None
+    logits = torch.randn(30, V, generator=g, requires_grad=True)
+    wanted = project(NORM(data.final)).softmax(-1)
+    top, divergence = F.cross_entropy(logits, data.top), F.cross_entropy(logits, wanted)
+    (of_top * top + (1 - of_top) * divergence).backward()
+    torch.testing.assert_close(loss_slope(logits.detach(), data, project, NORM, loss), logits.grad)
+
+
+def test_a_loss_that_needs_full_depths_states_says_so() -> None:
+    with pytest.raises(ValueError, match="no states of the last block"):
+        loss_slope(torch.zeros(3, V), rotated(3, 1), project, NORM, "both")
