@@ -11,6 +11,7 @@ from exeunt.calibration.teacher_forcing import ForcedModel, logit_rows
 from exeunt.calibration.thresholds import GateView, gate_reach, plan_thresholds, view_gates
 from exeunt.compression.decoder import Decoder
 from tests.calibration.conftest import HIDDEN, VOCAB, random_exit
+from tests.calibration.documents_view import documents_view
 
 TARGETS = (0.01, 0.05, 0.2)
 
@@ -119,20 +120,6 @@ def test_an_unsafe_gate_is_not_certified(target: float) -> None:
     risk = seen.counts(plan.begins[target]).risk
     assert risk is not None
     assert risk > target
-
-
-def documents_view(generator: np.random.Generator, documents: int, tokens: int, spread: float) -> GateView:
-    """One exit whose reach is right on average, and wrong by an amount of its own (logits, `spread`) in each document.
-
-    Documents differ in how sure the gate is of them, too.
-    """
-    document = np.repeat(np.arange(documents), tokens // documents)
-    shift = generator.normal(0.0, spread, documents)[document]
-    ease = generator.normal(0.0, 0.7, documents)[document]
-    logit = generator.normal(ease - 0.5, 2.0)
-    reach = 1.0 / (1.0 + np.exp(-logit))
-    agrees = generator.random(len(document)) < 1.0 / (1.0 + np.exp(-logit - shift))
-    return GateView(reach[None], reach[None], agrees[None], document, documents)
 
 
 @pytest.mark.slow
