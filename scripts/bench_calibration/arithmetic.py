@@ -59,9 +59,7 @@ def needs(
     matrix = spec.vocab_size * spec.hidden_size
     squares = [fan_in**2 for _, fan_in in linear_shapes(spec).values()]
     wide = full_batch_tokens(spec, dtype, batch_tokens)
-    certified = int(
-        0.35 * tokens
-    )  # of the certify split: states behind the first exit, kept for all thresholds
+    certified = int(0.35 * tokens)  # of the certify split
     adapter = spec.hidden_size**2
     logits = 3 * 4 * LOGITS_AT_ONCE
     return Needs(
@@ -90,7 +88,11 @@ def needs(
             "certifying, full weights": {
                 "one full block": block_bytes(spec, dtype),
                 "a batch": wide * batch_token_bytes(spec, dtype),
-                "states at the exit": certified * spec.hidden_size * dtype.itemsize,
+                # kept for all thresholds, and for the variant whose linear block comes next
+                "states at the exit and in front of the linear block": 2
+                * certified
+                * spec.hidden_size
+                * dtype.itemsize,
                 "logits": logits,
             },
             "comparing roundings, blocks": {

@@ -55,10 +55,18 @@ def _confidence(content: ReportContent) -> float:
 
 
 def _unit(deployed: CertifiedVariant) -> str:
-    blocks = f": {count(deployed.text_blocks)} of them here" if deployed.text_blocks else ""
-    return f"Tokens of one text are not independent, so the unit is a block of text{blocks}."
+    if not deployed.text_blocks:
+        return "Tokens of one text are not independent, so the unit is a block of text."
+    missing = 1.0 - _MISSED ** (1.0 / deployed.text_blocks)
+    return (
+        f"Tokens of one text are not independent, so the unit is a block of text: {count(deployed.text_blocks)} of "
+        f"them here. Of a kind of text that is less than {missing:.1%} of all there may be none among these, "
+        "and no certificate speaks of it."
+    )
 
 
+_MISSED: Final = 0.05
+"""The chance that a kind of text is missing from the units, above which the page says that it may be."""
 _ALIKE: Final = 0.1
 """The correlation of errors within a unit up to which simulation finds the bound of disagreement to keep its level."""
 _FEW: Final = 40
