@@ -3,7 +3,8 @@
 A look at the vocabulary costs as much as blocks, and most looks are in vain. A shortlist (FR-Spec, arXiv 2502.14856,
 has one for drafts) makes them cheaper by its share of the vocabulary, and blinder: where the exit would say a token
 outside of it, its logits do not show that. How large it should be depends on what a look costs here; so a few sizes are
-tried with a gate of the logits alone, on exits as they were trained, and the one kept that is expected to save most.
+tried with a gate of the logits alone, on exits as they were trained, and the one kept that is expected to save most;
+the whole vocabulary where none saves noticeably more.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +29,9 @@ LEAST_TOKENS: Final = 64
 """A shortlist of fewer saves nothing."""
 MOST_TOKENS: Final = 4_096
 """Of the select split that sizes are compared on, behind each exit."""
+WORTH: Final = 0.01
+"""The share of the blocks that a shortlist must save beyond the whole vocabulary. The costs behind a smaller one differ by
+as much from one measurement to the next, and what a list cannot show is lost at every target."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +71,7 @@ def choose_shortlist(
     targets: Sequence[float],
     advance: Callable[[int], None] = lambda _tokens: None,
 ) -> ShortlistChoice:
-    """The shortlist with which the best of the exits, `heads` by their block, is expected to save most.
+    """The shortlist with which the best of the exits, `heads` by their block, is expected to save most, if it is `WORTH` it.
 
     `select` gives the select split behind a block, `top` [T] are full depth's top tokens on the fit split, `blocks` the
     model's. Of `costs` the sizes that have a look measured are tried. `advance` is told the tokens looked at behind
@@ -85,6 +89,8 @@ def choose_shortlist(
             best[size] = max(best[size], saving)
         advance(data.tokens)
     kept = max(sizes, key=lambda size: best[size])
+    if best[kept] - best[None] < WORTH:
+        kept = None
     return ShortlistChoice(None if kept is None else lists[kept], tuple(best.items()))
 
 
