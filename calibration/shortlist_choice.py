@@ -30,8 +30,8 @@ LEAST_TOKENS: Final = 64
 MOST_TOKENS: Final = 4_096
 """Of the select split that sizes are compared on, behind each exit."""
 WORTH: Final = 0.01
-"""The share of the blocks that a shortlist must save beyond the whole vocabulary. The costs behind a smaller one differ by
-as much from one measurement to the next, and what a list cannot show is lost at every target."""
+"""The share of the blocks that a shortlist must save beyond the whole vocabulary. Measured costs differ by as much as a
+smaller one from one time to the next, and what a list cannot show is lost at every target."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ def choose_shortlist(
     targets: Sequence[float],
     advance: Callable[[int], None] = lambda _tokens: None,
 ) -> ShortlistChoice:
-    """The shortlist with which the best of the exits, `heads` by their block, is expected to save most, if it is `WORTH` it.
+    """The shortlist with which the best of the exits, `heads` by their block, is expected to save most, if `WORTH` it.
 
     `select` gives the select split behind a block, `top` [T] are full depth's top tokens on the fit split, `blocks` the
     model's. Of `costs` the sizes that have a look measured are tried. `advance` is told the tokens looked at behind
