@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from exeunt.calibration.bundle_manifest import CorpusRecord, build_manifest
@@ -16,6 +17,7 @@ from exeunt.calibration.weights_int4 import Int4Weights
 from exeunt.compression.bundle import checkpoint_sha256
 from exeunt.compression.bundle_weights import checkpoint_tensors, tensors_beside_int4
 from exeunt.compression.bundle_writer import BundleContents
+from exeunt.compression.processor import processor_name
 
 
 def bundle_contents(task: Task, learned: Learned, judged: Judged, studies: Studies) -> BundleContents:
@@ -49,6 +51,7 @@ def bundle_contents(task: Task, learned: Learned, judged: Judged, studies: Studi
         weight_study=studies.weights,
         written=judged.written,
         text=TextSource(len(task.corpus.documents), task.corpus.repeats, task.corpus.rows),
+        machine=_machine(task),
     )
     choice = learned.choice
     return BundleContents(
@@ -61,6 +64,14 @@ def bundle_contents(task: Task, learned: Learned, judged: Judged, studies: Studi
         report_html=report_html(content),
         report_json=report_json(content),
     )
+
+
+def _machine(task: Task) -> str:
+    """What calibrated, as far as bytes depend on it."""
+    if task.device.type != "cpu":
+        return torch.cuda.get_device_name(task.device) if task.device.type == "cuda" else f"{task.device}"
+    threads = torch.get_num_threads()
+    return f"{processor_name()}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def _int4_tensors(task: Task, int4: Int4Weights) -> Mapping[str, Tensor]:

@@ -124,7 +124,7 @@ def _exit(fitted: FittedExit, exits: ExitSelection) -> ExitRecord:
         agreement=fitted.training.agreement,
         untrained_agreement=fitted.training.untrained_agreement,
         auc=fitted.gate.auc,
-        tokens=fitted.gate.tokens,
+        tokens=fitted.training.tokens,
         certified=fitted in exits.certified,
         drafting=drafts,
         draft=_draft(drafting) if drafting is not None and drafts else None,

@@ -118,6 +118,7 @@ class TrainedHead:
     loss: Loss = "top token"
     curve: tuple[CurvePoint, ...] = ()  # the start first
     stopped_early: bool = False
+    tokens: int = 0  # of the select split, that agreement is of
 
     @property
     def visits(self) -> int:
@@ -230,6 +231,7 @@ def train_head(
         loss=loss,
         curve=tuple(curve),
         stopped_early=course.stopped,
+        tokens=seen.tokens,
     )
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from exeunt.calibration.risk import percent
+from exeunt.compression.processor import processor_name
 from exeunt.deploy.measured_model import MeasuredModel
 from exeunt.server.api.offer import SKIPPED_KV, Offer
 
@@ -223,18 +224,10 @@ def bench_record(
 def machine() -> dict[str, Any]:
     """What a speed depends on: the processor, how much of it is used, the system, the versions."""
     return {
-        "cpu": _cpu_name(),
+        "cpu": processor_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         **{package: version(package) for package in ("exeunt", "torch", "transformers")},
     }
-
-
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

@@ -69,8 +69,8 @@ def speed_tables(record: Row) -> Iterator[str]:
 def eval_tables(record: Row) -> Iterator[str]:
     """The README's choice of modes: the two uniform variants, all targets for the deployed one."""
     headers = (
-        *("mode", "perplexity", "change (95 %)", "agreement"),
-        *(f"mean depth of {record['blocks']}", "leave", "of these differ", "tokens/s"),
+        *("mode", "perplexity", "change (95 %)", "KL", "agreement", f"mean depth of {record['blocks']}"),
+        *("exit rate", "exits that differ", "compute saved", "tokens/s"),
     )
     yield _table(headers, (_eval_row(each) for each in record["modes"] if _is_shown(each["mode"])))
 
@@ -90,10 +90,12 @@ def _eval_row(each: Row) -> Sequence[str]:
         each["name"],
         f"{each['perplexity']['value']:.2f}",
         f"{change['value']:+.2f} ({change['low']:+.2f} to {change['high']:+.2f})",
+        f"{each['kl']['value']:.3f}",
         f"{each['agreement']['value']:.1%}",
         f"{each['mean_depth']['value']:.2f}",
         f"{each['exit_rate']['value']:.1%}",
         "" if differ is None else f"{differ['value']:.1%}",
+        f"{each['compute_saved']['value']:+.1%}",
         f"{each['tokens_per_second']:.0f}",
     )
 

@@ -51,6 +51,7 @@ class ReportContent:
     written: tuple[Written, ...] = ()
     weight_study: WeightStudy | None = None
     text: TextSource | None = None
+    machine: str = ""  # that calibrated, in words
 
     @property
     def exits(self) -> tuple[FittedExit, ...]:

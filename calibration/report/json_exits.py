@@ -71,7 +71,7 @@ def _nll(found: NllCertification) -> dict[str, Any]:
                 "exits": counts.left,
                 "tokens": counts.total,
                 "increase": counts.increase,
-                "text_blocks": len(counts.tokens),
+                "text_blocks": int((counts.tokens > 0).sum()),
             }
             for threshold, counts in found.tested
         ],

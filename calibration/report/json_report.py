@@ -33,6 +33,7 @@ def report_json(content: ReportContent) -> str:
         "calibration": None if manifest.calibration is None else manifest.calibration.model_dump(),
         "text": None if content.text is None else asdict(content.text),
         "options": None if content.options is None else options_record(content.options),
+        "machine": content.machine or None,
         "versions": {"exeunt": manifest.exeunt_version, **manifest.versions},
         "verdict": _verdict(content),
         "weights_int4": None if content.int4 is None else _weights(content.int4),

@@ -290,9 +290,12 @@ def test_heads_that_were_cut_off_are_marked(full: ReportContent) -> None:
 def test_certificates_say_where_their_level_gives_way(full: ReportContent) -> None:
     plan = full.selection.plan
 
-    def told(correlation: float, units: int) -> str:
+    def told(correlation: float, units: int, others: int = 77) -> str:
         selection = replace(full.selection, plan=replace(plan, correlation=correlation))
-        outcomes = tuple(replace(each, text_blocks=units) for each in full.certified)
+        first = full.certified[0].variant
+        outcomes = tuple(
+            replace(each, text_blocks=units if each.variant == first else others) for each in full.certified
+        )
         return lead(replace(full, selection=selection, certified=outcomes), "certificates")
 
     assert "up to 8 %" not in told(0.05, 77)
@@ -300,6 +303,12 @@ def test_certificates_say_where_their_level_gives_way(full: ReportContent) -> No
         0.23, 77
     )
     assert "Here there are fewer than 40 units: on such texts" in told(0.05, 31)
+    few = told(0.05, 77, 39)
+    assert (
+        "77 of them here, 39 for the other variants. Of a kind of text that is less than 3.8% (7.4%)" in few
+    )
+    assert "Here the other variants have fewer than 40 units: on such texts" in few
+    assert 1 - 0.962**77 == pytest.approx(0.95, abs=2e-3)  # the chance that such a kind is there
 
 
 def test_the_comparison_of_roundings_says_what_is_compared(full: ReportContent) -> None:

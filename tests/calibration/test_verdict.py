@@ -98,7 +98,7 @@ def test_the_verdict_tells_of_both_risks() -> None:
     assert "1 of 2 targets of disagreement and 1 of 2 targets of likelihood are certified" in text
     assert "20.0 % with at most 5% of these wrong or 30.0 % with the text at most 0.05 nats" in text
     assert "their skipped keys and values backfilled" in text
-    assert "5%: 20.0 % leave, perplexity +0.02." in text
+    assert "5%: 20.0 % leave, perplexity +1.0 %." in text
     assert "0.05: 30.0 % leave, perplexity +0.03." in text
     assert "up to 15.0 % of the passes need not be waited for, and exits themselves compute 6.0 %" in text
     record = json.loads(report_json(content()))["verdict"]["certified"]
@@ -194,7 +194,11 @@ def test_exits_are_not_advised_on_the_luck_of_what_they_stand_on() -> None:
         replace(each, mode=replace(each.mode, nll_target=0.1)) if each.mode.nll_target else each
         for each in results
     )
-    assert advised(replace(found, table=replace(found.table, results=looser)))[2:] == []
+    none = replace(found, table=replace(found.table, results=looser))
+    assert advised(none)[2:] == []
+    told = "None of them is advised below"
+    assert told in report_html(none)
+    assert told not in report_html(found)
 
 
 def test_exits_that_lie_far_from_the_full_model_are_not_advised() -> None:

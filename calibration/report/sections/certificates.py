@@ -1,5 +1,6 @@
 """Certificates: which share of the tokens may leave early at which stated risk, for every combination and two risks."""
 
+from collections.abc import Sequence
 from typing import Final
 
 from matplotlib.axes import Axes
@@ -41,7 +42,7 @@ def certificates_section(content: ReportContent) -> Section | None:
         "certify split, which nothing else has seen, is at most the target. Disagreement: among the tokens that leave "
         "early, the share with another top token than full depth of the same variant. Likelihood: by how many "
         f"nats the text's tokens become less likely, on average over all of them, each counted with at most "
-        f"{CLIP:g} nats. {_unit(deployed)}{_coverage(deployed, content.selection.plan.correlation)}",
+        f"{CLIP:g} nats. {_unit(deployed, others)}{_coverage(deployed, others, content.selection.plan.correlation)}",
         "It says nothing about sampled tokens, nothing about text unlike the certify split, and each "
         "certificate holds by itself; unclipped perplexity has an interval and no certificate. The server "
         "refuses a target that is not certified by name.",
@@ -54,15 +55,25 @@ def _confidence(content: ReportContent) -> float:
     return entries[0].confidence if entries else 0.95
 
 
-def _unit(deployed: CertifiedVariant) -> str:
+def _unit(deployed: CertifiedVariant, others: Sequence[CertifiedVariant]) -> str:
+    """How many blocks of text there are, and what so many may have none of."""
     if not deployed.text_blocks:
         return "Tokens of one text are not independent, so the unit is a block of text."
-    missing = 1.0 - _MISSED ** (1.0 / deployed.text_blocks)
-    return (
-        f"Tokens of one text are not independent, so the unit is a block of text: {count(deployed.text_blocks)} of "
-        f"them here. Of a kind of text that is less than {missing:.1%} of all there may be none among these, "
-        "and no certificate speaks of it."
+    fewest = min((each.text_blocks for each in others), default=deployed.text_blocks)
+    apart = fewest != deployed.text_blocks
+    numbers = f"{count(deployed.text_blocks)} of them here" + (
+        f", {count(fewest)} for the other variants" if apart else ""
     )
+    may_miss = f"{_missed(deployed.text_blocks):.1%}" + (f" ({_missed(fewest):.1%})" if apart else "")
+    return (
+        f"Tokens of one text are not independent, so the unit is a block of text: {numbers}. Of a kind of text that is "
+        f"less than {may_miss} of all there may be none among these, and no certificate speaks of it."
+    )
+
+
+def _missed(blocks: int) -> float:
+    """The share of all text that a kind may have and yet be missing from so many blocks, but for a chance of 5 %."""
+    return float(1.0 - _MISSED ** (1.0 / blocks))
 
 
 _MISSED: Final = 0.05
@@ -73,13 +84,15 @@ _FEW: Final = 40
 """Units below which not every kind of text that was simulated kept the level."""
 
 
-def _coverage(deployed: CertifiedVariant, correlation: float) -> str:
+def _coverage(deployed: CertifiedVariant, others: Sequence[CertifiedVariant], correlation: float) -> str:
     """That coverage is no theorem, where the text is of the kind on which simulation finds it to give way."""
     reasons = []
     if correlation > _ALIKE:
         reasons.append(f"errors within a unit may be correlated by {correlation:.2f}, more than {_ALIKE:g}")
     if 0 < deployed.text_blocks < _FEW:
         reasons.append(f"there are fewer than {_FEW} units")
+    elif any(0 < each.text_blocks < _FEW for each in others):
+        reasons.append(f"the other variants have fewer than {_FEW} units")
     if not reasons:
         return ""
     return (

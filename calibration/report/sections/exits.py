@@ -37,12 +37,12 @@ def exits_section(content: ReportContent) -> Section | None:
         parts.append(
             Details("Cross-entropy against matching distributions", tuple(map(_losses_table, losses)))
         )
-    tokens = max(each.gate.tokens for each in content.candidates)
+    tokens = max(each.training.tokens for each in content.candidates)
     return Section(
         "exits",
         "Exits",
         f"An exit is looked at behind every block, the best few are trained, and those are kept that save most. "
-        f"Agreement is with full depth, on the select split ({count(tokens)} tokens): the share of tokens on "
+        f"Agreement is with full depth, on {count(tokens)} tokens of the select split: the share of tokens on "
         "which the exit's top token is the deployed full-depth model's own; selective agreement is its mean "
         "over the surest shares of the tokens, and what training is stopped by. Tokens of the approximate mode "
         "may leave at the certified exits; in the verified mode one exit drafts.",

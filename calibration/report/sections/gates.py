@@ -147,7 +147,9 @@ def _table(content: ReportContent) -> Table:
             Cell(f"{each.gate.auc_top:.3f}"),
             Cell(f"{each.gate.calibration_error:.3f}"),
             Cell(
-                "all tokens" if each.head.shortlist is None else f"{count(len(each.head.shortlist))} tokens"
+                "the whole vocabulary"
+                if each.head.shortlist is None
+                else f"{count(len(each.head.shortlist))} of its tokens"
             ),
             *(
                 Cell(share(within(each.gate.coverage, target)) if each.gate.coverage else NOTHING)

@@ -27,10 +27,10 @@ def made_section(content: ReportContent) -> Section:
         "made",
         "How it was made",
         "What it takes to make this bundle again: on one machine's CPU, with one number of threads, the same seed, "
-        "model and text give the same bundle to the byte. On a GPU sums that PyTorch adds in no fixed order may differ "
-        "in their last digits, and with them what is rounded and chosen.",
-        "But for its date, and what times measured on the machine decide: which exits are kept and how drafts "
-        "are made, unless they were named.",
+        "model and text give the same bundle to the byte, but for its date, and for what times measured on the machine "
+        "decide: which exits are kept and how drafts are made, unless they were named.",
+        "On a GPU sums that PyTorch adds in no fixed order may differ in their last digits, and with them what is "
+        "rounded and chosen.",
         tuple(parts),
     )
 
@@ -53,6 +53,8 @@ def _facts(content: ReportContent) -> Table:
             f"weights {', '.join(manifest.weights)}; keys and values {', '.join(manifest.kv_cache)}",
         ]
     )
+    if content.machine:
+        rows.append(["machine", content.machine])
     if manifest.int4_group_size is not None:
         rows.append(["INT4 group", f"{manifest.int4_group_size} inputs"])
     return Table(("", ""), rows, words=2)

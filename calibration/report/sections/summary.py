@@ -177,19 +177,28 @@ def _exits(content: ReportContent, verdict: Verdict) -> list[Finding]:
         return [_nothing_certified(outcome)]
     complete = all(each.certified for targets in tested for each in targets)
     saved, pays = _saved(content, outcome.variant)
+    advised = any(each.exits is not None for each in verdict.advice)
     parts = [
         _disagreement_words(content, outcome),
         _likelihood_words(content, outcome),
         saved,
+        "" if advised else _NOT_ADVISED,
     ]
     return [
         Finding(
             f"Exits: {_held(outcome)} certified",
             f"At 95 % confidence, skipped keys and values {skipped_name(outcome.skipped_kv)}. "
             + " ".join(part for part in parts if part),
-            "good" if complete and pays else "fair",
+            "good" if complete and pays and advised else "fair",
         )
     ]
+
+
+_NOT_ADVISED = (
+    "None of them is advised below: those that save something cost more than a fair amount, by perplexity or by KL, "
+    "beside the savings that they come on top of, or save nothing net. A certificate bounds a risk; whether that pays "
+    "is another question."
+)
 
 
 def _nothing_certified(outcome: CertifiedVariant) -> Finding:
@@ -230,11 +239,10 @@ def _likelihood_words(content: ReportContent, outcome: CertifiedVariant) -> str:
 def _leaving(content: ReportContent, outcome: CertifiedVariant, each: Certificate | NllCertificate) -> str:
     """The share that leaves at a certified target, and what it costs where that was measured."""
     at = result_of(content.table, outcome.variant, each, outcome.skipped_kv)
-    off = result_of(content.table, outcome.variant)
     leaves = f"{share(each.exits / each.tokens)} leave"
-    if at is None or off is None:
+    if at is None or at.exits_ratio is None:
         return leaves
-    return f"{leaves}, perplexity {at.perplexity.value - off.perplexity.value:+.2f}"
+    return f"{leaves}, perplexity {signed_share(at.exits_ratio.value - 1.0)}"
 
 
 def _saved(content: ReportContent, deployed: Variant) -> tuple[str, bool]:

@@ -48,7 +48,8 @@ def trade_off_section(content: ReportContent) -> Section | None:
         "trade-off",
         "What leaving early costs",
         f"{_opening(layers, net, points)} Each point is a threshold, on {count(content.table.tokens)} tokens; "
-        "ringed ones are certified for the risk beside them, per cent that differ or nats.",
+        "ringed ones are certified, for the risk beside them where there is room. Points of the paper that our curve "
+        "reaches are compared with it as ours are with the paper's.",
         "The paper's curve is another model on other data: shapes are to be compared, in relative terms.",
         (
             _picture(variant, layers, net, _certified(points)),
@@ -115,8 +116,9 @@ def _opening(layers: TradeOff, net: TradeOff, points: Sequence[ModeResult]) -> s
         best = max(certified, key=lambda each: each.passes_saved.value)
         increase = 0.0 if best.exits_ratio is None else best.exits_ratio.value - 1.0
         parts.append(
-            f"Certified to differ on at most {percent(best.mode.target or 0.0)} of the tokens that leave, exits skip "
-            f"{share(best.passes_saved.value)} of the layers for {100 * increase:+.1f} % perplexity. {_net(best)}"
+            f"Certified to differ on at most {percent(best.mode.target or 0.0)} of the tokens that leave, exits with "
+            f"propagated keys and values skip {share(best.passes_saved.value)} of the layers"
+            f" for {100 * increase:+.1f} % perplexity. {_net(best)}"
         )
     if by_layers := _below(layers, "by layers skipped, as the paper counts"):
         parts.append(f"{by_layers} {_below(net, 'net of what exits compute') or _NOTHING_NET}")
@@ -187,7 +189,8 @@ def _picture(variant: Variant, layers: TradeOff, net: TradeOff, certified: dict[
     return draw(
         "trade-off",
         "Perplexity against layers and compute saved, beside the paper's curve",
-        f"{variant_name(variant)}: perplexity, as a multiple of that with exits off, against what is saved, with 95 % "
+        f"{variant_name(variant)}: perplexity, as a multiple of that with exits off, against what is saved with "
+        "propagated keys and values, with 95 % "
         "intervals; the axis of perplexity is logarithmic. Lower and further right is better.",
         paint,
         height=3.7,
@@ -279,7 +282,7 @@ def _paper_table() -> Table:
         for saved, increase in EXITS_TRADE_OFF
     ]
     caption = f"Softmax routing on Mistral 7B, perplexity {EXITS_PERPLEXITY} (arXiv 2604.20682)"
-    return Table(("compute saved", "perplexity", "over full depth"), rows, words=0, caption=caption)
+    return Table(("layers skipped", "perplexity", "over full depth"), rows, words=0, caption=caption)
 
 
 def _comparisons(held: Sequence[TradeOff]) -> Table:

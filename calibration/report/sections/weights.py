@@ -43,7 +43,8 @@ def weights_section(content: ReportContent) -> Section | None:
         f"{_how(int4)}.{compared} The error of a layer is |W − Ŵ|² over |W|², that of its outputs |X(W − Ŵ)ᵀ|² over "
         "|XWᵀ|² on the inputs X that it gets.",
         "GPTQ gives up weights that matter little for those that matter: its weights may lie farther from the "
-        "full ones while its outputs lie closer. Perplexity decides; activations are not rounded in this comparison.",
+        "full ones while its outputs lie closer. What counts is KL and perplexity; activations are not rounded in this "
+        "comparison.",
         (*figures, *parts, Details("Every layer of the bundle", (_table(int4),))),
     )
 
