@@ -113,9 +113,8 @@ def certify_variants(
     """
     journal = journal or NoJournal()
     outcomes: dict[Variant, list[CertifiedVariant]] = {}
-    fronts: dict[
-        int, Front
-    ] = {}  # by place: what the last variant without the linear block leaves to its twin with it
+    # By place: what the last variant without the linear block leaves to its twin with it.
+    fronts: dict[int, Front] = {}
     for variant in _twins_together(stack.variants):
         places = rows_for(variant, stack, range(len(rows)))
         fork = None if stack.linear_block is None or variant.linear_block else stack.linear_block.index

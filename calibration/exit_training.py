@@ -146,7 +146,7 @@ def head_logits(
 ) -> Iterator[tuple[Labelled, Tensor, Tensor]]:
     """`data` in pieces: tokens on the adapter's device, their states [T, H] and their logits [T, V] float32.
 
-    So many at once as leave the logits in a CPU's cache, where what is read off them costs a fraction.
+    As few at once as do not read the output matrix too often: logits that stay in a CPU's cache are cheap to read.
     """
     start, rows = 0, LEAST_LOGIT_ROWS  # until the first logits show how many a row has
     while start < data.tokens:

@@ -58,7 +58,7 @@ inline vf tile_sums(const vf part[FULL_ROW_TILE][OUTPUT_TILE]) {
 }
 
 // Adds one step's products. All indices are constants once unrolled: the sums stay in registers. FETCH: the weights of
-// the tile after the next are asked for, which pays where few rows use each of them.
+// the tile after the next are asked for, which pays where few rows use each of them, or a tile fills the cache.
 template <int ROWS, bool FETCH, class T>
 inline __attribute__((always_inline)) void add_step(vf (&part)[ROWS][OUTPUT_TILE], const T* const* w, const T* x,
                                                     int64_t inputs, int64_t i, int n) {
@@ -167,13 +167,16 @@ void full_linear(T* y, const T* x, int64_t rows, const T* weight, int64_t inputs
   const bool parallel = rows * inputs * outputs >= SHARED_PRODUCTS, many = rows > 2 * FULL_ROW_TILE && near > 1;
   const int64_t piece = rows <= together ? (tiles / (4 * threads) + 4) / 4 * 4 : 8;
   share(tiles, parallel ? threads : 1, piece, [&](int64_t first, int64_t last) {
-    for (int64_t row = 0; row < rows; row += together)
-      for (int64_t from = first; from < last; from += near) {
-        const int64_t end = row + together < rows ? row + together : rows, to = from + near < last ? from + near : last;
-        if (many)
-          work.template write_rows<false>(row, end, from, to);
-        else
-          work.template write_rows<true>(row, end, from, to);
-      }
+    // Few tiles at a time, so that their weights are still near when the next rows come.
+    for (int64_t part = first; part < last; part += 8)
+      for (int64_t row = 0; row < rows; row += together)
+        for (int64_t from = part; from < last && from < part + 8; from += near) {
+          const int64_t end = row + together < rows ? row + together : rows, stop = part + 8 < last ? part + 8 : last;
+          const int64_t to = from + near < stop ? from + near : stop;
+          if (many)
+            work.template write_rows<false>(row, end, from, to);
+          else
+            work.template write_rows<true>(row, end, from, to);
+        }
   });
 }

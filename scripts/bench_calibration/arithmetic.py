@@ -88,9 +88,8 @@ def needs(
             "certifying, full weights": {
                 "one full block": block_bytes(spec, dtype),
                 "a batch": wide * batch_token_bytes(spec, dtype),
-                # kept for all thresholds, and for the variant whose linear block comes next
-                "states at the exit and in front of the linear block": 2
-                * certified
+                # behind each of two exits, in front of the linear block, and half of one for the variant with it
+                "states behind exits and in front of the linear block": int(3.5 * certified)
                 * spec.hidden_size
                 * dtype.itemsize,
                 "logits": logits,

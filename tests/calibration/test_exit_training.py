@@ -294,7 +294,9 @@ def test_logistic_regression_finds_the_weights() -> None:
 @pytest.mark.parametrize(("loss", "of_top"), [("top token", 1.0), ("both", 0.5), ("distribution", 0.0)])
 def test_training_goes_down_the_slope_of_its_loss(loss: Loss, of_top: float) -> None:
     g = torch.Generator().manual_seed(4)
-    data = Labelled(torch.randn(30, H, generator=g), torch.randint(V, (30,), generator=g), torch.randn(30, H))
+    data = Labelled(
+        torch.randn(30, H, generator=g), torch.randint(V, (30,), generator=g), torch.randn(30, H, generator=g)
+    )
     assert data.final is not None
     logits = torch.randn(30, V, generator=g, requires_grad=True)
     wanted = project(NORM(data.final)).softmax(-1)

@@ -18,7 +18,6 @@ from exeunt.calibration.certificates import (
     nll_risk_table,
 )
 from exeunt.calibration.certification import (
-    certify_backfilled,
     certify_both_propagated,
     certify_nll_backfilled,
     full_depth_pass,
@@ -359,13 +358,16 @@ def test_losses_of_the_select_split_are_those_of_a_pass(decoder: Decoder) -> Non
     assert losses.at_exits[known] == pytest.approx(full_depth.losses.at_exits[known], abs=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("index", "exits"), [(1, EXITS), (0, EXITS), (2, (random_exit(0, 1), random_exit(1, 2))), (2, EXITS[1:])]
+)
 def test_a_variant_with_the_linear_block_goes_on_from_where_its_twin_parts(
-    stack: ModelStack, monkeypatch: pytest.MonkeyPatch
+    index: int, exits: Sequence[ExitHead], stack: ModelStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And says what a pass through all blocks says."""
     hidden, g = stack.full.spec.hidden_size, torch.Generator().manual_seed(3)
     down, up, bias = (torch.randn(shape, generator=g) / 4 for shape in ((3, hidden), (hidden, 3), (hidden,)))
-    both = stack.with_linear_block(LinearBlock(1, down, up, bias))
+    both = stack.with_linear_block(LinearBlock(index, down, up, bias))
     starts: list[int] = []
     run = ForcedModel.states_at
 
@@ -374,16 +376,20 @@ def test_a_variant_with_the_linear_block_goes_on_from_where_its_twin_parts(
         return run(model, batch, depths, *rest)
 
     monkeypatch.setattr(ForcedModel, "states_at", noted)
-    found = {(each.variant, each.skipped_kv): each for each in certified(both, EXITS)}
-    assert {*starts} == {0, 1}
-    assert starts.count(1) >= len(both.variants) // 2
-    for variant in (each for each in both.variants if each.linear_block):
-        own = rows(50)[::2]
-        whole = full_depth_pass(both.forced(variant, EXITS), own, PLAN.least, batch_tokens=200)
-        assert PLAN.nll is not None
-        alone = certify_nll_backfilled(whole, PLAN.nll.backfill)
-        certification = certify_backfilled(whole, PLAN)
-        assert found[variant, "backfill"].certification.certificates == certification.certificates
-        shared = found[variant, "backfill"].nll
-        assert shared is not None
-        assert shared.certificates == alone.certificates
+    shared = certified(both, exits, effort=NllEffort("all", 1))
+    assert starts.count(index) >= len(both.variants) // 2
+    monkeypatch.setattr("exeunt.calibration.certification._front_of", lambda *_: None)
+    whole = certified(both, exits, effort=NllEffort("all", 1))
+    assert [_figures(each) for each in shared] == [_figures(each) for each in whole]
+
+
+def _figures(each: CertifiedVariant) -> tuple[Any, ...]:
+    """All that was found of a combination, as values that compare."""
+    nll = each.nll
+    assert nll is not None
+    assert nll.tested
+    return (
+        (each.variant, each.skipped_kv, each.certification.certificates, each.certification.by_exit),
+        [(at, counts.exits.tolist(), counts.errors.tolist()) for at, counts in each.certification.tested],
+        (nll.certificates, [(at, counts.clipped.tolist()) for at, counts in nll.tested]),
+    )

@@ -151,7 +151,7 @@ def test_tiles_of_any_size_give_the_same_bits(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Tiles end inside rows: a token attends to keys that another tile wrote, in front of it and behind."""
+    """Tiles end inside rows: a token attends to keys that another tile wrote."""
     decoder = _decoder(name, tmp_path, torch.float32, int4, linear_block)
     blocks, ids = decoder.spec.blocks, torch.arange(39) + 5
     found = []
