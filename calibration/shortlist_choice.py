@@ -3,8 +3,8 @@
 A look at the vocabulary costs as much as blocks, and most looks are in vain. A shortlist (FR-Spec, arXiv 2502.14856,
 has one for drafts) makes them cheaper by its share of the vocabulary, and blinder: where the exit would say a token
 outside of it, its logits do not show that. How large it should be depends on what a look costs here; so a few sizes are
-tried with a gate of the logits alone, on exits as they were trained, and the one kept that is expected to save most;
-the whole vocabulary where none saves noticeably more.
+tried with a gate of the logits alone, on exits as they were trained, and the smallest is kept that is expected to save
+as much as any, or nearly.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -30,8 +30,8 @@ LEAST_TOKENS: Final = 64
 MOST_TOKENS: Final = 4_096
 """Of the select split that sizes are compared on, behind each exit."""
 WORTH: Final = 0.01
-"""The share of the blocks that a shortlist must save beyond the whole vocabulary. Measured costs differ by as much as a
-smaller one from one time to the next, and what a list cannot show is lost at every target."""
+"""The share of the blocks by which savings count as equal: by as much measured costs differ from one time to the next.
+Of equal sizes the smallest is kept, which computes least."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ def choose_shortlist(
     targets: Sequence[float],
     advance: Callable[[int], None] = lambda _tokens: None,
 ) -> ShortlistChoice:
-    """The shortlist with which the best of the exits, `heads` by their block, is expected to save most, if `WORTH` it.
+    """The smallest shortlist with which the best of the exits, `heads` by their block, is expected to save about most.
 
     `select` gives the select split behind a block, `top` [T] are full depth's top tokens on the fit split, `blocks` the
     model's. Of `costs` the sizes that have a look measured are tried. `advance` is told the tokens looked at behind
@@ -88,9 +88,10 @@ def choose_shortlist(
             saving = _saving(*found[size], block + 1, blocks, costs.with_shortlist(size), targets)
             best[size] = max(best[size], saving)
         advance(data.tokens)
-    kept = max(sizes, key=lambda size: best[size])
-    if best[kept] - best[None] < WORTH:
-        kept = None
+    most = max(best.values())
+    kept = next(
+        size for size in (*sizes[1:], None) if most - best[size] <= WORTH
+    )  # lists ascend, the vocabulary is last
     return ShortlistChoice(None if kept is None else lists[kept], tuple(best.items()))
 
 

@@ -62,7 +62,7 @@ def chosen(share: float, look: float, projection: float) -> tuple[int | None, di
     assert sum(told) == planned_shortlist_tokens(1, TOKENS)
     size = None if choice.shortlist is None else len(choice.shortlist)
     savings = dict(choice.savings)
-    assert savings[size] >= max(savings.values()) - (WORTH if size is None else 0.0)
+    assert savings[size] >= max(savings.values()) - WORTH
     return size, savings
 
 
@@ -91,11 +91,12 @@ def test_looks_that_cost_nothing_want_the_whole_vocabulary() -> None:
     assert savings[None] > savings[128] + 0.02 > savings[64] + 0.02
 
 
-def test_a_shortlist_that_saves_hardly_more_is_not_worth_its_blindness() -> None:
-    found = [chosen(share=0.99, look=look, projection=look) for look in (0.1, 0.3, 0.5)]
+def test_of_sizes_that_save_about_the_same_the_smallest_is_kept() -> None:
+    """Prices at which the whole vocabulary saves a little more, or a little less: measured costs vary so much."""
+    found = [chosen(share=0.99, look=look, projection=look) for look in (0.0, 0.1, 0.3)]
     gains = [savings[64] - savings[None] for _, savings in found]
-    assert 0.0 < gains[0] < gains[1] < WORTH < gains[2]
-    assert [size for size, _ in found] == [None, None, 64]
+    assert -WORTH < gains[0] < 0.0 < gains[1] < gains[2] < WORTH
+    assert [size for size, _ in found] == [64, 64, 64]
 
 
 def test_text_of_all_tokens_wants_more_of_them() -> None:
