@@ -228,4 +228,7 @@ def _check_finite(name: str, tensor: Tensor) -> None:
     if tensor.numel():
         low, high = torch.aminmax(tensor)  # both carry NaN; one pass and no copy, unlike isfinite
         if not bool(torch.isfinite(low) & torch.isfinite(high)):
-            raise WeightError(f"Tensor {name!r} holds NaN or infinity.")
+            raise WeightError(
+                f"Tensor {name!r} holds NaN or infinity, and every answer would; get the checkpoint's files anew, or a "
+                "training step before this one."
+            )

@@ -39,7 +39,7 @@ def test_nan_in_any_tensor_is_found_and_named(checkpoint: Checkpoint, tmp_path: 
         damaged = Checkpoint("", tmp_path, checkpoint.spec, (bad,))
         with pytest.raises(WeightError) as refusal:
             check_weights(damaged.weights(), checkpoint.spec)
-        assert str(refusal.value) == f"Tensor {name!r} holds NaN or infinity."
+        assert str(refusal.value).startswith(f"Tensor {name!r} holds NaN or infinity, ")
 
 
 class _Plain:
