@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from exeunt.calibration.exit_choice import ExitCosts
-from exeunt.calibration.exit_training import Labelled, Project, TrainedHead, head_state
+from exeunt.calibration.exit_training import Labelled, Project, TrainedHead, head_logits
 from exeunt.calibration.gate_training import logistic_regression
 from exeunt.calibration.selective import share_within
-from exeunt.calibration.teacher_forcing import logit_rows
 from exeunt.compression.exit_output import Shortlist
 from exeunt.kernels.exit_gate.reference import confidence_of, gate_features
 
@@ -83,15 +82,14 @@ def choose_shortlist(
     best = dict.fromkeys(sizes, -np.inf)
     for block, head in heads.items():
         data = select(block).rows(slice(0, MOST_TOKENS))
-        found = _features(head, data, lists, project, vocab_size)
+        found = _features(head, data, lists, project)
         for size in sizes:
             saving = _saving(*found[size], block + 1, blocks, costs.with_shortlist(size), targets)
             best[size] = max(best[size], saving)
         advance(data.tokens)
     most = max(best.values())
-    kept = next(
-        size for size in (*sizes[1:], None) if most - best[size] <= WORTH
-    )  # lists ascend, the vocabulary is last
+    by_size = (*sizes[1:], None)  # ascending: the whole vocabulary last
+    kept = next(size for size in by_size if most - best[size] <= WORTH)
     return ShortlistChoice(None if kept is None else lists[kept], tuple(best.items()))
 
 
@@ -105,18 +103,13 @@ def _features(
     data: Labelled,
     lists: Mapping[int, Shortlist],
     project: Project,
-    vocab_size: int,
 ) -> dict[int | None, tuple[Tensor, Tensor]]:
     """By size, the log-odds and the margin [T, 2] of the logits that decide, and whether all logits agree [T]."""
-    device = head.adapter.device
-    rows = logit_rows(vocab_size, device)
     ids: dict[int | None, Tensor | None] = {None: None}
-    ids |= {size: shortlist.ids.to(device) for size, shortlist in lists.items()}
+    ids |= {size: shortlist.ids.to(head.adapter.device) for size, shortlist in lists.items()}
     parts: dict[int | None, list[Tensor]] = {size: [] for size in ids}
     agrees = []
-    for start in range(0, data.tokens, rows):
-        part = data.rows(slice(start, start + rows), device)
-        logits = project(head_state(head.norm, head.adapter, part.hidden)).float()
+    for part, _, logits in head_logits(head.norm, head.adapter, data, project):
         agrees.append(logits.argmax(-1) == part.top)
         for size, chosen in ids.items():
             decisive = logits if chosen is None else logits[:, chosen]

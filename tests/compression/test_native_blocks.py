@@ -1,5 +1,6 @@
 """Blocks in one native call against the same blocks one operation at a time."""
 
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,19 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+def of_every_kind(test: Callable[..., None]) -> Callable[..., None]:
+    """Run `test` for every model, format of pages, form of weights, and with a linear block and without."""
+    kinds: dict[str, Iterable[object]] = {
+        "name": MODELS,
+        "format": ("full", "int4"),
+        "int4": (False, True),
+        "linear_block": (False, True),
+    }
+    for argument, values in kinds.items():
+        test = pytest.mark.parametrize(argument, values)(test)
+    return test
+
+
 def _decoder(name: str, directory: Path, dtype: torch.dtype, int4: bool, linear_block: bool) -> Decoder:
     family, changes = MODELS[name]
     decoder = Decoder.load(save(build_model(family, dtype, **changes), directory), dtype=dtype)
@@ -65,10 +79,7 @@ def _piecewise(monkeypatch: pytest.MonkeyPatch, decoder: Decoder) -> Decoder:
     return other
 
 
-@pytest.mark.parametrize("linear_block", [False, True])
-@pytest.mark.parametrize("int4", [False, True])
-@pytest.mark.parametrize("format", ["full", "int4"])
-@pytest.mark.parametrize("name", MODELS)
+@of_every_kind
 def test_one_call_does_what_the_operations_do(
     name: str,
     format: KVFormat,
@@ -114,10 +125,7 @@ def test_bfloat16_rounds_where_the_operations_do(
     assert float(error) < 0.01
 
 
-@pytest.mark.parametrize("linear_block", [False, True])
-@pytest.mark.parametrize("int4", [False, True])
-@pytest.mark.parametrize("format", ["full", "int4"])
-@pytest.mark.parametrize("name", MODELS)
+@of_every_kind
 def test_a_token_has_the_same_bits_in_any_company(
     name: str, format: KVFormat, int4: bool, linear_block: bool, tmp_path: Path
 ) -> None:
@@ -139,10 +147,7 @@ def test_a_token_has_the_same_bits_in_any_company(
         assert torch.equal(got, together[span])
 
 
-@pytest.mark.parametrize("linear_block", [False, True])
-@pytest.mark.parametrize("int4", [False, True])
-@pytest.mark.parametrize("format", ["full", "int4"])
-@pytest.mark.parametrize("name", MODELS)
+@of_every_kind
 def test_tiles_of_any_size_give_the_same_bits(
     name: str,
     format: KVFormat,

@@ -132,6 +132,14 @@ def test_a_checkpoint_with_a_number_that_is_none(
         (("--tokens", "100"), "allowed 100 tokens"),
         (("--group-size", "3"), "group size is 3; it must be even"),
         (("--group-size", "3", "--weights", "full"), "group size is 3; it must be even"),
+        (
+            ("--group-size", "1000000"),
+            "group size is 1000000, and no layer of the model has more than 48 inputs",
+        ),
+        (
+            ("--seed", "18446744073709551616"),
+            "The seed is 18446744073709551616; give a whole number from 0 to",
+        ),
     ],
 )
 def test_what_this_model_does_not_have(
@@ -215,31 +223,6 @@ def test_names_that_are_no_utf8_are_not_evaluated(
     named = {"BUNDLE": str(model), "--data": str(text)} | {option: str(no_utf8(tmp_path))}
     told = refusal(["eval", named["BUNDLE"], "--data", named["--data"], "--device", "cpu"], capsys)
     assert told.startswith(f"{option} is ")
-
-
-@pytest.mark.parametrize(
-    ("more", "says"),
-    [
-        (
-            ("--seed", "18446744073709551616"),
-            "The seed is 18446744073709551616; give a whole number from 0 to",
-        ),
-        (
-            ("--group-size", "1000000"),
-            "group size is 1000000, and no layer of the model has more than 48 inputs",
-        ),
-    ],
-)
-def test_numbers_that_are_too_large(
-    model: Path,
-    text: Path,
-    tmp_path: Path,
-    more: tuple[str, ...],
-    says: str,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    assert says in refusal(calibrate_words(model, text, tmp_path / "b", *more), capsys)
-    assert not (tmp_path / "b").exists()
 
 
 @pytest.mark.parametrize("out", ["b" * 240, "/proc/bundle"])

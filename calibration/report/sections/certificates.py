@@ -64,14 +64,14 @@ def _unit(deployed: CertifiedVariant, others: Sequence[CertifiedVariant]) -> str
     numbers = f"{count(deployed.text_blocks)} of them here" + (
         f", {count(fewest)} for the other variants" if apart else ""
     )
-    may_miss = f"{_missed(deployed.text_blocks):.1%}" + (f" ({_missed(fewest):.1%})" if apart else "")
+    rarest = f"{_may_miss(deployed.text_blocks):.1%}" + (f" ({_may_miss(fewest):.1%})" if apart else "")
     return (
         f"Tokens of one text are not independent, so the unit is a block of text: {numbers}. Of a kind of text that is "
-        f"less than {may_miss} of all there may be none among these, and no certificate speaks of it."
+        f"less than {rarest} of all there may be none among these, and no certificate speaks of it."
     )
 
 
-def _missed(blocks: int) -> float:
+def _may_miss(blocks: int) -> float:
     """The share of all text that a kind may have and yet be missing from so many blocks, but for a chance of 5 %."""
     return float(1.0 - _MISSED ** (1.0 / blocks))
 

@@ -117,8 +117,8 @@ def _opening(layers: TradeOff, net: TradeOff, points: Sequence[ModeResult]) -> s
         increase = 0.0 if best.exits_ratio is None else best.exits_ratio.value - 1.0
         parts.append(
             f"Certified to differ on at most {percent(best.mode.target or 0.0)} of the tokens that leave, exits with "
-            f"propagated keys and values skip {share(best.passes_saved.value)} of the layers"
-            f" for {100 * increase:+.1f} % perplexity. {_net(best)}"
+            f"propagated keys and values skip {share(best.passes_saved.value)} of the layers for "
+            f"{100 * increase:+.1f} % perplexity. {_net(best)}"
         )
     if by_layers := _below(layers, "by layers skipped, as the paper counts"):
         parts.append(f"{by_layers} {_below(net, 'net of what exits compute') or _NOTHING_NET}")
@@ -190,8 +190,8 @@ def _picture(variant: Variant, layers: TradeOff, net: TradeOff, certified: dict[
         "trade-off",
         "Perplexity against layers and compute saved, beside the paper's curve",
         f"{variant_name(variant)}: perplexity, as a multiple of that with exits off, against what is saved with "
-        "propagated keys and values, with 95 % "
-        "intervals; the axis of perplexity is logarithmic. Lower and further right is better.",
+        "propagated keys and values, with 95 % intervals; the axis of perplexity is logarithmic. Lower and further "
+        "right is better.",
         paint,
         height=3.7,
     )
