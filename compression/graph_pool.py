@@ -6,14 +6,19 @@ overwrites. A server's graphs all run one after the other, on the stream of the 
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Generic, TypeVar
 
 import torch
 
-TOKENS: Final = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
-"""Numbers of tokens, or rows, that graphs are captured for: a batch takes the next one up, a larger batch none."""
+ROWS: Final = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
+"""Numbers of rows that graphs of row-wise functions are captured for."""
+TOKENS: Final = (*ROWS, 192, 256, 320, 384, 448, 512)
+"""Numbers of tokens that graphs of blocks are captured for: a batch takes the next one up, a larger batch none.
+
+Beyond that a pass keeps the device busy for about as long as the host takes to launch it operation by operation.
+"""
 SPARE_MEMORY: Final = 0.02
 """The share of the device's memory that captures leave free: passes without graphs need room too."""
 
@@ -31,9 +36,10 @@ class Captured(Generic[Result]):
     nbytes: int  # of device memory that the pool grew by
 
 
-def size_for(tokens: int) -> int | None:
-    """The number of tokens that a graph for so many is captured for; None for none and for too many."""
-    return next((size for size in TOKENS if size >= tokens), None) if tokens > 0 else None
+def size_for(tokens: int, sizes: Sequence[int] = TOKENS) -> int | None:
+    """The number of tokens, of ascending `sizes`, that a graph for so many is captured for; None for none and for too
+    many."""
+    return next((size for size in sizes if size >= tokens), None) if tokens > 0 else None
 
 
 class GraphPool:

@@ -12,7 +12,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from exeunt.compression.graph_pool import TOKENS, Captured, GraphPool, size_for
+from exeunt.compression.graph_pool import ROWS, Captured, GraphPool, size_for
 
 MOST_ROW_GRAPHS: Final = 192
 """Graphs of all row-wise functions together: beyond it calls of sizes not yet met run without."""
@@ -46,7 +46,7 @@ class RowGraphs:
         they hold until any function runs with the same outputs, and whoever needs them longer copies them.
         """
         count = rows[0].shape[0]
-        size = size_for(count)
+        size = size_for(count, ROWS)
         if size is None:
             return None
         if size not in self._graphs:
@@ -71,7 +71,7 @@ class RowGraphs:
             return
         with torch.inference_mode(False):  # what is filled in any mode must be made outside of it
             self._inputs = tuple(
-                torch.zeros(TOKENS[-1], *each.shape[1:], dtype=each.dtype, device=self._pool.device)
+                torch.zeros(ROWS[-1], *each.shape[1:], dtype=each.dtype, device=self._pool.device)
                 for each in rows
             )
         self._pool.note(sum(each.nbytes for each in self._inputs))
@@ -101,7 +101,7 @@ class SharedOutputs:
         found = self._tensors.get(key)
         if found is None:
             with torch.inference_mode(False):
-                found = torch.zeros(TOKENS[-1], *key[1], dtype=result.dtype, device=result.device)
+                found = torch.zeros(ROWS[-1], *key[1], dtype=result.dtype, device=result.device)
             self._tensors[key] = found
             self._pool.note(found.nbytes)
         return found

@@ -9,9 +9,10 @@ order. Both ways add the same numbers in the same order.
 
 A tile is outputs × tokens: the weights are the tensor cores' left operand, which they take from the registers that
 the weights were unpacked into. With two warps a program Triton picks `mma.sync` on every GPU, whatever the tile's
-number of tokens; with four or eight it turns to `wgmma` on Hopper. Its sums of full weights are the same to the bit
-(seen on an H200, and tested on every GPU that runs the tests); those of INT4 weights are not, whose inputs `mma.sync`
-takes in an order of its own: all INT4 tiles have two warps or one. On other GPUs than Hopper's all tiles have.
+number of tokens; with four or eight it turns to `wgmma` on Hopper, whose sums are the same to the bit (seen on an H200,
+and tested on every GPU that runs the tests): those of INT4 weights once inputs and codes are put in the order in which
+`mma.sync` takes them (`exeunt.kernels.int4_linear.ordered_triton`). On other GPUs than Hopper's all tiles have two
+warps or one.
 """
 
 # Kernels are written in Triton's language: their arguments have no Python types, and compile-time ones are upper case.
@@ -28,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from exeunt.kernels.codes_triton import INTERPRETED
+from exeunt.kernels.arithmetic_triton import INTERPRETED, rounded
 from exeunt.kernels.linear_tiles import Tile
 from exeunt.kernels.rows.norm import RowNorm
 from exeunt.kernels.tuned.launches import LaunchKey, leave_to_rule, measured_rows, tuned_launch
@@ -44,8 +45,9 @@ class LinearTiles:
 
     full: tuple[Tile, ...] = (Tile(8, 64, 4), Tile(16, 64, 4), Tile(32, 64, 4), Tile(64, 64, 3, 4))
     full_wide: Tile = Tile(128, 128, 4, 8)  # for more rows, where there are many tiles even so
-    int4: tuple[Tile, ...] = (Tile(8, 64, 4), Tile(16, 64, 3), Tile(32, 64, 3))
+    int4: tuple[Tile, ...] = (Tile(8, 64, 4), Tile(16, 64, 3), Tile(32, 64, 3), Tile(64, 128, 3, 8))
     int4_wide: Tile = Tile(8, 128, 3)  # for few rows, where there are many parts of tiles even so
+    int4_tall: Tile = Tile(128, 64, 3, 4)  # for more rows, where there are many tiles even so
     float32: tuple[Tile, ...] = (Tile(16, 64, 4),)  # no tensor cores: more would not fit the registers
     most_parts: int = 8
     part_inputs: int = 256  # inputs of a part at least
@@ -60,7 +62,8 @@ class LinearTiles:
     @property
     def most_warps(self) -> int:
         """The most warps of a tile: that tiles of more have the same bits is known of no GPU with these sizes."""
-        return max(tile.warps for tile in (*self.full, self.full_wide, *self.int4, self.int4_wide))
+        tiles = (*self.full, self.full_wide, *self.int4, self.int4_wide, self.int4_tall)
+        return max(tile.warps for tile in tiles)
 
     def tile_for(
         self, tokens: int, in_features: int, outputs: int, dtype: torch.dtype, *, int4: bool
@@ -68,26 +71,32 @@ class LinearTiles:
         """The tile for so many rows and outputs of the weight."""
         if dtype == torch.float32:
             return self.float32[0]
-        wide = self.int4_wide if int4 else self.full_wide
-        wide_tiles = triton.cdiv(tokens, wide.rows) * triton.cdiv(outputs, wide.outputs)
-        wide_parts = wide_tiles * min(self.most_parts, in_features // self.part_inputs)
-        if int4 and tokens <= wide.rows and wide_parts >= self.many_wide_parts:
-            return wide
-        if not int4 and tokens > self.full[-1].rows and wide_tiles >= self.many_wide_tiles:
-            return wide
-        tiles = self.int4 if int4 else self.full
+        parts = min(self.most_parts, in_features // self.part_inputs)
+        few = _count(self.int4_wide, tokens, outputs) * parts >= self.many_wide_parts
+        if int4 and tokens <= self.int4_wide.rows and few:
+            return self.int4_wide
+        tiles, large = (self.int4, self.int4_tall) if int4 else (self.full, self.full_wide)
+        if tokens > tiles[-1].rows and _count(large, tokens, outputs) >= self.many_wide_tiles:
+            return large
         return next((tile for tile in tiles if tile.rows >= tokens), tiles[-1])
 
     def splits(self, tokens: int, tiles: int, tile: Tile, *, int4: bool) -> bool:
         """Whether each part of so many tiles' sums has a program of its own."""
         few = int4 and tokens <= self.split_rows
-        return tile != self.full_wide and tiles < (self.int4_tiles_to_flood if few else self.tiles_to_fill)
+        return tile not in (self.full_wide, self.int4_tall) and tiles < (
+            self.int4_tiles_to_flood if few else self.tiles_to_fill
+        )
 
 
 TILES: Final = LinearTiles()
 # Of two warps, and as small as the shared memory of all GPUs: nobody has measured others, or compared their bits.
 OTHER_TILES: Final = replace(
-    TILES, full=(*TILES.full[:-1], Tile(64, 64, 4)), full_wide=Tile(128, 64, 2), many_wide_tiles=1 << 62
+    TILES,
+    full=(*TILES.full[:-1], Tile(64, 64, 4)),
+    full_wide=Tile(128, 64, 2),
+    int4=TILES.int4[:-1],
+    int4_tall=TILES.int4[-2],
+    many_wide_tiles=1 << 62,
 )
 _HOPPER: Final = 9  # compute capability, before the point
 
@@ -98,6 +107,11 @@ def tiles() -> LinearTiles:
         return TILES
     arch = int(triton.runtime.driver.active.get_current_target().arch)
     return TILES if arch // 10 == _HOPPER else OTHER_TILES
+
+
+def _count(tile: Tile, tokens: int, outputs: int) -> int:
+    """Tiles of so many tokens and outputs."""
+    return int(triton.cdiv(tokens, tile.rows) * triton.cdiv(outputs, tile.outputs))
 
 
 MOST_COUNTERS: Final = 2048
@@ -253,29 +267,6 @@ def checked_out(
             f"expected dense rows [{tokens}, {columns}] {x.dtype}"
         )
     return residual
-
-
-@triton.jit
-def rounded(value, DTYPE: tl.constexpr):
-    """The float32 value rounded to nearest even in DTYPE."""
-    if INTERPRETED and tl.bfloat16 == DTYPE:
-        bits = value.to(tl.uint32, bitcast=True)
-        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        result = tl.where(value != value, 0x7FC0, nearest).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    else:
-        result = value.to(DTYPE)
-    return result
-
-
-@triton.jit
-def added_product(left, right, sums):
-    """Return sums + left × right, in float32."""
-    if INTERPRETED:  # NumPy's order of adding depends on the shapes: in float64 that is lost in the rounding
-        wide = tl.dot(left.to(tl.float64), right.to(tl.float64), out_dtype=tl.float64)
-        result = sums + wide.to(tl.float32)
-    else:
-        result = tl.dot(left, right, sums, input_precision="ieee")
-    return result
 
 
 @triton.jit

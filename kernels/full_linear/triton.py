@@ -16,9 +16,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
+from exeunt.kernels.arithmetic_triton import added_product
 from exeunt.kernels.linear_parts import (
     Launch,
-    added_product,
     checked_out,
     checked_rows,
     join,

@@ -1,13 +1,12 @@
 """The INT4 linear layer on a GPU: weights are unpacked in registers, on their way to the tensor cores.
 
-One kernel for decode and prefill (see `exeunt.kernels.linear_parts` for the cut of the sum and the tiles). Codes are
-multiplied as they are (`exeunt.kernels.codes_triton`), in the activations' dtype, and summed in float32; each group's
-sum is scaled there: Σ w x = scale × Σ (bias + code) x + (offset − bias × scale) × Σ x.
+One kernel for decode and prefill (see `exeunt.kernels.linear_parts` for the cut of the sum and the tiles). Weights are
+made of codes in the activations' dtype (`exeunt.kernels.codes_triton`), and products are summed in float32.
 """
 
 # Kernels are written in Triton's language: their arguments have no Python types, and compile-time ones are upper case.
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
-# ruff: noqa: N803, N806, SIM102 - a condition known at compile time stands alone
+# ruff: noqa: N803, N806, SIM102, SIM108 - a condition known at compile time stands alone
 
 from functools import partial
 from typing import Final
@@ -18,13 +17,14 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from exeunt.kernels.codes_triton import bias_of, numbers_and_ones
+from exeunt.kernels.arithmetic_triton import added_product
+from exeunt.kernels.codes_triton import weights
 from exeunt.kernels.int4_linear.dispatch import PackedWeight
+from exeunt.kernels.int4_linear.ordered_triton import in_places, order_inputs
 from exeunt.kernels.int4_linear.pairs import PairedInt4, pack_pairs, unroll_of
 from exeunt.kernels.int4_linear.weight import Int4Weight
 from exeunt.kernels.linear_parts import (
     Launch,
-    added_product,
     checked_out,
     checked_rows,
     join,
@@ -35,17 +35,9 @@ from exeunt.kernels.linear_parts import (
 )
 from exeunt.kernels.rows.norm import RowNorm
 
+_WARPS_OF_MMA: Final = 2  # tiles of more warps have `wgmma`, and their inputs in order
 _STEP: Final = 64  # bytes of an output that are unpacked at once, at most
 _STEP_FLOAT32: Final = 32  # without tensor cores a step's operands all lie in registers
-
-
-@triton.jit
-def _scaled(sums, products, input_sums, scaling, BIAS: tl.constexpr):
-    """Add a run's products [outputs, rows] of BIAS + code, scaled, and its offsets times the sums of the inputs."""
-    scale = (scaling & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
-    offset = ((scaling >> 16) & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
-    sums = tl.fma(input_sums, (offset - BIAS * scale)[:, None], sums)
-    return tl.fma(products, scale[:, None], sums)
 
 
 @triton.jit
@@ -68,6 +60,7 @@ def _sum_pairs(
     STEP: tl.constexpr,
     UNROLL: tl.constexpr,
     WHOLE: tl.constexpr,
+    ORDERED: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -76,13 +69,13 @@ def _sum_pairs(
     """The products [BLOCK outputs, ROWS] over pairs `first` to `last` - 1.
 
     Each part is summed for itself and they are added in order, in one loop: what is loaded ahead is so across parts.
-    Where the inputs are no WHOLE number of pairs, what is missing of them is taken as zero.
+    Where the inputs are no WHOLE number of pairs, what is missing of them is taken as zero. ORDERED ones are in their
+    places, and the codes are put there.
     """
     DTYPE: tl.constexpr = x.dtype.element_ty
-    BIAS: tl.constexpr = bias_of(DTYPE)
-    nothing = tl.zeros((BLOCK, ROWS), tl.float32)
-    total = nothing
-    sums = nothing
+    PLACES: tl.constexpr = TURNS * STEP if ORDERED else GROUP
+    total = tl.zeros((BLOCK, ROWS), tl.float32)
+    sums = tl.zeros((BLOCK, ROWS), tl.float32)
     part_end = (first + part_pairs) * TURNS
     row = x + rows.to(tl.int64)[:, None] * x_stride
     own = scaling + outputs
@@ -90,32 +83,30 @@ def _sum_pairs(
         for ahead in tl.static_range(UNROLL):
             pair = (base + ahead) // TURNS
             byte = (base + ahead) % TURNS * STEP + tl.arange(0, STEP)
-            at = (pair * (2 * GROUP) + byte)[None, :]
+            at = (pair * (2 * PLACES) + byte)[None, :]
             run = codes + tl.cast(pair, tl.int64) * code_stride + outputs[:, None] * GROUP + byte[None, :]
+            inside = (byte < GROUP)[None, :]
             if WHOLE:
                 low_x = tl.load(row + at)
-                high_x = tl.load(row + at + GROUP)
+                high_x = tl.load(row + at + PLACES)
+            else:
+                low_x = tl.load(row + at, mask=inside & (at < in_features), other=0.0)
+                high_x = tl.load(row + at + PLACES, mask=inside & (at + PLACES < in_features), other=0.0)
+            if GROUP == TURNS * STEP:  # known when it is compiled
                 packed = tl.load(run)
             else:
-                inside = (byte < GROUP)[None, :]
-                low_x = tl.load(row + at, mask=inside & (at < in_features), other=0.0)
-                high_x = tl.load(row + at + GROUP, mask=inside & (at + GROUP < in_features), other=0.0)
                 packed = tl.load(run, mask=inside, other=0)
-            low_scaling = tl.load(own + pair * pair_stride)
-            high_scaling = tl.load(own + pair * pair_stride + plane_stride)
-            low, high, ones = numbers_and_ones(packed, low_scaling[:, None], high_scaling[:, None], DTYPE)
-            low_x = low_x.T
-            high_x = high_x.T
-            low_products = added_product(low, low_x, nothing)
-            low_inputs = added_product(ones, low_x, nothing)
-            high_products = added_product(high, high_x, nothing)
-            high_inputs = added_product(ones, high_x, nothing)
-            sums = _scaled(sums, low_products, low_inputs, low_scaling, BIAS)
-            sums = _scaled(sums, high_products, high_inputs, high_scaling, BIAS)
+            low_params = tl.load(own + pair * pair_stride)
+            high_params = tl.load(own + pair * pair_stride + plane_stride)
+            if ORDERED:
+                packed = in_places(packed, BLOCK, STEP)
+            low, high = weights(packed, low_params, high_params, DTYPE)
+            sums = added_product(low, low_x.T, sums)
+            sums = added_product(high, high_x.T, sums)
         if not SPLIT:
             if base + UNROLL >= part_end:
                 total += sums
-                sums = nothing
+                sums = tl.zeros((BLOCK, ROWS), tl.float32)
                 part_end += part_pairs * TURNS
     return total + sums
 
@@ -145,6 +136,7 @@ def _int4_linear(
     STEP: tl.constexpr,
     UNROLL: tl.constexpr,
     WHOLE: tl.constexpr,
+    ORDERED: tl.constexpr,
     BIASED: tl.constexpr,
     GATED: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -183,6 +175,7 @@ def _int4_linear(
         STEP,
         UNROLL,
         WHOLE,
+        ORDERED,
         ROWS,
         BLOCK,
         SPLIT,
@@ -288,8 +281,11 @@ def _run(
     columns = out.shape[1]
     sums, counters = scratch_for(launch, tokens, codes.shape[1], x.device)
     pairs, unroll = codes.shape[0], unroll_of(group_size)
-    width = max(32, triton.next_power_of_2(group_size))
-    step = min(width, _STEP_FLOAT32 if x.dtype == torch.float32 else _STEP)
+    places = max(32, triton.next_power_of_2(group_size))
+    step = min(places, _STEP_FLOAT32 if x.dtype == torch.float32 else _STEP)
+    ordered = launch.tile.warps > _WARPS_OF_MMA
+    if ordered:
+        x = order_inputs(x, 2 * pairs, group_size, places)
     _int4_linear[launch.grid](
         out,
         x,
@@ -310,10 +306,11 @@ def _run(
         params.stride(0),
         params.stride(1),
         GROUP=group_size,
-        TURNS=width // step,
+        TURNS=places // step,
         STEP=step,
         UNROLL=unroll,
-        WHOLE=width == group_size and in_features == 2 * group_size * pairs,
+        WHOLE=ordered or (places == group_size and in_features == 2 * group_size * pairs),
+        ORDERED=ordered,
         BIASED=bias is not None,
         GATED=gated,
         ACTIVATION=activation,

@@ -7,6 +7,7 @@
 import triton
 import triton.language as tl
 
+from exeunt.kernels.arithmetic_triton import added_product
 from exeunt.kernels.codes_triton import bias_of, numbers
 from exeunt.kernels.paged_attention.fold_triton import shares
 from exeunt.kernels.paged_attention.unpack_triton import narrowed, scale_and_minimum
@@ -46,7 +47,6 @@ def attention_kernel(
     SHARED: tl.constexpr,
     INT4: tl.constexpr,
     WINDOWED: tl.constexpr,
-    WIDE: tl.constexpr,
     STAGES: tl.constexpr,
     K_PAGE: tl.constexpr,
     K_HEAD: tl.constexpr,
@@ -135,17 +135,17 @@ def attention_kernel(
             split_largest, weights, minima, sums, odd_sums = _attend(
                 split_largest, weights, minima, sums, odd_sums, low, plain_from, stop,
                 query, odd_query, query_sum, position, table, k_head, v_head, kp_head, vp_head, scale, window,
-                True, HEAD_DIM, PAGE_TOKENS, DIMS, BLOCK_KEYS, INT4, WINDOWED, WIDE, 1,
+                True, HEAD_DIM, PAGE_TOKENS, DIMS, BLOCK_KEYS, INT4, WINDOWED, 1,
                 K_PAGE, K_TOKEN, V_PAGE, V_TOKEN, KP_PAGE, KP_TOKEN, VP_PAGE, VP_TOKEN)  # fmt: skip
         split_largest, weights, minima, sums, odd_sums = _attend(
             split_largest, weights, minima, sums, odd_sums, plain_from, plain_to, stop,
             query, odd_query, query_sum, position, table, k_head, v_head, kp_head, vp_head, scale, window,
-            False, HEAD_DIM, PAGE_TOKENS, DIMS, BLOCK_KEYS, INT4, WINDOWED, WIDE, STAGES,
+            False, HEAD_DIM, PAGE_TOKENS, DIMS, BLOCK_KEYS, INT4, WINDOWED, STAGES,
             K_PAGE, K_TOKEN, V_PAGE, V_TOKEN, KP_PAGE, KP_TOKEN, VP_PAGE, VP_TOKEN)  # fmt: skip
         split_largest, weights, minima, sums, odd_sums = _attend(
             split_largest, weights, minima, sums, odd_sums, plain_to, high, stop,
             query, odd_query, query_sum, position, table, k_head, v_head, kp_head, vp_head, scale, window,
-            True, HEAD_DIM, PAGE_TOKENS, DIMS, BLOCK_KEYS, INT4, WINDOWED, WIDE, 1,
+            True, HEAD_DIM, PAGE_TOKENS, DIMS, BLOCK_KEYS, INT4, WINDOWED, 1,
             K_PAGE, K_TOKEN, V_PAGE, V_TOKEN, KP_PAGE, KP_TOKEN, VP_PAGE, VP_TOKEN)  # fmt: skip
         split_weight = tl.sum(weights, axis=1)
         if INT4:
@@ -224,7 +224,6 @@ def _attend(
     BLOCK_KEYS: tl.constexpr,
     INT4: tl.constexpr,
     WINDOWED: tl.constexpr,
-    WIDE: tl.constexpr,
     STAGES: tl.constexpr,
     K_PAGE: tl.constexpr,
     K_TOKEN: tl.constexpr,
@@ -276,14 +275,14 @@ def _attend(
             value_scale, value_minimum = scale_and_minimum(value_words)
             low, high = numbers(keys, dtype)
             scores = tl.zeros((query.shape[0], BLOCK_KEYS), tl.float32)
-            scores = _product(query, low, scores, WIDE)
-            scores = _product(odd_query, high, scores, WIDE)
+            scores = added_product(query, low, scores)
+            scores = added_product(odd_query, high, scores)
             # one multiplication a key, not one a score
             key_scale = key_scale * scale
             key_base = tl.fma(key_scale, -BIAS, key_minimum * scale)
             scores = tl.fma(scores, key_scale[None, :], query_sum[:, None] * key_base[None, :])
         else:
-            scores = _product(query, keys, tl.zeros((query.shape[0], BLOCK_KEYS), tl.float32), WIDE)
+            scores = added_product(query, keys, tl.zeros((query.shape[0], BLOCK_KEYS), tl.float32))
             scores = scores * scale
         if EDGE:
             seen = places[None, :] <= position[:, None]
@@ -310,8 +309,8 @@ def _attend(
             shifted = tl.fma(as_rounded, -BIAS, shifted)
             minima = tl.fma(minima, kept, shifted)
             low, high = numbers(values, dtype)
-            sums = _product(scaled, low, sums, WIDE)
-            odd_sums = _product(scaled, high, odd_sums, WIDE)
+            sums = added_product(scaled, low, sums)
+            odd_sums = added_product(scaled, high, odd_sums)
         else:
             if EDGE:
                 # 0 times a value that is not finite: such values are taken out, and told to those who see them
@@ -320,16 +319,7 @@ def _attend(
                 values = tl.where(broken > 0.0, 0.0, values).to(dtype)
                 if tl.max(tl.max(broken, axis=1), axis=0) > 0.0:
                     met = tl.zeros(sums.shape, tl.float32)
-                    met = _product(seen.to(tl.float32).to(dtype), broken.to(dtype), met, WIDE)
+                    met = added_product(seen.to(tl.float32).to(dtype), broken.to(dtype), met)
                     sums = tl.where(met > 0.0, float("nan"), sums)
-            sums = _product(added.to(dtype), values, sums, WIDE)
+            sums = added_product(added.to(dtype), values, sums)
     return largest, weights, minima, sums, odd_sums
-
-
-@triton.jit
-def _product(left, right, sums, WIDE: tl.constexpr):
-    """left @ right + sums, in float32."""
-    if WIDE:  # Triton's interpreter multiplies bfloat16 as if it were an integer
-        left = left.to(tl.float32)
-        right = right.to(tl.float32)
-    return tl.dot(left, right, sums, input_precision="ieee")

@@ -164,7 +164,6 @@ def _paged_attention(
         SHARED=shared,
         INT4=int4,
         WINDOWED=window > 0,
-        WIDE=not queries.is_cuda,
         STAGES=TILES.stages,
         **strides,
         num_warps=TILES.num_warps,

@@ -7,7 +7,7 @@
 import triton
 import triton.language as tl
 
-from exeunt.kernels.codes_triton import INTERPRETED
+from exeunt.kernels.arithmetic_triton import INTERPRETED
 
 
 @triton.jit

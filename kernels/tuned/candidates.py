@@ -29,12 +29,21 @@ _FULL_TWO_WARPS: Final = {
     64: (Tile(64, 64, 3), Tile(64, 64, 4), Tile(32, 64, 4)),
 }
 _INT4: Final = {
-    1: (Tile(8, 64, 3), Tile(8, 64, 4), Tile(8, 128, 3), Tile(8, 32, 4, 1), Tile(8, 64, 4, 1)),
-    16: (Tile(16, 64, 3), Tile(16, 64, 4), Tile(16, 32, 4)),
-    32: (Tile(32, 64, 2), Tile(32, 64, 3), Tile(16, 64, 4)),
+    1: (
+        Tile(8, 64, 3),
+        Tile(8, 64, 4),
+        Tile(8, 128, 3),
+        Tile(8, 128, 4),
+        Tile(8, 128, 6),
+        Tile(8, 64, 4, 1),
+    ),
+    16: (Tile(16, 64, 3), Tile(16, 64, 4), Tile(16, 32, 4), Tile(16, 128, 3, 4)),
+    32: (Tile(32, 64, 2), Tile(32, 64, 3), Tile(16, 64, 4), Tile(32, 128, 3, 8)),
+    64: (Tile(32, 64, 3), Tile(64, 64, 3), Tile(64, 64, 3, 4), Tile(64, 128, 3, 8)),
+    128: (Tile(32, 64, 3), Tile(64, 64, 3), Tile(64, 128, 4, 8), Tile(128, 64, 3, 4), Tile(128, 128, 3, 8)),
 }
-"""By the fewest rows that they are tried for, up to the next. INT4 tiles have two warps or one, whatever is tried, and
-so have all on GPUs where nobody knows the bits of others: see `exeunt.kernels.linear_parts`."""
+"""By the fewest rows that they are tried for, up to the next. On GPUs where nobody knows the bits of tiles of more than
+two warps there are none of these: see `exeunt.kernels.linear_parts`."""
 
 
 def candidates(shape: LinearShape, rows: int, most_warps: int) -> list[TunedLaunch]:

@@ -30,12 +30,18 @@ from exeunt.kernels.tuned.launches import DTYPES, MEASURED_ROWS, Key, Launches, 
 
 FORMAT: Final = 2
 PACKAGED: Final = Path(__file__).parent
-_KERNELS: Final = ("int4_linear/triton.py", "full_linear/triton.py", "linear_parts.py", "codes_triton.py")
+_KERNELS: Final = (
+    "int4_linear/triton.py",
+    "int4_linear/ordered_triton.py",
+    "full_linear/triton.py",
+    "linear_parts.py",
+    "codes_triton.py",
+    "arithmetic_triton.py",
+)
 """The sources by which a measurement is of these kernels: another version's may not even fit the GPU."""
 _MADE_FOR: Final = ("triton", "kernels")
 """What is measured of: where one of these differs, other launches may be the fastest."""
-_WARPS: Final = {"int4": (1, 2), "full": (2, 4, 8)}
-"""INT4 tiles of four warps would be summed by other instructions, to other bits (`exeunt.kernels.linear_parts`)."""
+_WARPS: Final = {"int4": (1, 2, 4, 8), "full": (2, 4, 8)}
 _SIZES: Final = (8, 16, 32, 64, 128, 256)
 _MOST_STAGES: Final = 8
 

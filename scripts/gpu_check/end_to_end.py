@@ -308,8 +308,8 @@ def _random(context: Context, found: Found, shape: Shape, sizes: Sizes) -> None:
         prompts = driver.prompts(sizes.most, sizes.prompt)
         modes = {
             "int4/int4": (INT4, OFF),
-            "full/full": (FULL, OFF),
             f"int4/int4 exits at 0.5 {SYNTHETIC}": (INT4, HALF),
+            "full/full": (FULL, OFF),
         }
         _engine(context, found, model, driver, prompts, modes, sizes)
     finally:

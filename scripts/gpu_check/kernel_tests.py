@@ -21,7 +21,7 @@ RECORD: Final = "EXEUNT_TEST_RECORD"
 CUT_SHORT: Final = 124  # what `timeout` says of tests that took too long: those that ran still count
 _QUICK: Final = ("tests/kernels/test_rows.py",)
 _ROOT: Final = Path(__file__).resolve().parents[2]
-_PROCESSES: Final = 8
+_PROCESSES: Final = 16
 _FIRST_LINES: Final = 25  # failures told in full
 
 

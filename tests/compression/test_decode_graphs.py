@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from exeunt.compression.decode_graphs import DecodeGraphs, Inputs, padded_layout
+from exeunt.compression.decode_graphs import TOKENS, DecodeGraphs, Inputs, padded_layout
 from exeunt.compression.kv_format import KVPages
 from exeunt.kernels.paged_batch import BatchLayout, PagedBatch
 from tests.compression.fake_graphs import GROWN, FakePool
@@ -118,9 +118,10 @@ def test_what_fits_no_graph_runs_without() -> None:
     long = batch_of([1])
     too_long = PagedBatch(long.positions, long.slots, long.query_starts, long.page_tables, 1025)
     assert graphs.run(torch.zeros(1, HIDDEN), too_long, pages(), 0, 1) is None
-    assert graphs.run(torch.zeros(129, HIDDEN), batch_of([1] * 129), pages(), 0, 1) is None
+    many = TOKENS[-1] + 1
+    assert graphs.run(torch.zeros(many, HIDDEN), batch_of([1] * many), pages(), 0, 1) is None
     assert graphs.run(torch.zeros(0, HIDDEN), batch_of([0]), pages(), 0, 1) is None
-    assert not graphs.project_kv(torch.zeros(129, HIDDEN), batch_of([1] * 129), pages(), 0, 1)
+    assert not graphs.project_kv(torch.zeros(many, HIDDEN), batch_of([1] * many), pages(), 0, 1)
     assert pool.captures == 0
     pool.failing = True
     arena = pages()

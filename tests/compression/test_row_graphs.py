@@ -12,7 +12,7 @@ from torch import Tensor
 import exeunt.compression.gate_steps as gate_steps
 from exeunt.compression.decoder import Decoder
 from exeunt.compression.exit_output import ExitOutput, Shortlist
-from exeunt.compression.graph_pool import SPARE_MEMORY, TOKENS, size_for
+from exeunt.compression.graph_pool import ROWS, SPARE_MEMORY, size_for
 from exeunt.compression.host_memory import fetched, integers_on_host, sent, staged
 from exeunt.compression.row_graphs import MOST_ROW_GRAPHS, StepGraphs
 from tests.compression.exit_heads import HIDDEN, SHORTLIST, exit_head, exit_judge, exit_outputs
@@ -54,9 +54,10 @@ def graphs(pool: FakePool) -> StepGraphs:
 
 
 def test_sizes_are_the_next_ones_up() -> None:
-    assert [size_for(n) for n in (0, 1, 2, 3, 5, 9, 17, 65, 97, 128, 129)] == [
+    assert [size_for(n, ROWS) for n in (0, 1, 2, 3, 5, 9, 17, 65, 97, 128, 129)] == [
         *(None, 1, 2, 4, 8, 16, 24, 96, 128, 128, None),
     ]
+    assert [size_for(n) for n in (128, 129, 257, 512, 513)] == [128, 192, 320, 512, None]
 
 
 def test_a_call_runs_as_one_of_the_next_size_and_is_captured_once(graphs: StepGraphs, pool: FakePool) -> None:
@@ -137,7 +138,7 @@ def test_graphs_have_a_bound(graphs: StepGraphs, pool: FakePool) -> None:
 def test_what_graphs_take_is_counted_and_given_back(graphs: StepGraphs, pool: FakePool) -> None:
     double = Doubling()
     graphs.run(KEY, double, *asked(3))
-    rows = TOKENS[-1]
+    rows = ROWS[-1]
     inputs, outputs = rows * (3 + 1) * 4, rows * (3 * 4 + 8)
     assert pool.nbytes == inputs + outputs + GROWN
     graphs.run(KEY, double, *asked(5))

@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from exeunt.kernels.linear_parts import Launch, launch_for
+from exeunt.kernels.linear_tiles import Tile
 from exeunt.kernels.rows.norm import RowNorm
 from exeunt.kernels.rows.reference import rms_norm_reference
+from exeunt.kernels.tuned.launches import TunedLaunch, forced
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 
@@ -58,10 +60,18 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-def whole_programs(monkeypatch: pytest.MonkeyPatch, module: ModuleType, split: bool | None) -> None:
-    """Have the module's kernel give each part of the sum a program of its own, or none, however many rows there are."""
+def whole_programs(
+    monkeypatch: pytest.MonkeyPatch, module: ModuleType, split: bool | None, tile: Tile | None = None
+) -> None:
+    """Have the module's kernel give each part of the sum a program of its own, or none, however many rows there are.
+
+    `tile` is what it then runs with.
+    """
 
     def launched(*args: Any, **options: Any) -> Launch:
+        if tile is not None:
+            with forced(TunedLaunch(tile, bool(split))):
+                return launch_for(*args, **options)
         launch = launch_for(*args, **options)
         chosen = launch.split if split is None else split and launch.parts > 1
         return replace(launch, grid=(*launch.grid[:2], launch.parts if chosen else 1), split=chosen)

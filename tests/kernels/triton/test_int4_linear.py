@@ -11,6 +11,8 @@ from exeunt.kernels.int4_linear.pairs import PairedInt4, pack_pairs
 from exeunt.kernels.int4_linear.reference import int4_linear_reference
 from exeunt.kernels.int4_linear.triton import int4_linear_triton
 from exeunt.kernels.int4_linear.weight import Int4Weight, dequantize, quantize
+from exeunt.kernels.linear_parts import tiles
+from exeunt.kernels.linear_tiles import Tile
 from exeunt.kernels.rows.norm import RowNorm
 from tests.kernels.triton.linear_checks import (
     IEEE_WARNINGS,
@@ -168,6 +170,29 @@ def test_row_has_the_same_bits_in_every_call(
             order[places] = torch.arange(len(places), device=device)
             out = int4_linear_triton(x[order], weight, activation="silu", gated=True)
             assert torch.equal(out[places], alone[: len(places)]), (split, tokens)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "inputs", "group"), [(BF16, 1088, 64), (FP16, 352, 32), (BF16, 240, 48), (BF16, 600, 128)]
+)
+@pytest.mark.parametrize("split", [True, False])
+def test_tiles_whose_inputs_are_put_in_order_have_the_same_bits(
+    seed: int,
+    device: str,
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
+    inputs: int,
+    group: int,
+    split: bool,
+) -> None:
+    if device == "cuda" and tiles().most_warps == 2:
+        pytest.skip("tiles of more than two warps are for Hopper")
+    weight = pack_pairs(make_weight(140, inputs, group, device))
+    x = torch.randn(70, inputs, device=device).to(dtype)
+    alone = torch.cat([int4_linear_triton(row, weight) for row in x[:2, None]])
+    whole_programs(monkeypatch, module, split, Tile(64, 64, 3, 4))
+    with poisoned_memory(monkeypatch):
+        assert torch.equal(int4_linear_triton(x, weight)[:2], alone)
 
 
 def test_some_outputs_have_the_whole_layers_bits(seed: int, device: str) -> None:

@@ -28,7 +28,15 @@ GPU = torch.device("cuda")
 on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 FULL_TILES = [Tile(8, 128, 4), Tile(32, 64, 3, 4), Tile(64, 128, 4, 8), Tile(128, 64, 3, 4)]
-INT4_TILES = [Tile(8, 32, 4, 1), Tile(8, 128, 3), Tile(16, 32, 4), Tile(32, 64, 3)]
+INT4_TILES = [
+    Tile(8, 32, 4, 1),
+    Tile(8, 128, 3),
+    Tile(16, 32, 4),
+    Tile(32, 64, 3),
+    Tile(64, 128, 3, 8),
+    Tile(128, 64, 3, 4),
+    Tile(16, 128, 3, 4),
+]
 
 
 def _with(launch: TunedLaunch | None, x: Tensor, weight: Tensor) -> Tensor:

@@ -181,7 +181,7 @@ BAD: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "no inputs": (lambda found: found["launches"][0].update(in_features=0), "says nothing of a call"),
     "half a gate": (lambda found: found["launches"][0].update(gated=1), "says nothing of a call"),
     "a short tile": (lambda found: found["launches"][0].update(tile=[8, 64, 4]), "is not rows, outputs"),
-    "INT4, four warps": (lambda found: found["launches"][0].update(tile=[8, 64, 4, 4]), "4 warps"),
+    "INT4, three warps": (lambda found: found["launches"][0].update(tile=[8, 64, 4, 3]), "3 warps"),
     "full, one warp": (lambda found: found["launches"][2].update(tile=[8, 64, 4, 1]), "1 warps"),
     "an odd tile": (lambda found: found["launches"][0].update(tile=[8, 48, 4, 2]), "no kernel has"),
     "no split": (lambda found: _without(found["launches"][0], "split"), "programs of their own"),
