@@ -13,6 +13,7 @@ from torch import Tensor
 
 from exeunt.kernels.exit_gate.triton import decide_triton, gate_confidence_triton, probe_logit_triton
 from exeunt.kernels.full_linear.triton import full_linear_triton
+from exeunt.kernels.int4_linear.ordered_triton import order_inputs
 from exeunt.kernels.int4_linear.pairs import PairedInt4, pairs_of
 from exeunt.kernels.int4_linear.triton import int4_linear_triton
 from exeunt.kernels.paged_attention.triton import paged_attention_triton
@@ -66,6 +67,7 @@ def _linears() -> Iterator[Case]:
                 gate = partial(_full, dtype, rows, gated=True)
                 yield Case(f"full linear, {label}, gate and up", gate, label == "bf16, 512 rows")
     yield Case("full linear, bf16, 1 row, bias and GELU", _biased)
+    yield Case("inputs in order, bf16", _order, True)
 
 
 def _linear_parts(
@@ -94,6 +96,10 @@ def _full(dtype: torch.dtype, rows: int, gated: bool) -> Tensor:
 def _biased() -> Tensor:
     x, weight = _empty(1, 768, dtype=BF16), _empty(3072, 768, dtype=BF16)
     return full_linear_triton(x, weight, _empty(3072, dtype=BF16), activation="gelu_new")
+
+
+def _order() -> Tensor:
+    return order_inputs(_empty(64, _HIDDEN, dtype=BF16), _HIDDEN // 64, 64, 64)
 
 
 def _block(dtype: torch.dtype, int4: bool, head_dim: int) -> KVBlock:
