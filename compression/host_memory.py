@@ -5,6 +5,8 @@ tensor was last copied, and gives its memory to nobody else before that copy is 
 but not be written again.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -26,11 +28,13 @@ def integers_on_host(count: int, device: torch.device) -> Tensor:
     return torch.zeros(count, dtype=torch.int64, pin_memory=device.type == "cuda")
 
 
-def fetched(tensor: Tensor) -> Tensor:
-    """A copy of `tensor` on the host; the device is waited for once."""
+def fetched(tensor: Tensor, meanwhile: Callable[[], None] | None = None) -> Tensor:
+    """A copy of `tensor` on the host; the device is waited for once, and `meanwhile` called before that."""
     if tensor.device.type != "cuda":
         return tensor.clone()
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     host.copy_(tensor, non_blocking=True)
+    if meanwhile is not None:
+        meanwhile()
     torch.cuda.current_stream(tensor.device).synchronize()
     return host

@@ -67,6 +67,11 @@ class StreamDetokenizer:
         self._pending = ""
         self.stopped = False
 
+    @property
+    def may_stop(self) -> bool:
+        """Whether text may end the answer."""
+        return bool(self._matchers)
+
     def push(self, token_id: int) -> str:
         """The text that has become safe to send with this token; often empty."""
         return "" if self.stopped else self._release(self._pieces.push(token_id))

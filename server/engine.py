@@ -316,6 +316,8 @@ class Engine:
                     self._lives.run(tick)
                     self._costs.ticked(len(tick.rows), self._clock() - began - self._stage_seconds)
                     self._drafters.ticked()
+                else:
+                    self._lives.tell()
                 self._lives.set_gauges(force=tick is None)
         except Exception as error:  # noqa: BLE001 - callers must hear of it, or they wait for ever
             self._give_up(error)

@@ -5,8 +5,10 @@ import logging
 import time
 import uuid
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
+from exeunt.compression.graph_pool import TOKENS
 from exeunt.compression.model import LoadedModel
 from exeunt.server.answer import Answer, Job, ScoreJob
 from exeunt.server.audit import AuditBook
@@ -17,6 +19,7 @@ from exeunt.server.engine_config import EngineConfig
 from exeunt.server.gauges import Gauges
 from exeunt.server.jobs import Jobs
 from exeunt.server.metrics import Metrics
+from exeunt.server.outbox import Outbox
 from exeunt.server.pages import PagePool, PageTable
 from exeunt.server.request import (
     EmittedToken,
@@ -77,12 +80,16 @@ class Lifecycle:
         self._answers: dict[Sequence, Answer] = {}
         self._scores = Scores(plan, self._jobs, scheduler, runner, pool, self._pieces)
         self._gauges = Gauges(model, metrics, self._jobs, scheduler, pool)
+        self._outbox = Outbox(keeps_back=model.device.type == "cuda")
+        # whom telling has met trouble with: their requests end once no tick runs
+        self._gone: list[Job] = []
+        self._broken: dict[Job, Exception] = {}
 
     @property
     def holds_nothing(self) -> bool:
         """Whether no request is under way and nothing of one is kept."""
         return (
-            not (self._jobs or self._answers or self._scores or self._pool.used)
+            not (self._jobs or self._answers or self._scores or self._pool.used or self._outbox)
             and self._runner.holds_nothing
         )
 
@@ -163,8 +170,10 @@ class Lifecycle:
     def run(self, tick: Tick) -> None:
         """Run a tick and carry out what it comes to. A row that fails takes its own request with it, no other."""
         began = time.perf_counter() - self._runner.captured_seconds
+        if tick.tokens > TOKENS[-1]:  # launched operation by operation: that takes the host long
+            self._outbox.flush()
         try:
-            results = self._runner.run(tick)
+            results = self._runner.run(tick, self._outbox.flush)
         except Exception as error:  # whatever a tick raises fails its own requests alone
             self._fail_tick(tick, error)
             if not self._runner.device_answers():
@@ -175,7 +184,23 @@ class Lifecycle:
         for result in results:
             if result.row.sequence.status is Status.RUNNING:
                 self._apply_or_fail(result)
+        self._end_troubled()
         self._metrics.flush()
+
+    def tell(self) -> None:
+        """Tell callers all that is known: due where no tick follows."""
+        self._outbox.flush()
+        self._end_troubled()
+
+    def _end_troubled(self) -> None:
+        """End the requests of callers that are gone, and of those whose tokens could not be told."""
+        while self._gone:
+            self.cancel(self._gone.pop().request.id, FinishReason.CANCELLED)
+        while self._broken:
+            job, error = next(iter(self._broken.items()))
+            if not job.over:
+                self._fail(job, error)
+            del self._broken[job]
 
     def _apply_or_fail(self, result: RowResult) -> None:
         owner = self._owner(result.row.sequence)
@@ -247,26 +272,38 @@ class Lifecycle:
         if draw.error is not None:
             self._fail(answer.owner, RuntimeError(draw.error))
             return
-        sequence, request, now = answer.sequence, answer.owner.request, time.monotonic()
-        depth, name = self._plan.stop(draw.stage), self._plan.exit_name(draw.stage)
-        token = EmittedToken(draw.token, self._pieces.of(draw.token), draw.logprob, depth, name)
+        sequence, now = answer.sequence, time.monotonic()
+        depth = self._plan.stop(draw.stage)
         sequence.tokens.append(draw.token)
         sequence.left_at.append(draw.stage)
-        answer.count(token)
         answer.account.emitted(sequence, depth)
         since_last = None if answer.last_token is None else now - answer.last_token
-        self._metrics.token(request.exits.mode, token, self._plan.blocks, since_last)
         answer.last_token = now
-        if answer.first_token is None:
-            answer.first_token = now
-            if not answer.owner.spoken:
-                answer.owner.spoken = True
-                self._metrics.first_token(now - request.arrival)
-        text = self._text_of(answer, draw.token)
+        # a first token is waited for, and text may hold what ends the answer
+        at_once = since_last is None or answer.detokenizer.may_stop
+        self._outbox.add(partial(self._say, answer, draw, now, since_last), at_once=at_once)
         reason = answer.finish_reason(draw.token, self._model.spec.eos_token_ids, self._config.max_model_len)
-        self._tell(answer.owner, StepEvent(answer.choice, text, (token,)))
         if reason is not None and sequence.status is Status.RUNNING:  # the caller may be gone meanwhile
             self._finish(answer, reason)
+
+    def _say(self, answer: Answer, draw: Draw, now: float, since_last: float | None) -> None:
+        """Tell the caller and the metrics of a token that was drawn at `now`. A tick may be running."""
+        job = answer.owner
+        if job.over or job in self._broken:
+            return
+        try:
+            depth, name = self._plan.stop(draw.stage), self._plan.exit_name(draw.stage)
+            token = EmittedToken(draw.token, self._pieces.of(draw.token), draw.logprob, depth, name)
+            answer.count(token)
+            self._metrics.token(job.request.exits.mode, token, self._plan.blocks, since_last)
+            if answer.first_token is None:
+                answer.first_token = now
+                if not job.spoken:
+                    job.spoken = True
+                    self._metrics.first_token(now - job.request.arrival)
+            self._tell(job, StepEvent(answer.choice, self._text_of(answer, draw.token), (token,)))
+        except Exception as error:  # noqa: BLE001 - a bug met by one row is no trouble of the others
+            self._broken[job] = error
 
     def _text_of(self, answer: Answer, token_id: int) -> str:
         """The text a token adds; an end-of-text token adds none."""
@@ -275,6 +312,7 @@ class Lifecycle:
         return answer.detokenizer.push(token_id)
 
     def _finish(self, answer: Answer, reason: FinishReason) -> None:
+        self._outbox.flush()  # its last token among them
         job, text = answer.owner, answer.detokenizer.finish()
         answer.account.close(answer.sequence.generated)
         self._release(answer)
@@ -301,7 +339,7 @@ class Lifecycle:
         except Exception:  # noqa: BLE001 - a caller that is gone is no trouble of the others
             log.warning("the caller of %s is gone; its request is cancelled", job.request.id)
             job.on_event = _ignore
-            self.cancel(job.request.id, FinishReason.CANCELLED)
+            self._gone.append(job)
 
     def cancel(self, request_id: str, reason: FinishReason) -> None:
         """End a request as it stands: its answers finish with `reason`, a text being scored fails."""
@@ -327,6 +365,7 @@ class Lifecycle:
 
     def _let_go(self, job: Job | ScoreJob, failure: FailureEvent) -> None:
         """End a request with a failure: tell its caller, whatever else may go wrong, and free what it holds."""
+        self._outbox.flush()
         if isinstance(job, ScoreJob):
             self._scores.fail(job, failure)
             return

@@ -39,6 +39,10 @@ from exeunt.server.tick_batch import (
 from exeunt.server.verification import Draw
 
 
+def _nothing() -> None:
+    """What there is to be done while the device works, where there is nothing."""
+
+
 @dataclass(frozen=True, slots=True)
 class Sampler:
     """What the runner needs to draw a sequence's next token."""
@@ -130,14 +134,16 @@ class Runner:
         self._auditor.forget(sequence)
 
     @torch.inference_mode()
-    def run(self, tick: Tick) -> list[RowResult]:
+    def run(self, tick: Tick, meanwhile: Callable[[], None] = _nothing) -> list[RowResult]:
         """Run a tick's stages for its rows and say what became of each, in order.
+
+        `meanwhile` is called where the device has work and the host none, if that comes.
 
         Tokens that leave at an exit on the way get their deeper keys and values there and drop out of the batch, or
         wait in front of the next stage for a pass that goes on; what is left after the tick's last stage, where that is
         not the model's last, waits there too.
         """
-        run = _TickRun(tick)
+        run = _TickRun(tick, meanwhile)
         self._auditor.begin_tick()
         began = self._clock()
         batch: TickBatch | None = None
@@ -156,6 +162,7 @@ class Runner:
             if batch is None and not run.entering:
                 self._draw(run)
                 self._note_audits(run)
+                meanwhile()
                 self._wait()
             ended = self._clock()
             stages, seconds = range(stage, boundary + 1), ended - began - self._auditor.take_seconds()
@@ -362,7 +369,8 @@ class Runner:
         parts = [some.logits for some in run.undrawn]
         logits = parts[0] if len(parts) == 1 else torch.cat(parts)
         asks = [self._sampling(row.sequence, position) for row, position in tokens]
-        drawn = sample_each(logits, asks, self._model.spec.eos_token_ids, self._graphs)
+        eos = self._model.spec.eos_token_ids
+        drawn = sample_each(logits, asks, eos, self._graphs, run.meanwhile)
         found: dict[Row, list[Draw]] = {}
         for (row, position), stage, token, logprob, error in zip(
             tokens, stages, drawn.ids, drawn.logprobs, drawn.errors, strict=True
@@ -399,8 +407,9 @@ class Runner:
 class _TickRun:
     """A tick while it runs: its rows by the stage they enter at, and what they have yielded."""
 
-    def __init__(self, tick: Tick) -> None:
+    def __init__(self, tick: Tick, meanwhile: Callable[[], None]) -> None:
         self.tick = tick
+        self.meanwhile = meanwhile
         self.entering: dict[int, list[Row]] = {}
         for row in tick.rows:
             self.entering.setdefault(row.stage, []).append(row)

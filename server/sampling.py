@@ -21,7 +21,7 @@ Equal scores in an argmax go to the lower id.
 """
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -84,11 +84,13 @@ def sample(
     rows: Sequence[RowSampling],
     eos_token_ids: Collection[int] = (),
     graphs: StepGraphs | None = None,
+    meanwhile: Callable[[], None] | None = None,
 ) -> SampledTokens:
     """Draws a token for each row of `logits` [rows, vocabulary], any float dtype.
 
     A row whose logits are not usable (NaN, +inf, or nothing left to choose from) gets an error in the result. On a GPU
-    `graphs` hold the draws of few rows that ask for neither penalties nor truncation.
+    `graphs` hold the draws of few rows that ask for neither penalties nor truncation, and `meanwhile` is called while
+    it works.
     Raises ValueError when the number of rows differs.
     """
     if logits.ndim != 2 or logits.shape[0] != len(rows):
@@ -100,7 +102,7 @@ def sample(
     temperatures = np.array([0.0 if row.greedy else row.params.temperature for row in rows], np.float32)
     keys, device = row_keys(rows), logits.device
     if device.type != "cpu":
-        return _sample_there(logits, scores, temperatures, keys, graphs)
+        return _sample_there(logits, scores, temperatures, keys, graphs, meanwhile)
     ids, logprobs = draw_tokens(
         logits, scores, torch.from_numpy(temperatures), keys, token_keys(logits.shape[1], device)
     )
@@ -108,7 +110,12 @@ def sample(
 
 
 def _sample_there(
-    logits: Tensor, scores: Tensor, temperatures: np.ndarray, keys: Tensor, graphs: StepGraphs | None
+    logits: Tensor,
+    scores: Tensor,
+    temperatures: np.ndarray,
+    keys: Tensor,
+    graphs: StepGraphs | None,
+    meanwhile: Callable[[], None] | None,
 ) -> SampledTokens:
     """Draw on another device: what rows ask for goes there in one copy, what is drawn comes back in one."""
     device, vocab_size = logits.device, logits.shape[1]
@@ -124,7 +131,7 @@ def _sample_there(
         )
     if found is None:
         found = (_drawn(logits, scores, asked.to(device, non_blocking=True), of_tokens),)
-    tokens, logprobs = fetched(found[0]).t().tolist()
+    tokens, logprobs = fetched(found[0], meanwhile).t().tolist()
     return _on_host([int(token) for token in tokens], logprobs)
 
 
@@ -143,10 +150,11 @@ def sample_each(
     rows: Sequence[RowSampling],
     eos_token_ids: Collection[int] = (),
     graphs: StepGraphs | None = None,
+    meanwhile: Callable[[], None] | None = None,
 ) -> SampledTokens:
     """`sample`, but a row that raises gets an error like one whose logits are not usable: the others are drawn."""
     try:
-        return sample(logits, rows, eos_token_ids, graphs)
+        return sample(logits, rows, eos_token_ids, graphs, meanwhile)
     except Exception:  # noqa: BLE001 - whose it is shows when each is drawn alone
         drawn = [_sample_alone(logits[i : i + 1], row, eos_token_ids) for i, row in enumerate(rows)]
     return SampledTokens(

@@ -1,6 +1,7 @@
 """What capturing CUDA graphs takes is no part of what stages cost, nor of how long a variant was served."""
 
 import time
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -79,8 +80,11 @@ def test_draws_that_travel_packed_are_the_same(
     graphs: StepGraphs | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waits: list[torch.Size] = []
+    done = []
 
-    def fetched(tensor: torch.Tensor) -> torch.Tensor:
+    def fetched(tensor: torch.Tensor, meanwhile: Callable[[], None] | None) -> torch.Tensor:
+        assert meanwhile is not None
+        meanwhile()
         waits.append(tensor.shape)
         return tensor.clone()
 
@@ -90,13 +94,17 @@ def test_draws_that_travel_packed_are_the_same(
     expected = sample(logits, ROWS)
     temperatures = torch.tensor([row.params.temperature for row in ROWS]).numpy()
     for _ in range(2):
-        found = sampling._sample_there(logits, logits, temperatures, sampling.row_keys(ROWS), graphs)
+        keys = sampling.row_keys(ROWS)
+        found = sampling._sample_there(
+            logits, logits, temperatures, keys, graphs, lambda: done.append(len(waits))
+        )
         assert found.ids == expected.ids
         assert found.errors == expected.errors
         assert found.logprobs[:3] == pytest.approx(expected.logprobs[:3], abs=1e-6)
     assert waits == [(5, 2), (5, 2)]
+    assert done == [0, 1]  # before each wait
     if graphs is not None:
         assert graphs.count == 1
         cut = logits.masked_fill(torch.arange(70) > 30, -torch.inf)
-        sampling._sample_there(logits, cut, temperatures, sampling.row_keys(ROWS), graphs)
+        sampling._sample_there(logits, cut, temperatures, keys, graphs, lambda: None)
         assert graphs.count == 1  # what others were drawn from is theirs

@@ -2,6 +2,7 @@
 
 import random
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -168,9 +169,9 @@ def test_time_out_before_the_first_token_fails_and_after_it_finishes(
 ) -> None:
     run = Runner.run
 
-    def slow(self: Runner, tick: Tick) -> list[RowResult]:
+    def slow(self: Runner, tick: Tick, meanwhile: Callable[[], None]) -> list[RowResult]:
         time.sleep(0.005)
-        return run(self, tick)
+        return run(self, tick, meanwhile)
 
     monkeypatch.setattr(Runner, "run", slow)
     with running(tiny_model, max_num_seqs=1) as bench:

@@ -1,0 +1,145 @@
+"""Tokens that are told while the device works: the same answers, in order, and one request's trouble its own."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+
+from exeunt.compression.model import LoadedModel
+from exeunt.server import lifecycle
+from exeunt.server.detokenizer import StreamDetokenizer
+from exeunt.server.outbox import Outbox
+from exeunt.server.request import Event, FailureEvent, StepEvent
+from exeunt.server.row_result import RowResult
+from exeunt.server.runner import Runner
+from exeunt.server.tick import Tick
+from tests.server.engine_bench import BACKFILL, LEAVE, OFF, VERIFIED, WAIT_S, Heard, running
+
+KINDS: list[dict[str, Any]] = [
+    {"exits": OFF},
+    {"exits": OFF, "temperature": 1.0, "seed": 3, "n": 2},
+    {"exits": LEAVE, "temperature": 1.0, "seed": 5},
+    {"exits": BACKFILL},
+    {"exits": VERIFIED},
+    {"exits": OFF, "ignore_eos": False, "temperature": 1.0, "seed": 2},
+]
+
+
+@pytest.fixture
+def kept_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lifecycle, "Outbox", lambda keeps_back: Outbox(keeps_back=True))
+
+
+def test_all_is_said_in_order_at_once_or_by_the_next_flush() -> None:
+    said: list[int] = []
+    kept, plain = Outbox(keeps_back=True), Outbox(keeps_back=False)
+    plain.add(partial(said.append, 0))
+    kept.add(partial(said.append, 3))
+    kept.add(partial(said.append, 1), at_once=True)
+    assert (said, len(kept), len(plain)) == ([0, 1], 1, 0)
+    kept.add(partial(said.append, 4))
+    kept.flush()
+    kept.flush()
+    assert (said, len(kept)) == ([0, 1, 3, 4], 0)
+
+
+def _answers(model: LoadedModel) -> list[Heard]:
+    with running(model, max_num_seqs=8) as bench:
+        heard = [one.wait() for one in [bench.ask(**kind) for kind in KINDS]]
+        stop = heard[0].text()[8:11]
+        heard.append(bench.answer(stop=(stop,)))
+        assert bench.engine.wait_idle(WAIT_S)
+        tokens = sum(len(one.ids(choice)) for one in heard for choice in range(one.choices))
+        assert bench.value("exeunt_generation_tokens_total") == tokens
+    return heard
+
+
+def test_answers_are_those_of_a_server_that_tells_at_once(
+    tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = _answers(tiny_model)
+    monkeypatch.setattr(lifecycle, "Outbox", lambda keeps_back: Outbox(keeps_back=True))
+    for found, plain in zip(_answers(tiny_model), wanted, strict=True):
+        for choice in range(plain.choices):
+            assert found.ids(choice) == plain.ids(choice)
+            assert found.text(choice) == plain.text(choice)
+        one, other = found.finish.summary, plain.finish.summary
+        assert (one.finish_reason, one.depth.by_exit, one.nll) == (
+            other.finish_reason,
+            other.depth.by_exit,
+            other.nll,
+        )
+
+
+def test_later_tokens_are_told_while_the_next_tick_runs(
+    tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch, kept_back: None
+) -> None:
+    run, running_now, told = Runner.run, [False], []
+
+    def watched(self: Runner, tick: Tick, meanwhile: Callable[[], None]) -> list[RowResult]:
+        running_now[0] = True
+        try:
+            return run(self, tick, meanwhile)
+        finally:
+            running_now[0] = False
+
+    monkeypatch.setattr(Runner, "run", watched)
+    heard = Heard()
+
+    class Watching(Heard):
+        def __call__(self, event: Event) -> None:
+            told.append((isinstance(event, StepEvent), running_now[0]))
+            heard(event)
+
+    monkeypatch.setattr("tests.server.engine_bench.Heard", Watching)
+    with running(tiny_model) as bench:
+        bench.ask(max_new_tokens=6)
+        heard.wait()
+    # the first at once, the last with the answer's end
+    assert told == [(True, False), *[(True, True)] * 4, (True, False), (False, False)]
+
+
+def test_a_caller_who_is_gone_is_dropped_and_the_others_go_on(
+    tiny_model: LoadedModel, kept_back: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Gone(Heard):
+        def __call__(self, event: Event) -> None:
+            super().__call__(event)
+            if len(self.events) == 3:
+                raise RuntimeError("the connection is closed")
+
+    with running(tiny_model) as bench:
+        with monkeypatch.context() as patch:
+            patch.setattr("tests.server.engine_bench.Heard", Gone)
+            gone = bench.ask(max_new_tokens=400)
+        assert len(bench.answer(max_new_tokens=40).ids()) == 40
+        assert bench.engine.wait_idle(WAIT_S)
+        assert bench.engine._lives.holds_nothing
+        assert len(gone.events) == 3
+        assert bench.value("exeunt_generation_tokens_total") < 50
+
+
+def test_a_token_that_cannot_be_told_fails_its_own_request(
+    tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch, kept_back: None
+) -> None:
+    push = StreamDetokenizer.push
+    counts: dict[int, int] = {}
+
+    def counted(self: StreamDetokenizer, token_id: int) -> str:
+        first = next(iter(counts), id(self))
+        counts[id(self)] = counts.get(id(self), 0) + 1
+        if id(self) == first and counts[first] == 4:
+            raise RuntimeError("no text")
+        return push(self, token_id)
+
+    monkeypatch.setattr(StreamDetokenizer, "push", counted)
+    with running(tiny_model) as bench:
+        first, other = bench.ask(max_new_tokens=30), bench.ask(max_new_tokens=30)
+        failure = first.wait().events[-1]
+        assert isinstance(failure, FailureEvent)
+        assert failure.kind == "internal"
+        assert len(first.ids()) == 3
+        assert len(other.wait().ids()) == 30
+        assert bench.engine.wait_idle(WAIT_S)
+        assert bench.engine._lives.holds_nothing
