@@ -23,7 +23,7 @@ __all__ = ["TOKENS", "DecodeGraphs", "Inputs", "padded_layout", "rounded_context
 
 SHORTEST_CONTEXT: Final = 512
 """Contexts are rounded up to this many tokens times a power of two."""
-MOST_GRAPHS: Final = 192
+MOST_GRAPHS: Final = 320
 """Graphs that one decoder keeps of its blocks: beyond it passes run without, so that their memory has a bound."""
 
 
