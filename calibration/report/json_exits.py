@@ -79,6 +79,7 @@ def _nll(found: NllCertification) -> dict[str, Any]:
 
 
 def _exit(fitted: FittedExit) -> dict[str, Any]:
+    confirmation = fitted.head.confirmation
     return {
         "name": fitted.head.name,
         "block": fitted.head.block,
@@ -97,6 +98,8 @@ def _exit(fitted: FittedExit) -> dict[str, Any]:
         "screen_ratio": fitted.head.screen_ratio,
         "shortlist": None if fitted.head.shortlist is None else len(fitted.head.shortlist),
         "shortlist_tokens": None if fitted.head.shortlist is None else len(fitted.head.shortlist),
+        "list_ratio": None if confirmation is None else confirmation.list_ratio,
+        "confirmation": None if confirmation is None else [float(weight) for weight in confirmation.combine],
     }
 
 
