@@ -147,8 +147,8 @@ def _write_files(directory: Path, contents: BundleContents, advance: Advance) ->
     written[REPORT_HTML] = _write_bytes(directory / REPORT_HTML, contents.report_html.encode())
     written[REPORT_JSON] = _write_bytes(directory / REPORT_JSON, contents.report_json.encode())
     records = {name: FileRecord(sha256=file.sha256, bytes=file.bytes) for name, file in written.items()}
-    written = {"files": records, "format_version": format_version(contents.exits)}
-    manifest = contents.manifest.model_copy(update=written)
+    version = format_version(contents.exits)
+    manifest = contents.manifest.model_copy(update={"files": records, "format_version": version})
     _check_complete(manifest)
     _write_bytes(directory / MANIFEST, manifest_json(manifest).encode())
     return manifest

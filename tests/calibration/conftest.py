@@ -108,12 +108,12 @@ def confirmed_exit(block: int, seed: int, list_ratio: float | None = 0.7) -> Exi
             torch.randn(4, 8, generator=g) / 5,
             torch.zeros(8),
             torch.randn(8, generator=g) / 2,
-            torch.zeros(()),
+            torch.tensor(1.0),
         )
         for _ in range(2)
     )
     last = None
     if list_ratio is not None:
-        last = ExitConfirmation(second, torch.tensor([1.0, 0.3, 0.1, 0.0]), list_ratio)
+        last = ExitConfirmation(second, torch.tensor([1.0, 0.3, 0.1, 1.0]), list_ratio)
     shortlist = Shortlist(torch.arange(0, VOCAB, 3))
     return replace(random_exit(block, seed), judge=first, shortlist=shortlist, confirmation=last)
