@@ -61,6 +61,17 @@ class ThresholdPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class GateShares:
+    """What gates do per token that might leave, at one threshold: several exits may ask about the same token."""
+
+    threshold: float
+    asked: float
+    looked: float
+    whole: float  # projected onto the whole vocabulary
+    left: float
+
+
+@dataclass(frozen=True, slots=True)
 class GateView:
     """What the gates made of full-depth tokens: [exits, T] arrays, and which block of text each is in.
 
@@ -103,6 +114,19 @@ class GateView:
         """The exit at which each token leaves, the number of exits for a token that stays: [T]."""
         leaves = self.reach >= threshold
         return np.where(leaves.any(0), leaves.argmax(0), len(self.reach))
+
+    def shares(self, threshold: float) -> GateShares:
+        """How many gates are asked about a token at `threshold`, look at it, project it, and let it go."""
+        exits = np.where(self.may_leave, self.leave_at(threshold), -1)
+        asked = np.arange(len(self.reach))[:, None] <= exits
+        tokens = max(1, int(self.may_leave.sum()))
+        return GateShares(
+            threshold,
+            asked=int(asked.sum()) / tokens,
+            looked=int((asked & (self.projects >= threshold)).sum()) / tokens,
+            whole=int((asked & (self.whole >= threshold)).sum()) / tokens,
+            left=int(((exits >= 0) & (exits < len(self.reach))).sum()) / tokens,
+        )
 
     def counts(self, threshold: float) -> ExitCounts:
         """Exits and errors by block of text at `threshold`, as if exits did not change later tokens."""

@@ -23,6 +23,7 @@ def exits_record(content: ReportContent) -> dict[str, Any]:
         "drafting": None if selection.drafting is None else _drafting(selection.drafting),
         "thresholds": {
             "tested": list(selection.plan.thresholds),
+            "gates": [asdict(shares) for shares in selection.shares],
             "begins": {f"{target}": begin for target, begin in selection.plan.begins.items()},
             "error_correlation": selection.plan.correlation,
             "nll": None if selection.plan.nll is None else asdict(selection.plan.nll),
@@ -99,7 +100,7 @@ def _exit(fitted: FittedExit) -> dict[str, Any]:
         "shortlist": None if fitted.head.shortlist is None else len(fitted.head.shortlist),
         "shortlist_tokens": None if fitted.head.shortlist is None else len(fitted.head.shortlist),
         "list_ratio": None if confirmation is None else confirmation.list_ratio,
-        "confirmation": None if confirmation is None else [float(weight) for weight in confirmation.combine],
+        "confirm_combine": None if confirmation is None else [float(each) for each in confirmation.combine],
     }
 
 

@@ -10,7 +10,7 @@ from exeunt.calibration.exit_training import Labelled
 from exeunt.calibration.risk import disagreement_sequence
 from exeunt.calibration.sequence_batch import batches
 from exeunt.calibration.teacher_forcing import ForcedModel, logit_rows
-from exeunt.calibration.thresholds import GateView, gate_reach, plan_thresholds, view_gates
+from exeunt.calibration.thresholds import GateShares, GateView, gate_reach, plan_thresholds, view_gates
 from exeunt.compression.decoder import Decoder
 from tests.calibration.conftest import HIDDEN, VOCAB, confirmed_exit, random_exit
 from tests.calibration.documents_view import documents_view
@@ -46,6 +46,20 @@ def test_tokens_leave_at_the_first_exit_that_lets_them() -> None:
     assert counts.errors.tolist() == [1.0, 1.0]  # the second token at exit 1, the fourth at exit 0
     assert counts.exit_rate == 0.75
     assert seen.leave_at(0.8).tolist() == [0, 1, 2, 0]
+
+
+def test_shares_count_what_each_gate_does_with_tokens_that_come_to_it() -> None:
+    """Of five tokens the last may not leave; the second exit is asked by the two that stay at the first."""
+    seen = GateView(
+        np.array([[0.9, 0.2, 0.1, 0.8, -1.0], [0.1, 0.9, 0.3, 0.9, 0.9]]),
+        np.array([[0.9, 0.9, 0.1, 0.9, 0.9], [1.0, 1.0, 1.0, 1.0, 1.0]]),
+        np.array([[0.9, 0.8, 0.1, 0.8, 0.9], [0.1, 0.9, 0.3, 0.9, 0.9]]),
+        np.ones((2, 5), dtype=bool),
+        np.zeros(5, dtype=np.int64),
+        1,
+    )
+    assert seen.shares(0.8) == GateShares(0.8, asked=6 / 4, looked=5 / 4, whole=4 / 4, left=3 / 4)
+    assert seen.shares(0.95) == GateShares(0.95, asked=2.0, looked=1.0, whole=0.0, left=0.0)
 
 
 def test_plans_run_from_strict_to_loose_and_begin_where_passing_is_likely() -> None:
