@@ -7,14 +7,14 @@ from typing import Final
 from torch import Tensor
 
 from exeunt.compression.exit_output import Shortlist
-from exeunt.compression.exits import (
+from exeunt.compression.exit_parts import (
     JUDGE_PARTS,
     ExitConfirmation,
-    ExitHead,
     ExitHeadError,
     ExitJudge,
     ExitProbe,
 )
+from exeunt.compression.exits import ExitHead
 from exeunt.compression.manifest import CONFIRMED_VERSION, JUDGED_VERSION, PLAIN_VERSION
 from exeunt.compression.norm import Norm
 

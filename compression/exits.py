@@ -24,6 +24,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from exeunt.compression.exit_output import ExitOutput, Shortlist
+from exeunt.compression.exit_parts import JUDGE_PARTS
+from exeunt.compression.exit_parts import ExitConfirmation as ExitConfirmation
+from exeunt.compression.exit_parts import ExitHeadError as ExitHeadError
+from exeunt.compression.exit_parts import ExitJudge as ExitJudge
+from exeunt.compression.exit_parts import ExitProbe as ExitProbe
 from exeunt.compression.gate_steps import GateSteps
 from exeunt.compression.norm import Norm
 from exeunt.kernels.exit_gate import (
@@ -37,7 +42,6 @@ from exeunt.kernels.exit_gate import (
     gate_confidence,
     gate_rows,
 )
-from exeunt.kernels.exit_gate.reference import JudgeParts
 from exeunt.kernels.gpu import triton_runs
 
 FEATURES: Final = ("opinion", "top_log_odds", "margin")
@@ -45,59 +49,9 @@ FEATURES: Final = ("opinion", "top_log_odds", "margin")
 judge's logit, or the probe's where there is no judge; the others are of the logits that decide."""
 
 _WHOLE_VECTORS: Final = 64  # a multiple of what PyTorch computes at once on any processor
-JUDGE_PARTS: Final = ("top_weight", "hidden_bias", "output_weight", "output_bias")
-"""The tensors of an `ExitJudge`, in their order."""
+
 
 ExitNorm = Norm  # the norm in front of an exit's adapter is one like any other
-
-
-class ExitHeadError(ValueError):
-    """Tensors or settings that do not form an exit head."""
-
-
-@dataclass(frozen=True, slots=True)
-class ExitProbe:
-    """A perceptron H → P → 1 with GELU, in float32 whatever the model's dtype."""
-
-    hidden_weight: Tensor  # [P, H]
-    hidden_bias: Tensor  # [P]
-    output_weight: Tensor  # [P]
-    output_bias: Tensor  # []
-
-
-@dataclass(frozen=True, slots=True)
-class ExitJudge:
-    """The probe's second opinion, w · GELU(u + T t + c) + b: u the probe's units, t the K largest log-probabilities.
-
-    In float32 whatever the model's dtype.
-    """
-
-    top_weight: Tensor  # T [K, P]: row k is what the k-th largest adds to each unit
-    hidden_bias: Tensor  # c [P]
-    output_weight: Tensor  # w [P]
-    output_bias: Tensor  # b []
-
-    @property
-    def parts(self) -> JudgeParts:
-        """The tensors as the kernels take them."""
-        return self.top_weight, self.hidden_bias, self.output_weight, self.output_bias
-
-    def to(self, device: torch.device | str) -> "ExitJudge":
-        """The same on `device`, in float32."""
-        return ExitJudge(*(part.to(device, torch.float32) for part in self.parts))
-
-
-@dataclass(frozen=True, slots=True)
-class ExitConfirmation:
-    """The last word on rows that a shortlist lets pass, by the logits of the whole vocabulary.
-
-    A row whose confidence by the shortlist is less than `list_ratio` × its threshold is turned away unasked. `combine`
-    weighs what `ExitHead.combine` does: the judge's logit, and the features of all logits.
-    """
-
-    judge: ExitJudge
-    combine: Tensor  # [4] float32
-    list_ratio: float
 
 
 @dataclass(frozen=True, slots=True)
