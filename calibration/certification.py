@@ -93,8 +93,8 @@ def full_depth_pass(
         if losses:
             lost.append(_losses(model, group, states, full, seen[-1][0] >= least))
         advance(group.tokens)
-    reach, projects, agrees = (np.concatenate(parts, axis=1) for parts in zip(*seen, strict=True))
-    view = view_of(reach, projects, agrees.astype(bool), rows, documents)
+    reach, projects, whole, agrees = (np.concatenate(parts, axis=1) for parts in zip(*seen, strict=True))
+    view = view_of(reach, projects, whole, agrees.astype(bool), rows, documents)
     joined = _joined(lost) if losses else None
     return FullDepthPass(groups, tuple(entries), tuple(tops), view, joined, tuple(kept))
 
@@ -131,7 +131,7 @@ def _final(model: ForcedModel, group: SequenceBatch, final: Tensor, losses: bool
 def _asked(
     model: ForcedModel, states: Sequence[Tensor], top: Tensor, least: float
 ) -> tuple[NDArray[np.float64], ...]:
-    """Reach, projection and agreement, each [exits, T], of one batch."""
+    """What `Reach` holds, each [exits, T], of one batch."""
     of_exits = [
         gate_reach(head, Labelled(hidden, top), model.decoder.project_exit, least)
         for head, hidden in zip(model.exits, states, strict=True)

@@ -12,13 +12,17 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from exeunt.calibration.exit_choice import ExitCosts
 from exeunt.compression.architecture import Architecture
-from exeunt.compression.exits import ExitHead
+from exeunt.compression.exits import ExitHead, ExitJudge
 from exeunt.compression.linear_block import LinearBlock
 from exeunt.compression.variant import SkippedKV
 
 NORM: Final = 2
 """Multiply-accumulates of a norm for each element: one for the sum of squares, one to scale."""
+
+COUNTED_CONTEXT: Final = 256
+"""Tokens that one has behind it where what a block takes is one number; as where costs are measured."""
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -28,14 +32,15 @@ Integers = NDArray[np.int64]
 class Passage:
     """How tokens [T] went through a model with E exits: what they are charged for.
 
-    `left` is the exit at which each left, E where it stayed. `asked` and `projected` [E, T] say whether an exit's gate
-    was asked about a token, and whether it looked at the vocabulary, in vain or not.
+    `left` is the exit at which each left, E where it stayed. `asked`, `projected` and `whole` [E, T] say whether an
+    exit's gate was asked about a token, whether it looked at its logits, in vain or not, and whether at all of them.
     """
 
     positions: Integers  # [T], from 0 in its row
     left: Integers  # [T]
     asked: NDArray[np.bool_]  # [E, T]
     projected: NDArray[np.bool_]  # [E, T]
+    whole: NDArray[np.bool_]  # [E, T]
 
 
 class ComputeCost:
@@ -57,12 +62,17 @@ class ComputeCost:
         self._kv = _before([kv * float(attends) for attends in attending])
         self._asked = np.array([asked_cost(head) for head in exits], np.float64)
         self._projected = np.array([projected_cost(head, spec) for head in exits], np.float64)
-        self._leaving = np.array([leaving_cost(head, spec) for head in exits], np.float64)
+        self._whole = np.array([whole_cost(head, spec) for head in exits], np.float64)
 
     @property
     def head(self) -> float:
         """Of the model's own head for one token: final norm and output matrix."""
         return float(self._spec.hidden_size * (NORM + self._spec.vocab_size))
+
+    @property
+    def skipped_kv(self) -> float:
+        """Of the keys and values of all blocks for one token."""
+        return float(self._kv[self._spec.blocks])
 
     def blocks(self, positions: Integers, depths: Integers | int) -> Floats:
         """Of the first `depths` blocks for tokens at `positions` [T], attending to themselves and all before."""
@@ -87,26 +97,55 @@ class ComputeCost:
         done = self.blocks(passage.positions, through)
         if skipped_kv == "propagate":
             done += self._kv[self._spec.blocks] - self._kv[depths]
-        done += np.append(self._leaving, self.head)[passage.left]
-        return done + self._asked @ passage.asked + self._projected @ passage.projected
+        done += np.where(passage.left == len(self._exits), self.head, 0.0)
+        done += self._asked @ passage.asked + self._projected @ passage.projected
+        return done + self._whole @ passage.whole
+
+
+def counted_costs(spec: Architecture, units: int, tops: int, sizes: Sequence[int]) -> ExitCosts:
+    """What exits cost by multiply-accumulates, in units of one block's at `COUNTED_CONTEXT`: the same on every machine.
+
+    Of gates whose probe has so many `units` and whose judges see the largest `tops` log-probabilities, with shortlists
+    of `sizes`.
+    """
+    cost, position = ComputeCost(spec), min(COUNTED_CONTEXT, spec.max_position_embeddings) - 1
+    block = float(cost.blocks(np.array([position]), spec.blocks)[0]) / spec.blocks
+    hidden, judge = spec.hidden_size, (tops + 1) * units
+    return ExitCosts(
+        gate=_asked(units, hidden) / block,
+        projection=(hidden * spec.vocab_size + judge) / block,
+        skipped_kv=cost.skipped_kv / spec.blocks / block,
+        looks=tuple((size, (hidden * size + judge) / block) for size in sizes),
+    )
 
 
 def asked_cost(head: ExitHead) -> float:
     """Multiply-accumulates of a gate that is asked about one token: norm, adapter and probe."""
     units, hidden = head.probe.hidden_weight.shape
+    return _asked(units, hidden)
+
+
+def _asked(units: int, hidden: int) -> float:
     return float(NORM * hidden + hidden * hidden + units * hidden + units)
 
 
 def projected_cost(head: ExitHead, spec: Architecture) -> float:
     """Multiply-accumulates of an exit's look at one token: at its shortlist, or at the vocabulary; and of its judge."""
     looked_at = spec.vocab_size if head.shortlist is None else len(head.shortlist)
-    judge = 0 if head.judge is None else head.judge.top_weight.numel() + head.judge.output_weight.numel()
+    judge = 0 if head.judge is None else _judge_cost(head.judge)
     return float(head.adapter.shape[0] * looked_at + judge)
 
 
-def leaving_cost(head: ExitHead, spec: Architecture) -> float:
-    """Multiply-accumulates of letting a token go that was looked at: the vocabulary, where the look was not at it."""
-    return float(head.adapter.shape[0] * spec.vocab_size) if head.shortlist is not None else 0.0
+def whole_cost(head: ExitHead, spec: Architecture) -> float:
+    """Multiply-accumulates of the vocabulary for one token, where the look was not at it; and of who then confirms."""
+    if head.shortlist is None:
+        return 0.0
+    judge = 0 if head.confirmation is None else _judge_cost(head.confirmation.judge)
+    return float(head.adapter.shape[0] * spec.vocab_size + judge)
+
+
+def _judge_cost(judge: ExitJudge) -> int:
+    return judge.top_weight.numel() + judge.output_weight.numel()
 
 
 def _block_linears(spec: Architecture, linear_block: LinearBlock | None, block: int) -> float:

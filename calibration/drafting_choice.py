@@ -38,16 +38,14 @@ class PassCosts:
     projection: float  # what a look costs more: at the whole vocabulary, or at a shortlist
     shallow: Mapping[int, float]
     deep: Mapping[int, tuple[float, ...]]
-    leaving: float = (
-        0.0  # what a token that leaves costs beyond a look: its logits, where the look had a shortlist's
-    )
+    whole: float = 0.0  # the whole vocabulary, beyond a look at a shortlist
     looks: tuple[tuple[int, float], ...] = ()  # what looks would cost with shortlists of other sizes
 
     def with_shortlist(self, size: int | None) -> "PassCosts":
         """The costs with a shortlist of one of the sizes of `looks`; None: as they are."""
         if size is None:
             return self
-        return replace(self, projection=dict(self.looks)[size], leaving=self.projection)
+        return replace(self, projection=dict(self.looks)[size], whole=self.projection)
 
     @property
     def listed(self) -> "PassCosts":
@@ -61,12 +59,16 @@ class PassCosts:
 
 @dataclass(frozen=True, slots=True)
 class DraftRates:
-    """What a gate makes of tokens at one threshold, as shares: projected, drafted, and of the drafted ones right."""
+    """What a gate makes of tokens at one threshold, as shares: looked at, drafted, and of the drafted ones right.
+
+    `whole` is the share that is projected onto the whole vocabulary.
+    """
 
     threshold: float
     projected: float
     drafted: float
     acceptance: float
+    whole: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +101,7 @@ def draft_speed(rates: DraftRates, depth: int, length: int, costs: PassCosts) ->
     tokens = np.cumsum(rates.acceptance**drafts)
     asked = np.minimum(drafts + 1, length)
     deep = np.array([costs.deep_pass(depth, int(each) + 1) for each in drafts])
-    gate = costs.gate + rates.projected * costs.projection + rates.drafted * costs.leaving
+    gate = costs.gate + rates.projected * costs.projection + rates.whole * costs.whole
     seconds = (drafts + 1) * costs.shallow[depth] + asked * gate + deep
     return float(chance @ tokens / (chance @ seconds))
 
@@ -107,7 +109,7 @@ def draft_speed(rates: DraftRates, depth: int, length: int, costs: PassCosts) ->
 def draft_rates(view: GateView, place: int) -> list[DraftRates]:
     """What the gate of one exit of `view` makes of its tokens, at a threshold for each of `DRAFT_SHARES`."""
     may_leave = view.reach[place] >= 0
-    reach, projects = view.reach[place][may_leave], view.projects[place][may_leave]
+    reach, projects, whole = (each[place][may_leave] for each in (view.reach, view.projects, view.whole))
     agrees = view.agrees[place][may_leave]
     quantiles = np.quantile(reach, 1.0 - np.array(DRAFT_SHARES))
     thresholds = [0.0, *(np.floor(each * 1e4) / 1e4 for each in quantiles[1:])]
@@ -120,6 +122,7 @@ def draft_rates(view: GateView, place: int) -> list[DraftRates]:
                 float((projects >= threshold).mean()),
                 float(drafted.mean()),
                 float(agrees[drafted].mean()),
+                float((whole >= threshold).mean()),
             )
         )
     return found

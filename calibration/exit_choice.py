@@ -1,6 +1,7 @@
 """Which exits are kept: those that are expected to save computation, net of what asking them costs.
 
-Every exit that a token passes costs its gate, and where the gate projects in vain a projection; every token that
+Every exit that a token passes costs its gate, and where the gate projects in vain a projection, or where a shortlist
+let it pass in vain two; every token that
 leaves saves the blocks behind it, less the keys and values it still owes them. Agreement is no guide: at half depth
 half of the tokens may agree and almost none may leave safely, while all of them pay the gate.
 """
@@ -27,13 +28,14 @@ class ExitCosts:
     skipped_kv: float  # keys and values of one skipped block
     leaving: float = 0.0  # a look at a token that leaves, beyond the projection it owes anyway
     looks: tuple[tuple[int, float], ...] = ()  # what looks in vain would cost with shortlists of other sizes
+    whole: float = 0.0  # the whole vocabulary, beyond a look at a shortlist, for a token that stays after all
 
     def with_shortlist(self, size: int | None) -> "ExitCosts":
         """The costs with a shortlist of one of the sizes of `looks`; None: as they are."""
         if size is None:
             return self
         look = dict(self.looks)[size]
-        return replace(self, projection=look, leaving=look)
+        return replace(self, projection=look, leaving=look, whole=self.projection)
 
     @property
     def listed(self) -> "ExitCosts":
@@ -68,6 +70,7 @@ def net_saving(
         saved += (blocks - depth) * (1.0 - costs.skipped_kv) * int(leaves.sum())
         saved -= costs.gate * int(passing.sum()) + costs.projection * int(vain.sum())
         saved -= costs.leaving * int(leaves.sum())
+        saved -= costs.whole * int((passing & (view.whole[place] >= threshold) & ~leaves).sum())
         passing &= ~leaves
     tokens = int(may_leave.sum())
     return saved / (tokens * blocks) if tokens else 0.0

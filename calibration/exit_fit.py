@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from exeunt.calibration.block_fit import Moments, ridge_map
+from exeunt.calibration.compute import counted_costs
 from exeunt.calibration.exit_choice import ExitCosts
 from exeunt.calibration.exit_records import FittedExit as FittedExit
 from exeunt.calibration.exit_records import read_exit, read_head, write_exit, write_head
@@ -21,13 +22,15 @@ from exeunt.calibration.exit_training import (
     planned_visits,
     train_head,
 )
-from exeunt.calibration.gate_training import ProbeTraining, planned_gate_tokens, train_gate
+from exeunt.calibration.exit_worth import ExitWorth
+from exeunt.calibration.gate_training import TOPS, ProbeTraining, planned_gate_tokens, train_gate
 from exeunt.calibration.journal import Journal, NoJournal
 from exeunt.calibration.loss_comparison import LossComparison, compare_losses
 from exeunt.calibration.progress import ProgressReport
 from exeunt.calibration.shortlist_choice import choose_shortlist, planned_shortlist_tokens
 from exeunt.calibration.teacher_forcing import ForcedModel
 from exeunt.compression.decoder import Decoder
+from exeunt.compression.exit_output import Shortlist
 from exeunt.compression.exits import ExitNorm
 from exeunt.compression.linear import FullLinear
 from exeunt.kernels.native.build import processor
@@ -100,7 +103,7 @@ def fit_exits(
     of tokens may decide at all exits, where that is expected to save more; without, the whole vocabulary does.
     """
     journal = journal or NoJournal()
-    project = training_projection(model, teacher)
+    project, spec = training_projection(model, teacher), model.decoder.spec
     held = {block: read_exit(journal, norm, block) for block in sorted(data.states)}
     missing = [block for block, found in held.items() if found is None]
     heads = _heads(norm, data.only(missing), project, head_training, seed, progress, compared, risks, journal)
@@ -121,10 +124,11 @@ def fit_exits(
                 trained,
                 data.select,
                 data.top[: data.fit_tokens],
-                model.decoder.spec.vocab_size,
+                spec.vocab_size,
                 project,
                 model.blocks,
                 listing,
+                counted_costs(spec, probe_training.units, TOPS, [size for size, _ in listing.looks]),
                 risks,
                 advance,
             ).shortlist
@@ -132,12 +136,30 @@ def fit_exits(
             rest, select = data.fit(block).rows(slice(unseen[block], None)), data.select(block)
             generator = _generator(seed, block, 1)
             head, quality = train_gate(
-                block, trained[block], rest, select, project, probe_training, generator, advance, shortlist
+                block,
+                trained[block],
+                rest,
+                select,
+                project,
+                probe_training,
+                generator,
+                advance,
+                shortlist,
+                _worth(block, model.blocks, costs, shortlist, risks),
             )
             fitted = FittedExit(head.to("cpu", torch.float32), trained[block], quality, heads[block][1])
             write_exit(journal, fitted)
             held[block] = fitted
     return tuple(found for found in held.values() if found is not None)
+
+
+def _worth(
+    block: int, blocks: int, costs: ExitCosts | None, shortlist: Shortlist | None, risks: Sequence[float]
+) -> ExitWorth | None:
+    """What an exit behind `block` saves and costs with looks at a shortlist; None where nothing is known of that."""
+    if costs is None or shortlist is None or not risks:
+        return None
+    return ExitWorth(block + 1, blocks, costs.with_shortlist(len(shortlist)), risks)
 
 
 def _unseen(head: TrainedHead, norm: ExitNorm, data: ExitData) -> int:

@@ -15,7 +15,8 @@ from exeunt.calibration.exit_training import CurvePoint, TrainedHead
 from exeunt.calibration.gate_training import GateQuality
 from exeunt.calibration.journal import Journal
 from exeunt.calibration.loss_comparison import LossComparison
-from exeunt.compression.exits import ExitHead, ExitNorm, exit_metadata, exit_tensors, exits_from_tensors
+from exeunt.compression.exit_tensors import exit_metadata, exit_tensors, exits_from_tensors
+from exeunt.compression.exits import ExitHead, ExitNorm
 
 _QUALITY = TypeAdapter(GateQuality)
 _CURVE = TypeAdapter(tuple[CurvePoint, ...])

@@ -126,7 +126,7 @@ def screen_exits(
     tokens = sum(map(len, judged))
     found = [_look(project, norm, data, block, tokens, size, advance) for block in sorted(data.states)]
     reach, agrees = np.stack([each.reach for each in found]), np.stack([each.agrees for each in found])
-    view = view_of(reach, np.ones_like(reach), agrees, judged)
+    view = view_of(reach, np.ones_like(reach), reach, agrees, judged)
     depths = [each.block + 1 for each in found]
     speeds = [0.0] * len(found)
     if passes is not None:

@@ -15,7 +15,14 @@ from exeunt.calibration.nll_planning import plan_nll, select_losses
 from exeunt.calibration.options import CalibrationOptions
 from exeunt.calibration.progress import ProgressReport
 from exeunt.calibration.teacher_forcing import ForcedModel
-from exeunt.calibration.thresholds import GateView, NllPlan, ThresholdPlan, plan_thresholds, view_gates
+from exeunt.calibration.thresholds import (
+    GateShares,
+    GateView,
+    NllPlan,
+    ThresholdPlan,
+    plan_thresholds,
+    view_gates,
+)
 
 NO_THRESHOLDS = ThresholdPlan((), {}, 0.0)
 
@@ -43,6 +50,9 @@ class ExitSelection:
     costs: ExitCosts | None = None
     choice: ExitChoice | None = None  # its places are those of `candidates`
     candidates: tuple[FittedExit, ...] = ()
+    shares: tuple[
+        GateShares, ...
+    ] = ()  # what the certified exits' gates do at the plan's thresholds, select split
 
     @property
     def kept(self) -> tuple[FittedExit, ...]:
@@ -94,6 +104,7 @@ def select_exits(
         None if choice is None else costs,
         choice,
         tuple(fitted[place] for place in candidates),
+        tuple(view.only(certified).shares(threshold) for threshold in plan.thresholds),
     )
 
 
@@ -150,8 +161,8 @@ def _choice(
             view, depths, blocks, costs, options.targets, certify_tokens, options.confidence, advance
         )
     progress.note(
-        f"in units of a block a gate costs {costs.gate:.2f}, a look in vain {costs.projection:.2f}, keys and values "
-        f"of a skipped block {costs.skipped_kv:.2f}"
+        f"in units of a block a gate costs {costs.gate:.2f}, a look in vain {costs.projection:.2f}, a confirmation in "
+        f"vain {costs.whole:.2f}, keys and values of a skipped block {costs.skipped_kv:.2f}"
     )
     progress.note(
         f"exits kept to be certified: {', '.join(fitted[place].head.name for place in choice.kept)}, expected to save "

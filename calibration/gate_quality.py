@@ -20,7 +20,8 @@ class GateQuality:
     """How well a gate tells agreeing tokens from others, on the split it is judged on.
 
     AUC is the chance that an agreeing token gets more than a disagreeing one; `reliability` holds for each
-    occupied tenth of confidence (mean confidence, share that agrees, tokens).
+    occupied tenth of confidence (mean confidence, share that agrees, tokens). Where all logits confirm what a shortlist
+    lets pass, the confidence is theirs, and tokens are let go by what gets them past both.
     """
 
     auc: float
@@ -34,11 +35,23 @@ class GateQuality:
     (1, 1); at most `CURVE_POINTS`, and the area below them is `auc` within 0.001."""
     coverage: Curve = ()
     """(share of the tokens that are surest, disagreement among them), by growing share; at most `CURVE_POINTS`."""
+    auc_listed: float | None = None  # of the confidence by the shortlist alone, where that is confirmed
 
 
-def gate_quality(confidence: Tensor, probe_logit: Tensor, top: Tensor, agrees: Tensor) -> GateQuality:
-    """The quality of a gate from [T] tensors of its confidence, its parts and the truth."""
+def gate_quality(
+    confidence: Tensor,
+    probe_logit: Tensor,
+    top: Tensor,
+    agrees: Tensor,
+    listed: Tensor | None = None,
+    reach: Tensor | None = None,
+) -> GateQuality:
+    """The quality of a gate from [T] tensors of its confidence, its parts and the truth.
+
+    Where a shortlist is asked first, `listed` is the confidence by it, and `reach` what tokens are let go by.
+    """
     sure = confidence.double().cpu().numpy()
+    order = sure if reach is None else reach.double().cpu().numpy()
     truth = agrees.cpu().numpy()
     bins = np.minimum((sure * RELIABILITY_BINS).astype(int), RELIABILITY_BINS - 1)
     table = [
@@ -48,14 +61,15 @@ def gate_quality(confidence: Tensor, probe_logit: Tensor, top: Tensor, agrees: T
     ]
     error = sum(count * abs(said - was) for said, was, count in table) / max(1, len(sure))
     return GateQuality(
-        auc=auc(sure, truth),
+        auc=auc(order, truth),
         auc_probe=auc(probe_logit.double().cpu().numpy(), truth),
         auc_top=auc(top.double().cpu().numpy(), truth),
         calibration_error=error,
         reliability=tuple(table),
         tokens=len(sure),
-        roc=roc(sure, truth),
-        coverage=coverage(sure, truth),
+        roc=roc(order, truth),
+        coverage=coverage(order, truth),
+        auc_listed=None if listed is None else auc(listed.double().cpu().numpy(), truth),
     )
 
 

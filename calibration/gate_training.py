@@ -5,6 +5,9 @@ units) are trained together on tokens that the head was not trained on; a logist
 the judge's logit with the top log-odds and the margin of the logits that decide, on the select split. What comes out is
 a calibrated probability as far as the select split can tell; certificates do not rely on it.
 
+Where looks are at a shortlist, judge and regression come twice: of the shortlist's logits, to say whom to look at
+further, and of all logits, to confirm it.
+
 How well it separates is measured on tokens that neither probe nor regression has seen: the probe's training stops by a
 part of its own tokens, and of the select split each half is judged by a regression of the other.
 """
@@ -19,11 +22,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from exeunt.calibration.exit_training import Labelled, Project, TrainedHead, head_logits
+from exeunt.calibration.exit_worth import Confidences, ExitWorth, choose_list_ratio
 from exeunt.calibration.gate_quality import GateQuality as GateQuality
 from exeunt.calibration.gate_quality import auc as auc
 from exeunt.calibration.gate_quality import gate_quality
+from exeunt.calibration.thresholds import past
 from exeunt.compression.exit_output import Shortlist
-from exeunt.compression.exits import ExitHead, ExitJudge, ExitProbe
+from exeunt.compression.exits import ExitConfirmation, ExitHead, ExitJudge, ExitProbe
 from exeunt.kernels.exit_gate.reference import (
     JudgeParts,
     ProbeParts,
@@ -58,15 +63,32 @@ class ProbeTraining:
 
 @dataclass(frozen=True, slots=True)
 class _Seen:
-    """What a head makes of labelled tokens."""
+    """What a head makes of labelled tokens. By what decides: the logits of the shortlist, if any, then all."""
 
     state: Tensor  # [T, H] float32
     agrees: Tensor  # [T] bool
-    tops: Tensor  # [T, K] float32, the largest log-probabilities of the logits that decide
-    features: Tensor  # [T, 2] float32: the two features of `gate_features` that need no opinion
+    tops: tuple[Tensor, ...]  # [T, K] float32 each, the largest log-probabilities
+    features: tuple[
+        Tensor, ...
+    ]  # [T, 2] float32 each: the two features of `gate_features` that need no opinion
 
-    def rows(self, index: slice) -> "_Seen":
-        return _Seen(self.state[index], self.agrees[index], self.tops[index], self.features[index])
+    def rows(self, index: slice | Tensor) -> "_Seen":
+        return _Seen(
+            self.state[index],
+            self.agrees[index],
+            tuple(each[index] for each in self.tops),
+            tuple(each[index] for each in self.features),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Opinion:
+    """What one look at logits makes of the select split's tokens."""
+
+    judge: JudgeParts
+    combine: Tensor  # [4] float32
+    sure: Tensor  # [T] float32, the confidence
+    unseen: Tensor  # [T] float32, the same of each half by a regression of the other
 
 
 def train_gate(
@@ -79,27 +101,51 @@ def train_gate(
     generator: torch.Generator,
     advance: Callable[[int], None] = lambda _tokens: None,
     shortlist: Shortlist | None = None,
+    worth: ExitWorth | None = None,
 ) -> tuple[ExitHead, GateQuality]:
     """The whole exit after `block`: `head` with its probe, judge, regression and screen, and how well it separates.
 
     `fit` are tokens that `head` was not trained on; the quality is measured on `select`. Where there is a `shortlist`,
-    its logits decide; agreement is that of the whole vocabulary in any case. `advance` is told the tokens looked at and
-    trained on; they sum to `planned_gate_tokens`.
+    its logits say whom to ask further, and all logits confirm it; how strict the list is to be is chosen by what the
+    exit is `worth` then, and without that it turns away whom it would not let go itself. Agreement is that of the whole
+    vocabulary in any case. `advance` is told the tokens looked at and trained on; they sum to `planned_gate_tokens`.
     """
     learned, judged = (_look(head, part, project, shortlist, advance) for part in (fit, select))
-    probe, judge = _train_probe(learned, training, generator, advance)
+    probe, judges = _train_probe(learned, training, generator, advance)
     with torch.no_grad():
         units = probe_units_reference(judged.state, probe)
         logit = probe_output_reference(units, probe)
-        opinion = judge_logit_reference(units, judged.tops, judge)
-        features = torch.cat((opinion[:, None], judged.features), 1)
-    combine = logistic_regression(features, judged.agrees)
-    screen = _screen_ratio(logit.sigmoid(), confidence_of(features, combine))
+        opinions = [_opinion(units, judged, place, judge) for place, judge in enumerate(judges)]
+    first, last = opinions[0], opinions[-1]
+    screen = _screen_ratio(logit.sigmoid(), last.sure)
+    listed, reach, confirmation = None, None, None
+    if shortlist is not None:
+        listed, screened = first.unseen, past(logit.sigmoid(), screen)
+        steps = Confidences(screened, listed, last.unseen, judged.agrees)
+        ratio = 1.0 if worth is None else choose_list_ratio(steps, worth)[0]
+        confirmation = ExitConfirmation(ExitJudge(*last.judge), last.combine, ratio)
+        reach = past(listed, ratio).minimum(last.unseen)
     exit_head = ExitHead(
-        block, head.norm, head.adapter, ExitProbe(*probe), combine, screen, ExitJudge(*judge), shortlist
+        block,
+        head.norm,
+        head.adapter,
+        ExitProbe(*probe),
+        first.combine,
+        screen,
+        ExitJudge(*first.judge),
+        shortlist,
+        confirmation,
     )
-    unseen = _cross_fitted(features, judged.agrees)
-    return exit_head, gate_quality(unseen, logit, judged.features[:, 0], judged.agrees)
+    top = judged.features[-1][:, 0]
+    return exit_head, gate_quality(last.unseen, logit, top, judged.agrees, listed, reach)
+
+
+def _opinion(units: Tensor, seen: _Seen, place: int, judge: JudgeParts) -> _Opinion:
+    """What the judge at a place among the looks makes of the tokens, given the probe's `units` [T, units]."""
+    said = judge_logit_reference(units, seen.tops[place], judge)
+    features = torch.cat((said[:, None], seen.features[place]), 1)
+    combine = logistic_regression(features, seen.agrees)
+    return _Opinion(judge, combine, confidence_of(features, combine), _cross_fitted(features, seen.agrees))
 
 
 def planned_gate_tokens(fit: int, select: int, training: ProbeTraining) -> int:
@@ -160,30 +206,38 @@ def _look(
     shortlist: Shortlist | None,
     advance: Callable[[int], None],
 ) -> _Seen:
-    states, agrees, tops, features = [], [], [], []
-    ids = None if shortlist is None else shortlist.ids.to(head.adapter.device)
+    ids = () if shortlist is None else (shortlist.ids.to(head.adapter.device),)
+    states, agrees = [], []
+    tops: list[list[Tensor]] = [[] for _ in range(len(ids) + 1)]
+    features: list[list[Tensor]] = [[] for _ in tops]
     for part, state, logits in head_logits(head.norm, head.adapter, data, project):
-        decisive = logits if ids is None else logits[:, ids]
         states.append(state.float())
         agrees.append(logits.argmax(-1) == part.top)
-        tops.append(top_log_probabilities(decisive, min(TOPS, decisive.shape[1])))
-        features.append(gate_features(torch.zeros_like(logits[:, 0]), decisive)[:, 1:])
+        for place, decisive in enumerate((*(logits[:, chosen] for chosen in ids), logits)):
+            tops[place].append(top_log_probabilities(decisive, min(TOPS, decisive.shape[1])))
+            features[place].append(gate_features(torch.zeros_like(logits[:, 0]), decisive)[:, 1:])
         advance(part.tokens)
-    return _Seen(torch.cat(states), torch.cat(agrees), torch.cat(tops), torch.cat(features))
+    return _Seen(
+        torch.cat(states),
+        torch.cat(agrees),
+        tuple(torch.cat(each) for each in tops),
+        tuple(torch.cat(each) for each in features),
+    )
 
 
 def _train_probe(
     seen: _Seen, training: ProbeTraining, generator: torch.Generator, advance: Callable[[int], None]
-) -> tuple[ProbeParts, JudgeParts]:
-    """The probe that predicts agreement from the state, and its judge, stopped where they do so best.
+) -> tuple[ProbeParts, tuple[JudgeParts, ...]]:
+    """The probe that predicts agreement from the state, and a judge for each look, stopped where they do so best.
 
     Their losses are added up: they share the units, of which each needs its own reading. The last `STOPPING_SHARE` of
     `seen` says when to stop.
     """
     mean, spread = seen.state.mean(0), seen.state.std(0, correction=0).clamp(min=1e-6)
-    scale = seen.tops.std(0, correction=0).clamp(min=1e-6)
-    centre = seen.tops.mean(0)
-    standard = _Seen((seen.state - mean) / spread, seen.agrees, (seen.tops - centre) / scale, seen.features)
+    scales = [tops.std(0, correction=0).clamp(min=1e-6) for tops in seen.tops]
+    centres = [tops.mean(0) for tops in seen.tops]
+    tops = tuple((of - centre) / scale for of, centre, scale in zip(seen.tops, centres, scales, strict=True))
+    standard = _Seen((seen.state - mean) / spread, seen.agrees, tops, seen.features)
     cut = len(seen.agrees) - int(len(seen.agrees) * STOPPING_SHARE)
     fit, stop = standard.rows(slice(0, cut)), standard.rows(slice(cut if cut < len(seen.agrees) else 0, None))
     weights = _first_weights(fit, training.units, generator)
@@ -195,7 +249,7 @@ def _train_probe(
     every = max(1, training.steps // training.evaluations)
     for step in range(1, training.steps + 1):
         rows = torch.randint(cut, (training.batch_tokens,), generator=generator).to(fit.state.device)
-        loss = _loss(weights, fit.state[rows], fit.tops[rows], fit.agrees[rows])
+        loss = _loss(weights, fit.rows(rows))
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -203,47 +257,61 @@ def _train_probe(
         advance(training.batch_tokens)
         if step % every == 0:
             with torch.no_grad():
-                missed = float(_loss(weights, stop.state, stop.tops, stop.agrees))
+                missed = float(_loss(weights, stop))
             if missed < best:
                 best, kept = missed, [weight.detach().clone() for weight in weights]
     # the standardisation folded into the first layers
-    first, tops = kept[0] / spread, kept[4] / scale[:, None]
+    first = kept[0] / spread
     probe = first, kept[1] - first @ mean, kept[2], kept[3]
-    return probe, (tops, kept[5] - centre @ tops, kept[6], kept[7])
+    folded = []
+    for (weight, bias, output, output_bias), centre, scale in zip(
+        _judges(kept), centres, scales, strict=True
+    ):
+        own = weight / scale[:, None]
+        folded.append((own, bias - centre @ own, output, output_bias))
+    return probe, tuple(folded)
+
+
+def _judges(weights: Sequence[Tensor]) -> list[JudgeParts]:
+    """Of the weights that are trained the judges', four tensors each; the first four are the probe's."""
+    return [
+        (weights[start], weights[start + 1], weights[start + 2], weights[start + 3])
+        for start in range(4, len(weights), 4)
+    ]
 
 
 def _first_weights(seen: _Seen, units: int, generator: torch.Generator) -> tuple[Tensor, ...]:
-    """What the probe's four tensors and the judge's four begin as: both say how many agree, and little else."""
-    device, hidden, tops = seen.state.device, seen.state.shape[1], seen.tops.shape[1]
+    """What the probe's four tensors and each judge's begin as: all say how many agree, and little else."""
+    device, hidden = seen.state.device, seen.state.shape[1]
     share = float(seen.agrees.float().mean().clamp(1e-3, 1 - 1e-3))
 
     def drawn(*shape: int, scale: float) -> Tensor:
         return (torch.randn(shape, generator=generator) * scale).to(device)
 
     odds = torch.tensor(np.log(share / (1 - share)), dtype=torch.float32, device=device)
-    weights = (
-        drawn(units, hidden, scale=hidden**-0.5),
-        torch.zeros(units, device=device),
-        drawn(units, scale=1 / units),
-        odds,
-        drawn(tops, units, scale=tops**-0.5),
-        torch.zeros(units, device=device),
-        drawn(units, scale=1 / units),
-        odds.clone(),
-    )
+    weights: list[Tensor] = []
+    for inputs in (None, *(tops.shape[1] for tops in seen.tops)):
+        weights += (
+            drawn(units, hidden, scale=hidden**-0.5)
+            if inputs is None
+            else drawn(inputs, units, scale=inputs**-0.5),
+            torch.zeros(units, device=device),
+            drawn(units, scale=1 / units),
+            odds.clone(),
+        )
     for weight in weights:
         weight.requires_grad_()
-    return weights
+    return tuple(weights)
 
 
-def _loss(weights: Sequence[Tensor], state: Tensor, tops: Tensor, agrees: Tensor) -> Tensor:
-    """The cross-entropies of probe and judge, added up."""
-    hidden, bias, output, output_bias, *judge = weights
-    probe, truth = (hidden, bias, output, output_bias), agrees.float()
-    units = probe_units_reference(state, probe)
-    alone = F.binary_cross_entropy_with_logits(probe_output_reference(units, probe), truth)
-    opinion = judge_logit_reference(units, tops, (judge[0], judge[1], judge[2], judge[3]))
-    return alone + F.binary_cross_entropy_with_logits(opinion, truth)
+def _loss(weights: Sequence[Tensor], seen: _Seen) -> Tensor:
+    """The cross-entropies of probe and judges, added up."""
+    probe, truth = (weights[0], weights[1], weights[2], weights[3]), seen.agrees.float()
+    units = probe_units_reference(seen.state, probe)
+    loss = F.binary_cross_entropy_with_logits(probe_output_reference(units, probe), truth)
+    for tops, judge in zip(seen.tops, _judges(weights), strict=True):
+        loss = loss + F.binary_cross_entropy_with_logits(judge_logit_reference(units, tops, judge), truth)
+    return loss
 
 
 def _screen_ratio(probe: Tensor, confidence: Tensor) -> float:

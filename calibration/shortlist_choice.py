@@ -1,14 +1,15 @@
-"""Which tokens decide at the exits: the whole vocabulary, or a shortlist of those that full depth says most often.
+"""Which tokens the exits look at first: the whole vocabulary, or a shortlist of those that full depth says most often.
 
 A look at the vocabulary costs as much as blocks, and most looks are in vain. A shortlist (FR-Spec, arXiv 2502.14856,
 has one for drafts) makes them cheaper by its share of the vocabulary, and blinder: where the exit would say a token
-outside of it, its logits do not show that. How large it should be depends on what a look costs here; so a few sizes are
-tried with a gate of the logits alone, on exits as they were trained, and the smallest is kept that is expected to save
-as much as any, or nearly.
+outside of it, its logits do not show that. So it turns away only whom all logits would hardly let go, and these decide
+about the others. The blinder it is the more pass it in vain. How large it should be depends on what looks cost here; so
+a few sizes are tried with a gate of the logits alone, on exits as they were trained. Measured costs say which of them
+save about as much as any; which of these computes least is counted, so that the noise of clocks does not decide it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
@@ -17,8 +18,8 @@ from torch import Tensor
 
 from exeunt.calibration.exit_choice import ExitCosts
 from exeunt.calibration.exit_training import Labelled, Project, TrainedHead, head_logits
+from exeunt.calibration.exit_worth import WORTH, Confidences, ExitWorth, choose_list_ratio
 from exeunt.calibration.gate_training import logistic_regression
-from exeunt.calibration.selective import share_within
 from exeunt.compression.exit_output import Shortlist
 from exeunt.kernels.exit_gate.reference import confidence_of, gate_features
 
@@ -28,9 +29,6 @@ LEAST_TOKENS: Final = 64
 """A shortlist of fewer saves nothing."""
 MOST_TOKENS: Final = 4_096
 """Of the select split that sizes are compared on, behind each exit."""
-WORTH: Final = 0.01
-"""The share of the blocks by which savings count as equal: by as much measured costs differ from one time to the next.
-Of equal sizes the smallest is kept, which computes least."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,29 +65,37 @@ def choose_shortlist(
     project: Project,
     blocks: int,
     costs: ExitCosts,
+    counted: ExitCosts,
     targets: Sequence[float],
     advance: Callable[[int], None] = lambda _tokens: None,
 ) -> ShortlistChoice:
-    """The smallest shortlist with which the best of the exits, `heads` by their block, is expected to save about most.
+    """The shortlist with which the best of the exits, `heads` by their block, computes least, of those that save most.
+
+    Those save most that are expected to come within `WORTH` of the best at measured `costs`. What is computed, less
+    what is saved, is in `counted` multiply-accumulates.
 
     `select` gives the select split behind a block, `top` [T] are full depth's top tokens on the fit split, `blocks` the
-    model's. Of `costs` the sizes that have a look measured are tried. `advance` is told the tokens looked at behind
+    model's. Of both costs the sizes that have a look measured are tried. `advance` is told the tokens looked at behind
     each exit, `planned_shortlist_tokens` in all.
     """
     priced = dict(costs.looks)
     sizes: list[int | None] = [None, *(size for size in shortlist_sizes(vocab_size) if size in priced)]
     lists = {size: most_frequent(top, vocab_size, size) for size in sizes if size is not None}
-    best = dict.fromkeys(sizes, -np.inf)
+    best, least = dict.fromkeys(sizes, -np.inf), dict.fromkeys(sizes, -np.inf)
     for block, head in heads.items():
         data = select(block).rows(slice(0, MOST_TOKENS))
-        found = _features(head, data, lists, project)
+        found, agrees = _confidences(head, data, lists, project)
         for size in sizes:
-            saving = _saving(*found[size], block + 1, blocks, costs.with_shortlist(size), targets)
+            steps = Confidences(torch.ones_like(found[size]), found[size], found[None], agrees)
+            worth = ExitWorth(block + 1, blocks, costs.with_shortlist(size), targets)
+            ratio, saving = choose_list_ratio(steps, worth)
             best[size] = max(best[size], saving)
+            by_count = replace(worth, costs=counted.with_shortlist(size))
+            least[size] = max(least[size], by_count.saving(*steps.thresholds(ratio), agrees))
         advance(data.tokens)
     most = max(best.values())
     by_size = (*sizes[1:], None)  # ascending: the whole vocabulary last
-    kept = next(size for size in by_size if most - best[size] <= WORTH)
+    kept = max((size for size in by_size if most - best[size] <= WORTH), key=lambda size: least[size])
     return ShortlistChoice(None if kept is None else lists[kept], tuple(best.items()))
 
 
@@ -98,13 +104,13 @@ def planned_shortlist_tokens(exits: int, select: int) -> int:
     return exits * min(select, MOST_TOKENS)
 
 
-def _features(
+def _confidences(
     head: TrainedHead,
     data: Labelled,
     lists: Mapping[int, Shortlist],
     project: Project,
-) -> dict[int | None, tuple[Tensor, Tensor]]:
-    """By size, the log-odds and the margin [T, 2] of the logits that decide, and whether all logits agree [T]."""
+) -> tuple[dict[int | None, Tensor], Tensor]:
+    """By size, a confidence [T] from the log-odds and the margin of its logits; and whether all logits agree [T]."""
     ids: dict[int | None, Tensor | None] = {None: None}
     ids |= {size: shortlist.ids.to(head.adapter.device) for size, shortlist in lists.items()}
     parts: dict[int | None, list[Tensor]] = {size: [] for size in ids}
@@ -115,18 +121,7 @@ def _features(
             decisive = logits if chosen is None else logits[:, chosen]
             parts[size].append(gate_features(torch.zeros_like(logits[:, 0]), decisive)[:, 1:])
     truth = torch.cat(agrees)
-    return {size: (torch.cat(own), truth) for size, own in parts.items()}
-
-
-def _saving(
-    features: Tensor, agrees: Tensor, depth: int, blocks: int, costs: ExitCosts, targets: Sequence[float]
-) -> float:
-    """The share of the blocks that an exit alone saves at `targets`, net, every token being looked at."""
-    sure = confidence_of(features, logistic_regression(features, agrees)).double().cpu().numpy()
-    truth = agrees.cpu().numpy()
-    gains = []
-    for target in targets:
-        leaving = share_within(sure, truth, target)
-        saved = leaving * ((blocks - depth) * (1.0 - costs.skipped_kv) - costs.leaving)
-        gains.append((saved - costs.gate - (1.0 - leaving) * costs.projection) / blocks)
-    return float(np.mean(gains))
+    features = {size: torch.cat(own) for size, own in parts.items()}
+    return {
+        size: confidence_of(own, logistic_regression(own, truth)) for size, own in features.items()
+    }, truth

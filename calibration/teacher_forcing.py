@@ -25,9 +25,9 @@ Sink = Callable[[int, Tensor, Tensor], None]
 """Called with an exit's number (the number of exits for the final head), which tokens [K] int64 leave there, ascending,
 and their logits [K, V] float32."""
 
-AskedSink = Callable[[int, Tensor, Tensor], None]
-"""Called with an exit's number, which tokens [K] int64 its gate was asked about, ascending, and which of these [K] bool
-it projected onto the vocabulary."""
+AskedSink = Callable[[int, Tensor, Tensor, Tensor], None]
+"""Called with an exit's number, which tokens [K] int64 its gate was asked about, ascending, which of these [K] bool it
+looked at, and which of those [K] bool it projected onto the whole vocabulary."""
 
 LOGITS_AT_ONCE = 1 << 25
 """Elements of a logits tensor that are made at once where memory alone limits it: 128 MiB in float32."""
@@ -41,7 +41,7 @@ def logit_rows(vocab_size: int, device: torch.device) -> int:
     return max(LEAST_LOGIT_ROWS, most // vocab_size)
 
 
-def _unheard(_exit: int, _tokens: Tensor, _projected: Tensor) -> None:
+def _unheard(_exit: int, _tokens: Tensor, _looked: Tensor, _whole: Tensor) -> None:
     """Where nobody counts what gates are asked."""
 
 
@@ -195,9 +195,9 @@ class ForcedModel:
         for part in self._parts(len(kept)):
             gate = self.exits[number].gate(hidden[part], thresholds[part], self.decoder.project_exit)
             leaves[part] = gate.leaves
-            looked = torch.zeros(len(gate.leaves), dtype=torch.bool, device=hidden.device)
-            looked[gate.looked] = True
-            asked(number, kept[part], looked)
+            looked, whole = (torch.zeros(len(gate.leaves), dtype=torch.bool) for _ in range(2))
+            looked[gate.looked], whole[gate.whole] = True, True
+            asked(number, kept[part], looked.to(hidden.device), whole.to(hidden.device))
             if bool(gate.leaves.any()):
                 sink(number, kept[part][gate.leaves], gate.logits)
         return leaves

@@ -6,7 +6,7 @@ threshold that looks most likely to pass, and goes on to the loosest that looks 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import torch
@@ -61,15 +61,27 @@ class ThresholdPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class GateShares:
+    """What gates do per token that might leave, at one threshold: several exits may ask about the same token."""
+
+    threshold: float
+    asked: float
+    looked: float
+    whole: float  # projected onto the whole vocabulary
+    left: float
+
+
+@dataclass(frozen=True, slots=True)
 class GateView:
     """What the gates made of full-depth tokens: [exits, T] arrays, and which block of text each is in.
 
-    A token leaves at the first exit whose `reach` is at least the threshold; it is projected onto the vocabulary where
-    `projects` is.
+    A token leaves at the first exit whose `reach` is at least the threshold; it is looked at where `projects` is, and
+    projected onto the whole vocabulary where `whole` is.
     """
 
     reach: NDArray[np.float64]
     projects: NDArray[np.float64]
+    whole: NDArray[np.float64]
     agrees: NDArray[np.bool_]
     text_block: NDArray[np.int64]  # [T]
     blocks: int
@@ -90,13 +102,31 @@ class GateView:
         """The view of some of the exits, by their place in it."""
         chosen = list(exits)
         return GateView(
-            self.reach[chosen], self.projects[chosen], self.agrees[chosen], self.text_block, self.blocks
+            self.reach[chosen],
+            self.projects[chosen],
+            self.whole[chosen],
+            self.agrees[chosen],
+            self.text_block,
+            self.blocks,
         )
 
     def leave_at(self, threshold: float) -> NDArray[np.int64]:
         """The exit at which each token leaves, the number of exits for a token that stays: [T]."""
         leaves = self.reach >= threshold
         return np.where(leaves.any(0), leaves.argmax(0), len(self.reach))
+
+    def shares(self, threshold: float) -> GateShares:
+        """How many gates are asked about a token at `threshold`, look at it, project it, and let it go."""
+        exits = np.where(self.may_leave, self.leave_at(threshold), -1)
+        asked = np.arange(len(self.reach))[:, None] <= exits
+        tokens = max(1, int(self.may_leave.sum()))
+        return GateShares(
+            threshold,
+            asked=int(asked.sum()) / tokens,
+            looked=int((asked & (self.projects >= threshold)).sum()) / tokens,
+            whole=int((asked & (self.whole >= threshold)).sum()) / tokens,
+            left=int(((exits >= 0) & (exits < len(self.reach))).sum()) / tokens,
+        )
 
     def counts(self, threshold: float) -> ExitCounts:
         """Exits and errors by block of text at `threshold`, as if exits did not change later tokens."""
@@ -125,22 +155,22 @@ def view_gates(
 
     `advance` is told every exit's tokens. `documents` numbers the document that each row was cut from.
     """
-    reach, projects, agrees = [], [], []
+    seen = []
     for head, data in zip(exits, states, strict=True):
         parts = []
         for start in range(0, data.tokens, chunk):
             part = data.rows(slice(start, start + chunk), head.adapter.device)
             parts.append(gate_reach(head, part, project))
             advance(part.tokens)
-        reach.append(torch.cat([part[0] for part in parts]).double().cpu().numpy())
-        projects.append(torch.cat([part[1] for part in parts]).double().cpu().numpy())
-        agrees.append(torch.cat([part[2] for part in parts]).cpu().numpy())
-    return view_of(np.stack(reach), np.stack(projects), np.stack(agrees), rows, documents)
+        seen.append([torch.cat(of_all).double().cpu().numpy() for of_all in zip(*parts, strict=True)])
+    reach, projects, whole, agrees = (np.stack(of_all) for of_all in zip(*seen, strict=True))
+    return view_of(reach, projects, whole, agrees.astype(bool), rows, documents)
 
 
 def view_of(
     reach: NDArray[np.float64],
     projects: NDArray[np.float64],
+    whole: NDArray[np.float64],
     agrees: NDArray[np.bool_],
     rows: Sequence[Tensor],
     documents: Sequence[int] | None = None,
@@ -151,33 +181,56 @@ def view_of(
     """
     starts = np.concatenate([np.arange(len(row)) == 0 for row in rows])
     units = text_units(rows, documents)
-    return GateView(np.where(starts, -1.0, reach), projects, agrees, units.where, units.count)
+    return GateView(np.where(starts, -1.0, reach), projects, whole, agrees, units.where, units.count)
+
+
+class Reach(NamedTuple):
+    """The largest thresholds at which each of T tokens gets past the steps of a gate, and whether leaving is right."""
+
+    leaves: Tensor  # [T] float32
+    looked: Tensor  # [T] float32, past the probe
+    whole: Tensor  # [T] float32, where it is projected onto the whole vocabulary
+    agrees: Tensor  # [T] bool
 
 
 def gate_reach(
     head: ExitHead, data: Labelled, project: Callable[[Tensor], Tensor], least: float = 0.0
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The largest threshold at which each token leaves, at which it is looked at, and whether leaving is right.
+) -> Reach:
+    """How far each token of `data` gets in a gate.
+
+    A token leaves at a threshold that each step of the gate lets it pass, so at those up to the least of what these
+    say over the share of the threshold that they ask for: min(probe / screen_ratio, confidence), and with a
+    confirmation min(probe / screen_ratio, confidence by the shortlist / list_ratio, confidence by all logits).
 
     `project` gives logits of the whole vocabulary, of which those of the head's shortlist decide; of no more rows at
     once than `logit_rows` allows. Tokens that leave at no threshold from `least` on are not looked at: they have any
     lower reach, and no agreement.
     """
     reading = head.inspect(data.hidden)
-    logit = reading.probe_logit
-    screened = logit.sigmoid() / head.screen_ratio if head.screen_ratio > 0 else torch.ones_like(logit)
-    reach, agrees = screened.clone(), torch.zeros_like(screened, dtype=torch.bool)
+    screened = past(reading.probe_logit.sigmoid(), head.screen_ratio)
+    reach, whole = screened.clone(), screened.clone()
+    agrees = torch.zeros_like(screened, dtype=torch.bool)
     asked = (screened >= least).nonzero().squeeze(1)
     start, rows = 0, LEAST_LOGIT_ROWS  # until the first logits show how many a row has
     while start < len(asked):
         part = asked[start : start + rows]
         seen = reading.rows(part)
         logits = project(seen.state).float()
-        sure = head.confidence(seen, head.decisive(logits).contiguous())
+        sure, confirmation = head.confidence(seen, head.decisive(logits).contiguous()), head.confirmation
         reach[part] = torch.minimum(sure, screened[part])
+        if confirmation is not None:
+            whole[part] = torch.minimum(past(sure, confirmation.list_ratio), screened[part])
+            reach[part] = torch.minimum(head.confirmed(seen, logits), whole[part])
+        elif head.shortlist is not None:
+            whole[part] = reach[part]
         agrees[part] = logits.argmax(-1) == data.top[part]
         start, rows = start + rows, logit_rows(logits.shape[1], logits.device)
-    return reach, screened, agrees
+    return Reach(reach, screened, whole, agrees)
+
+
+def past(sure: Tensor, ratio: float) -> Tensor:
+    """The largest thresholds [T] of which the share `ratio` is no more than `sure` [T]; 1 where it may be any."""
+    return sure / ratio if ratio > 0 else torch.ones_like(sure)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,8 @@ from typing import Final
 
 from torch import Tensor
 
-from exeunt.compression.exits import ExitHead, ExitHeadError, exits_from_tensors
+from exeunt.compression.exit_tensors import exits_from_tensors
+from exeunt.compression.exits import ExitHead, ExitHeadError
 from exeunt.compression.linear_block import LinearBlock, LinearBlockError, linear_block_from_tensors
 from exeunt.compression.manifest import BUNDLE_KIND, FileRecord, Manifest, ManifestError, read_manifest
 from exeunt.compression.tensor_file import TensorFileError, read_tensors

@@ -37,11 +37,10 @@ from exeunt.compression.bundle import (
     needed_files,
     unseen,
 )
-from exeunt.compression.exits import ExitHead, exit_metadata, exit_tensors, needs_newest_format
+from exeunt.compression.exit_tensors import exit_metadata, exit_tensors, format_version
+from exeunt.compression.exits import ExitHead
 from exeunt.compression.linear_block import LinearBlock, linear_block_tensors
 from exeunt.compression.manifest import (
-    FORMAT_VERSION,
-    PLAIN_VERSION,
     FileRecord,
     Manifest,
     manifest_json,
@@ -148,7 +147,7 @@ def _write_files(directory: Path, contents: BundleContents, advance: Advance) ->
     written[REPORT_HTML] = _write_bytes(directory / REPORT_HTML, contents.report_html.encode())
     written[REPORT_JSON] = _write_bytes(directory / REPORT_JSON, contents.report_json.encode())
     records = {name: FileRecord(sha256=file.sha256, bytes=file.bytes) for name, file in written.items()}
-    version = FORMAT_VERSION if needs_newest_format(contents.exits) else PLAIN_VERSION
+    version = format_version(contents.exits)
     manifest = contents.manifest.model_copy(update={"files": records, "format_version": version})
     _check_complete(manifest)
     _write_bytes(directory / MANIFEST, manifest_json(manifest).encode())

@@ -6,15 +6,16 @@ the head's state screens every row; rows that pass are looked at: projected onto
 *shortlist* of its most frequent tokens, which costs a fraction (FR-Spec, arXiv 2502.14856, drafts from one).
 A *judge*, the probe once more with the largest log-probabilities added to its units, and how sure the projection
 is are weighed by a logistic regression. A row that leaves says what the whole vocabulary says: its logits are
-never the shortlist's.
+never the shortlist's. So where there is a shortlist, a *confirmation* may have the last word: rows that the shortlist
+does not turn away are projected onto the whole vocabulary, which they owe if they leave, and a second judge and
+regression decide by those logits.
 
 A row's decision depends on that row alone: nothing here reduces over rows, sorts rows or budgets them. With the
 native kernels that holds to the bit; where a library's matrix product runs instead, its rounding may differ with the
 number of rows, and a decision with it for a row that stands within that distance of its threshold.
 """
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -23,9 +24,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from exeunt.compression.exit_output import ExitOutput, Shortlist
+from exeunt.compression.exit_parts import JUDGE_PARTS
+from exeunt.compression.exit_parts import ExitConfirmation as ExitConfirmation
+from exeunt.compression.exit_parts import ExitHeadError as ExitHeadError
+from exeunt.compression.exit_parts import ExitJudge as ExitJudge
+from exeunt.compression.exit_parts import ExitProbe as ExitProbe
 from exeunt.compression.gate_steps import GateSteps
 from exeunt.compression.norm import Norm
 from exeunt.kernels.exit_gate import (
+    Confirmation,
     ExitWeights,
     GatedRows,
     GateRule,
@@ -35,7 +42,6 @@ from exeunt.kernels.exit_gate import (
     gate_confidence,
     gate_rows,
 )
-from exeunt.kernels.exit_gate.reference import JudgeParts
 from exeunt.kernels.gpu import triton_runs
 
 FEATURES: Final = ("opinion", "top_log_odds", "margin")
@@ -43,42 +49,9 @@ FEATURES: Final = ("opinion", "top_log_odds", "margin")
 judge's logit, or the probe's where there is no judge; the others are of the logits that decide."""
 
 _WHOLE_VECTORS: Final = 64  # a multiple of what PyTorch computes at once on any processor
-METADATA_KEY: Final = "exits"
-_JUDGE_PARTS: Final = ("top_weight", "hidden_bias", "output_weight", "output_bias")
+
 
 ExitNorm = Norm  # the norm in front of an exit's adapter is one like any other
-
-
-class ExitHeadError(ValueError):
-    """Tensors or settings that do not form an exit head."""
-
-
-@dataclass(frozen=True, slots=True)
-class ExitProbe:
-    """A perceptron H → P → 1 with GELU, in float32 whatever the model's dtype."""
-
-    hidden_weight: Tensor  # [P, H]
-    hidden_bias: Tensor  # [P]
-    output_weight: Tensor  # [P]
-    output_bias: Tensor  # []
-
-
-@dataclass(frozen=True, slots=True)
-class ExitJudge:
-    """The probe's second opinion, w · GELU(u + T t + c) + b: u the probe's units, t the K largest log-probabilities.
-
-    In float32 whatever the model's dtype.
-    """
-
-    top_weight: Tensor  # T [K, P]: row k is what the k-th largest adds to each unit
-    hidden_bias: Tensor  # c [P]
-    output_weight: Tensor  # w [P]
-    output_bias: Tensor  # b []
-
-    @property
-    def parts(self) -> JudgeParts:
-        """The tensors as the kernels take them."""
-        return self.top_weight, self.hidden_bias, self.output_weight, self.output_bias
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +63,7 @@ class ExitReading:
     units: Tensor  # [T, P] float32, the probe's before GELU: what the judge goes on from
 
     def rows(self, index: Tensor) -> "ExitReading":
-        """That of some of the rows."""
+        """That of some of the rows, by number or by mask."""
         return ExitReading(self.state[index], self.probe_logit[index], self.units[index])
 
 
@@ -98,12 +71,15 @@ class ExitReading:
 class GateResult:
     """What the gate of one exit decided for T rows, K of which were looked at; L of them leave.
 
-    All but the logits are on the host: what becomes of a row is decided there.
+    All but the logits are on the host: what becomes of a row is decided there. The confidence is that of the last
+    logits that were asked: the confirmation's where the row came so far, else the shortlist's. A row leaves where it
+    reaches its threshold, and only there.
     """
 
     confidence: Tensor  # [T] float32, probability that exit and full model agree; 0 for rows not looked at
     leaves: Tensor  # [T] bool
     looked: Tensor  # [K] int64, ascending row numbers
+    whole: Tensor  # [W] int64, ascending: of these the rows that were projected onto the whole vocabulary
     logits: Tensor  # [L, V] float32, raw logits over the whole vocabulary of the rows that leave, ascending
 
 
@@ -113,7 +89,8 @@ class ExitHead:
 
     `combine` holds the weights of the logistic regression over `FEATURES` and its constant. A row whose probe
     says less than `screen_ratio` × its threshold is not looked at. The logits that decide are those of `shortlist`, of
-    the whole vocabulary where there is none.
+    the whole vocabulary where there is none; with a `confirmation` those of the shortlist decide whom that is asked
+    about.
     """
 
     block: int
@@ -124,6 +101,7 @@ class ExitHead:
     screen_ratio: float
     judge: ExitJudge | None = None
     shortlist: Shortlist | None = None
+    confirmation: ExitConfirmation | None = None
     weights: ExitWeights = field(init=False, repr=False, compare=False)  # the same as the kernels take it
     rule: GateRule = field(init=False, repr=False, compare=False)
 
@@ -152,23 +130,38 @@ class ExitHead:
             (probe.hidden_weight, probe.hidden_bias, probe.output_weight, probe.output_bias),
         )
         object.__setattr__(self, "weights", weights)
-        object.__setattr__(self, "rule", GateRule(self.combine, self.screen_ratio, self._judge(units)))
+        judge = None if self.judge is None else self._judge(self.judge, units, "judge")
+        if judge is not None and self.shortlist is not None and len(self.shortlist) < judge.count:
+            raise ExitHeadError(
+                f"{self.name}: the judge looks at {judge.count} tokens, the shortlist has {len(self.shortlist)}"
+            )
+        rule = GateRule(self.combine, self.screen_ratio, judge, self._confirmation(units))
+        object.__setattr__(self, "rule", rule)
 
-    def _judge(self, units: int) -> JudgeWeights | None:
-        """The judge as the kernels take it."""
-        if self.judge is None:
-            return None
+    def _judge(self, judge: ExitJudge, units: int, what: str) -> JudgeWeights:
+        """A judge as the kernels take it."""
         try:
-            weights = JudgeWeights(self.judge.parts)
+            weights = JudgeWeights(judge.parts)
         except ValueError as error:
             raise ExitHeadError(f"{self.name}: {error}") from error
         if weights.units != units:
-            raise ExitHeadError(f"{self.name}: the judge reads {weights.units} units, the probe has {units}")
-        if self.shortlist is not None and len(self.shortlist) < weights.count:
-            raise ExitHeadError(
-                f"{self.name}: the judge looks at {weights.count} tokens, the shortlist has {len(self.shortlist)}"
-            )
+            raise ExitHeadError(f"{self.name}: the {what} reads {weights.units} units, the probe has {units}")
         return weights
+
+    def _confirmation(self, units: int) -> Confirmation | None:
+        """The confirmation as the kernels take it."""
+        found = self.confirmation
+        if found is None:
+            return None
+        if self.shortlist is None:
+            raise ExitHeadError(
+                f"{self.name}: there is a confirmation and no shortlist whose choice it could confirm"
+            )
+        _expect_shapes(self.name, {"confirm.combine": (found.combine, (len(FEATURES) + 1,))})
+        if not 0.0 <= found.list_ratio <= 1.0:
+            raise ExitHeadError(f"{self.name}: list_ratio is {found.list_ratio}, it must be in [0, 1]")
+        judge = self._judge(found.judge, units, "confirmation's judge")
+        return Confirmation(found.combine, found.list_ratio, judge)
 
     @property
     def name(self) -> str:
@@ -183,7 +176,35 @@ class ExitHead:
     @property
     def nbytes(self) -> int:
         """Resident size in bytes."""
-        return sum(tensor.nbytes for tensor in exit_tensors([self]).values())
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All of its tensors, by the names that a bundle has for them behind the exit's own."""
+        probe, bias = self.probe, self.norm.bias
+        return {
+            "norm.weight": self.norm.weight,
+            **({} if bias is None else {"norm.bias": bias}),
+            "adapter": self.adapter,
+            "probe.hidden_weight": probe.hidden_weight,
+            "probe.hidden_bias": probe.hidden_bias,
+            "probe.output_weight": probe.output_weight,
+            "probe.output_bias": probe.output_bias,
+            "combine": self.combine,
+            **self.optional_tensors,
+        }
+
+    @property
+    def optional_tensors(self) -> dict[str, Tensor]:
+        """Of its tensors those that only some exits have: readers that do not know them must refuse the bundle."""
+        parts = {} if self.shortlist is None else {"shortlist": self.shortlist.ids}
+        if self.judge is not None:
+            parts |= {f"judge.{name}": getattr(self.judge, name) for name in JUDGE_PARTS}
+        if self.confirmation is not None:
+            judge = self.confirmation.judge
+            parts |= {f"confirm.judge.{name}": getattr(judge, name) for name in JUDGE_PARTS}
+            parts["confirm.combine"] = self.confirmation.combine
+        return parts
 
     def inspect(self, hidden: Tensor) -> ExitReading:
         """What the exit makes of states `hidden` [T, H] before it looks at the vocabulary."""
@@ -201,9 +222,20 @@ class ExitHead:
         """The calibrated probability that exit and full model agree: [K] float32.
 
         `logits` [K, S] float32 are those that decide, of the `reading`'s K rows: raw, and of the shortlist's tokens
-        where there is one.
+        where there is one. What a confirmation says of them is `confirmed`.
         """
         return gate_confidence(reading.probe_logit, logits, self.combine, reading.units, self.rule.judge)
+
+    def confirmed(self, reading: ExitReading, logits: Tensor) -> Tensor:
+        """The confirmation's probability that exit and full model agree: [K] float32.
+
+        `logits` [K, V] float32 are those of the whole vocabulary, of the `reading`'s K rows. Raises ExitHeadError where
+        there is no confirmation.
+        """
+        last = self.rule.confirmation
+        if last is None:
+            raise ExitHeadError(f"{self.name} has no confirmation")
+        return gate_confidence(reading.probe_logit, logits, last.combine, reading.units, last.judge)
 
     def decisive(self, logits: Tensor) -> Tensor:
         """Of logits [K, V] those that decide: [K, S], the shortlist's tokens, or all."""
@@ -214,47 +246,54 @@ class ExitHead:
 
         `thresholds` [T] float32 is the confidence each row needs, infinity for a row that may not leave.
         `project` maps states [K, H] to logits [K, V]. An `ExitOutput` looks at the rows that pass the screen with the
-        shortlist alone, where there is one, and is asked for all logits of those that leave; on a CPU the whole gate
-        is then one native call. Of another function's logits the shortlist's columns are taken. NaN anywhere in a row
+        shortlist alone, where there is one, and is asked for all logits of those that leave, or are to be confirmed;
+        on a CPU the whole gate is one native call. Of another function's logits the shortlist's columns are taken. NaN
+        anywhere in a row
         keeps that row, and only that row, from leaving. On a GPU all rows are projected, the thresholds may still be on
         the host, and the device is waited for once every 512 rows; what was decided is then on the host.
         """
         if triton_runs(hidden.device):
-            steps = GateSteps(id(self), self.decide, self.shortlist is not None)
+            listed, confirmed = self.shortlist is not None, self.confirmation is not None
+            steps = GateSteps(id(self), self.decide, listed, confirmed)
             return GateResult(*steps.run(hidden, thresholds, project))
-        found = self._native_gate(hidden, thresholds, project)
-        if found is not None:
-            return found
+        return self._native_gate(hidden, thresholds, project) or self._gate(hidden, thresholds, project)
+
+    def _gate(self, hidden: Tensor, thresholds: Tensor, project: Callable[[Tensor], Tensor]) -> GateResult:
+        """The gate out of one operation after another."""
         reading = self.inspect(hidden)
         passing = _sigmoid(reading.probe_logit) >= thresholds * self.screen_ratio
         looked = passing.nonzero().squeeze(1)
-        confidence = torch.zeros_like(reading.probe_logit)
+        confidence, leaves = torch.zeros_like(reading.probe_logit), torch.zeros_like(passing)
+        nothing = confidence.new_zeros((0, 0))
         if len(looked) == 0:
-            return GateResult(confidence, torch.zeros_like(passing), looked, confidence.new_zeros((0, 0)))
+            return GateResult(confidence, leaves, looked, looked, nothing)
         if len(looked) < len(passing):
             reading = reading.rows(looked)
         short = project if self.shortlist is None else self._short(project)
-        logits = short(reading.state).float()
+        logits, whole = short(reading.state).float(), looked
         sure = self.confidence(reading, logits)
         confidence[looked] = sure
-        leave = sure >= thresholds[looked]
-        leaves = torch.zeros_like(passing)
-        leaves[looked] = leave
-        if self.shortlist is None:
-            return GateResult(confidence, leaves, looked, logits if bool(leave.all()) else logits[leave])
-        leaving = reading.state[leave]
-        return GateResult(
-            confidence, leaves, looked, project(leaving).float() if len(leaving) else logits[:0, :0]
-        )
+        if self.shortlist is not None:
+            # without a confirmation whoever the shortlist lets pass leaves
+            ratio = 1.0 if self.confirmation is None else self.confirmation.list_ratio
+            passed = sure >= thresholds[looked] * ratio
+            whole, reading = looked[passed], reading.rows(passed)
+            logits = project(reading.state).float() if len(whole) else nothing
+        if self.confirmation is not None and len(whole):
+            confidence[whole] = self.confirmed(reading, logits)
+        leave = confidence[whole] >= thresholds[whole]
+        leaves[whole] = leave
+        return GateResult(confidence, leaves, looked, whole, logits if bool(leave.all()) else logits[leave])
 
     def decide(self, hidden: Tensor, thresholds: Tensor, project: Callable[[Tensor], Tensor]) -> GatedRows:
         """What `gate` decides, for all rows and left on their device: on a GPU without waiting for it, so that a CUDA
         graph can hold the call.
 
-        The logits are those that decided, of every row: the shortlist's where there is one.
+        The logits are those that decided, of every row: the shortlist's where there is one without a confirmation.
         """
         short = project if self.shortlist is None else self._short(project)
-        return gate_rows(hidden, thresholds, self.weights, self.rule, short)
+        whole = None if self.confirmation is None else project
+        return gate_rows(hidden, thresholds, self.weights, self.rule, short, whole)
 
     def _native_gate(
         self, hidden: Tensor, thresholds: Tensor, project: Callable[[Tensor], Tensor]
@@ -276,7 +315,7 @@ class ExitHead:
         return lambda state: self.decisive(project(state))
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> "ExitHead":
-        """The same head on `device`: norm and adapter in `dtype`, probe, judge and regression in float32."""
+        """The same head on `device`: norm and adapter in `dtype`, what the gate reads in float32."""
         bias = self.norm.bias
         norm = Norm(
             self.norm.kind,
@@ -290,7 +329,7 @@ class ExitHead:
             self.probe.output_weight.to(device, torch.float32),
             self.probe.output_bias.to(device, torch.float32),
         )
-        judge = self.judge and ExitJudge(*(part.to(device, torch.float32) for part in self.judge.parts))
+        last = self.confirmation
         return ExitHead(
             self.block,
             norm,
@@ -298,102 +337,18 @@ class ExitHead:
             probe,
             self.combine.to(device, torch.float32),
             self.screen_ratio,
-            judge,
+            self.judge and self.judge.to(device),
             None if self.shortlist is None else self.shortlist.to(device),
+            last
+            and ExitConfirmation(
+                last.judge.to(device), last.combine.to(device, torch.float32), last.list_ratio
+            ),
         )
 
 
 def _sigmoid(x: Tensor) -> Tensor:
     """The sigmoid of x [T], whole vectors at a time: PyTorch rounds what is left over from them differently."""
     return F.pad(x, (0, -len(x) % _WHOLE_VECTORS)).sigmoid()[: len(x)]
-
-
-def exit_tensors(heads: Sequence[ExitHead]) -> dict[str, Tensor]:
-    """The tensors of `heads` under the names they have in a bundle: `block_<i>.<part>`."""
-    tensors: dict[str, Tensor] = {}
-    for head in heads:
-        parts = {
-            "norm.weight": head.norm.weight,
-            "norm.bias": head.norm.bias,
-            "adapter": head.adapter,
-            "probe.hidden_weight": head.probe.hidden_weight,
-            "probe.hidden_bias": head.probe.hidden_bias,
-            "probe.output_weight": head.probe.output_weight,
-            "probe.output_bias": head.probe.output_bias,
-            "combine": head.combine,
-            **_optional_parts(head),
-        }
-        tensors |= {f"{head.name}.{part}": tensor for part, tensor in parts.items() if tensor is not None}
-    return tensors
-
-
-def _optional_parts(head: ExitHead) -> dict[str, Tensor]:
-    """The tensors that only some exits have: readers that do not know them must refuse the bundle."""
-    parts = {} if head.shortlist is None else {"shortlist": head.shortlist.ids}
-    if head.judge is not None:
-        parts |= {f"judge.{name}": getattr(head.judge, name) for name in _JUDGE_PARTS}
-    return parts
-
-
-def exit_metadata(heads: Sequence[ExitHead]) -> dict[str, str]:
-    """What `exit_tensors` does not hold, as safetensors metadata: blocks, norms and screens."""
-    settings = [
-        {
-            "block": head.block,
-            "norm_kind": head.norm.kind,
-            "norm_eps": head.norm.eps,
-            "screen_ratio": head.screen_ratio,
-        }
-        for head in heads
-    ]
-    return {METADATA_KEY: json.dumps(settings)}
-
-
-def needs_newest_format(heads: Sequence[ExitHead]) -> bool:
-    """Whether a bundle with these heads must be refused by readers that know neither judges nor shortlists."""
-    return any(_optional_parts(head) for head in heads)
-
-
-def exits_from_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[ExitHead, ...]:
-    """The heads that `exit_tensors` and `exit_metadata` wrote, shallowest first.
-
-    Raises ExitHeadError where something is missing or does not fit together.
-    """
-    try:
-        settings = json.loads(metadata[METADATA_KEY])
-        heads = [_head_from(tensors, entry) for entry in settings]
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ExitHeadError(f"the exit heads are incomplete: {error}") from error
-    return tuple(sorted(heads, key=lambda head: head.block))
-
-
-def _head_from(tensors: Mapping[str, Tensor], settings: Mapping[str, object]) -> ExitHead:
-    block, kind, eps = settings["block"], settings["norm_kind"], settings["norm_eps"]
-    ratio = settings["screen_ratio"]
-    if not (isinstance(block, int) and isinstance(eps, int | float) and isinstance(ratio, int | float)):
-        raise ExitHeadError(f"the settings of an exit head have the wrong types: {dict(settings)}")
-    if kind not in ("rms", "layer"):
-        raise ExitHeadError(f"block_{block}: norm kind is {kind!r}, it must be 'rms' or 'layer'")
-
-    def part(name: str) -> Tensor:
-        return tensors[f"block_{block}.{name}"]
-
-    norm = Norm(kind, part("norm.weight"), tensors.get(f"block_{block}.norm.bias"), float(eps))
-    probe = ExitProbe(
-        part("probe.hidden_weight"),
-        part("probe.hidden_bias"),
-        part("probe.output_weight"),
-        part("probe.output_bias"),
-    )
-    judge = None
-    if f"block_{block}.judge.top_weight" in tensors:
-        judge = ExitJudge(*(part(f"judge.{name}") for name in _JUDGE_PARTS))
-    try:
-        ids = tensors.get(f"block_{block}.shortlist")
-        shortlist = None if ids is None else Shortlist(ids)
-    except ValueError as error:
-        raise ExitHeadError(f"block_{block}: {error}") from error
-    return ExitHead(block, norm, part("adapter"), probe, part("combine"), float(ratio), judge, shortlist)
 
 
 def _expect_shapes(name: str, expected: Mapping[str, tuple[Tensor | None, tuple[int, ...]]]) -> None:

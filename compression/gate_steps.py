@@ -21,7 +21,7 @@ Project = Callable[[Tensor], Tensor]
 Decide = Callable[[Tensor, Tensor, Project], GatedRows]
 """`ExitHead.decide`: states [T, H] and thresholds [T] float32, and what projects."""
 
-_CONFIDENCE, _LEAVES, _LOOKED = range(3)
+_CONFIDENCE, _LEAVES, _LOOKED, _WHOLE = range(4)
 ROWS_AT_ONCE: Final = 512  # all rows' logits are made: a gigabyte or less of them
 
 
@@ -31,13 +31,19 @@ class GateSteps:
 
     key: Hashable  # the same for the same exit
     decide: Decide
-    listed: bool  # whether a shortlist decides, whose logits are not those of rows that leave
+    listed: bool  # whether looks are at a shortlist
+    confirmed: bool  # whether all logits confirm what that lets pass
+
+    @property
+    def _short(self) -> bool:
+        """Whether the logits that decide are not those of rows that leave."""
+        return self.listed and not self.confirmed
 
     def run(
         self, hidden: Tensor, thresholds: Tensor, project: Project
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """What `GateResult` holds, for states `hidden` [T, H]; all but the logits on the host."""
-        decided = [torch.zeros(0, 3)]
+        decided = [torch.zeros(0, 4)]
         logits = []
         for start in range(0, len(hidden), ROWS_AT_ONCE):
             part = slice(start, start + ROWS_AT_ONCE)
@@ -51,6 +57,7 @@ class GateSteps:
             told[:, _CONFIDENCE].contiguous(),
             told[:, _LEAVES] > 0,
             told[:, _LOOKED].nonzero().squeeze(1),
+            told[:, _WHOLE].nonzero().squeeze(1),
             torch.cat(logits) if logits else hidden.new_zeros((0, 0), dtype=torch.float32),
         )
 
@@ -65,11 +72,13 @@ class GateSteps:
         return self._marked(hidden, thresholds.to(hidden.device, non_blocking=True), project)
 
     def _marked(self, hidden: Tensor, thresholds: Tensor, project: Project) -> tuple[Tensor, Tensor]:
-        """[T, 3] float32, confidence, whether a row leaves and whether it was looked at; and what a row's logits come
-        from: the states [T, H] where a shortlist decides, else these logits themselves, [T, V] float32."""
+        """[T, 4] float32, confidence, whether a row leaves, was looked at, and whether what it would say counted; and
+        what a row's logits come from: the states [T, H] where a shortlist has the last word, else these logits
+        themselves, [T, V] float32."""
         rows = self.decide(hidden, thresholds, project)
-        marks = torch.stack((rows.confidence, rows.leaves.float(), rows.looked.float()), dim=1)
-        return marks, rows.state if self.listed else rows.logits
+        whole = rows.passed if self.listed else rows.looked
+        marks = torch.stack((rows.confidence, rows.leaves.float(), rows.looked.float(), whole.float()), dim=1)
+        return marks, rows.state if self._short else rows.logits
 
     def _logits(self, known: Tensor, leaving: Tensor, project: Project) -> Tensor:
         """The logits [L, V] float32 of the rows `leaving` [L], copies."""
@@ -77,6 +86,6 @@ class GateSteps:
             left = known.clone()
         else:
             left = known.index_select(0, sent(leaving.numpy(), known.device))
-        if not self.listed:
+        if not self._short:
             return left
         return project.captured(left) if isinstance(project, ExitOutput) else project(left).float()

@@ -16,12 +16,15 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationErro
 
 from exeunt.compression.variant import KVFormat, SkippedKV, Variant, WeightFormat
 
-FORMAT_VERSION: Final = 3
-"""3: exits may decide by a judge, and by the logits of a shortlist. A reader of 2 would overlook both, and weigh what
+FORMAT_VERSION: Final = 4
+"""The newest that is read. A bundle is written in the oldest that says all it holds, so that older readers take it."""
+CONFIRMED_VERSION: Final = 4
+"""Exits may confirm by all logits what a shortlist let pass. A reader of 3 would let go whoever that lets pass."""
+JUDGED_VERSION: Final = 3
+"""Exits may decide by a judge, and by the logits of a shortlist. A reader of 2 would overlook both, and weigh what
 their regression was not fitted to."""
 PLAIN_VERSION: Final = 2
-"""What is written where exits have neither, so that older readers take it. 2: an exit may be there for drafts alone. A
-reader of 1 would let tokens of the approximate mode leave at it."""
+"""An exit may be there for drafts alone. A reader of 1 would let tokens of the approximate mode leave at it."""
 CHECKSUM_KEY: Final = "manifest_sha256"
 BUNDLE_KIND: Final = "exeunt-bundle"
 

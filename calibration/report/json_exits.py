@@ -23,6 +23,7 @@ def exits_record(content: ReportContent) -> dict[str, Any]:
         "drafting": None if selection.drafting is None else _drafting(selection.drafting),
         "thresholds": {
             "tested": list(selection.plan.thresholds),
+            "gates": [asdict(shares) for shares in selection.shares],
             "begins": {f"{target}": begin for target, begin in selection.plan.begins.items()},
             "error_correlation": selection.plan.correlation,
             "nll": None if selection.plan.nll is None else asdict(selection.plan.nll),
@@ -79,6 +80,7 @@ def _nll(found: NllCertification) -> dict[str, Any]:
 
 
 def _exit(fitted: FittedExit) -> dict[str, Any]:
+    confirmation = fitted.head.confirmation
     return {
         "name": fitted.head.name,
         "block": fitted.head.block,
@@ -97,6 +99,8 @@ def _exit(fitted: FittedExit) -> dict[str, Any]:
         "screen_ratio": fitted.head.screen_ratio,
         "shortlist": None if fitted.head.shortlist is None else len(fitted.head.shortlist),
         "shortlist_tokens": None if fitted.head.shortlist is None else len(fitted.head.shortlist),
+        "list_ratio": None if confirmation is None else confirmation.list_ratio,
+        "confirm_combine": None if confirmation is None else [float(each) for each in confirmation.combine],
     }
 
 

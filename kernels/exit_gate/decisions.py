@@ -25,6 +25,9 @@ class GatedRows:
     )
     leaves: Tensor  # [T] bool
     looked: Tensor  # [T] bool, the rows that passed the screen
+    passed: (
+        Tensor  # [T] bool, of these the rows that a confirmation is asked about; without one those that leave
+    )
     state: Tensor  # [T, size], what the output matrix is applied to
     logits: Tensor  # [T, S] float32, those that decided
 
@@ -35,25 +38,38 @@ def gate_rows(
     weights: ExitWeights,
     rule: GateRule,
     decisive: Callable[[Tensor], Tensor],
+    whole: Callable[[Tensor], Tensor] | None = None,
 ) -> GatedRows:
     """Decide for each row of hidden [T, size] whether its token leaves.
 
-    `decisive` maps states [T, size] to the logits that decide [T, S]. `thresholds` [T] float32 is the confidence that
+    `decisive` maps states [T, size] to the logits that decide [T, S], `whole` to those that confirm it [T, V], where
+    the rule has a confirmation. `thresholds` [T] float32 is the confidence that
     each row needs, infinity for a row that may not leave. Nothing waits for the device, and no shape depends on what it
-    finds: a CUDA graph can hold the call if it can hold `decisive`.
+    finds: a CUDA graph can hold the call if it can hold `decisive` and `whole`.
     """
     state, probe_logit, units = exit_state(hidden, weights)
     logits = decisive(state).float()
-    return GatedRows(*gate_decisions(probe_logit, units, logits, thresholds, rule), state, logits)
+    every = None if rule.confirmation is None or whole is None else whole(state).float()
+    decided = gate_decisions(probe_logit, units, logits, thresholds, rule, every)
+    return GatedRows(*decided, state, logits if every is None else every)
+
+
+Decided = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Confidence [T] float32, leaves, looked and passed [T] bool, as `GatedRows` has them."""
 
 
 def gate_decisions(
-    probe_logit: Tensor, units: Tensor, logits: Tensor, thresholds: Tensor, rule: GateRule
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return confidence [T] float32, leaves [T] bool and looked [T] bool for rows of the logits that decide.
+    probe_logit: Tensor,
+    units: Tensor,
+    logits: Tensor,
+    thresholds: Tensor,
+    rule: GateRule,
+    whole: Tensor | None = None,
+) -> Decided:
+    """Return what is decided for rows of the logits that decide, and of those that confirm it where the rule asks them.
 
-    `probe_logit` [T], `units` [T, units], `logits` [T, S] and `thresholds` [T] are float32. NaN anywhere in a row keeps
-    it, and only it, from leaving. Raises ValueError where shapes do not fit.
+    `probe_logit` [T], `units` [T, units], `logits` [T, S], `thresholds` [T] and `whole` [T, V] are float32. NaN
+    anywhere in a row keeps it, and only it, from leaving. Raises ValueError where shapes do not fit.
     """
     rows = probe_logit.shape[0]
     if thresholds.shape != (rows,) or logits.dim() != 2 or logits.shape[0] != rows or logits.shape[1] < 2:
@@ -61,22 +77,70 @@ def gate_decisions(
             f"thresholds {list(thresholds.shape)} and logits {list(logits.shape)} are not [{rows}] and [{rows}, S] "
             "with S at least 2"
         )
-    judge = rule.judge
+    judge, confirmation = rule.judge, rule.confirmation
     if judge is not None:
         judge.check(units, rows, logits.shape[1])
-    parts = None if judge is None else judge.parts
+    if (confirmation is None) != (whole is None):
+        raise ValueError("a confirmation needs the whole vocabulary's logits, and nothing else does")
+    if confirmation is not None and whole is not None:
+        if whole.dim() != 2 or whole.shape[0] != rows or whole.shape[1] < logits.shape[1]:
+            raise ValueError(
+                f"the whole vocabulary's logits are {list(whole.shape)}, not [{rows}, V] with V at least "
+                f"{logits.shape[1]}"
+            )
+        confirmation.judge.check(units, rows, whole.shape[1])
     if triton_runs(logits.device):
-        from exeunt.kernels.exit_gate.triton import decide_triton  # Triton is there only where a GPU is
+        return _decisions_on_gpu(probe_logit, units, logits, thresholds, rule, whole)
+    return gate_decisions_reference(probe_logit, units, logits, thresholds, rule, whole)
 
+
+def _decisions_on_gpu(
+    probe_logit: Tensor,
+    units: Tensor,
+    logits: Tensor,
+    thresholds: Tensor,
+    rule: GateRule,
+    whole: Tensor | None,
+) -> Decided:
+    from exeunt.kernels.exit_gate.triton import (  # Triton is there only where a GPU is
+        decide_triton,
+        gate_confidence_triton,
+    )
+
+    parts = None if rule.judge is None else rule.judge.parts
+    last = rule.confirmation
+    if last is None or whole is None:
         return decide_triton(probe_logit, logits, thresholds, rule.screen_ratio, rule.combine, units, parts)
-    return gate_decisions_reference(probe_logit, units, logits, thresholds, rule)
+    listed = gate_confidence_triton(probe_logit, logits, rule.combine, units, parts)
+    return decide_triton(
+        probe_logit,
+        whole,
+        thresholds,
+        rule.screen_ratio,
+        last.combine,
+        units,
+        last.judge.parts,
+        listed,
+        last.list_ratio,
+    )
 
 
 def gate_decisions_reference(
-    probe_logit: Tensor, units: Tensor, logits: Tensor, thresholds: Tensor, rule: GateRule
-) -> tuple[Tensor, Tensor, Tensor]:
+    probe_logit: Tensor,
+    units: Tensor,
+    logits: Tensor,
+    thresholds: Tensor,
+    rule: GateRule,
+    whole: Tensor | None = None,
+) -> Decided:
     """Return what `gate_decisions` returns."""
-    parts = None if rule.judge is None else rule.judge.parts
+    parts, last = None if rule.judge is None else rule.judge.parts, rule.confirmation
     sure = gate_confidence_reference(probe_logit, logits, rule.combine, units, parts)
     looked = probe_logit.sigmoid() >= thresholds * rule.screen_ratio
-    return torch.where(looked, sure, 0.0), looked & (sure >= thresholds), looked
+    if last is None or whole is None:
+        leaves = looked & (sure >= thresholds)
+        return torch.where(looked, sure, 0.0), leaves, looked, leaves
+    passed = looked & (sure >= thresholds * last.list_ratio)
+    confirmed = gate_confidence_reference(probe_logit, whole, last.combine, units, last.judge.parts)
+    confidence = torch.where(looked, torch.where(passed, confirmed, sure), 0.0)
+    return confidence, passed & (confirmed >= thresholds), looked, passed

@@ -1,5 +1,7 @@
 """A whole gate in one native call: state, probe, a look at the rows that pass the screen, logits of those that leave.
 
+A look may be at a shortlist of tokens; then all logits of the rows that it lets go may have the last word on them.
+
 Called one operation at a time a gate of a small model takes several times as long as its arithmetic. The reference is
 `exeunt.compression.exits.ExitHead.gate`, which strings the same kernels together.
 """
@@ -21,6 +23,12 @@ _MOST_LOGITS = 1 << 26  # room is made for every row's logits at once: 256 MB
 _pointer, _long = ctypes.c_void_p, ctypes.c_int64
 
 
+class _Confirmation(ctypes.Structure):
+    """`struct Confirmation` of kernels/native/exit_gate.h; all zeros is none."""
+
+    _fields_ = (("judge", JudgeStruct), ("combine", _pointer), ("list_ratio", ctypes.c_double))
+
+
 class _Gate(ctypes.Structure):
     """`struct Gate` of kernels/native/exit_gate.h."""
 
@@ -32,6 +40,7 @@ class _Gate(ctypes.Structure):
         ("combine", _pointer),
         ("screen_ratio", ctypes.c_double),
         ("least_doubt", ctypes.c_double),
+        ("confirmation", _Confirmation),
     )
 
 
@@ -42,6 +51,7 @@ class _Decisions(ctypes.Structure):
         ("confidence", _pointer),
         ("leaves", _pointer),
         ("looked", _pointer),
+        ("whole", _pointer),
         ("logits", _pointer),
     )
 
@@ -49,7 +59,20 @@ class _Decisions(ctypes.Structure):
 class _Counts(ctypes.Structure):
     """`struct Counts`."""
 
-    _fields_ = (("looked", _long), ("left", _long))
+    _fields_ = (("looked", _long), ("whole", _long), ("left", _long))
+
+
+@dataclass(frozen=True, slots=True)
+class Confirmation:
+    """What decides, by the logits of the whole vocabulary, about rows that a shortlist lets pass.
+
+    It is asked about rows whose confidence by the shortlist is at least `list_ratio` × their threshold. Its own is
+    that of a judge and a logistic regression, `combine` [4] float32, as the shortlist's.
+    """
+
+    combine: Tensor
+    list_ratio: float
+    judge: JudgeWeights
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +80,13 @@ class GateRule:
     """What decides once an exit's state is read: `combine` [4] float32 weighs the features and a constant.
 
     A row whose probe says less than `screen_ratio` × its threshold is not looked at. The first feature is the judge's
-    logit, or the probe's where there is no judge.
+    logit, or the probe's where there is no judge. Where looks are at a shortlist a `confirmation` may follow.
     """
 
     combine: Tensor
     screen_ratio: float
     judge: JudgeWeights | None = None
+    confirmation: Confirmation | None = None
 
 
 def exit_gate(
@@ -72,19 +96,22 @@ def exit_gate(
     rule: GateRule,
     output: Matrix,
     shortlist: Matrix | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-    """Return confidence [T] float32, leaves [T] bool, looked [K] int64, logits [L, V] float32; None where it cannot.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None:
+    """Return confidence [T], leaves [T] bool, looked [K] and whole [W] int64, logits [L, V]; None where it cannot.
 
-    Looked at are rows that pass the screen, and the logits are those of the L rows that leave, by `output`. What
-    decides are the logits by `shortlist`, some of its rows, or by `output` itself where there is none. `hidden`
+    Looked at are rows that pass the screen, by `shortlist`, some of the rows of `output`, or by `output` itself where
+    there is none. By the whole of `output` are projected rows that the shortlist lets pass: those that leave, or where
+    the rule has a confirmation those that it is asked about. Confidence, of the last logits that were asked, and
+    logits, of the L rows that leave, are float32. `hidden`
     [T, size] is of the weights' dtype, `thresholds` [T] float32; both matrices are of that dtype or INT4 and must stay
     alive with what they point to. It cannot without native kernels, on another device, where gradients are wanted, and
     for so many rows that room for all their logits would be too much. Raises ValueError where sizes do not fit.
     """
     library, struct, (rows, size) = native_library(), weights.native, hidden.shape
     judge = JudgeStruct() if rule.judge is None else rule.judge.native
+    last = _Confirmation() if rule.confirmation is None else _described(rule.confirmation)
     tensors, outputs = (hidden, thresholds, rule.combine), int(output.outputs)
-    if library is None or struct is None or judge is None or rows * outputs > _MOST_LOGITS:
+    if library is None or struct is None or judge is None or last is None or rows * outputs > _MOST_LOGITS:
         return None
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return None
@@ -92,11 +119,13 @@ def exit_gate(
         return None
     if any(tensor.dtype != torch.float32 for tensor in tensors[1:]):
         return None
-    decisive = output if shortlist is None else shortlist
-    _check_sizes(tensors, struct, rule, output, decisive)
+    _check_sizes(tensors, struct, rule, output, output if shortlist is None else shortlist)
+    if rule.confirmation is not None:
+        _check_confirmation(rule.confirmation, struct, output, shortlist)
     hidden, thresholds, combine = (tensor.contiguous() for tensor in tensors)
     confidence, leaves = torch.empty(rows), torch.empty(rows, dtype=torch.bool)
-    looked, logits = torch.empty(rows, dtype=torch.int64), torch.empty(rows, outputs)
+    looked, whole = torch.empty(rows, dtype=torch.int64), torch.empty(rows, dtype=torch.int64)
+    logits = torch.empty(rows, outputs)
     listed = 0 if shortlist is None else int(shortlist.outputs)
     narrow = 2 * size + (0 if hidden.dtype == torch.float32 else max(outputs, listed))
     scratch = torch.empty(rows * narrow, dtype=hidden.dtype)
@@ -110,11 +139,10 @@ def exit_gate(
         combine.data_ptr(),
         rule.screen_ratio,
         LEAST_DOUBT,
+        last,
     )
     library.exit_gate(
-        ctypes.byref(
-            _Decisions(confidence.data_ptr(), leaves.data_ptr(), looked.data_ptr(), logits.data_ptr())
-        ),
+        ctypes.byref(_Decisions(*(part.data_ptr() for part in (confidence, leaves, looked, whole, logits)))),
         ctypes.byref(counts),
         hidden.data_ptr(),
         thresholds.data_ptr(),
@@ -125,7 +153,15 @@ def exit_gate(
         DTYPE_CODES[hidden.dtype],
         torch.get_num_threads(),
     )
-    return confidence, leaves, looked[: counts.looked], logits[: counts.left]
+    return confidence, leaves, looked[: counts.looked], whole[: counts.whole], logits[: counts.left]
+
+
+def _described(confirmation: Confirmation) -> _Confirmation | None:
+    """The confirmation as the native library reads it, None where it does not take it."""
+    combine, judge = confirmation.combine, confirmation.judge.native
+    if judge is None or not (combine.is_cpu and combine.is_contiguous() and combine.dtype == torch.float32):
+        return None
+    return _Confirmation(judge, combine.data_ptr(), confirmation.list_ratio)
 
 
 def _check_sizes(
@@ -155,4 +191,20 @@ def _check_sizes(
         raise ValueError(
             f"the judge reads {judge.units} units and {judge.count} logits, the probe has {struct.units} and the "
             f"matrix that decides gives {decisive.outputs}"
+        )
+
+
+def _check_confirmation(
+    confirmation: Confirmation, struct: ExitStruct, output: Matrix, shortlist: Matrix | None
+) -> None:
+    """Raise ValueError where a confirmation does not fit what it is to confirm."""
+    if shortlist is None:
+        raise ValueError("there is a confirmation and no shortlist whose choice it could confirm")
+    if confirmation.combine.shape != (4,):
+        raise ValueError(f"the confirmation's combine is {list(confirmation.combine.shape)}, expected [4]")
+    judge = confirmation.judge
+    if judge.units != struct.units or judge.count > output.outputs:
+        raise ValueError(
+            f"the confirmation's judge reads {judge.units} units and {judge.count} logits, the probe has "
+            f"{struct.units} and the output matrix gives {output.outputs}"
         )

@@ -68,11 +68,13 @@ def _decide(
     confidence,
     leaves,
     looked,
+    passed,
     sums,
     faults,
     largest,
     probe,
     thresholds,
+    listed_sure,
     combine,
     units,
     judge_tops,
@@ -80,6 +82,7 @@ def _decide(
     judge_weight,
     judge_output_bias,
     screen_ratio,
+    list_ratio,
     least_doubt,
     most_odds,
     unit_count,
@@ -87,11 +90,15 @@ def _decide(
     TOPS: tl.constexpr,
     JUDGED: tl.constexpr,
     SCREENED: tl.constexpr,
+    LISTED: tl.constexpr,
     CHUNKS: tl.constexpr,
     CANDIDATES: tl.constexpr,
     UNITS: tl.constexpr,
 ):
-    """The features of each row's logits, its confidence, and, where there are thresholds, whether it leaves."""
+    """The features of each row's logits, its confidence, and, where there are thresholds, whether it leaves.
+
+    Where a shortlist was asked before, how sure it was says which rows these logits decide about.
+    """
     row = tl.program_id(0).to(tl.int64)
     candidate = tl.arange(0, CANDIDATES)
     listed = candidate < chunks * TOPS
@@ -141,8 +148,16 @@ def _decide(
             doubt >= threshold * screen_ratio
         )  # 0 times an infinite threshold is NaN, and with it no row passes
         tl.store(looked + row, passes.to(tl.int8))
-        tl.store(leaves + row, (passes & (sure >= threshold)).to(tl.int8))
-        sure = tl.where(passes, sure, 0.0)
+        told = sure
+        decides = passes
+        if LISTED:
+            before = tl.load(listed_sure + row)
+            decides = passes & (before >= threshold * list_ratio)
+            told = tl.where(decides, sure, before)
+        leave = decides & (sure >= threshold)
+        tl.store(leaves + row, leave.to(tl.int8))
+        tl.store(passed + row, (decides if LISTED else leave).to(tl.int8))
+        sure = tl.where(passes, told, 0.0)
     tl.store(confidence + row, sure)
 
 
@@ -156,7 +171,7 @@ def gate_confidence_triton(
     probe_logit: Tensor, logits: Tensor, combine: Tensor, units: Tensor | None, judge: JudgeParts | None
 ) -> Tensor:
     """Return what `gate_confidence` returns; its arguments are those, with shapes and dtypes already checked."""
-    sure: Tensor = _gate_op(probe_logit, logits, None, 0.0, combine, units, *_parts(judge))[0]
+    sure: Tensor = _gate_op(probe_logit, logits, None, 0.0, combine, units, *_parts(judge), None, 0.0)[0]
     return sure
 
 
@@ -168,10 +183,16 @@ def decide_triton(
     combine: Tensor,
     units: Tensor | None,
     judge: JudgeParts | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what `gate_decisions` returns: confidence [K] float32, leaves [K] bool and looked [K] bool."""
-    decided: tuple[Tensor, Tensor, Tensor] = _gate_op(
-        probe_logit, logits, thresholds, screen_ratio, combine, units, *_parts(judge)
+    listed: Tensor | None = None,
+    list_ratio: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return what `gate_decisions` returns: confidence [K] float32, leaves, looked and passed [K] bool.
+
+    Where a shortlist was asked before, `listed` [K] float32 is the confidence by its logits, and `logits` and what
+    reads them are those that confirm it.
+    """
+    decided: tuple[Tensor, Tensor, Tensor, Tensor] = _gate_op(
+        probe_logit, logits, thresholds, screen_ratio, combine, units, *_parts(judge), listed, list_ratio
     )
     return decided
 
@@ -210,13 +231,16 @@ def _gate_op(
     judge_bias: Tensor | None,
     judge_weight: Tensor | None,
     judge_output_bias: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    listed: Tensor | None,
+    list_ratio: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (rows, vocab), device = logits.shape, logits.device
     confidence = torch.empty(rows, dtype=torch.float32, device=device)
     leaves = torch.empty(rows, dtype=torch.bool, device=device)
     looked = torch.empty(rows, dtype=torch.bool, device=device)
+    passed = torch.empty(rows, dtype=torch.bool, device=device)
     if rows == 0:
-        return confidence, leaves, looked
+        return confidence, leaves, looked, passed
     chunks, count = triton.cdiv(vocab, CHUNK), 2 if judge_tops is None else judge_tops.shape[0]
     sums = torch.empty((rows, chunks), dtype=torch.float32, device=device)
     faults = torch.empty((rows, chunks), dtype=torch.int32, device=device)
@@ -235,7 +259,7 @@ def _gate_op(
     )
     probe_logit, combine = probe_logit.contiguous(), combine.contiguous()
     unit_count = 1 if units is None else units.shape[1]
-    # where there is no judge, or no threshold, nothing reads what stands in for them
+    # where there is no judge, no threshold, or no shortlist before, nothing reads what stands in for them
     read = [
         combine if part is None else aligned(part)
         for part in (units, judge_tops, judge_bias, judge_weight, judge_output_bias)
@@ -244,14 +268,17 @@ def _gate_op(
         confidence,
         leaves.view(torch.int8),
         looked.view(torch.int8),
+        passed.view(torch.int8),
         sums,
         faults,
         largest,
         probe_logit,
         probe_logit if thresholds is None else thresholds.contiguous(),
+        probe_logit if listed is None else listed.contiguous(),
         combine,
         *read,
         screen_ratio,
+        list_ratio,
         LEAST_DOUBT,
         _MOST_ODDS,
         unit_count,
@@ -259,13 +286,14 @@ def _gate_op(
         TOPS=count,
         JUDGED=judge_tops is not None,
         SCREENED=thresholds is not None,
+        LISTED=listed is not None,
         CHUNKS=lanes_for(chunks),
         CANDIDATES=lanes_for(chunks * count),
         UNITS=lanes_for(unit_count),
         num_warps=_WARPS,
         num_stages=1,
     )
-    return confidence, leaves, looked
+    return confidence, leaves, looked, passed
 
 
 @_gate_op.register_fake
@@ -280,7 +308,9 @@ def _(
     judge_bias: Tensor | None,
     judge_weight: Tensor | None,
     judge_output_bias: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    listed: Tensor | None,
+    list_ratio: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows = logits.shape[0]
-    decided = logits.new_empty((2, rows), dtype=torch.bool)
-    return logits.new_empty(rows), decided[0].clone(), decided[1].clone()
+    decided = logits.new_empty((3, rows), dtype=torch.bool)
+    return logits.new_empty(rows), decided[0].clone(), decided[1].clone(), decided[2].clone()

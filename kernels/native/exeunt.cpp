@@ -76,8 +76,8 @@ EXPORTED void exeunt_exit_state(void* state, float* logits, const void* x, const
   });
 }
 
-// x [rows, size] and thresholds [rows] to decisions, and how many rows were looked at and leave to `counts`. Scratch and
-// wide hold a row what kernels/native/exit_gate.h says.
+// x [rows, size] and thresholds [rows] to decisions, and how many rows were looked at, projected and leave to `counts`.
+// Scratch and wide hold a row what kernels/native/exit_gate.h says.
 EXPORTED void exeunt_exit_gate(const Decisions* out, Counts* counts, const void* x, const float* thresholds,
                                const Gate* gate, int64_t rows, void* scratch, float* wide, int dtype, int threads) {
   with_dtype(dtype, [&](auto* kind) {

@@ -1,5 +1,5 @@
-// Which rows leave at an exit: the probe screens all, a projection of those that pass decides, and only rows that leave
-// are projected onto the whole vocabulary.
+// Which rows leave at an exit: the probe screens all, and a projection of those that pass decides. Where that is onto a
+// shortlist, only rows that it lets go are projected onto the whole vocabulary, whose logits may have the last word.
 #pragma once
 
 #include <type_traits>
@@ -16,24 +16,32 @@ struct Judge {  // the probe's second opinion, once the largest log-probabilitie
   int64_t units, count;
 };
 
+struct Confirmation {  // what decides, by all logits, about rows that the shortlist lets pass
+  Judge judge;
+  const float* combine;  // [4]; null: there is none, and the shortlist decides
+  double list_ratio;     // of its threshold, the confidence that a row needs by the shortlist to be asked about
+};
+
 struct Gate {
   ExitWeights weights;
   Matrix output;     // [outputs, size], what the head's state is projected with
-  Matrix shortlist;  // a few rows of it, which decide; none of them: the whole of it decides
+  Matrix shortlist;  // a few rows of it, which are looked at first; none of them: the whole of it is
   Judge judge;
   const float* combine;  // [4]
   double screen_ratio, least_doubt;
+  Confirmation confirmation;
 };
 
-struct Decisions {  // by row, and by rows looked at or leaving in ascending order
+struct Decisions {  // by row, and by rows looked at, projected or leaving in ascending order
   float* confidence;  // [rows], 0 where a row is not looked at
   bool* leaves;       // [rows]
   int64_t* looked;    // [rows] numbers of the rows that were looked at, the first as many as `exit_gate` says
+  int64_t* whole;     // [rows] the same of rows that were projected onto the whole vocabulary
   float* logits;      // [rows, outputs] of the rows that leave, dense from the first on
 };
 
 struct Counts {
-  int64_t looked, left;
+  int64_t looked, whole, left;
 };
 
 // The `count` largest of x [n], descending. Runs in which nothing is larger than the least of them are passed at once.
@@ -97,23 +105,35 @@ inline void gate_confidence(float* out, const float* logits, const float* probe,
   });
 }
 
-// The rows whose probe lets them pass; their states, probes and units are moved to the front.
+// What is known of rows that are still in question, dense from the first on.
 template <class T>
-int64_t screened(T* state, float* probe, float* units, int64_t* passing, const float* thresholds, const Gate& gate,
-                 int64_t rows) {
-  const int64_t n = gate.weights.size, width = gate.weights.units;
-  int64_t kept = 0;
-  for (int64_t r = 0; r < rows; r++) {
-    // 0 times an infinite threshold is NaN, and a row with it never passes
-    if (!(1.0f / (1.0f + std::exp(-probe[r])) >= thresholds[r] * float(gate.screen_ratio))) continue;
-    if (kept != r) {
-      memcpy(state + kept * n, state + r * n, size_t(n) * sizeof(T));
-      memcpy(units + kept * width, units + r * width, size_t(width) * sizeof(float));
-      probe[kept] = probe[r];
-    }
-    passing[kept++] = r;
+struct Candidates {
+  T* state;      // [rows, size]
+  float* probe;  // [rows], its logit
+  float* units;  // [rows, width]
+  int64_t size, width;
+
+  // Moves what is known of candidate `from` to the place of candidate `to`.
+  void move(int64_t to, int64_t from) const {
+    if (to == from) return;
+    memcpy(state + to * size, state + from * size, size_t(size) * sizeof(T));
+    memcpy(units + to * width, units + from * width, size_t(width) * sizeof(float));
+    probe[to] = probe[from];
   }
-  return kept;
+};
+
+// Keeps the candidates that `passes(their place, their row)`; returns how many, their rows' numbers in `kept`. The
+// candidates' rows are `rows` [count], null where they are the first rows themselves.
+template <class T, class Passes>
+int64_t keep(int64_t* kept, const int64_t* rows, int64_t count, const Candidates<T>& candidates, const Passes& passes) {
+  int64_t found = 0;
+  for (int64_t k = 0; k < count; k++) {
+    const int64_t row = rows ? rows[k] : k;
+    if (!passes(k, row)) continue;
+    candidates.move(found, k);
+    kept[found++] = row;
+  }
+  return found;
 }
 
 // Logits [rows, outputs] float32 of states [rows, size]; `product` is scratch of that size where T is not float.
@@ -131,37 +151,51 @@ void project(float* logits, const Matrix& output, const T* state, int64_t rows, 
   }
 }
 
-// Decides for x [rows, size] with thresholds [rows]; returns how many rows were looked at and leave. Scratch: a row
-// 2 * size values of T, and `outputs` more where T is not float; size + units + 2 floats, and the shortlist's outputs.
+// Decides for x [rows, size] with thresholds [rows]; returns how many rows were looked at, projected onto the whole
+// vocabulary, and leave. Scratch: a row 2 * size values of T, and `outputs` more where T is not float; size + units + 2
+// floats, and the shortlist's outputs.
 template <class T>
 Counts exit_gate(const Decisions& out, const T* x, const float* thresholds, const Gate& gate, int64_t rows, T* scratch,
                  float* wide, int threads) {
   const int64_t n = gate.weights.size, width = gate.weights.units, outputs = gate.output.outputs;
   T *state = scratch + rows * n, *product = state + rows * n;
   float *units = wide + rows * n, *probe = units + rows * width, *sure = probe + rows, *listed = sure + rows;
+  const Candidates<T> candidates{state, probe, units, n, width};
+  const Confirmation& confirmation = gate.confirmation;
+  const float least_doubt = float(gate.least_doubt);
   exit_state(state, probe, x, gate.weights, rows, scratch, wide, threads);
   for (int64_t r = 0; r < rows; r++) out.confidence[r] = 0, out.leaves[r] = false;
-  Counts counts{screened(state, probe, units, out.looked, thresholds, gate, rows), 0};
+  Counts counts{};
+  counts.looked = keep(out.looked, nullptr, rows, candidates, [&](int64_t k, int64_t row) {
+    // 0 times an infinite threshold is NaN, and a row with it never passes
+    return 1.0f / (1.0f + std::exp(-probe[k])) >= thresholds[row] * float(gate.screen_ratio);
+  });
   if (counts.looked == 0) return counts;
   const bool short_list = gate.shortlist.outputs > 0;
-  const Matrix& decisive = short_list ? gate.shortlist : gate.output;
+  const Matrix& first = short_list ? gate.shortlist : gate.output;
   float* seen = short_list ? listed : out.logits;
-  project(seen, decisive, state, counts.looked, product, threads);
-  gate_confidence(sure, seen, probe, units, gate.judge, gate.combine, counts.looked, decisive.outputs,
-                  float(gate.least_doubt), threads);
-  for (int64_t k = 0; k < counts.looked; k++) {
-    const int64_t r = out.looked[k];
-    out.confidence[r] = sure[k];
-    if (!(sure[k] >= thresholds[r])) continue;
+  project(seen, first, state, counts.looked, product, threads);
+  gate_confidence(sure, seen, probe, units, gate.judge, gate.combine, counts.looked, first.outputs, least_doubt,
+                  threads);
+  for (int64_t k = 0; k < counts.looked; k++) out.confidence[out.looked[k]] = sure[k];
+  // without a confirmation whoever the shortlist lets pass leaves
+  const float ratio = confirmation.combine ? float(confirmation.list_ratio) : 1.0f;
+  counts.whole = keep(out.whole, out.looked, counts.looked, candidates, [&](int64_t k, int64_t row) {
+    return !short_list || sure[k] >= thresholds[row] * ratio;
+  });
+  if (short_list && counts.whole) project(out.logits, gate.output, state, counts.whole, product, threads);
+  if (confirmation.combine && counts.whole) {
+    gate_confidence(sure, out.logits, probe, units, confirmation.judge, confirmation.combine, counts.whole, outputs,
+                    least_doubt, threads);
+    for (int64_t k = 0; k < counts.whole; k++) out.confidence[out.whole[k]] = sure[k];
+  }
+  for (int64_t k = 0; k < counts.whole; k++) {
+    const int64_t r = out.whole[k];
+    if (!(out.confidence[r] >= thresholds[r])) continue;
     out.leaves[r] = true;
-    if (counts.left != k) {
-      if (short_list)
-        memcpy(state + counts.left * n, state + k * n, size_t(n) * sizeof(T));
-      else
-        memcpy(out.logits + counts.left * outputs, out.logits + k * outputs, size_t(outputs) * sizeof(float));
-    }
+    if (counts.left != k)
+      memcpy(out.logits + counts.left * outputs, out.logits + k * outputs, size_t(outputs) * sizeof(float));
     counts.left++;
   }
-  if (short_list && counts.left) project(out.logits, gate.output, state, counts.left, product, threads);
   return counts;
 }

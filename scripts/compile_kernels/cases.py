@@ -197,6 +197,9 @@ def _gates() -> Iterator[Case]:
     yield Case("exit gate, 64 units, 8 of 32000 logits", partial(_gate, _VOCAB, 8), True)
     yield Case("exit gate, 64 units, 8 of 256 listed logits", partial(_gate, 256, 8))
     yield Case("exit gate, no judge", partial(_gate, _VOCAB, 0))
+    yield Case(
+        "exit gate, 64 units, 8 of 32000 logits that confirm", partial(_gate, _VOCAB, 8, confirms=True)
+    )
     yield Case("exit confidence, 64 units, 8 of 32000 logits", _confidence)
 
 
@@ -217,10 +220,11 @@ def _judge(tops: int) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
     return _empty(tops, 64, dtype=FP32), row, row, _empty(dtype=FP32)
 
 
-def _gate(vocab: int, tops: int) -> object:
+def _gate(vocab: int, tops: int, confirms: bool = False) -> object:
     units, logits, combine, row = _gate_parts(vocab)
     probe = probe_logit_triton(units, units[0], _empty(dtype=FP32))
-    return decide_triton(probe, logits, row, 0.5, combine, units, _judge(tops))
+    listed = row if confirms else None
+    return decide_triton(probe, logits, row, 0.5, combine, units, _judge(tops), listed, 0.9)
 
 
 def _confidence() -> Tensor:

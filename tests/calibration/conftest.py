@@ -1,5 +1,6 @@
 """A tiny checkpoint whose text is worth calibrating on: what the tests of this layer share."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from exeunt.compression.decoder import Decoder
-from exeunt.compression.exits import ExitHead, ExitNorm, ExitProbe
+from exeunt.compression.exit_output import Shortlist
+from exeunt.compression.exits import ExitConfirmation, ExitHead, ExitJudge, ExitNorm, ExitProbe
 
 EOS = 256
 HIDDEN, BLOCKS, VOCAB = 32, 4, 258
@@ -96,3 +98,22 @@ def random_exit(block: int, seed: int, hidden: int = HIDDEN) -> ExitHead:
     probe = ExitProbe(normal(8, hidden, scale=0.3), normal(8), normal(8), torch.tensor(0.0))
     combine = torch.tensor([1.0, 0.2, 0.1, 0.0])
     return ExitHead(block, norm, normal(hidden, hidden, scale=0.05), probe, combine, 0.5)
+
+
+def confirmed_exit(block: int, seed: int, list_ratio: float | None = 0.7) -> ExitHead:
+    """`random_exit` with a shortlist of every third token, which all logits confirm unless the ratio is None."""
+    g = torch.Generator().manual_seed(seed + 50)
+    first, second = (
+        ExitJudge(
+            torch.randn(4, 8, generator=g) / 5,
+            torch.zeros(8),
+            torch.randn(8, generator=g) / 2,
+            torch.tensor(1.0),
+        )
+        for _ in range(2)
+    )
+    last = None
+    if list_ratio is not None:
+        last = ExitConfirmation(second, torch.tensor([1.0, 0.3, 0.1, 1.0]), list_ratio)
+    shortlist = Shortlist(torch.arange(0, VOCAB, 3))
+    return replace(random_exit(block, seed), judge=first, shortlist=shortlist, confirmation=last)

@@ -16,4 +16,4 @@ def documents_view(generator: np.random.Generator, documents: int, tokens: int, 
     logit = generator.normal(ease - 0.5, 2.0)
     reach = 1.0 / (1.0 + np.exp(-logit))
     agrees = generator.random(len(document)) < 1.0 / (1.0 + np.exp(-logit - shift))
-    return GateView(reach[None], reach[None], agrees[None], document, documents)
+    return GateView(reach[None], reach[None], reach[None], agrees[None], document, documents)

@@ -31,14 +31,14 @@ from exeunt.calibration.options import CalibrationOptions
 from exeunt.calibration.rank_sweep import RankPoint, RankSweep
 from exeunt.calibration.report.content import ReportContent
 from exeunt.calibration.risk import Certificate, ExitCounts
-from exeunt.calibration.thresholds import ThresholdPlan
+from exeunt.calibration.thresholds import GateShares, ThresholdPlan
 from exeunt.calibration.weight_study import FormName, WeightForm, WeightStudy
 from exeunt.calibration.weights_int4 import Int4Weights
 from exeunt.compression.linear_block import LinearBlock
 from exeunt.compression.manifest import BaseModelRecord, CalibrationRecord, LinearBlockRecord, Manifest
 from exeunt.compression.variant import Variant, WeightFormat
 from exeunt.kernels.int4_linear import quantize
-from tests.calibration.conftest import random_exit
+from tests.calibration.conftest import confirmed_exit, random_exit
 
 FULL, WEIGHTS, KV = Variant(), Variant("int4"), Variant("full", "int4")
 DEPLOYED = Variant("int4", "int4")
@@ -130,7 +130,7 @@ def kv_study() -> KVStudy:
 
 def fitted_exit(block: int, agreement: float) -> FittedExit:
     """An exit with a gate of its own figures."""
-    head = random_exit(block, block)
+    head = confirmed_exit(block, block, 0.9) if block == 2 else random_exit(block, block)
     quality = GateQuality(
         auc=0.8 + block / 100,
         auc_probe=0.7,
@@ -140,6 +140,7 @@ def fitted_exit(block: int, agreement: float) -> FittedExit:
         tokens=1000,
         roc=((0.0, 0.0), (0.1, 0.6), (1.0, 1.0)),
         coverage=((0.1, 0.01), (0.25 + block / 100, 0.03), (1.0, 0.3)),
+        auc_listed=0.777 if block == 2 else None,
     )
     training = TrainedHead(
         head.norm,
@@ -307,7 +308,8 @@ def selection(*exits: FittedExit) -> ExitSelection:
         certified=exits[-1:],
         plan=ThresholdPlan((0.95, 0.9123), dict.fromkeys(TARGETS, 0.95), 0.01),
         drafting=Drafting(exits[0], tuple(exits), DraftChoice(0, plans), passes),
-        costs=ExitCosts(0.31, 0.72, 0.053),
+        costs=ExitCosts(0.31, 0.72, 0.053, whole=1.25),
+        shares=(GateShares(0.95, 1.0, 0.6, 0.25, 0.2), GateShares(0.9123, 1.0, 0.7, 0.35, 0.3)),
     )
 
 

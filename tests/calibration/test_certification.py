@@ -146,6 +146,7 @@ def certified(share_wrong: float, target: float) -> Certification:
     view = GateView(
         reach,
         reach,
+        reach,
         g.random((1, tokens)) >= share_wrong,
         np.repeat(np.arange(blocks), tokens // blocks),
         blocks,
@@ -170,6 +171,7 @@ def _plan_view(model: ForcedModel, rows: list[torch.Tensor]) -> GateView:
     g = np.random.default_rng(0)
     return GateView(
         g.random((2, tokens)) * 0.8,
+        np.ones((2, tokens)),
         np.ones((2, tokens)),
         np.ones((2, tokens), dtype=bool),
         text_units(rows).where,

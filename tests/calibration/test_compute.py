@@ -9,7 +9,7 @@ import torch
 from exeunt.calibration.compute import ComputeCost, Passage, asked_cost, projected_cost
 from exeunt.compression.decoder import Decoder
 from exeunt.compression.exit_output import Shortlist
-from exeunt.compression.exits import ExitJudge
+from exeunt.compression.exits import ExitConfirmation, ExitJudge
 from exeunt.compression.linear_block import LinearBlock
 from exeunt.compression.variant import SkippedKV
 from tests.calibration.conftest import BLOCKS, HIDDEN, VOCAB, random_exit
@@ -59,17 +59,35 @@ def test_a_shortlist_is_charged_for_every_look_and_the_vocabulary_for_who_leaves
     look = HIDDEN * 20 + 4 * 8 + 8
     assert projected_cost(listed, decoder.spec) == look
     cost = ComputeCost(decoder.spec, (listed,))
-    walk = passage([0, 1, 1], [[True, True, True]], [[True, True, False]])
+    walk = passage([0, 1, 1], [[True, True, True]], [[True, True, False]], [[True, False, False]])
     block = LINEARS + attention(7)
     assert cost.done(walk, "propagate").tolist() == [
         2 * (block + KV_ONLY) + ASKED + look + LOOK,
         4 * block + ASKED + look + HEAD,
         4 * block + ASKED + HEAD,
     ]
+    last = ExitConfirmation(
+        ExitJudge(torch.zeros(3, 8), torch.zeros(8), torch.zeros(8), torch.zeros(())), torch.zeros(4), 0.5
+    )
+    cost = ComputeCost(decoder.spec, (replace(listed, confirmation=last),))
+    confirmed = LOOK + 3 * 8 + 8
+    walk = passage([0, 1, 1], [[True] * 3], [[True, True, False]], [[True, True, False]])
+    assert cost.done(walk, "propagate").tolist() == [
+        2 * (block + KV_ONLY) + ASKED + look + confirmed,
+        4 * block + ASKED + look + confirmed + HEAD,
+        4 * block + ASKED + HEAD,
+    ]
 
 
-def passage(left: list[int], asked: list[list[bool]], projected: list[list[bool]]) -> Passage:
-    return Passage(np.full(len(left), 7), np.array(left), np.array(asked), np.array(projected))
+def passage(
+    left: list[int],
+    asked: list[list[bool]],
+    projected: list[list[bool]],
+    whole: list[list[bool]] | None = None,
+) -> Passage:
+    """Without a shortlist whoever is looked at is projected onto the whole vocabulary."""
+    looks = [np.array(each) for each in (asked, projected, projected if whole is None else whole)]
+    return Passage(np.full(len(left), 7), np.array(left), *looks)
 
 
 def test_exits_are_charged_for_every_question_and_every_look(decoder: Decoder) -> None:

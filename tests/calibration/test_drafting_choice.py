@@ -42,7 +42,8 @@ def view(*exits: tuple[float, float]) -> GateView:
     other = np.array([[rest] for _, rest in exits])
     reach = np.where(sure, 0.9, 0.3)
     agrees = sure | (g.random(sure.shape) < other)
-    return GateView(reach, np.where(sure, 1.0, 0.4), agrees, np.zeros(TOKENS, dtype=np.int64), 1)
+    projects, whole = np.where(sure, 1.0, 0.4), np.where(sure, 0.95, 0.35)
+    return GateView(reach, projects, whole, agrees, np.zeros(TOKENS, dtype=np.int64), 1)
 
 
 @pytest.mark.parametrize(("depth", "acceptance", "length", "speed"), [(3, 0.45, 1, 1.16), (3, 0.6, 2, 1.31)])
@@ -100,6 +101,11 @@ def test_rates_count_what_is_drafted_projected_and_right() -> None:
     assert by_share[1.0].acceptance == pytest.approx(0.6, abs=0.02)
     assert by_share[1.0].projected == 1.0
     assert by_share[0.5].projected == pytest.approx(by_share[0.5].drafted)
+    assert by_share[1.0].whole == 1.0
+    seen.whole[0, -1000:] = 1.0  # some are projected onto all tokens in vain
+    (again,) = (rates for rates in draft_rates(seen, 0) if round(rates.drafted, 1) == 0.5)
+    unsure = (seen.reach[0, -1000:] < again.threshold).sum() / (TOKENS - 1000)
+    assert again.whole == pytest.approx(again.drafted + unsure)
 
 
 def test_the_shallow_exit_drafts_where_it_is_right_often_enough() -> None:
@@ -127,9 +133,12 @@ def test_where_nothing_pays_the_least_slow_is_kept_and_said_to_be_slow() -> None
 def test_with_a_shortlist_drafts_pay_for_their_logits_apart() -> None:
     dear = replace(costs(projection=0.2), looks=((64, 0.01),))
     listed = dear.with_shortlist(64)
-    assert (listed.projection, listed.leaving) == (0.01, dear.projection)
+    assert (listed.projection, listed.whole) == (0.01, dear.projection)
     assert dear.listed == listed
     assert costs().listed == costs()
-    none, every = (DraftRates(0.5, 1.0, drafted, 0.9) for drafted in (0.0, 1.0))
+    none, every = (DraftRates(0.5, 1.0, drafted, 0.9, drafted) for drafted in (0.0, 1.0))
     assert draft_speed(none, 3, 1, listed) > draft_speed(none, 3, 1, dear), "vain looks are cheaper"
     assert draft_speed(every, 3, 1, listed) < draft_speed(every, 3, 1, dear), "and who drafts pays both"
+    asked = replace(none, whole=0.5)  # so does whom a shortlist lets pass in vain
+    gates = 1.0 / draft_speed(asked, 3, 1, listed) - 1.0 / draft_speed(none, 3, 1, listed)
+    assert gates == pytest.approx(0.5 * listed.whole)

@@ -1,5 +1,7 @@
 """Which exits are kept: a planted case where the answer is known, and the arithmetic of what they save."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -21,7 +23,7 @@ def view(*exits: tuple[float, float]) -> GateView:
         reach.append(np.where(sure, 0.99, 0.3 * g.random(TOKENS)))
         agrees.append(sure | (g.random(TOKENS) < other))
     where = np.repeat(np.arange(TEXT_BLOCKS), TOKENS // TEXT_BLOCKS)
-    return GateView(np.stack(reach), np.stack(reach), np.stack(agrees), where, TEXT_BLOCKS)
+    return GateView(np.stack(reach), np.stack(reach), np.stack(reach), np.stack(agrees), where, TEXT_BLOCKS)
 
 
 def test_saving_is_what_leaves_less_what_is_asked() -> None:
@@ -36,7 +38,7 @@ def test_saving_is_what_leaves_less_what_is_asked() -> None:
 
 def test_a_projection_in_vain_is_paid_for() -> None:
     seen = view((0.25, 0.0))
-    eager = GateView(seen.reach, np.ones_like(seen.reach), seen.agrees, seen.text_block, seen.blocks)
+    eager = replace(seen, projects=np.ones_like(seen.reach))
     cost = net_saving(seen, 0.9, (6,), BLOCKS, ExitCosts(0.0, 2.0, 0.0)) - net_saving(
         eager, 0.9, (6,), BLOCKS, ExitCosts(0.0, 2.0, 0.0)
     )
@@ -69,14 +71,27 @@ def test_where_none_pays_the_one_that_skips_most_is_kept_whatever_the_costs(late
 def test_a_shortlist_is_paid_by_everybody_looked_at() -> None:
     """With one a look in vain is cheap, and a token that leaves pays for a look it would not have owed."""
     costs = ExitCosts(0.1, 2.0, 0.1, looks=((64, 0.25), (256, 0.5)))
-    assert costs.with_shortlist(64) == ExitCosts(0.1, 0.25, 0.1, leaving=0.25, looks=costs.looks)
+    assert costs.with_shortlist(64) == ExitCosts(0.1, 0.25, 0.1, leaving=0.25, looks=costs.looks, whole=2.0)
     assert costs.listed == costs.with_shortlist(256)
     assert FREE.listed == FREE
     seen = view((0.25, 0.0))
     projects = np.where(
         np.arange(TOKENS) % 2 == 0, 1.0, seen.reach
     )  # every other token is looked at in any case
-    eager = GateView(seen.reach, projects, seen.agrees, seen.text_block, seen.blocks)
+    eager = replace(seen, projects=projects)
     free = net_saving(eager, 0.9, (6,), BLOCKS, FREE)
     paid = net_saving(eager, 0.9, (6,), BLOCKS, ExitCosts(0.0, 0.25, 0.0, leaving=0.25))
     assert free - paid == pytest.approx(0.25 * float((projects >= 0.9).mean()) / BLOCKS)
+
+
+def test_who_is_confirmed_in_vain_pays_for_all_tokens() -> None:
+    """Whoever leaves owes the vocabulary in any case: it takes the place of the model's own head."""
+    seen = view((0.25, 0.0))
+    confirmed = np.where(np.arange(TOKENS) % 3 == 0, 1.0, seen.reach)  # every third is confirmed in any case
+    asked = replace(seen, projects=np.ones_like(seen.reach), whole=confirmed)
+    free, paid = (
+        net_saving(asked, 0.9, (6,), BLOCKS, ExitCosts(0.0, 0.0, 0.0, whole=whole)) for whole in (0, 1.5)
+    )
+    vain = (confirmed >= 0.9) & (seen.reach < 0.9)
+    assert 0.2 < vain.mean() < 0.3
+    assert free - paid == pytest.approx(1.5 * float(vain.mean()) / BLOCKS)

@@ -41,6 +41,7 @@ def test_costs_are_in_units_of_a_block(decoder: Decoder, monkeypatch: pytest.Mon
     assert dict(costs.looks) == pytest.approx({12: 0.2} | dict.fromkeys(sizes, 0.3))
     listed = costs.with_shortlist(12)
     assert (listed.projection, listed.leaving) == pytest.approx((0.2, 0.2)), "who leaves was looked at too"
+    assert listed.whole == pytest.approx(1.5), "who is confirmed in vain pays for all tokens besides"
     assert costs.with_shortlist(None) == costs
 
 
@@ -71,7 +72,7 @@ def test_passes_are_in_units_of_a_token(decoder: Decoder, monkeypatch: pytest.Mo
     assert costs.gate == pytest.approx(1.0 / token)
     assert costs.projection == pytest.approx(2.0 / token)
     listed = costs.with_shortlist(shortlist_sizes(decoder.spec.vocab_size)[0])
-    assert (listed.projection, listed.leaving) == pytest.approx((0.5 / token, 2.0 / token))
+    assert (listed.projection, listed.whole) == pytest.approx((0.5 / token, 2.0 / token))
     assert costs.shallow[1] == pytest.approx((0.5 + 1.0 + 2.0) / token)
     wanted = [(1.0 + (BLOCKS - 1) * 2.0 * (1 + 0.5 * (n - 1)) + 0.5) / token for n in DEEP_TOKENS]
     assert costs.deep[1] == pytest.approx(wanted)

@@ -19,7 +19,8 @@ from exeunt.calibration.progress import Advance, ProgressReport
 from exeunt.calibration.shortlist_choice import shortlist_sizes
 from exeunt.calibration.teacher_forcing import ForcedModel
 from exeunt.compression.decoder import Decoder
-from exeunt.compression.exits import ExitNorm, exit_metadata, exit_tensors
+from exeunt.compression.exit_tensors import exit_metadata, exit_tensors
+from exeunt.compression.exits import ExitNorm
 from tests.calibration.conftest import HIDDEN
 from tests.calibration.silent_progress import SilentProgress
 

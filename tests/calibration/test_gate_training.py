@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from exeunt.calibration.exit_choice import ExitCosts
 from exeunt.calibration.exit_training import Labelled, TrainedHead
+from exeunt.calibration.exit_worth import ExitWorth
 from exeunt.calibration.gate_quality import auc
 from exeunt.calibration.gate_training import (
     STOPPING_SHARE,
@@ -137,6 +139,55 @@ def test_a_shortlist_decides_and_the_vocabulary_agrees() -> None:
     assert float(right.float().mean()) == pytest.approx(
         float(result.confidence[result.leaves].mean()), abs=0.03
     )
+
+
+def hidden_from_the_list(tokens: int, seed: int) -> Labelled:
+    """Agreement hangs on the distance between the two largest logits, the first of which is outside the list's."""
+    g = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(tokens, H, generator=g)
+    logits = project(NORM(hidden))
+    first, second = logits.topk(2, dim=-1).values.unbind(1)
+    agrees = torch.rand(tokens, generator=g) < (4.0 * (first - second) - 2.0).sigmoid()
+    own = logits.argmax(-1)
+    return Labelled(hidden, torch.where(agrees, own, (own + 1) % V))
+
+
+def test_all_logits_see_what_a_blind_list_does_not() -> None:
+    """With a list of tokens that are seldom said the gate separates by its confirmation alone, and is believed."""
+    fit, select = hidden_from_the_list(12_000, 1), hidden_from_the_list(8_000, 2)
+    own = project(NORM(fit.hidden)).argmax(-1)
+    seldom = torch.bincount(own, minlength=V).argsort(stable=True)[: V // 8].sort().values
+    free = ExitWorth(4, 12, ExitCosts(0.0, 0.0, 0.0), (0.1, 0.2))
+    head, quality = train_gate(
+        3,
+        OWN,
+        fit,
+        select,
+        project,
+        ProbeTraining(),
+        torch.Generator().manual_seed(0),
+        shortlist=Shortlist(seldom),
+        worth=free,
+    )
+    assert head.confirmation is not None
+    assert quality.auc_listed is not None
+    assert quality.auc_listed < 0.7
+    assert quality.auc > quality.auc_listed + 0.1
+    assert quality.calibration_error < 0.03
+    dear = replace(free, costs=ExitCosts(0.0, 0.0, 0.0, whole=50.0))
+    strict = train_gate(
+        3,
+        OWN,
+        fit,
+        select,
+        project,
+        ProbeTraining(),
+        torch.Generator().manual_seed(0),
+        shortlist=Shortlist(seldom),
+        worth=dear,
+    )[0]
+    assert strict.confirmation is not None
+    assert head.confirmation.list_ratio < strict.confirmation.list_ratio == 1.0
 
 
 def test_the_same_seed_gives_the_same_gate() -> None:

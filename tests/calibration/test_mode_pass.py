@@ -16,9 +16,10 @@ from exeunt.calibration.journal import NoJournal
 from exeunt.calibration.scored_text import ScoredText
 from exeunt.calibration.teacher_forcing import ForcedModel
 from exeunt.compression.decoder import Decoder
+from exeunt.compression.exits import ExitHead
 from exeunt.compression.linear_block import LinearBlock
 from exeunt.compression.variant import SkippedKV, Variant
-from tests.calibration.conftest import BLOCKS, HIDDEN, VOCAB, random_exit
+from tests.calibration.conftest import BLOCKS, HIDDEN, VOCAB, confirmed_exit, random_exit
 from tests.compression.paged_generation import batch_of, sequential_pages
 
 THRESHOLD = 0.55
@@ -29,6 +30,7 @@ BLOCK = HIDDEN * 64 + 32 * HIDDEN + 3 * HIDDEN * 48 + 4 * HIDDEN
 ASKED = 2 * HIDDEN + HIDDEN * HIDDEN + 8 * HIDDEN + 8
 KV_ONLY = HIDDEN * 32 + 2 * HIDDEN
 HEAD = HIDDEN * VOCAB + 2 * HIDDEN
+JUDGE = 4 * 8 + 8
 METHODS: tuple[SkippedKV, ...] = ("propagate", "backfill")
 
 
@@ -41,7 +43,7 @@ def models(decoder: Decoder) -> dict[Variant, ForcedModel]:
     g = torch.Generator().manual_seed(4)
     down, up = (torch.randn(shape, generator=g) * 0.2 for shape in ((RANK, HIDDEN), (HIDDEN, RANK)))
     linear = decoder.with_linear_block(LinearBlock(REPLACED, down, up, torch.zeros(HIDDEN)))
-    exits = (random_exit(0, 1), random_exit(2, 2))
+    exits = (confirmed_exit(0, 1), random_exit(2, 2))
     return {
         variant: ForcedModel(linear if variant.linear_block else decoder, variant.kv_cache, exits)
         for variant in (FULL, SMALL_KV, LINEAR, SMALL_LINEAR)
@@ -72,6 +74,13 @@ def block_cost(model: ForcedModel, block: int, position: int) -> float:
     return BLOCK + 2 * 32 * (position + 1)
 
 
+def look_cost(head: ExitHead, looked: int, whole: int) -> int:
+    """Of a look, at the vocabulary, or at the shortlist with its judge and then at the vocabulary with another."""
+    if head.shortlist is None:
+        return looked * HIDDEN * VOCAB
+    return looked * (HIDDEN * len(head.shortlist) + JUDGE) + whole * (HIDDEN * VOCAB + JUDGE)
+
+
 @torch.inference_mode()
 def one_by_one(model: ForcedModel, row: Tensor, mode: Mode) -> list[Told]:
     """Every token of a row, one after another, past every exit: who leaves, what is said there, and what it takes."""
@@ -90,7 +99,7 @@ def one_by_one(model: ForcedModel, row: Tensor, mode: Mode) -> list[Told]:
             if found is not None or number == len(model.exits) or position == 0 or mode.threshold is None:
                 continue
             gate = model.exits[number].gate(hidden, limit, decoder.project)
-            computed += ASKED + len(gate.looked) * HIDDEN * VOCAB
+            computed += ASKED + look_cost(model.exits[number], len(gate.looked), len(gate.whole))
             if bool(gate.leaves):
                 found = gate.logits[0], number
                 if mode.skipped_kv == "propagate":

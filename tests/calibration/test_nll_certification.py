@@ -281,7 +281,7 @@ def planted(tokens: int = 20_000, blocks: int = 100) -> tuple[GateView, TokenLos
     full = np.full(tokens, 2.0)
     cost = g.exponential(0.4 * (1.0 - reach))
     view = GateView(
-        reach, reach, np.ones((1, tokens), dtype=bool), np.arange(tokens) * blocks // tokens, blocks
+        reach, reach, reach, np.ones((1, tokens), dtype=bool), np.arange(tokens) * blocks // tokens, blocks
     )
     return view, TokenLosses(full + cost, full, np.ones(tokens, dtype=bool))
 

@@ -1,5 +1,7 @@
 """Planning: what the gates' view forecasts, and which thresholds it has tested."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,9 +10,9 @@ from exeunt.calibration.exit_training import Labelled
 from exeunt.calibration.risk import disagreement_sequence
 from exeunt.calibration.sequence_batch import batches
 from exeunt.calibration.teacher_forcing import ForcedModel, logit_rows
-from exeunt.calibration.thresholds import GateView, gate_reach, plan_thresholds, view_gates
+from exeunt.calibration.thresholds import GateShares, GateView, gate_reach, plan_thresholds, view_gates
 from exeunt.compression.decoder import Decoder
-from tests.calibration.conftest import HIDDEN, VOCAB, random_exit
+from tests.calibration.conftest import HIDDEN, VOCAB, confirmed_exit, random_exit
 from tests.calibration.documents_view import documents_view
 
 TARGETS = (0.01, 0.05, 0.2)
@@ -21,13 +23,19 @@ def view(tokens: int = 20_000, blocks: int = 80, seed: int = 0) -> GateView:
     g = np.random.default_rng(seed)
     reach = np.stack([g.beta(1.0, 1.5, tokens), g.beta(2.0, 1.0, tokens)])
     return GateView(
-        reach, reach, g.random((2, tokens)) < reach, np.repeat(np.arange(blocks), tokens // blocks), blocks
+        reach,
+        reach,
+        reach,
+        g.random((2, tokens)) < reach,
+        np.repeat(np.arange(blocks), tokens // blocks),
+        blocks,
     )
 
 
 def test_tokens_leave_at_the_first_exit_that_lets_them() -> None:
     seen = GateView(
         np.array([[0.9, 0.2, 0.1, 0.8], [0.1, 0.9, 0.3, 0.9]]),
+        np.ones((2, 4)),
         np.ones((2, 4)),
         np.array([[True, True, True, False], [False, False, True, True]]),
         np.array([0, 0, 1, 1]),
@@ -38,6 +46,20 @@ def test_tokens_leave_at_the_first_exit_that_lets_them() -> None:
     assert counts.errors.tolist() == [1.0, 1.0]  # the second token at exit 1, the fourth at exit 0
     assert counts.exit_rate == 0.75
     assert seen.leave_at(0.8).tolist() == [0, 1, 2, 0]
+
+
+def test_shares_count_what_each_gate_does_with_tokens_that_come_to_it() -> None:
+    """Of five tokens the last may not leave; the second exit is asked by the two that stay at the first."""
+    seen = GateView(
+        np.array([[0.9, 0.2, 0.1, 0.8, -1.0], [0.1, 0.9, 0.3, 0.9, 0.9]]),
+        np.array([[0.9, 0.9, 0.1, 0.9, 0.9], [1.0, 1.0, 1.0, 1.0, 1.0]]),
+        np.array([[0.9, 0.8, 0.1, 0.8, 0.9], [0.1, 0.9, 0.3, 0.9, 0.9]]),
+        np.ones((2, 5), dtype=bool),
+        np.zeros(5, dtype=np.int64),
+        1,
+    )
+    assert seen.shares(0.8) == GateShares(0.8, asked=6 / 4, looked=5 / 4, whole=4 / 4, left=3 / 4)
+    assert seen.shares(0.95) == GateShares(0.95, asked=2.0, looked=1.0, whole=0.0, left=0.0)
 
 
 def test_plans_run_from_strict_to_loose_and_begin_where_passing_is_likely() -> None:
@@ -71,7 +93,7 @@ def test_the_view_is_what_the_gates_do(decoder: Decoder) -> None:
         start = head.depth
     seen = view_gates(exits, states, rows, decoder.project)
     for head, data, place in zip(exits, states, (0, 1), strict=True):
-        reach, _, agrees = gate_reach(head, data, decoder.project, 0.5)  # blind below 0.5
+        reach, _, _, agrees = gate_reach(head, data, decoder.project, 0.5)  # blind below 0.5
         leaves = seen.reach[place] >= 0.5
         later = batch.positions.numpy() > 0
         assert ((reach.numpy() >= 0.5) == leaves)[later].all()
@@ -97,7 +119,7 @@ def test_a_gate_never_projects_more_rows_than_logits_may_have(decoder: Decoder, 
         asked.append(len(state))
         return decoder.project(state)
 
-    reach, screened, agrees = gate_reach(head, data, project, least)
+    reach, screened, whole, agrees = gate_reach(head, data, project, least)
     most = logit_rows(VOCAB, torch.device("cpu"))
     assert most < 1500
     assert max(asked) <= most
@@ -107,7 +129,32 @@ def test_a_gate_never_projects_more_rows_than_logits_may_have(decoder: Decoder, 
     logits = decoder.project(reading.state)
     sure = torch.minimum(head.confidence(reading, logits), screened)
     torch.testing.assert_close(reach, torch.where(looked, sure, screened))
+    assert torch.equal(whole, screened), "without a shortlist a look is at the whole vocabulary"
     assert torch.equal(agrees, looked & (logits.argmax(-1) == 0))
+
+
+@pytest.mark.parametrize("list_ratio", [None, 0.0, 0.6, 1.0])
+@pytest.mark.parametrize("screen_ratio", [0.0, 0.5])
+def test_reach_is_what_a_gate_with_a_shortlist_does_row_by_row(
+    decoder: Decoder, list_ratio: float | None, screen_ratio: float
+) -> None:
+    """Looked at, projected onto all tokens, and gone: each up to its own threshold, at whatever threshold is asked."""
+    head = replace(confirmed_exit(1, 2, list_ratio), screen_ratio=screen_ratio)
+    hidden = torch.randn(400, HIDDEN, generator=torch.Generator().manual_seed(4))
+    top = decoder.project(head.read(hidden)[0]).argmax(-1)
+    reach = gate_reach(head, Labelled(hidden, top), decoder.project)
+    assert bool(reach.agrees.all())
+    differ = 0
+    for threshold in (0.25, 0.5, 0.75, 0.9):
+        gate = head.gate(hidden, torch.full((400,), threshold), decoder.project)
+        looked, whole = (torch.zeros(400, dtype=torch.bool) for _ in range(2))
+        looked[gate.looked], whole[gate.whole] = True, True
+        for said, done in ((reach.looked, looked), (reach.whole, whole), (reach.leaves, gate.leaves)):
+            near = (said - threshold).abs() < 1e-5  # products of other numbers of rows may round otherwise
+            assert torch.equal((said >= threshold)[~near], done[~near])
+            assert int(near.sum()) < 4
+        differ += int((whole & ~gate.leaves).sum())
+    assert (differ > 0) == (list_ratio is not None), "without a confirmation whom the list lets pass leaves"
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -115,7 +162,7 @@ def test_an_unsafe_gate_is_not_certified(target: float) -> None:
     """A gate whose reach says nothing: whatever is planned first is far above every target."""
     g = np.random.default_rng(1)
     reach = g.random((1, 10_000))
-    seen = GateView(reach, reach, g.random((1, 10_000)) < 0.5, np.repeat(np.arange(40), 250), 40)
+    seen = GateView(reach, reach, reach, g.random((1, 10_000)) < 0.5, np.repeat(np.arange(40), 250), 40)
     plan = plan_thresholds(seen, (target,), certify_tokens=10_000)
     risk = seen.counts(plan.begins[target]).risk
     assert risk is not None

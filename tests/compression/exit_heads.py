@@ -8,6 +8,7 @@ from torch import Tensor
 
 from exeunt.compression.exit_output import ExitOutput, Shortlist
 from exeunt.compression.exits import (
+    ExitConfirmation,
     ExitHead,
     ExitJudge,
     ExitProbe,
@@ -39,6 +40,10 @@ def exit_judge(seed: int = 2) -> ExitJudge:
         return torch.randn(shape, generator=generator)
 
     return ExitJudge(random(5, UNITS) / 5, random(UNITS) / 5, random(UNITS) / 2, random())
+
+
+def exit_confirmation(list_ratio: float = 0.6, seed: int = 3) -> ExitConfirmation:
+    return ExitConfirmation(exit_judge(seed), torch.tensor([0.5, 0.3, 0.1, -0.2]), list_ratio)
 
 
 SHORTLIST = Shortlist(torch.tensor([0, 3, 4, 8, 9, 17, 21, 30, 36]))

@@ -16,7 +16,7 @@ from exeunt.compression.bundle_writer import BundleContents, write_bundle
 from exeunt.compression.checkpoint import open_checkpoint
 from exeunt.compression.checkpoint_names import linear_names
 from exeunt.compression.exit_output import Shortlist
-from exeunt.compression.exits import ExitHead, ExitJudge, ExitProbe
+from exeunt.compression.exits import ExitConfirmation, ExitHead, ExitJudge, ExitProbe
 from exeunt.compression.linear_block import LinearBlock
 from exeunt.compression.manifest import (
     BaseModelRecord,
@@ -55,10 +55,12 @@ def small_bundle(
     checkpoint_directory: Path,
     weights: Sequence[WeightFormat] = ("int4", "full"),
     shortlist: Sequence[int] = (),
+    list_ratio: float | None = None,
 ) -> Bundle:
     """A bundle of the checkpoint with an exit after block 1, a linear block 2, and a risk table.
 
-    Where tokens are given as its `shortlist` the exit decides by them and has a judge.
+    Where tokens are given as its `shortlist` the exit decides by them and has a judge; where a `list_ratio` is too, all
+    logits confirm it.
     """
     checkpoint = open_checkpoint(checkpoint_directory)
     spec, source = checkpoint.spec, checkpoint.weights()
@@ -82,21 +84,22 @@ def small_bundle(
         linear_block=LinearBlock(
             2, torch.randn(3, hidden) / 5, torch.randn(hidden, 3) / 5, torch.randn(hidden) / 5
         ),
-        exits=[_exit(1, hidden, shortlist)],
+        exits=[_exit(1, hidden, shortlist, list_ratio)],
         report_html="",
         report_json="{}",
     )
     return write_bundle(directory, contents)
 
 
-def _exit(block: int, hidden: int, shortlist: Sequence[int]) -> ExitHead:
+def _exit(block: int, hidden: int, shortlist: Sequence[int], list_ratio: float | None) -> ExitHead:
     probe = ExitProbe(torch.randn(4, hidden), torch.randn(4), torch.randn(4), torch.tensor(0.0))
     norm = Norm("rms", torch.ones(hidden), None, 1e-6)
     head = ExitHead(block, norm, torch.randn(hidden, hidden) / 9, probe, torch.randn(4), 0.5)
     if not shortlist:
         return head
     judge = ExitJudge(torch.randn(3, 4), torch.randn(4), torch.randn(4), torch.tensor(0.0))
-    return replace(head, judge=judge, shortlist=Shortlist(torch.tensor(shortlist)))
+    last = None if list_ratio is None else ExitConfirmation(judge, torch.randn(4), list_ratio)
+    return replace(head, judge=judge, shortlist=Shortlist(torch.tensor(shortlist)), confirmation=last)
 
 
 _NLL_THRESHOLDS: Final[dict[SkippedKV, dict[float, float]]] = {"backfill": {0.05: 0.71}, "propagate": {}}

@@ -5,22 +5,30 @@ from dataclasses import replace
 import pytest
 import torch
 
-from exeunt.compression.exits import (
-    ExitHead,
-    ExitHeadError,
+from exeunt.compression.exit_tensors import (
     exit_metadata,
     exit_tensors,
     exits_from_tensors,
-    needs_newest_format,
+    format_version,
 )
-from tests.compression.exit_heads import HIDDEN, SHORTLIST, CountingOutput, NormKind, exit_head, exit_judge
+from exeunt.compression.exits import ExitHead, ExitHeadError
+from exeunt.compression.manifest import CONFIRMED_VERSION, JUDGED_VERSION, PLAIN_VERSION
+from tests.compression.exit_heads import (
+    HIDDEN,
+    SHORTLIST,
+    CountingOutput,
+    NormKind,
+    exit_confirmation,
+    exit_head,
+    exit_judge,
+)
 
 
 def test_judges_and_shortlists_survive_the_bundle_names() -> None:
     plain, listed = exit_head(block=1), replace(exit_head(block=5), judge=exit_judge(), shortlist=SHORTLIST)
-    assert not needs_newest_format([plain])
-    assert needs_newest_format([plain, replace(plain, judge=exit_judge())])
-    assert needs_newest_format([plain, replace(plain, shortlist=SHORTLIST)])
+    assert format_version([plain]) == PLAIN_VERSION
+    assert format_version([plain, replace(plain, judge=exit_judge())]) == JUDGED_VERSION
+    assert format_version([plain, replace(plain, shortlist=SHORTLIST)]) == JUDGED_VERSION
     before = [plain, listed]
     tensors = exit_tensors(before)
     again = exits_from_tensors(tensors, exit_metadata(before))
@@ -40,6 +48,34 @@ def test_judges_and_shortlists_survive_the_bundle_names() -> None:
     tensors = exit_tensors(before) | {"block_5.shortlist": torch.tensor([4, 4])}
     with pytest.raises(ExitHeadError, match="block_5: a shortlist's tokens must ascend"):
         exits_from_tensors(tensors, exit_metadata(before))
+
+
+def test_confirmations_survive_the_bundle_names_and_are_refused_where_torn() -> None:
+    listed = replace(exit_head(block=5), judge=exit_judge(), shortlist=SHORTLIST)
+    confirmed = replace(listed, confirmation=exit_confirmation(0.85))
+    assert format_version([listed]) == JUDGED_VERSION
+    assert format_version([exit_head(), confirmed]) == CONFIRMED_VERSION
+    assert "list_ratio" not in exit_metadata([listed])["exits"], "a bundle without is written as before"
+    tensors, metadata = exit_tensors([confirmed]), exit_metadata([confirmed])
+    (again,) = exits_from_tensors(tensors, metadata)
+    assert again.confirmation is not None
+    assert again.confirmation.list_ratio == 0.85
+    hidden, output = torch.randn(30, HIDDEN, generator=torch.Generator().manual_seed(1)), CountingOutput()
+    results = [head.gate(hidden, torch.full((30,), 0.4), output) for head in (confirmed, again, listed)]
+    assert torch.equal(results[0].confidence, results[1].confidence)
+    assert not torch.equal(results[0].confidence, results[2].confidence)
+    for name in ("confirm.judge.hidden_bias", "confirm.combine"):
+        torn = {place: tensor for place, tensor in tensors.items() if place != f"block_5.{name}"}
+        with pytest.raises(ExitHeadError, match=rf"incomplete: 'block_5\.{name}'"):
+            exits_from_tensors(torn, metadata)
+    torn = {place: tensor for place, tensor in tensors.items() if ".confirm.judge." not in place}
+    with pytest.raises(ExitHeadError, match="block_5: the confirmation has no judge"):
+        exits_from_tensors(torn, metadata)
+    with pytest.raises(ExitHeadError, match="incomplete: 'list_ratio'"):
+        exits_from_tensors(tensors, exit_metadata([listed]))
+    odd = metadata["exits"].replace("0.85", '"all"')
+    with pytest.raises(ExitHeadError, match="block_5: list_ratio is 'all', it must be a number"):
+        exits_from_tensors(tensors, {"exits": odd})
 
 
 @pytest.mark.parametrize("kinds", [("rms", "rms"), ("layer", "layer")])

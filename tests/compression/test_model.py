@@ -13,7 +13,7 @@ from exeunt.compression.bundle import BundleError, open_bundle
 from exeunt.compression.checkpoint_names import linear_shapes
 from exeunt.compression.decoder import Decoder
 from exeunt.compression.kv_format import page_bytes_for
-from exeunt.compression.manifest import FORMAT_VERSION, PLAIN_VERSION, ExitRecord
+from exeunt.compression.manifest import JUDGED_VERSION, PLAIN_VERSION, ExitRecord
 from exeunt.compression.model import (
     LoadedModel,
     ModelLoadError,
@@ -139,7 +139,7 @@ def test_a_bundle_with_a_shortlist_says_so_and_all_decoders_share_it(tmp_path: P
     plain = small_bundle(tmp_path / "plain", checkpoint)
     listed = small_bundle(tmp_path / "listed", checkpoint, shortlist=(1, 5, 6, 20))
     assert open_bundle(plain.path).manifest.format_version == PLAIN_VERSION, "older readers take it"
-    assert open_bundle(listed.path).manifest.format_version == FORMAT_VERSION > PLAIN_VERSION
+    assert open_bundle(listed.path).manifest.format_version == JUDGED_VERSION > PLAIN_VERSION
     model = load_bundle(listed.path)
     shortlist = model.exits[0].shortlist
     assert shortlist is not None

@@ -12,10 +12,18 @@ from torch import Tensor
 import exeunt.compression.gate_steps as gate_steps
 from exeunt.compression.decoder import Decoder
 from exeunt.compression.exit_output import ExitOutput, Shortlist
+from exeunt.compression.exits import ExitConfirmation
 from exeunt.compression.graph_pool import ROWS, SPARE_MEMORY, size_for
 from exeunt.compression.host_memory import fetched, integers_on_host, sent, staged
 from exeunt.compression.row_graphs import MOST_ROW_GRAPHS, StepGraphs
-from tests.compression.exit_heads import HIDDEN, SHORTLIST, exit_head, exit_judge, exit_outputs
+from tests.compression.exit_heads import (
+    HIDDEN,
+    SHORTLIST,
+    exit_confirmation,
+    exit_head,
+    exit_judge,
+    exit_outputs,
+)
 from tests.compression.fake_graphs import GROWN, FakePool
 from tests.compression.reference_models import build_model, save
 
@@ -178,9 +186,11 @@ def test_nothing_is_captured_on_a_cpu(decoder: Decoder) -> None:
     assert decoder.step_graphs is None
 
 
-@pytest.mark.parametrize("listed", [None, SHORTLIST])
+@pytest.mark.parametrize(
+    ("listed", "last"), [(None, None), (SHORTLIST, None), (SHORTLIST, exit_confirmation())]
+)
 def test_a_gate_is_that_without_graphs_and_waits_once(
-    listed: Shortlist | None, monkeypatch: pytest.MonkeyPatch
+    listed: Shortlist | None, last: ExitConfirmation | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("exeunt.compression.exits.triton_runs", lambda device: True)
     waits: list[torch.Size] = []
@@ -190,7 +200,7 @@ def test_a_gate_is_that_without_graphs_and_waits_once(
         return fetched(tensor)
 
     monkeypatch.setattr(gate_steps, "fetched", counted)
-    head = replace(exit_head(), shortlist=listed, judge=exit_judge())
+    head = replace(exit_head(), shortlist=listed, judge=exit_judge(), confirmation=last)
     output, plain = exit_outputs(torch.float32)[0], exit_outputs(torch.float32)[0]
     graphs = StepGraphs(FakePool())
     output.replay_in(graphs)
@@ -199,17 +209,21 @@ def test_a_gate_is_that_without_graphs_and_waits_once(
         thresholds = torch.full((11,), threshold)
         waits.clear()
         found = head.gate(hidden, thresholds, output)
-        assert waits == [(11, 3)]
+        assert waits == [(11, 4)]
         expected = head.gate(hidden, thresholds, plain)
         head.gate(torch.randn(11, HIDDEN), thresholds, output)  # what was found is kept by nobody's graph
         torch.testing.assert_close(found.confidence, expected.confidence)
         assert torch.equal(found.leaves, expected.leaves)
         assert torch.equal(found.looked, expected.looked)
+        assert torch.equal(found.whole, expected.whole)
         torch.testing.assert_close(found.logits, expected.logits)
         assert {0.5: 0 < int(found.leaves.sum()) < 11, 0.0: bool(found.leaves.all())}.get(
             threshold, len(found.logits) == 0
         )
-    assert graphs.count >= (1 if listed is None else 3)  # the gate, and the projection of some and of all
+    if listed is None or last is not None:
+        assert graphs.count == 1, "the gate alone: what confirms it is what rows that leave say"
+    else:
+        assert graphs.count >= 3  # the gate, and the projection of some and of all
 
 
 def test_a_gate_of_many_rows_runs_without_graphs(monkeypatch: pytest.MonkeyPatch) -> None:

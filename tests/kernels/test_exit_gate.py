@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from exeunt.kernels.exit_gate import (
+    Confirmation,
     ExitWeights,
     GateRule,
     JudgeWeights,
@@ -138,6 +139,16 @@ def test_the_native_gate_checks_what_it_is_given(seed: int) -> None:
         exit_gate(hidden, limits, weights, replace(rule, judge=_judge(4, 6)), output, few)
     with pytest.raises(ValueError, match="the judge reads 3 units and 2 logits"):
         exit_gate(hidden, limits, weights, replace(rule, judge=_judge(3, 2)), output, few)
+    last = Confirmation(torch.ones(4), 0.5, _judge(4, 6))
+    assert exit_gate(hidden, limits, weights, replace(rule, confirmation=last), output, few) is not None
+    with pytest.raises(ValueError, match="a confirmation and no shortlist"):
+        exit_gate(hidden, limits, weights, replace(rule, confirmation=last), output)
+    odd = replace(last, combine=torch.ones(3))
+    with pytest.raises(ValueError, match=r"the confirmation's combine is \[3\]"):
+        exit_gate(hidden, limits, weights, replace(rule, confirmation=odd), output, few)
+    odd = replace(last, judge=_judge(3, 6))
+    with pytest.raises(ValueError, match="the confirmation's judge reads 3 units and 6 logits"):
+        exit_gate(hidden, limits, weights, replace(rule, confirmation=odd), output, few)
 
 
 def test_nan_stays_in_its_row(seed: int) -> None:

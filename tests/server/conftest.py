@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from exeunt.compression.exit_output import Shortlist
-from exeunt.compression.exits import ExitHead, ExitJudge, ExitNorm, ExitProbe
+from exeunt.compression.exits import ExitConfirmation, ExitHead, ExitJudge, ExitNorm, ExitProbe
 from exeunt.compression.linear_block import LinearBlock
 from exeunt.compression.model import LoadedModel, load_plain_model
 
@@ -68,7 +68,7 @@ def random_exit(block: int, model: LoadedModel, seed: int) -> ExitHead:
 def tiny_model(tiny_checkpoint: Path) -> LoadedModel:
     """The tiny checkpoint at full depth, with random exits after blocks 1 and 3 and a linear block.
 
-    The first exit decides by a shortlist and has a judge, the second looks at all tokens and has none.
+    The first exit has a judge and looks at a shortlist, which all logits confirm; the second looks at all tokens.
     """
     model = load_plain_model(tiny_checkpoint, device="cpu", dtype=torch.float32)
     g = torch.Generator().manual_seed(3)
@@ -76,7 +76,8 @@ def tiny_model(tiny_checkpoint: Path) -> LoadedModel:
         torch.randn(5, 8, generator=g) / 5, torch.zeros(8), torch.randn(8, generator=g), torch.zeros(())
     )
     shortlist = Shortlist(torch.randperm(VOCAB, generator=g)[: VOCAB // 3].sort().values)
-    first = replace(random_exit(1, model, 1), judge=judge, shortlist=shortlist)
+    last = ExitConfirmation(judge, torch.tensor([1.0, 0.2, 0.1, 1.5]), 0.5)
+    first = replace(random_exit(1, model, 1), judge=judge, shortlist=shortlist, confirmation=last)
     exits = (first, random_exit(3, model, 2))
     g = torch.Generator().manual_seed(3)
     linear = LinearBlock(

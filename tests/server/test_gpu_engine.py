@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from exeunt.compression.exit_output import Shortlist
-from exeunt.compression.exits import ExitJudge
+from exeunt.compression.exits import ExitConfirmation, ExitJudge
 from exeunt.compression.graph_pool import GraphPool
 from exeunt.compression.model import LoadedModel, load_plain_model
 from exeunt.compression.row_graphs import StepGraphs
@@ -25,14 +25,15 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def gpu_model(tiny_checkpoint: Path) -> LoadedModel:
-    """The tiny model in bfloat16, with two exits of which the first decides by a shortlist."""
+    """The tiny model in bfloat16, with two exits of which the first looks at a shortlist, which all logits confirm."""
     model = load_plain_model(tiny_checkpoint, device="cuda", dtype=torch.bfloat16)
     first, second = (random_exit(block, model, seed) for block, seed in ((1, 1), (3, 2)))
     g = torch.Generator().manual_seed(3)
     judge = ExitJudge(
         torch.randn(5, 8, generator=g) / 5, torch.zeros(8), torch.randn(8, generator=g), torch.zeros(())
     )
-    first = replace(first, judge=judge, shortlist=Shortlist(torch.arange(0, VOCAB, 3)))
+    last = ExitConfirmation(judge, torch.tensor([1.0, 0.2, 0.1, 1.5]), 0.5)
+    first = replace(first, judge=judge, shortlist=Shortlist(torch.arange(0, VOCAB, 3)), confirmation=last)
     exits = tuple(head.to(model.device, model.dtype) for head in (first, second))
     return replace(model, exits=exits)
 

@@ -6,6 +6,7 @@ from matplotlib.axes import Axes
 from scipy import stats
 
 from exeunt.calibration.bootstrap import Measure
+from exeunt.calibration.exit_records import FittedExit
 from exeunt.calibration.gate_quality import Curve, GateQuality
 from exeunt.calibration.report.content import ReportContent
 from exeunt.calibration.report.drawing import SOFT, draw, label_ends, series, whiskers
@@ -34,7 +35,7 @@ def gates_section(content: ReportContent) -> Section | None:
         "The split chose between heads, and each half of it is judged by a regression of the gate's parts that was "
         "fitted on the other half: figures lean to the good side. Certificates do not rely on a gate being calibrated, "
         "they are counted on text that gates never saw.",
-        (*figures, _table(content)),
+        (*figures, _table(content), *_shares(content)),
     )
 
 
@@ -146,11 +147,7 @@ def _table(content: ReportContent) -> Table:
             Cell(f"{each.gate.auc_probe:.3f}"),
             Cell(f"{each.gate.auc_top:.3f}"),
             Cell(f"{each.gate.calibration_error:.3f}"),
-            Cell(
-                "the whole vocabulary"
-                if each.head.shortlist is None
-                else f"{count(len(each.head.shortlist))} of its tokens"
-            ),
+            Cell(_looks_at(each)),
             *(
                 Cell(share(within(each.gate.coverage, target)) if each.gate.coverage else NOTHING)
                 for target in targets
@@ -159,3 +156,36 @@ def _table(content: ReportContent) -> Table:
         for each in content.exits
     ]
     return Table((*headers, *(f"within {percent(target)}" for target in targets)), rows)
+
+
+def _looks_at(each: FittedExit) -> str:
+    """What an exit's gate decides by, in words."""
+    if each.head.shortlist is None:
+        return "the whole vocabulary"
+    listed = f"{count(len(each.head.shortlist))} of its tokens"
+    if each.head.confirmation is None:
+        return listed
+    alone = "" if each.gate.auc_listed is None else f" (AUC {each.gate.auc_listed:.3f})"
+    return (
+        f"{listed}{alone}, then at all where these say {each.head.confirmation.list_ratio:g} of the threshold"
+    )
+
+
+def _shares(content: ReportContent) -> tuple[Table, ...]:
+    """How far tokens get in the gates of the certified exits; nothing where no threshold was planned."""
+    shares = content.selection.shares
+    if not shares:
+        return ()
+    headers = ("threshold", "gates asked", "looked at", "whole vocabulary", "leave")
+    rows = [
+        [
+            Cell(f"{each.threshold:.3f}"),
+            Cell(f"{each.asked:.2f}"),
+            Cell(share(each.looked)),
+            Cell(share(each.whole)),
+            Cell(share(each.left)),
+        ]
+        for each in shares
+    ]
+    caption = "Per token that may leave, all certified exits together, on the select split"
+    return (Table(headers, rows, caption=caption),)

@@ -3,6 +3,7 @@
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal, get_args
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from exeunt.compression.decoder import Decoder
 from exeunt.compression.exit_output import Shortlist
-from exeunt.compression.exits import ExitHead, ExitJudge, ExitProbe, GateResult
+from exeunt.compression.exits import ExitConfirmation, ExitHead, ExitJudge, ExitProbe, GateResult
 from exeunt.compression.graph_pool import GraphPool
 from exeunt.compression.linear import FullLinear, Int4Linear
 from exeunt.compression.norm import Norm
@@ -36,7 +37,11 @@ def _decoder(folder: Path, family: str, weights: str) -> Decoder:
     return decoder
 
 
-def _exit(decoder: Decoder, listed: bool) -> ExitHead:
+Form = Literal["whole", "listed", "confirmed"]
+FORMS: tuple[Form, ...] = get_args(Form)
+
+
+def _exit(decoder: Decoder, form: Form) -> ExitHead:
     generator, hidden = torch.Generator().manual_seed(8), decoder.spec.hidden_size
 
     def random(*shape: int) -> Tensor:
@@ -50,9 +55,12 @@ def _exit(decoder: Decoder, listed: bool) -> ExitHead:
         torch.tensor([0.8, 0.3, 0.2, 0.0]),
         0.3,
     )
-    if listed:
+    if form != "whole":
         judge = ExitJudge(random(4, UNITS) / 5, random(UNITS) / 5, random(UNITS), torch.tensor(0.0))
         head = replace(head, judge=judge, shortlist=Shortlist(torch.arange(0, 2100, 3)))
+    if form == "confirmed":
+        last = ExitConfirmation(judge, torch.tensor([0.6, 0.3, 0.2, 0.3]), 0.8)
+        head = replace(head, confirmation=last)
     return head.to(decoder.device, decoder.dtype)
 
 
@@ -78,10 +86,10 @@ def test_head(tmp_path: Path, family: str) -> None:
 
 
 @pytest.mark.parametrize("weights", ["full", "int4"])
-@pytest.mark.parametrize("listed", [False, True])
-def test_gate(tmp_path: Path, weights: str, listed: bool) -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_gate(tmp_path: Path, weights: str, form: Form) -> None:
     decoder = _decoder(tmp_path, "llama", weights)
-    head = _exit(decoder, listed)
+    head = _exit(decoder, form)
     generator = torch.Generator().manual_seed(3)
     states = [torch.randn(n, decoder.spec.hidden_size, generator=generator).bfloat16().cuda() for n in ROWS]
     with torch.inference_mode():
@@ -99,16 +107,16 @@ def test_gate(tmp_path: Path, weights: str, listed: bool) -> None:
         captured = [gate(*ask) for ask in asks]
     assert any(0 < int(found.leaves.sum()) < len(found.leaves) for found in plain)
     for one, two in zip(plain, captured, strict=True):
-        for name in ("confidence", "leaves", "looked", "logits"):
+        for name in ("confidence", "leaves", "looked", "whole", "logits"):
             assert torch.equal(getattr(one, name), getattr(two, name)), name
         assert two.leaves.device.type == "cpu"
         assert two.logits.is_cuda
 
 
-@pytest.mark.parametrize("listed", [False, True])
-def test_a_gate_waits_once_and_a_head_never(tmp_path: Path, listed: bool) -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_a_gate_waits_once_and_a_head_never(tmp_path: Path, form: Form) -> None:
     decoder = _decoder(tmp_path, "llama", "full")
-    head = _exit(decoder, listed)
+    head = _exit(decoder, form)
     state = torch.randn(5, decoder.spec.hidden_size, device="cuda").bfloat16()
     thresholds = torch.tensor([0.0, torch.inf, 0.0, 0.0, 0.0]).pin_memory()
     with torch.inference_mode(), warnings.catch_warnings(record=True) as waits:

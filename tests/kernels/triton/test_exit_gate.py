@@ -6,9 +6,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from exeunt.compression.exit_output import Shortlist
-from exeunt.compression.exits import ExitHead, ExitJudge, ExitProbe, GateResult
+from exeunt.compression.exits import ExitConfirmation, ExitHead, ExitJudge, ExitProbe, GateResult
 from exeunt.compression.norm import Norm
 from exeunt.kernels.exit_gate import (
+    Confirmation,
     GateRule,
     JudgeWeights,
     exit_state,
@@ -114,6 +115,67 @@ def test_a_constant_added_to_the_logits_changes_nothing(device: str, shift: floa
     assert torch.equal(gate_confidence_triton(probe, logits + shift, combine, None, None), sure)
 
 
+def _confirmed(
+    device: str, rows: int, list_ratio: float, screen_ratio: float = 0.8
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor, Tensor], GateRule]:
+    """Probes, units, a shortlist's logits, thresholds and all logits of rows that end at each step of a gate.
+
+    Every third leaves; of the others some are turned away by the list, some by all logits; every fifth may not leave.
+    """
+    (probe, read, listed, _), _ = _decided(device, rows, True)
+    whole = torch.cat((listed, torch.randn(rows, 1100, device=device) * 2), dim=1)
+    judges, combines, sure = (_judge(7, 4, device), _judge(7, 6, device)), [], []
+    for logits, judge in zip((listed, whole), judges, strict=True):
+        combine = torch.tensor([0.5, 0.4, 0.3, 0.0], device=device)
+        said = gate_confidence_reference(probe, logits, combine, read, judge.parts)
+        combine[3] = -said.logit(1e-6).median()  # half of the rows above one half, half below
+        combines.append(combine)
+        sure.append(gate_confidence_reference(probe, logits, combine, read, judge.parts))
+    (first, confirmed), last = sure, Confirmation(combines[1], list_ratio, judges[1])
+    past_probe = probe.sigmoid() / screen_ratio if screen_ratio else torch.ones_like(probe)
+    past_list = first / list_ratio if list_ratio else torch.ones_like(first)
+    before, kind = past_list.minimum(past_probe), torch.arange(rows, device=device) % 3
+    thresholds = 0.9 * confirmed.minimum(before)
+    thresholds = torch.where((kind == 1) & (confirmed < before), (confirmed + before) / 2, thresholds)
+    thresholds = torch.where((kind == 2) & (past_list < past_probe), (past_list + past_probe) / 2, thresholds)
+    thresholds[::5] = torch.inf
+    return (probe, read, listed, thresholds, whole), GateRule(combines[0], screen_ratio, judges[0], last)
+
+
+@pytest.mark.parametrize(("list_ratio", "screen_ratio"), [(0.0, 0.8), (0.9, 0.8), (1.0, 0.0)])
+@pytest.mark.usefixtures("dispatched")
+def test_confirmed_decisions(device: str, list_ratio: float, screen_ratio: float) -> None:
+    (probe, read, listed, thresholds, whole), rule = _confirmed(device, 33, list_ratio, screen_ratio)
+    expected = gate_decisions_reference(probe, read, listed, thresholds, rule, whole)
+    found = gate_decisions(probe, read, listed, thresholds, rule, whole)
+    torch.testing.assert_close(found[0], expected[0], atol=1e-5, rtol=1e-4)
+    for place in (1, 2, 3):
+        assert torch.equal(found[place], expected[place])
+    leaves, looked, passed = (int(part.sum()) for part in found[1:])
+    assert 0 < leaves < passed <= looked < 33
+    assert passed < looked or list_ratio == 0
+    assert torch.equal(found[1], found[2] & (found[0] >= thresholds))
+    row = int(found[1].nonzero()[-1])
+    part = slice(row, row + 1)
+    alone = gate_decisions(probe[part], read[part], listed[part], thresholds[part], rule, whole[part])
+    assert all(torch.equal(one[0], every[row]) for one, every in zip(alone, found, strict=True))
+    whole[row, 1500] = torch.nan  # outside the list: it passes that, and stays
+    spoilt = gate_decisions(probe, read, listed, thresholds, rule, whole)
+    assert torch.equal(spoilt[3], found[3])
+    assert (spoilt[1] != found[1]).nonzero().flatten().tolist() == [row]
+
+
+@pytest.mark.usefixtures("dispatched")
+def test_a_confirmation_needs_all_logits(device: str) -> None:
+    (probe, read, listed, thresholds, whole), rule = _confirmed(device, 6, 0.9)
+    with pytest.raises(ValueError, match="a confirmation needs the whole vocabulary's logits"):
+        gate_decisions(probe, read, listed, thresholds, rule)
+    with pytest.raises(ValueError, match="a confirmation needs the whole vocabulary's logits"):
+        gate_decisions(probe, read, listed, thresholds, GateRule(rule.combine, 0.8, rule.judge), whole)
+    with pytest.raises(ValueError, match=r"logits are \[5, 2130\], not \[6, V\] with V at least 1030"):
+        gate_decisions(probe, read, listed, thresholds, rule, whole[:5])
+
+
 def _decided(device: str, rows: int, judged: bool) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], GateRule]:
     logits, read = torch.randn(rows, 1030, device=device) * 2, torch.randn(rows, 7, device=device)
     probe, judge = torch.randn(rows, device=device) + 1, _judge(7, 4, device) if judged else None
@@ -145,7 +207,7 @@ def test_decisions(device: str, judged: bool) -> None:
     changed = (spoilt[1] != found[1]).nonzero().flatten()
     assert torch.equal(changed, found[1].nonzero().flatten()[:2])
     a, b, c, d = (part[:0] for part in tensors)
-    assert [part.shape for part in gate_decisions(a, b, c, d, rule)] == [(0,)] * 3
+    assert [part.shape for part in gate_decisions(a, b, c, d, rule)] == [(0,)] * 4
 
 
 def test_no_row_passes_a_screen_of_nothing_at_an_infinite_threshold(device: str) -> None:
@@ -176,13 +238,16 @@ def test_shapes_are_known_without_data(device: str) -> None:
             (5, torch.float32),
             (5, torch.bool),
             (5, torch.bool),
+            (5, torch.bool),
         ]
         assert probe_logit_triton(
             logits, torch.empty(50, device=device), torch.empty((), device=device)
         ).shape == (5,)
 
 
-def _head(device: str, dtype: torch.dtype, layer: bool, judged: bool, listed: bool) -> ExitHead:
+def _head(
+    device: str, dtype: torch.dtype, layer: bool, judged: bool, listed: bool, confirmed: bool = False
+) -> ExitHead:
     size, units, vocab = 48, 9, 300
     norm = Norm(
         "layer" if layer else "rms", 1 + torch.randn(size) / 5, torch.randn(size) if layer else None, 1e-5
@@ -192,7 +257,10 @@ def _head(device: str, dtype: torch.dtype, layer: bool, judged: bool, listed: bo
     shortlist = Shortlist(torch.arange(0, vocab, 3)) if listed else None
     combine = torch.tensor([0.5, 0.4, 0.2, 0.0])
     adapter = torch.randn(size, size) / size**0.5
-    return ExitHead(3, norm, adapter, probe, combine, 0.7, judge, shortlist).to(device, dtype)
+    last = None
+    if confirmed:
+        last = ExitConfirmation(ExitJudge(*_judge(units, 6, "cpu").parts), combine / 2, 0.2)
+    return ExitHead(3, norm, adapter, probe, combine, 0.7, judge, shortlist, last).to(device, dtype)
 
 
 @pytest.mark.parametrize("layer", [False, True])
@@ -210,20 +278,28 @@ def test_state(device: str, layer: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("layer", "judged", "listed", "parts"),
+    ("layer", "judged", "listed", "confirmed", "parts"),
     [
-        (False, False, False, 512),
-        (True, True, False, 5),
-        (False, True, True, 512),
-        on_gpu_only(False, False, False, 5),
-        on_gpu_only(True, True, False, 512),
-        on_gpu_only(False, True, True, 5),
+        (False, False, False, False, 512),
+        (True, True, False, False, 5),
+        (False, True, True, False, 512),
+        (False, True, True, True, 512),
+        on_gpu_only(False, False, False, False, 5),
+        on_gpu_only(True, True, False, False, 512),
+        on_gpu_only(False, True, True, False, 5),
+        on_gpu_only(True, True, True, True, 5),
     ],
 )
 def test_a_gate_is_that_of_separate_steps(
-    device: str, layer: bool, judged: bool, listed: bool, parts: int, monkeypatch: pytest.MonkeyPatch
+    device: str,
+    layer: bool,
+    judged: bool,
+    listed: bool,
+    confirmed: bool,
+    parts: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    head = _head(device, torch.float32, layer, judged, listed)
+    head = _head(device, torch.float32, layer, judged, listed, confirmed)
     matrix = torch.randn(300, 48, device=device) / 4
     hidden = torch.randn(13, 48, device=device)
     sure = _gate_on_cpu(head, hidden, torch.zeros(13), matrix).confidence.to(device)
@@ -244,12 +320,18 @@ def test_a_gate_is_that_of_separate_steps(
     near = ((expected.confidence - thresholds.cpu()).abs() < 1e-4).cpu()
     assert torch.equal(found.leaves.cpu()[~near], expected.leaves[~near])
     assert found.looked.tolist() == expected.looked.tolist()
+    assert found.whole.tolist() == expected.whole.tolist()
+    if confirmed:
+        assert bool(found.leaves[found.whole].sum() == found.leaves.sum())
     assert not bool(found.leaves[[2, 4]].any())
     assert 0 < int(found.leaves.sum()) < 13
     assert found.logits.shape == (int(found.leaves.sum()), 300)
     state = head.read(hidden[found.leaves])[0]
     torch.testing.assert_close(found.logits, project(state), atol=1e-4, rtol=1e-4)
-    rows = gate_rows(hidden, thresholds, head.weights, head.rule, lambda state: head.decisive(project(state)))
+    whole = project if confirmed else None
+    rows = gate_rows(
+        hidden, thresholds, head.weights, head.rule, lambda state: head.decisive(project(state)), whole
+    )
     assert torch.equal(rows.leaves.cpu(), found.leaves)
     nobody = head.gate(hidden, torch.full_like(thresholds, torch.inf), project)
     assert not bool(nobody.leaves.any())

@@ -1,0 +1,122 @@
+"""Exit heads as tensors and settings, the form that they have in a bundle, and back."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+from torch import Tensor
+
+from exeunt.compression.exit_output import Shortlist
+from exeunt.compression.exit_parts import (
+    JUDGE_PARTS,
+    ExitConfirmation,
+    ExitHeadError,
+    ExitJudge,
+    ExitProbe,
+)
+from exeunt.compression.exits import ExitHead
+from exeunt.compression.manifest import CONFIRMED_VERSION, JUDGED_VERSION, PLAIN_VERSION
+from exeunt.compression.norm import Norm
+
+METADATA_KEY: Final = "exits"
+
+
+def exit_tensors(heads: Sequence[ExitHead]) -> dict[str, Tensor]:
+    """The tensors of `heads` under the names they have in a bundle: `block_<i>.<part>`."""
+    return {f"{head.name}.{part}": tensor for head in heads for part, tensor in head.tensors.items()}
+
+
+def exit_metadata(heads: Sequence[ExitHead]) -> dict[str, str]:
+    """What `exit_tensors` does not hold, as safetensors metadata: blocks, norms and screens."""
+    return {METADATA_KEY: json.dumps([_settings(head) for head in heads])}
+
+
+def _settings(head: ExitHead) -> dict[str, object]:
+    settings: dict[str, object] = {
+        "block": head.block,
+        "norm_kind": head.norm.kind,
+        "norm_eps": head.norm.eps,
+        "screen_ratio": head.screen_ratio,
+    }
+    return settings if head.confirmation is None else settings | {"list_ratio": head.confirmation.list_ratio}
+
+
+def format_version(heads: Sequence[ExitHead]) -> int:
+    """The least format version of a bundle with these heads: readers that would overlook a part must refuse it."""
+    if any(head.confirmation is not None for head in heads):
+        return CONFIRMED_VERSION
+    return JUDGED_VERSION if any(head.optional_tensors for head in heads) else PLAIN_VERSION
+
+
+def exits_from_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[ExitHead, ...]:
+    """The heads that `exit_tensors` and `exit_metadata` wrote, shallowest first.
+
+    Raises ExitHeadError where something is missing or does not fit together.
+    """
+    try:
+        settings = json.loads(metadata[METADATA_KEY])
+        heads = [_head_from(tensors, entry) for entry in settings]
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ExitHeadError(f"the exit heads are incomplete: {error}") from error
+    return tuple(sorted(heads, key=lambda head: head.block))
+
+
+def _head_from(tensors: Mapping[str, Tensor], settings: Mapping[str, object]) -> ExitHead:
+    block, kind, eps = settings["block"], settings["norm_kind"], settings["norm_eps"]
+    ratio = settings["screen_ratio"]
+    if not (isinstance(block, int) and isinstance(eps, int | float) and isinstance(ratio, int | float)):
+        raise ExitHeadError(f"the settings of an exit head have the wrong types: {dict(settings)}")
+    if kind not in ("rms", "layer"):
+        raise ExitHeadError(f"block_{block}: norm kind is {kind!r}, it must be 'rms' or 'layer'")
+    name = f"block_{block}"
+
+    def part(place: str) -> Tensor:
+        return tensors[f"{name}.{place}"]
+
+    norm = Norm(kind, part("norm.weight"), tensors.get(f"{name}.norm.bias"), float(eps))
+    probe = ExitProbe(
+        part("probe.hidden_weight"),
+        part("probe.hidden_bias"),
+        part("probe.output_weight"),
+        part("probe.output_bias"),
+    )
+    return ExitHead(
+        block,
+        norm,
+        part("adapter"),
+        probe,
+        part("combine"),
+        float(ratio),
+        _judge(tensors, f"{name}.judge"),
+        _shortlist(tensors, name),
+        _confirmation(tensors, name, settings),
+    )
+
+
+def _judge(tensors: Mapping[str, Tensor], name: str) -> ExitJudge | None:
+    """The judge whose tensors begin with `name`, None where there is none."""
+    if f"{name}.top_weight" not in tensors:
+        return None
+    return ExitJudge(*(tensors[f"{name}.{part}"] for part in JUDGE_PARTS))
+
+
+def _shortlist(tensors: Mapping[str, Tensor], name: str) -> Shortlist | None:
+    ids = tensors.get(f"{name}.shortlist")
+    try:
+        return None if ids is None else Shortlist(ids)
+    except ValueError as error:
+        raise ExitHeadError(f"{name}: {error}") from error
+
+
+def _confirmation(
+    tensors: Mapping[str, Tensor], name: str, settings: Mapping[str, object]
+) -> ExitConfirmation | None:
+    judge = _judge(tensors, f"{name}.confirm.judge")
+    if judge is None:
+        if "list_ratio" in settings or f"{name}.confirm.combine" in tensors:
+            raise ExitHeadError(f"{name}: the confirmation has no judge")
+        return None
+    ratio = settings["list_ratio"]
+    if not isinstance(ratio, int | float):
+        raise ExitHeadError(f"{name}: list_ratio is {ratio!r}, it must be a number in [0, 1]")
+    return ExitConfirmation(judge, tensors[f"{name}.confirm.combine"], float(ratio))
