@@ -112,7 +112,7 @@ def _looks(model: ForcedModel, hidden: torch.Tensor) -> dict[int | None, Callabl
     found: dict[int | None, Callable[[], object]] = {}
     for size in (None, *sorted({*shortlist_sizes(vocab), *own})):
         ids = None if size is None else Shortlist(torch.arange(size, device=hidden.device))
-        look = replace(head, screen_ratio=0.0, shortlist=ids)
+        look = replace(head, screen_ratio=0.0, shortlist=ids, confirmation=None)
         found[size] = partial(look.gate, hidden, never, project)
     return found
 

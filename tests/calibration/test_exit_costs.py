@@ -15,7 +15,7 @@ from exeunt.calibration.teacher_forcing import ForcedModel
 from exeunt.compression.decoder import Decoder
 from exeunt.compression.exit_output import Shortlist
 from exeunt.compression.exits import ExitNorm
-from tests.calibration.conftest import BLOCKS, HIDDEN, random_exit
+from tests.calibration.conftest import BLOCKS, HIDDEN, confirmed_exit, random_exit
 
 
 def test_every_part_runs_and_costs_something(decoder: Decoder) -> None:
@@ -35,7 +35,7 @@ def test_costs_are_in_units_of_a_block(decoder: Decoder, monkeypatch: pytest.Mon
 
     sizes = shortlist_sizes(decoder.spec.vocab_size)
     monkeypatch.setattr(exit_costs, "_in_turn", timed)
-    head = replace(random_exit(1, 1), shortlist=Shortlist(torch.arange(12)))
+    head = replace(confirmed_exit(1, 1), shortlist=Shortlist(torch.arange(12)))
     costs = exit_costs.measure_exit_costs(ForcedModel(decoder, "full", (head,)))
     assert (costs.gate, costs.projection, costs.skipped_kv) == pytest.approx((0.25, 1.5, 0.1))
     assert dict(costs.looks) == pytest.approx({12: 0.2} | dict.fromkeys(sizes, 0.3))
