@@ -39,6 +39,9 @@ _log = logging.getLogger(__name__)
 ACTIVATIONS: Final = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
 
 
+_MOST_WARPS: Final = 8  # of a program
+
+
 @dataclass(frozen=True, slots=True)
 class LinearTiles:
     """The sizes that the kernels run with; `most_parts` and `part_inputs` say how sums are cut, the others how fast."""
@@ -82,10 +85,12 @@ class LinearTiles:
 
     def splits(self, tokens: int, tiles: int, tile: Tile, *, int4: bool) -> bool:
         """Whether each part of so many tiles' sums has a program of its own."""
+        if tile in (self.full_wide, self.int4_tall):
+            return False
+        if tile.warps == _MOST_WARPS:  # few of them keep the GPU busy, and their parts are large to leave
+            return tiles < self.tiles_to_fill // 4
         few = int4 and tokens <= self.split_rows
-        return tile not in (self.full_wide, self.int4_tall) and tiles < (
-            self.int4_tiles_to_flood if few else self.tiles_to_fill
-        )
+        return tiles < (self.int4_tiles_to_flood if few else self.tiles_to_fill)
 
 
 TILES: Final = LinearTiles()
