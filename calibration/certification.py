@@ -93,8 +93,8 @@ def full_depth_pass(
         if losses:
             lost.append(_losses(model, group, states, full, seen[-1][0] >= least))
         advance(group.tokens)
-    reach, projects, whole, agrees = (np.concatenate(parts, axis=1) for parts in zip(*seen, strict=True))
-    view = view_of(reach, projects, whole, agrees.astype(bool), rows, documents)
+    reach, looked, whole, agrees = (np.concatenate(parts, axis=1) for parts in zip(*seen, strict=True))
+    view = view_of(reach, looked, whole, agrees.astype(bool), rows, documents)
     joined = _joined(lost) if losses else None
     return FullDepthPass(groups, tuple(entries), tuple(tops), view, joined, tuple(kept))
 

@@ -32,14 +32,14 @@ Integers = NDArray[np.int64]
 class Passage:
     """How tokens [T] went through a model with E exits: what they are charged for.
 
-    `left` is the exit at which each left, E where it stayed. `asked`, `projected` and `whole` [E, T] say whether an
+    `left` is the exit at which each left, E where it stayed. `asked`, `looked` and `whole` [E, T] say whether an
     exit's gate was asked about a token, whether it looked at its logits, in vain or not, and whether at all of them.
     """
 
     positions: Integers  # [T], from 0 in its row
     left: Integers  # [T]
     asked: NDArray[np.bool_]  # [E, T]
-    projected: NDArray[np.bool_]  # [E, T]
+    looked: NDArray[np.bool_]  # [E, T]
     whole: NDArray[np.bool_]  # [E, T]
 
 
@@ -61,7 +61,7 @@ class ComputeCost:
         kv = spec.hidden_size * 2 * spec.kv_size + NORM * spec.hidden_size
         self._kv = _before([kv * float(attends) for attends in attending])
         self._asked = np.array([asked_cost(head) for head in exits], np.float64)
-        self._projected = np.array([projected_cost(head, spec) for head in exits], np.float64)
+        self._looked = np.array([looked_cost(head, spec) for head in exits], np.float64)
         self._whole = np.array([whole_cost(head, spec) for head in exits], np.float64)
 
     @property
@@ -98,7 +98,7 @@ class ComputeCost:
         if skipped_kv == "propagate":
             done += self._kv[self._spec.blocks] - self._kv[depths]
         done += np.where(passage.left == len(self._exits), self.head, 0.0)
-        done += self._asked @ passage.asked + self._projected @ passage.projected
+        done += self._asked @ passage.asked + self._looked @ passage.looked
         return done + self._whole @ passage.whole
 
 
@@ -129,7 +129,7 @@ def _asked(units: int, hidden: int) -> float:
     return float(NORM * hidden + hidden * hidden + units * hidden + units)
 
 
-def projected_cost(head: ExitHead, spec: Architecture) -> float:
+def looked_cost(head: ExitHead, spec: Architecture) -> float:
     """Multiply-accumulates of an exit's look at one token: at its shortlist, or at the vocabulary; and of its judge."""
     looked_at = spec.vocab_size if head.shortlist is None else len(head.shortlist)
     judge = 0 if head.judge is None else _judge_cost(head.judge)

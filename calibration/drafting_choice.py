@@ -65,7 +65,7 @@ class DraftRates:
     """
 
     threshold: float
-    projected: float
+    looked: float
     drafted: float
     acceptance: float
     whole: float = 0.0
@@ -101,7 +101,7 @@ def draft_speed(rates: DraftRates, depth: int, length: int, costs: PassCosts) ->
     tokens = np.cumsum(rates.acceptance**drafts)
     asked = np.minimum(drafts + 1, length)
     deep = np.array([costs.deep_pass(depth, int(each) + 1) for each in drafts])
-    gate = costs.gate + rates.projected * costs.projection + rates.whole * costs.whole
+    gate = costs.gate + rates.looked * costs.projection + rates.whole * costs.whole
     seconds = (drafts + 1) * costs.shallow[depth] + asked * gate + deep
     return float(chance @ tokens / (chance @ seconds))
 
@@ -109,7 +109,7 @@ def draft_speed(rates: DraftRates, depth: int, length: int, costs: PassCosts) ->
 def draft_rates(view: GateView, place: int) -> list[DraftRates]:
     """What the gate of one exit of `view` makes of its tokens, at a threshold for each of `DRAFT_SHARES`."""
     may_leave = view.reach[place] >= 0
-    reach, projects, whole = (each[place][may_leave] for each in (view.reach, view.projects, view.whole))
+    reach, looked, whole = (each[place][may_leave] for each in (view.reach, view.looked, view.whole))
     agrees = view.agrees[place][may_leave]
     quantiles = np.quantile(reach, 1.0 - np.array(DRAFT_SHARES))
     thresholds = [0.0, *(np.floor(each * 1e4) / 1e4 for each in quantiles[1:])]
@@ -119,7 +119,7 @@ def draft_rates(view: GateView, place: int) -> list[DraftRates]:
         found.append(
             DraftRates(
                 threshold,
-                float((projects >= threshold).mean()),
+                float((looked >= threshold).mean()),
                 float(drafted.mean()),
                 float(agrees[drafted].mean()),
                 float((whole >= threshold).mean()),

@@ -1,9 +1,9 @@
 """Which exits are kept: those that are expected to save computation, net of what asking them costs.
 
 Every exit that a token passes costs its gate, and where the gate projects in vain a projection, or where a shortlist
-let it pass in vain two; every token that
-leaves saves the blocks behind it, less the keys and values it still owes them. Agreement is no guide: at half depth
-half of the tokens may agree and almost none may leave safely, while all of them pay the gate.
+let it pass in vain two; every token that leaves saves the blocks behind it, less the keys and values it still owes
+them. Agreement is no guide: at half depth half of the tokens may agree and almost none may leave safely, while all of
+them pay the gate.
 """
 
 from collections.abc import Callable, Sequence
@@ -66,7 +66,7 @@ def net_saving(
     passing, saved = may_leave.copy(), 0.0
     for place, depth in enumerate(depths):
         leaves = passing & (view.reach[place] >= threshold)
-        vain = passing & (view.projects[place] >= threshold) & ~leaves
+        vain = passing & (view.looked[place] >= threshold) & ~leaves
         saved += (blocks - depth) * (1.0 - costs.skipped_kv) * int(leaves.sum())
         saved -= costs.gate * int(passing.sum()) + costs.projection * int(vain.sum())
         saved -= costs.leaving * int(leaves.sum())

@@ -100,7 +100,7 @@ def fit_exits(
     Gradients need a full-precision output matrix, `teacher`'s; what is judged goes through the deployed one, `model`'s.
     Behind the blocks `compared` heads are trained by each loss alone, too, and what may leave at `risks` is compared;
     the best head serves. What `journal` knows is not done again, heads and exits one by one. With `costs` a shortlist
-    of tokens may decide at all exits, where that is expected to save more; without, the whole vocabulary does.
+    of tokens may be looked at first at all exits, where that is expected to save more; all logits decide in any case.
     """
     journal = journal or NoJournal()
     project, spec = training_projection(model, teacher), model.decoder.spec

@@ -30,8 +30,9 @@ class ExitWorth:
     def saving(self, reach: Tensor, looked: Tensor, whole: Tensor, agrees: Tensor) -> float:
         """The share of the blocks that the exit alone saves, net, averaged over the targets.
 
-        As many tokens leave, surest first, as keep the risk on these. By token [T]: `reach`, `looked` and `whole` are
-        the largest thresholds at which it leaves, is looked at, and is projected onto the whole vocabulary.
+        As many tokens leave, surest first, as keep the risk on these. A target that loses counts against the others,
+        unlike among sets of exits: how a gate is set holds for all targets. By token [T]: `reach`, `looked` and
+        `whole` are the largest thresholds at which it leaves, is looked at, and is projected onto the whole vocabulary.
         """
         sure, right = reach.double().cpu().numpy(), agrees.cpu().numpy()
         steps = [each.double().cpu().numpy() for each in (looked, whole)]

@@ -30,7 +30,7 @@ class ExitLook:
     """What an exit made of the batch's tokens at full depth. A row's first token reaches nothing: it never leaves."""
 
     reach: Tensor  # [T] float32, the largest threshold at which the token leaves
-    projects: Tensor  # [T] float32, the largest at which it is looked at
+    looked: Tensor  # [T] float32, the largest at which it is looked at
     whole: Tensor  # [T] float32, the largest at which it is projected onto the whole vocabulary
     figures: TokenFigures  # of the scored tokens that leave at the least threshold looked at
 
@@ -84,17 +84,17 @@ def _look(
 ) -> ExitLook:
     head, project = model.exits[number], model.decoder.project_exit
     vocab = model.decoder.spec.vocab_size
-    reach, projects, whole = (torch.full((len(hidden),), -1.0, device=hidden.device) for _ in range(3))
+    reach, looked, whole = (torch.full((len(hidden),), -1.0, device=hidden.device) for _ in range(3))
     may_leave = (batch.batch.positions > 0).nonzero().squeeze(1)
     for part in pieces(may_leave, vocab):
-        reach[part], projects[part], whole[part], _ = gate_reach(
+        reach[part], looked[part], whole[part], _ = gate_reach(
             head, Labelled(hidden[part], reference.top[part]), project, least
         )
     gone = ((reach >= least) & batch.scored).nonzero().squeeze(1)
     figures = figures_of(
         lambda states: project(head.read(states)[0]), hidden, gone, batch.batch.targets, reference
     )
-    return ExitLook(reach, projects, whole, figures)
+    return ExitLook(reach, looked, whole, figures)
 
 
 @torch.inference_mode()
@@ -130,11 +130,11 @@ class _Walk:
         self.figures = TokenFigures(full.nll.clone(), full.kl.clone(), full.top.clone())
         self.left = torch.full((tokens,), exits, device=device)
         self.asked = torch.zeros(exits, tokens, dtype=torch.bool, device=device)
-        self.projected, self.whole = torch.zeros_like(self.asked), torch.zeros_like(self.asked)
+        self.looked, self.whole = torch.zeros_like(self.asked), torch.zeros_like(self.asked)
 
     def passage(self) -> Passage:
         """How the batch's tokens went so far."""
-        steps = (self.left, self.asked, self.projected, self.whole)
+        steps = (self.left, self.asked, self.looked, self.whole)
         return Passage(_host(self._batch.batch.positions), *map(_host, steps))
 
     def backfilled(self, threshold: float) -> None:
@@ -156,7 +156,7 @@ class _Walk:
 
         def asked(number: int, tokens: Tensor, looked: Tensor, whole: Tensor) -> None:
             self.asked[number, tokens] = self._may_leave[tokens]
-            self.projected[number, tokens] = looked
+            self.looked[number, tokens] = looked
             self.whole[number, tokens] = whole
 
         first = self._leave(0, threshold)
@@ -170,7 +170,7 @@ class _Walk:
         leaves = asked & (look.reach >= limit)
         self.left[leaves] = number
         self.asked[number] = asked
-        self.projected[number] = asked & (look.projects >= limit)
+        self.looked[number] = asked & (look.looked >= limit)
         self.whole[number] = asked & (look.whole >= limit)
         for own, there in zip(_fields(self.figures), _fields(look.figures), strict=True):
             own[leaves] = there[leaves]

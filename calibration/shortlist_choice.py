@@ -81,7 +81,10 @@ def choose_shortlist(
     priced = dict(costs.looks)
     sizes: list[int | None] = [None, *(size for size in shortlist_sizes(vocab_size) if size in priced)]
     lists = {size: most_frequent(top, vocab_size, size) for size in sizes if size is not None}
-    best, least = dict.fromkeys(sizes, -np.inf), dict.fromkeys(sizes, -np.inf)
+    best, counts = (
+        dict.fromkeys(sizes, -np.inf),
+        dict.fromkeys(sizes, -np.inf),
+    )  # savings, measured and counted
     for block, head in heads.items():
         data = select(block).rows(slice(0, MOST_TOKENS))
         found, agrees = _confidences(head, data, lists, project)
@@ -91,11 +94,11 @@ def choose_shortlist(
             ratio, saving = choose_list_ratio(steps, worth)
             best[size] = max(best[size], saving)
             by_count = replace(worth, costs=counted.with_shortlist(size))
-            least[size] = max(least[size], by_count.saving(*steps.thresholds(ratio), agrees))
+            counts[size] = max(counts[size], by_count.saving(*steps.thresholds(ratio), agrees))
         advance(data.tokens)
     most = max(best.values())
     by_size = (*sizes[1:], None)  # ascending: the whole vocabulary last
-    kept = max((size for size in by_size if most - best[size] <= WORTH), key=lambda size: least[size])
+    kept = max((size for size in by_size if most - best[size] <= WORTH), key=lambda size: counts[size])
     return ShortlistChoice(None if kept is None else lists[kept], tuple(best.items()))
 
 

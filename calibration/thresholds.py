@@ -75,12 +75,12 @@ class GateShares:
 class GateView:
     """What the gates made of full-depth tokens: [exits, T] arrays, and which block of text each is in.
 
-    A token leaves at the first exit whose `reach` is at least the threshold; it is looked at where `projects` is, and
+    A token leaves at the first exit whose `reach` is at least the threshold; it is looked at where `looked` is, and
     projected onto the whole vocabulary where `whole` is.
     """
 
     reach: NDArray[np.float64]
-    projects: NDArray[np.float64]
+    looked: NDArray[np.float64]
     whole: NDArray[np.float64]
     agrees: NDArray[np.bool_]
     text_block: NDArray[np.int64]  # [T]
@@ -103,7 +103,7 @@ class GateView:
         chosen = list(exits)
         return GateView(
             self.reach[chosen],
-            self.projects[chosen],
+            self.looked[chosen],
             self.whole[chosen],
             self.agrees[chosen],
             self.text_block,
@@ -123,7 +123,7 @@ class GateView:
         return GateShares(
             threshold,
             asked=int(asked.sum()) / tokens,
-            looked=int((asked & (self.projects >= threshold)).sum()) / tokens,
+            looked=int((asked & (self.looked >= threshold)).sum()) / tokens,
             whole=int((asked & (self.whole >= threshold)).sum()) / tokens,
             left=int(((exits >= 0) & (exits < len(self.reach))).sum()) / tokens,
         )
@@ -163,13 +163,13 @@ def view_gates(
             parts.append(gate_reach(head, part, project))
             advance(part.tokens)
         seen.append([torch.cat(of_all).double().cpu().numpy() for of_all in zip(*parts, strict=True)])
-    reach, projects, whole, agrees = (np.stack(of_all) for of_all in zip(*seen, strict=True))
-    return view_of(reach, projects, whole, agrees.astype(bool), rows, documents)
+    reach, looked, whole, agrees = (np.stack(of_all) for of_all in zip(*seen, strict=True))
+    return view_of(reach, looked, whole, agrees.astype(bool), rows, documents)
 
 
 def view_of(
     reach: NDArray[np.float64],
-    projects: NDArray[np.float64],
+    looked: NDArray[np.float64],
     whole: NDArray[np.float64],
     agrees: NDArray[np.bool_],
     rows: Sequence[Tensor],
@@ -181,7 +181,7 @@ def view_of(
     """
     starts = np.concatenate([np.arange(len(row)) == 0 for row in rows])
     units = text_units(rows, documents)
-    return GateView(np.where(starts, -1.0, reach), projects, whole, agrees, units.where, units.count)
+    return GateView(np.where(starts, -1.0, reach), looked, whole, agrees, units.where, units.count)
 
 
 class Reach(NamedTuple):

@@ -1,9 +1,9 @@
-"""Passes of few tokens on a GPU as captured CUDA graphs: one launch for a run of blocks, not one per operation.
+"""Passes of up to 512 tokens on a GPU as captured CUDA graphs: one launch for a run of blocks, not one per operation.
 
 A graph is captured for a run of blocks over some pages, a number of tokens and a length of context, each rounded up to
 one of few sizes. What is padded writes nothing and attends to nothing, and the kernels are row-invariant: a token's
-state is that of a pass without graphs, to the bit. Tokens of several positions of a row (backfill, drafts, a short
-chunk of a prompt) go the same way as decode steps. The keys and values that tokens owe to blocks they skip are
+state is that of a pass without graphs, to the bit. Tokens of several positions of a row (backfill, drafts, a chunk of
+a prompt) go the same way as decode steps. The keys and values that tokens owe to blocks they skip are
 projected in graphs of their own.
 """
 

@@ -158,7 +158,7 @@ class Decoder:
         )
 
     def capture(self, most_context: int, shared: StepGraphs | None = None) -> DecodeGraphs | None:
-        """Have passes, heads and gates of few tokens run as CUDA graphs from now on, captured as their sizes are met.
+        """Have passes, heads and gates run as CUDA graphs from now on, captured as their sizes are met, up to some.
 
         Returns those of passes over blocks; None where that cannot be: on a CPU, without the Triton kernels, with
         blocks that are read as they are run. Sequences may become `most_context` tokens long. Rotary tables are laid

@@ -1,4 +1,4 @@
-"""The output matrix as a model's exits read it: the whole of it, and the few rows that decide who leaves."""
+"""The output matrix as a model's exits read it: the whole of it, and the few rows that are looked at first."""
 
 from dataclasses import dataclass, field
 from weakref import WeakValueDictionary
@@ -14,7 +14,7 @@ from exeunt.kernels.native.descriptors import Matrix
 
 @dataclass(frozen=True, slots=True)
 class Shortlist:
-    """Tokens whose logits decide at an exit: ids [S] int64, ascending, each once, at least two.
+    """Tokens whose logits an exit looks at first: ids [S] int64, ascending, each once, at least two.
 
     Raises ValueError for others.
     """

@@ -248,9 +248,9 @@ class ExitHead:
         `project` maps states [K, H] to logits [K, V]. An `ExitOutput` looks at the rows that pass the screen with the
         shortlist alone, where there is one, and is asked for all logits of those that leave, or are to be confirmed;
         on a CPU the whole gate is one native call. Of another function's logits the shortlist's columns are taken. NaN
-        anywhere in a row
-        keeps that row, and only that row, from leaving. On a GPU all rows are projected, the thresholds may still be on
-        the host, and the device is waited for once every 512 rows; what was decided is then on the host.
+        anywhere in a row keeps that row, and only that row, from leaving. On a GPU all rows are projected, onto the
+        whole vocabulary where there is a confirmation; the thresholds may still be on the host, and the device is
+        waited for once every 512 rows; what was decided is then on the host.
         """
         if triton_runs(hidden.device):
             listed, confirmed = self.shortlist is not None, self.confirmation is not None
@@ -291,9 +291,11 @@ class ExitHead:
 
         The logits are those that decided, of every row: the shortlist's where there is one without a confirmation.
         """
-        short = project if self.shortlist is None else self._short(project)
-        whole = None if self.confirmation is None else project
-        return gate_rows(hidden, thresholds, self.weights, self.rule, short, whole)
+        if self.shortlist is None:
+            return gate_rows(hidden, thresholds, self.weights, self.rule, project)
+        if self.confirmation is None:
+            return gate_rows(hidden, thresholds, self.weights, self.rule, self._short(project))
+        return gate_rows(hidden, thresholds, self.weights, self.rule, project, self.shortlist.ids)
 
     def _native_gate(
         self, hidden: Tensor, thresholds: Tensor, project: Callable[[Tensor], Tensor]

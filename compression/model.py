@@ -132,9 +132,9 @@ class LoadedModel:
         return total
 
     def capture(self, most_context: int) -> StepGraphs | None:
-        """Have all decoders' passes of few tokens run as CUDA graphs, which share what they can; see `Decoder.capture`.
+        """Have all decoders' passes of up to 512 tokens run as CUDA graphs, which share what they can.
 
-        None where none can.
+        None where none can; see `Decoder.capture`.
         """
         self.release_graphs()
         graphs = StepGraphs(GraphPool(self.device))

@@ -26,7 +26,7 @@ class EngineConfig:
     max_owed: int = MAX_OWED
     audit_share: float = 0.0  # of the tokens that leave early in the approximate mode, in [0, 1]
     scheduling: SchedulingPolicy = "run-through"
-    cuda_graphs: bool = True  # on a GPU, passes of few tokens run as captured graphs
+    cuda_graphs: bool = True  # on a GPU, passes of up to 512 tokens run as captured graphs
     longest_wait_s: float = (
         0.05  # with "queues": a row that waited so long in front of a stage has it run next
     )

@@ -5,7 +5,6 @@ import logging
 import time
 import uuid
 from collections.abc import Callable
-from functools import partial
 from typing import Literal
 
 from exeunt.compression.graph_pool import TOKENS
@@ -19,10 +18,8 @@ from exeunt.server.engine_config import EngineConfig
 from exeunt.server.gauges import Gauges
 from exeunt.server.jobs import Jobs
 from exeunt.server.metrics import Metrics
-from exeunt.server.outbox import Outbox
 from exeunt.server.pages import PagePool, PageTable
 from exeunt.server.request import (
-    EmittedToken,
     Event,
     FailureEvent,
     FinishEvent,
@@ -30,7 +27,6 @@ from exeunt.server.request import (
     GenerationRequest,
     ScoredToken,
     ScoreRequest,
-    StepEvent,
 )
 from exeunt.server.row_result import RowResult
 from exeunt.server.runner import Runner, Sampler
@@ -38,6 +34,7 @@ from exeunt.server.scheduler import Scheduler
 from exeunt.server.scores import Scores
 from exeunt.server.sequence import Sequence, Status
 from exeunt.server.stages import StagePlan
+from exeunt.server.teller import Teller
 from exeunt.server.tick import Tick
 from exeunt.server.tolerant_drafter import TolerantDrafter
 from exeunt.server.verification import Draw, confirmed_draws
@@ -80,16 +77,16 @@ class Lifecycle:
         self._answers: dict[Sequence, Answer] = {}
         self._scores = Scores(plan, self._jobs, scheduler, runner, pool, self._pieces)
         self._gauges = Gauges(model, metrics, self._jobs, scheduler, pool)
-        self._outbox = Outbox(keeps_back=model.device.type == "cuda")
-        # whom telling has met trouble with: their requests end once no tick runs
-        self._gone: list[Job] = []
-        self._broken: dict[Job, Exception] = {}
+        # beside graphs the host has nothing to do; without, it launches operation by operation
+        eos, beside = model.spec.eos_token_ids, runner.has_graphs
+        self._teller = Teller(self._pieces, metrics, plan, eos, keeps_back=beside)
 
     @property
     def holds_nothing(self) -> bool:
         """Whether no request is under way and nothing of one is kept."""
         return (
-            not (self._jobs or self._answers or self._scores or self._pool.used or self._outbox)
+            not (self._jobs or self._answers or self._scores or self._pool.used)
+            and self._teller.owes_nothing
             and self._runner.holds_nothing
         )
 
@@ -169,13 +166,14 @@ class Lifecycle:
 
     def run(self, tick: Tick) -> None:
         """Run a tick and carry out what it comes to. A row that fails takes its own request with it, no other."""
-        began = time.perf_counter() - self._runner.captured_seconds
         if tick.tokens > TOKENS[-1]:  # launched operation by operation: that takes the host long
-            self._outbox.flush()
+            self._teller.flush()
+        began = time.perf_counter() - self._runner.captured_seconds
         try:
-            results = self._runner.run(tick, self._outbox.flush)
+            results = self._runner.run(tick, self._teller.flush)
         except Exception as error:  # whatever a tick raises fails its own requests alone
             self._fail_tick(tick, error)
+            self._end_troubled()
             if not self._runner.device_answers():
                 raise DeviceLostError("the GPU answers no more, start the server again") from error
             return
@@ -188,19 +186,21 @@ class Lifecycle:
         self._metrics.flush()
 
     def tell(self) -> None:
-        """Tell callers all that is known: due where no tick follows."""
-        self._outbox.flush()
+        """Tell callers and metrics all that is known: due where no tick follows."""
+        self._teller.flush()
         self._end_troubled()
+        self._metrics.flush()
 
     def _end_troubled(self) -> None:
         """End the requests of callers that are gone, and of those whose tokens could not be told."""
-        while self._gone:
-            self.cancel(self._gone.pop().request.id, FinishReason.CANCELLED)
-        while self._broken:
-            job, error = next(iter(self._broken.items()))
+        gone, broken = self._teller.gone, self._teller.broken
+        while gone:
+            self._cancel(gone.pop().request.id, FinishReason.CANCELLED)
+        while broken:
+            job, error = next(iter(broken.items()))
             if not job.over:
                 self._fail(job, error)
-            del self._broken[job]
+            del broken[job]
 
     def _apply_or_fail(self, result: RowResult) -> None:
         owner = self._owner(result.row.sequence)
@@ -272,48 +272,21 @@ class Lifecycle:
         if draw.error is not None:
             self._fail(answer.owner, RuntimeError(draw.error))
             return
-        sequence, now = answer.sequence, time.monotonic()
-        depth = self._plan.stop(draw.stage)
+        sequence = answer.sequence
         sequence.tokens.append(draw.token)
         sequence.left_at.append(draw.stage)
-        answer.account.emitted(sequence, depth)
-        since_last = None if answer.last_token is None else now - answer.last_token
-        answer.last_token = now
-        # a first token is waited for, and text may hold what ends the answer
-        at_once = since_last is None or answer.detokenizer.may_stop
-        self._outbox.add(partial(self._say, answer, draw, now, since_last), at_once=at_once)
+        answer.account.emitted(sequence, self._plan.stop(draw.stage))
+        self._teller.token(answer, draw)
         reason = answer.finish_reason(draw.token, self._model.spec.eos_token_ids, self._config.max_model_len)
-        if reason is not None and sequence.status is Status.RUNNING:  # the caller may be gone meanwhile
+        if reason is not None:
             self._finish(answer, reason)
 
-    def _say(self, answer: Answer, draw: Draw, now: float, since_last: float | None) -> None:
-        """Tell the caller and the metrics of a token that was drawn at `now`. A tick may be running."""
-        job = answer.owner
-        if job.over or job in self._broken:
-            return
-        try:
-            depth, name = self._plan.stop(draw.stage), self._plan.exit_name(draw.stage)
-            token = EmittedToken(draw.token, self._pieces.of(draw.token), draw.logprob, depth, name)
-            answer.count(token)
-            self._metrics.token(job.request.exits.mode, token, self._plan.blocks, since_last)
-            if answer.first_token is None:
-                answer.first_token = now
-                if not job.spoken:
-                    job.spoken = True
-                    self._metrics.first_token(now - job.request.arrival)
-            self._tell(job, StepEvent(answer.choice, self._text_of(answer, draw.token), (token,)))
-        except Exception as error:  # noqa: BLE001 - a bug met by one row is no trouble of the others
-            self._broken[job] = error
-
-    def _text_of(self, answer: Answer, token_id: int) -> str:
-        """The text a token adds; an end-of-text token adds none."""
-        if token_id in self._model.spec.eos_token_ids and not answer.owner.request.sampling.ignore_eos:
-            return ""
-        return answer.detokenizer.push(token_id)
-
     def _finish(self, answer: Answer, reason: FinishReason) -> None:
-        self._outbox.flush()  # its last token among them
-        job, text = answer.owner, answer.detokenizer.finish()
+        job = answer.owner
+        self._teller.flush()  # its last token among them
+        if job in self._teller.broken:  # it fails, once it is known that nothing runs
+            return
+        text = answer.detokenizer.finish()
         answer.account.close(answer.sequence.generated)
         self._release(answer)
         summary = answer.summary(reason)
@@ -323,7 +296,7 @@ class Lifecycle:
             self._metrics.finished(tokens, summary.total_s)
         self._metrics.flush()  # whoever has the answer finds it counted
         job.over = job.running == 0
-        self._tell(job, FinishEvent(answer.choice, text, summary))
+        self._teller.tell(job, FinishEvent(answer.choice, text, summary))
         if job.over:
             self._jobs.close(job.request.id)
 
@@ -333,16 +306,12 @@ class Lifecycle:
         self._runner.leave(answer.sequence)
         self._answers.pop(answer.sequence, None)
 
-    def _tell(self, job: Job, event: Event) -> None:
-        try:
-            job.on_event(event)
-        except Exception:  # noqa: BLE001 - a caller that is gone is no trouble of the others
-            log.warning("the caller of %s is gone; its request is cancelled", job.request.id)
-            job.on_event = _ignore
-            self._gone.append(job)
-
     def cancel(self, request_id: str, reason: FinishReason) -> None:
         """End a request as it stands: its answers finish with `reason`, a text being scored fails."""
+        self._cancel(request_id, reason)
+        self._end_troubled()
+
+    def _cancel(self, request_id: str, reason: FinishReason) -> None:
         job = self._jobs.get(request_id)
         if job is None or job.over:
             return
@@ -365,14 +334,14 @@ class Lifecycle:
 
     def _let_go(self, job: Job | ScoreJob, failure: FailureEvent) -> None:
         """End a request with a failure: tell its caller, whatever else may go wrong, and free what it holds."""
-        self._outbox.flush()
+        self._teller.flush()
         if isinstance(job, ScoreJob):
             self._scores.fail(job, failure)
             return
         self._close_books(job)
         if not job.over:
             job.over = True
-            self._tell(job, failure)
+            self._teller.tell(job, failure)
         try:
             for answer in job.answers:
                 self._release(answer)
@@ -422,7 +391,3 @@ class Lifecycle:
 
 
 _ENDED = {FinishReason.TIMEOUT: "timed out", FinishReason.CANCELLED: "cancelled"}
-
-
-def _ignore(_: Event) -> None:
-    """Where the events of a caller that is gone go."""

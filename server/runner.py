@@ -55,8 +55,9 @@ class Sampler:
 class StageRun:
     """Stages run in one piece: from where rows entered to the next gate or the tick's end.
 
-    `seconds` hold the tick's set-up with the first and its draws with the last, but neither audits nor the capturing of
-    CUDA graphs, and `gate_seconds` of them were spent asking the gate about `gated` tokens.
+    `seconds` hold the tick's set-up with the first and its draws with the last, and what was told meanwhile as far as
+    it took longer than a GPU; but neither audits nor the capturing of CUDA graphs, and `gate_seconds` of them were
+    spent asking the gate about `gated` tokens.
     """
 
     variant: Variant
@@ -113,6 +114,11 @@ class Runner:
     def captured_seconds(self) -> float:
         """Seconds that the capturing of CUDA graphs has taken so far: no part of what a tick costs."""
         return 0.0 if self._graphs is None else self._graphs.pool.seconds
+
+    @property
+    def has_graphs(self) -> bool:
+        """Whether passes are replayed: the host is free then while the device works."""
+        return self._graphs is not None
 
     @property
     def holds_nothing(self) -> bool:

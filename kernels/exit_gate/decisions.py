@@ -29,7 +29,7 @@ class GatedRows:
         Tensor  # [T] bool, of these the rows that a confirmation is asked about; without one those that leave
     )
     state: Tensor  # [T, size], what the output matrix is applied to
-    logits: Tensor  # [T, S] float32, those that decided
+    logits: Tensor  # [T, S] float32, those that decided: [T, V], the whole vocabulary's, with a confirmation
 
 
 def gate_rows(
@@ -37,21 +37,23 @@ def gate_rows(
     thresholds: Tensor,
     weights: ExitWeights,
     rule: GateRule,
-    decisive: Callable[[Tensor], Tensor],
-    whole: Callable[[Tensor], Tensor] | None = None,
+    project: Callable[[Tensor], Tensor],
+    listed: Tensor | None = None,
 ) -> GatedRows:
     """Decide for each row of hidden [T, size] whether its token leaves.
 
-    `decisive` maps states [T, size] to the logits that decide [T, S], `whole` to those that confirm it [T, V], where
-    the rule has a confirmation. `thresholds` [T] float32 is the confidence that
-    each row needs, infinity for a row that may not leave. Nothing waits for the device, and no shape depends on what it
-    finds: a CUDA graph can hold the call if it can hold `decisive` and `whole`.
+    `project` maps states [T, size] to the logits that decide [T, S]. Where the rule has a confirmation these are the
+    whole vocabulary's, and `listed` [S] int64 says which of them are looked at first: all rows are confirmed, and the
+    list's logits cost nothing more. `thresholds` [T] float32 is the confidence that each row needs, infinity for a row
+    that may not leave. Nothing waits for the device, and no shape depends on what it finds: a CUDA graph can hold the
+    call if it can hold `project`. Raises ValueError where a confirmation has no list, or a list none.
     """
+    if (listed is None) != (rule.confirmation is None):
+        raise ValueError("a confirmation needs to know the list that it confirms, and nothing else does")
     state, probe_logit, units = exit_state(hidden, weights)
-    logits = decisive(state).float()
-    every = None if rule.confirmation is None or whole is None else whole(state).float()
-    decided = gate_decisions(probe_logit, units, logits, thresholds, rule, every)
-    return GatedRows(*decided, state, logits if every is None else every)
+    logits = project(state).float()
+    first, every = (logits, None) if listed is None else (logits.index_select(1, listed), logits)
+    return GatedRows(*gate_decisions(probe_logit, units, first, thresholds, rule, every), state, logits)
 
 
 Decided = tuple[Tensor, Tensor, Tensor, Tensor]

@@ -101,8 +101,8 @@ def _decide(
     """
     row = tl.program_id(0).to(tl.int64)
     candidate = tl.arange(0, CANDIDATES)
-    listed = candidate < chunks * TOPS
-    rest = tl.load(largest + row * chunks * TOPS + candidate, mask=listed, other=-float("inf"))
+    there = candidate < chunks * TOPS
+    rest = tl.load(largest + row * chunks * TOPS + candidate, mask=there, other=-float("inf"))
     highest = tl.max(rest, axis=0)
     base = tl.where(highest > -float("inf"), highest, 0.0)
 

@@ -35,6 +35,7 @@ _KERNELS: Final = (
     "int4_linear/ordered_triton.py",
     "full_linear/triton.py",
     "linear_parts.py",
+    "linear_rule.py",
     "codes_triton.py",
     "arithmetic_triton.py",
 )

@@ -13,7 +13,7 @@ from torch import Tensor
 from exeunt.kernels.full_linear.triton import full_linear_triton
 from exeunt.kernels.int4_linear.pairs import PairedInt4, pairs_of
 from exeunt.kernels.int4_linear.triton import int4_linear_triton
-from exeunt.kernels.linear_parts import tiles
+from exeunt.kernels.linear_rule import tiles
 from exeunt.kernels.timing import copies, timed
 from exeunt.kernels.tuned.launches import Key, TunedLaunch, forced
 from exeunt.kernels.tuned.search import Search, search

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from exeunt.calibration.compute import ComputeCost, Passage, asked_cost, projected_cost
+from exeunt.calibration.compute import (
+    COUNTED_CONTEXT,
+    ComputeCost,
+    Passage,
+    asked_cost,
+    counted_costs,
+    looked_cost,
+)
 from exeunt.compression.decoder import Decoder
 from exeunt.compression.exit_output import Shortlist
 from exeunt.compression.exits import ExitConfirmation, ExitJudge
@@ -57,7 +64,7 @@ def test_a_shortlist_is_charged_for_every_look_and_the_vocabulary_for_who_leaves
     judge = ExitJudge(torch.zeros(4, 8), torch.zeros(8), torch.zeros(8), torch.zeros(()))
     listed = replace(plain, judge=judge, shortlist=Shortlist(torch.arange(20)))
     look = HIDDEN * 20 + 4 * 8 + 8
-    assert projected_cost(listed, decoder.spec) == look
+    assert looked_cost(listed, decoder.spec) == look
     cost = ComputeCost(decoder.spec, (listed,))
     walk = passage([0, 1, 1], [[True, True, True]], [[True, True, False]], [[True, False, False]])
     block = LINEARS + attention(7)
@@ -90,11 +97,23 @@ def passage(
     return Passage(np.full(len(left), 7), np.array(left), *looks)
 
 
+def test_counted_costs_are_of_a_block_behind_the_counted_context(decoder: Decoder) -> None:
+    spec = decoder.spec
+    context = min(COUNTED_CONTEXT, spec.max_position_embeddings)
+    block, judge = LINEARS + attention(context - 1), (3 + 1) * 8
+    found = counted_costs(spec, 8, 3, (4, 6))
+    assert found.gate == pytest.approx(ASKED / block)
+    assert found.projection == pytest.approx((LOOK + judge) / block)
+    assert found.skipped_kv == pytest.approx(KV_ONLY / block)
+    assert dict(found.looks) == pytest.approx({size: (HIDDEN * size + judge) / block for size in (4, 6)})
+    assert (found.leaving, found.whole) == (0.0, 0.0)
+
+
 def test_exits_are_charged_for_every_question_and_every_look(decoder: Decoder) -> None:
     exits = (random_exit(0, 1), random_exit(2, 2))
     cost = ComputeCost(decoder.spec, exits)
     assert asked_cost(exits[0]) == ASKED
-    assert projected_cost(exits[0], decoder.spec) == LOOK
+    assert looked_cost(exits[0], decoder.spec) == LOOK
     block = LINEARS + attention(7)
     walk = passage(
         [0, 1, 2, 2],

@@ -42,8 +42,8 @@ def view(*exits: tuple[float, float]) -> GateView:
     other = np.array([[rest] for _, rest in exits])
     reach = np.where(sure, 0.9, 0.3)
     agrees = sure | (g.random(sure.shape) < other)
-    projects, whole = np.where(sure, 1.0, 0.4), np.where(sure, 0.95, 0.35)
-    return GateView(reach, projects, whole, agrees, np.zeros(TOKENS, dtype=np.int64), 1)
+    looked, whole = np.where(sure, 1.0, 0.4), np.where(sure, 0.95, 0.35)
+    return GateView(reach, looked, whole, agrees, np.zeros(TOKENS, dtype=np.int64), 1)
 
 
 @pytest.mark.parametrize(("depth", "acceptance", "length", "speed"), [(3, 0.45, 1, 1.16), (3, 0.6, 2, 1.31)])
@@ -79,7 +79,7 @@ def test_speed_equals_a_simulation() -> None:
         drafts = 0
         seconds += paid.shallow[3]
         while drafts < 4:  # the gate is asked, and the step goes on where it says no
-            seconds += paid.gate + rates.projected * paid.projection
+            seconds += paid.gate + rates.looked * paid.projection
             if g.random() >= rates.drafted:
                 break
             drafts += 1
@@ -99,8 +99,8 @@ def test_rates_count_what_is_drafted_projected_and_right() -> None:
     assert set(by_share) == {0.5, 1.0}
     assert by_share[0.5].acceptance == 1.0
     assert by_share[1.0].acceptance == pytest.approx(0.6, abs=0.02)
-    assert by_share[1.0].projected == 1.0
-    assert by_share[0.5].projected == pytest.approx(by_share[0.5].drafted)
+    assert by_share[1.0].looked == 1.0
+    assert by_share[0.5].looked == pytest.approx(by_share[0.5].drafted)
     assert by_share[1.0].whole == 1.0
     seen.whole[0, -1000:] = 1.0  # some are projected onto all tokens in vain
     (again,) = (rates for rates in draft_rates(seen, 0) if round(rates.drafted, 1) == 0.5)

@@ -38,7 +38,7 @@ def test_saving_is_what_leaves_less_what_is_asked() -> None:
 
 def test_a_projection_in_vain_is_paid_for() -> None:
     seen = view((0.25, 0.0))
-    eager = replace(seen, projects=np.ones_like(seen.reach))
+    eager = replace(seen, looked=np.ones_like(seen.reach))
     cost = net_saving(seen, 0.9, (6,), BLOCKS, ExitCosts(0.0, 2.0, 0.0)) - net_saving(
         eager, 0.9, (6,), BLOCKS, ExitCosts(0.0, 2.0, 0.0)
     )
@@ -75,20 +75,20 @@ def test_a_shortlist_is_paid_by_everybody_looked_at() -> None:
     assert costs.listed == costs.with_shortlist(256)
     assert FREE.listed == FREE
     seen = view((0.25, 0.0))
-    projects = np.where(
+    looked = np.where(
         np.arange(TOKENS) % 2 == 0, 1.0, seen.reach
     )  # every other token is looked at in any case
-    eager = replace(seen, projects=projects)
+    eager = replace(seen, looked=looked)
     free = net_saving(eager, 0.9, (6,), BLOCKS, FREE)
     paid = net_saving(eager, 0.9, (6,), BLOCKS, ExitCosts(0.0, 0.25, 0.0, leaving=0.25))
-    assert free - paid == pytest.approx(0.25 * float((projects >= 0.9).mean()) / BLOCKS)
+    assert free - paid == pytest.approx(0.25 * float((looked >= 0.9).mean()) / BLOCKS)
 
 
 def test_who_is_confirmed_in_vain_pays_for_all_tokens() -> None:
     """Whoever leaves owes the vocabulary in any case: it takes the place of the model's own head."""
     seen = view((0.25, 0.0))
     confirmed = np.where(np.arange(TOKENS) % 3 == 0, 1.0, seen.reach)  # every third is confirmed in any case
-    asked = replace(seen, projects=np.ones_like(seen.reach), whole=confirmed)
+    asked = replace(seen, looked=np.ones_like(seen.reach), whole=confirmed)
     free, paid = (
         net_saving(asked, 0.9, (6,), BLOCKS, ExitCosts(0.0, 0.0, 0.0, whole=whole)) for whole in (0, 1.5)
     )

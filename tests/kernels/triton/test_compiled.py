@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import exeunt.kernels.gpu
+from scripts.compile_kernels.cases import all_cases
 from scripts.compile_kernels.in_processes import CAPABILITIES, key_of
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -69,6 +70,10 @@ def test_every_kernel_that_is_launched_is_compiled_for_every_gpu(compiled: Rows)
     assert len(launched) > 15
     for capability in CAPABILITIES:
         assert {kernel for kernel, _, found in compiled if found == capability} == launched
+
+
+def test_the_record_has_all_cases(record: dict[str, Any]) -> None:
+    assert {row["case"] for row in record["kernels"]} == {case.name for case in all_cases()}
 
 
 def test_registers_and_spills_stay_within_the_record(compiled: Rows, record: dict[str, Any]) -> None:

@@ -260,7 +260,8 @@ def _head(
     last = None
     if confirmed:
         last = ExitConfirmation(ExitJudge(*_judge(units, 6, "cpu").parts), combine / 2, 0.2)
-    return ExitHead(3, norm, adapter, probe, combine, 0.7, judge, shortlist, last).to(device, dtype)
+    screen = 0.1 if confirmed else 0.7
+    return ExitHead(3, norm, adapter, probe, combine, screen, judge, shortlist, last).to(device, dtype)
 
 
 @pytest.mark.parametrize("layer", [False, True])
@@ -323,15 +324,18 @@ def test_a_gate_is_that_of_separate_steps(
     assert found.whole.tolist() == expected.whole.tolist()
     if confirmed:
         assert bool(found.leaves[found.whole].sum() == found.leaves.sum())
+        assert len(found.whole) > int(found.leaves.sum())  # some the list lets pass, and all logits do not
     assert not bool(found.leaves[[2, 4]].any())
     assert 0 < int(found.leaves.sum()) < 13
     assert found.logits.shape == (int(found.leaves.sum()), 300)
     state = head.read(hidden[found.leaves])[0]
     torch.testing.assert_close(found.logits, project(state), atol=1e-4, rtol=1e-4)
-    whole = project if confirmed else None
-    rows = gate_rows(
-        hidden, thresholds, head.weights, head.rule, lambda state: head.decisive(project(state)), whole
-    )
+    if confirmed and head.shortlist is not None:
+        rows = gate_rows(hidden, thresholds, head.weights, head.rule, project, head.shortlist.ids)
+    else:
+        rows = gate_rows(
+            hidden, thresholds, head.weights, head.rule, lambda state: head.decisive(project(state))
+        )
     assert torch.equal(rows.leaves.cpu(), found.leaves)
     nobody = head.gate(hidden, torch.full_like(thresholds, torch.inf), project)
     assert not bool(nobody.leaves.any())

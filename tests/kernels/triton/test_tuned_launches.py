@@ -160,6 +160,24 @@ def test_a_measured_launch_has_the_rules_bits(seed: int, tile: Tile, gated: bool
 
 @pytest.mark.gpu
 @on_a_gpu
+@pytest.mark.parametrize("group", [32, 48, 64, 128])
+@pytest.mark.parametrize("tile", [tile for tile in INT4_TILES if tile.warps > 2], ids=str)
+def test_inputs_in_order_have_the_rules_low_bits_in_groups_of_any_size(
+    seed: int, tile: Tile, group: int
+) -> None:
+    from exeunt.kernels.tuned.trials import TimedLinear
+
+    if torch.cuda.get_device_capability(GPU)[0] != 9:
+        pytest.skip("nobody has compared what sums tiles of more than two warps there: a search does")
+    trial = TimedLinear(LinearShape(2016, 1056, True, group_size=group, dtype=BF16), 70, GPU)
+    decoding = TunedLaunch(Tile(8, 64, 4), split=True)
+    assert not trial.low_bits(decoding).any()  # the rule's is one of those in order, too
+    for split in (True, False):
+        assert not trial.low_bits(TunedLaunch(tile, split)).any(), split
+
+
+@pytest.mark.gpu
+@on_a_gpu
 def test_a_search_finds_the_call_that_comes_first(seed: int) -> None:
     from exeunt.kernels.tuned.trials import search_on
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from exeunt.kernels.linear_parts import MOST_SCRATCH, OTHER_TILES, TILES, launch_for
+from exeunt.kernels.linear_parts import MOST_SCRATCH, launch_for
+from exeunt.kernels.linear_rule import OTHER_TILES, TILES, LinearTiles
 from exeunt.kernels.linear_tiles import Tile
 from exeunt.kernels.tuned.candidates import candidates
 from exeunt.kernels.tuned.launches import MEASURED_ROWS, Key, TunedLaunch, forced
@@ -226,3 +227,30 @@ def test_parts_stay_together_where_their_sums_would_take_too_much_memory(rows: i
 
 def test_tiles_of_more_than_two_warps_are_the_rules_on_hopper_alone() -> None:
     assert (TILES.most_warps, OTHER_TILES.most_warps) == (8, 2)
+
+
+@pytest.mark.parametrize("rule", [TILES, OTHER_TILES])
+def test_a_rules_large_tiles_are_no_others(rule: LinearTiles) -> None:
+    assert rule.int4_tall not in (*rule.int4, rule.int4_wide)
+    assert rule.full_wide not in rule.full
+
+
+@pytest.mark.parametrize(
+    ("rule", "rows", "outputs", "apart"),
+    [
+        (TILES, 24, 4096, True),
+        (OTHER_TILES, 24, 4096, True),
+        (OTHER_TILES, 512, 28672, False),
+        (TILES, 64, 28672, False),
+        (TILES, 64, 4096, True),
+        (TILES, 512, 28672, False),
+        (TILES, 1, 28672, True),
+        (OTHER_TILES, 1, 4096, True),
+    ],
+)
+def test_parts_of_int4_sums_are_apart_where_tiles_are_few(
+    rule: LinearTiles, rows: int, outputs: int, apart: bool
+) -> None:
+    tile = rule.tile_for(rows, 4096, outputs, torch.bfloat16, int4=True)
+    tiles = -(-rows // tile.rows) * -(-outputs // tile.outputs)
+    assert rule.splits(rows, tiles, tile, int4=True) is apart

@@ -1,16 +1,14 @@
 """Tokens that are told while the device works: the same answers, in order, and one request's trouble its own."""
 
+import time
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import pytest
 
 from exeunt.compression.model import LoadedModel
-from exeunt.server import lifecycle
 from exeunt.server.detokenizer import StreamDetokenizer
-from exeunt.server.outbox import Outbox
-from exeunt.server.request import Event, FailureEvent, StepEvent
+from exeunt.server.request import Event, FailureEvent, FinishEvent, FinishReason, StepEvent
 from exeunt.server.row_result import RowResult
 from exeunt.server.runner import Runner
 from exeunt.server.tick import Tick
@@ -28,20 +26,8 @@ KINDS: list[dict[str, Any]] = [
 
 @pytest.fixture
 def kept_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lifecycle, "Outbox", lambda keeps_back: Outbox(keeps_back=True))
-
-
-def test_all_is_said_in_order_at_once_or_by_the_next_flush() -> None:
-    said: list[int] = []
-    kept, plain = Outbox(keeps_back=True), Outbox(keeps_back=False)
-    plain.add(partial(said.append, 0))
-    kept.add(partial(said.append, 3))
-    kept.add(partial(said.append, 1), at_once=True)
-    assert (said, len(kept), len(plain)) == ([0, 1], 1, 0)
-    kept.add(partial(said.append, 4))
-    kept.flush()
-    kept.flush()
-    assert (said, len(kept)) == ([0, 1, 3, 4], 0)
+    """As beside captured graphs."""
+    monkeypatch.setattr(Runner, "has_graphs", property(lambda _: True))
 
 
 def _answers(model: LoadedModel) -> list[Heard]:
@@ -59,7 +45,7 @@ def test_answers_are_those_of_a_server_that_tells_at_once(
     tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = _answers(tiny_model)
-    monkeypatch.setattr(lifecycle, "Outbox", lambda keeps_back: Outbox(keeps_back=True))
+    monkeypatch.setattr(Runner, "has_graphs", property(lambda _: True))
     for found, plain in zip(_answers(tiny_model), wanted, strict=True):
         for choice in range(plain.choices):
             assert found.ids(choice) == plain.ids(choice)
@@ -120,26 +106,101 @@ def test_a_caller_who_is_gone_is_dropped_and_the_others_go_on(
         assert bench.value("exeunt_generation_tokens_total") < 50
 
 
-def test_a_token_that_cannot_be_told_fails_its_own_request(
-    tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch, kept_back: None
-) -> None:
-    push = StreamDetokenizer.push
-    counts: dict[int, int] = {}
+def fail_at(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Have the first answer's token `number`, counted from 1, fail as it is turned into text."""
+    push, counts = StreamDetokenizer.push, dict[int, int]()
 
     def counted(self: StreamDetokenizer, token_id: int) -> str:
         first = next(iter(counts), id(self))
         counts[id(self)] = counts.get(id(self), 0) + 1
-        if id(self) == first and counts[first] == 4:
+        if id(self) == first and counts[first] == number:
             raise RuntimeError("no text")
         return push(self, token_id)
 
     monkeypatch.setattr(StreamDetokenizer, "push", counted)
+
+
+@pytest.mark.parametrize("number", [1, 4, 29, 30])
+def test_a_token_that_cannot_be_told_fails_its_own_request(
+    tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch, kept_back: None, number: int
+) -> None:
+    fail_at(monkeypatch, number)
     with running(tiny_model) as bench:
         first, other = bench.ask(max_new_tokens=30), bench.ask(max_new_tokens=30)
         failure = first.wait().events[-1]
         assert isinstance(failure, FailureEvent)
         assert failure.kind == "internal"
-        assert len(first.ids()) == 3
+        assert len(first.ids()) == number - 1
         assert len(other.wait().ids()) == 30
         assert bench.engine.wait_idle(WAIT_S)
         assert bench.engine._lives.holds_nothing
+
+
+def test_an_answer_that_breaks_takes_the_others_of_its_request(
+    tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch, kept_back: None
+) -> None:
+    fail_at(monkeypatch, 30)
+    with running(tiny_model) as bench:
+        heard = bench.ask(max_new_tokens=30, n=2).wait()
+        assert isinstance(heard.events[-1], FailureEvent)
+        assert not [event for event in heard.events if isinstance(event, FinishEvent) and event.choice == 0]
+        assert bench.engine.wait_idle(WAIT_S)
+        assert bench.engine._lives.holds_nothing
+
+
+def test_what_is_owed_is_told_before_a_request_is_cut_short(
+    tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch, kept_back: None
+) -> None:
+    run = Runner.run
+
+    def slow(self: Runner, tick: Tick, meanwhile: Callable[[], None]) -> list[RowResult]:
+        time.sleep(0.002)
+        return run(self, tick, meanwhile)
+
+    monkeypatch.setattr(Runner, "run", slow)
+    with running(tiny_model) as bench:
+        late = bench.ask(max_new_tokens=480, timeout_s=0.5)
+        summary = late.wait().finish.summary
+        assert summary.finish_reason is FinishReason.TIMEOUT
+        assert summary.completion_tokens == len(late.ids()) > 2
+        assert bench.engine.wait_idle(WAIT_S)
+        assert bench.value("exeunt_generation_tokens_total") == len(late.ids())
+
+
+def test_a_tick_that_fails_fails_its_requests_after_what_they_are_owed(
+    tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch, kept_back: None
+) -> None:
+    run, ticks = Runner.run, [0]
+
+    def failing(self: Runner, tick: Tick, meanwhile: Callable[[], None]) -> list[RowResult]:
+        ticks[0] += 1
+        if ticks[0] == 6:
+            raise RuntimeError("a bug")
+        return run(self, tick, meanwhile)
+
+    monkeypatch.setattr(Runner, "run", failing)
+    with running(tiny_model) as bench:
+        heard = bench.ask(max_new_tokens=30).wait()
+        assert isinstance(heard.events[-1], FailureEvent)
+        assert len(heard.ids()) == 5  # one of the prompt's pass, four of decode steps
+        assert len(bench.answer(max_new_tokens=7).ids()) == 7
+        assert bench.engine.wait_idle(WAIT_S)
+        assert bench.engine._lives.holds_nothing
+
+
+def test_ticks_that_are_launched_operation_by_operation_have_all_told_before(
+    tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch, kept_back: None
+) -> None:
+    run, owed = Runner.run, list[bool]()
+
+    def watched(self: Runner, tick: Tick, meanwhile: Callable[[], None]) -> list[RowResult]:
+        owed.append(bool(bench.engine._lives._teller._owed))
+        return run(self, tick, meanwhile)
+
+    monkeypatch.setattr(Runner, "run", watched)
+    for most, expected in ((0, False), (512, True)):
+        monkeypatch.setattr("exeunt.server.lifecycle.TOKENS", (most,))
+        owed.clear()
+        with running(tiny_model) as bench:
+            bench.answer(max_new_tokens=8)
+        assert any(owed) is expected
