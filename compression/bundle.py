@@ -15,10 +15,17 @@ from typing import Final
 
 from torch import Tensor
 
-from exeunt.compression.exit_tensors import exits_from_tensors
+from exeunt.compression.exit_tensors import exits_from_tensors, format_version
 from exeunt.compression.exits import ExitHead, ExitHeadError
 from exeunt.compression.linear_block import LinearBlock, LinearBlockError, linear_block_from_tensors
-from exeunt.compression.manifest import BUNDLE_KIND, FileRecord, Manifest, ManifestError, read_manifest
+from exeunt.compression.manifest import (
+    BUNDLE_KIND,
+    CONFIRMED_VERSION,
+    FileRecord,
+    Manifest,
+    ManifestError,
+    read_manifest,
+)
 from exeunt.compression.tensor_file import TensorFileError, read_tensors
 
 MANIFEST: Final = "manifest.json"
@@ -82,6 +89,12 @@ class Bundle:
             heads = exits_from_tensors(_copied(tensors), metadata)
         except ExitHeadError as error:
             raise BundleError(f"{self.path / EXITS}: {error}; {_REMEDY}") from error
+        needed, said = format_version(heads), self.manifest.format_version
+        if needed > said or (said == CONFIRMED_VERSION and needed < said):
+            raise BundleError(
+                f"{self.path}: the manifest's format_version is {said}, the exits are those of version {needed}; "
+                f"{_REMEDY}"
+            )
         listed = sorted(record.block for record in self.manifest.exits)
         if [head.block for head in heads] != listed:
             raise BundleError(

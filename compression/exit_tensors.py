@@ -2,8 +2,9 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Final
+from typing import Final, TypeGuard
 
+import torch
 from torch import Tensor
 
 from exeunt.compression.exit_output import Shortlist
@@ -51,29 +52,41 @@ def format_version(heads: Sequence[ExitHead]) -> int:
 def exits_from_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[ExitHead, ...]:
     """The heads that `exit_tensors` and `exit_metadata` wrote, shallowest first.
 
-    Raises ExitHeadError where something is missing or does not fit together.
+    Raises ExitHeadError where something is missing, left over, not a finite number, or does not fit together.
     """
     try:
         settings = json.loads(metadata[METADATA_KEY])
         heads = [_head_from(tensors, entry) for entry in settings]
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ExitHeadError(f"the exit heads are incomplete: {error}") from error
+    except KeyError as error:
+        raise ExitHeadError(f"the exit heads are incomplete: {error} is missing") from error
+    except (TypeError, OverflowError, RecursionError, json.JSONDecodeError) as error:
+        raise ExitHeadError(f"the settings of the exit heads cannot be read: {error}") from error
+    # half of a judge, say: what it was part of would be passed over
+    left_over = sorted(set(tensors).difference(exit_tensors(heads)))
+    if left_over:
+        raise ExitHeadError(f"the exit heads have a tensor that is no part of them: {left_over[0]}")
     return tuple(sorted(heads, key=lambda head: head.block))
 
 
 def _head_from(tensors: Mapping[str, Tensor], settings: Mapping[str, object]) -> ExitHead:
     block, kind, eps = settings["block"], settings["norm_kind"], settings["norm_eps"]
     ratio = settings["screen_ratio"]
-    if not (isinstance(block, int) and isinstance(eps, int | float) and isinstance(ratio, int | float)):
+    if not (isinstance(block, int) and _is_number(eps) and _is_number(ratio)):
         raise ExitHeadError(f"the settings of an exit head have the wrong types: {dict(settings)}")
     if kind not in ("rms", "layer"):
         raise ExitHeadError(f"block_{block}: norm kind is {kind!r}, it must be 'rms' or 'layer'")
     name = f"block_{block}"
 
+    for place, tensor in tensors.items():
+        if place.startswith(f"{name}.") and place != f"{name}.shortlist":
+            _expect_numbers(place, tensor)
+
     def part(place: str) -> Tensor:
         return tensors[f"{name}.{place}"]
 
     norm = Norm(kind, part("norm.weight"), tensors.get(f"{name}.norm.bias"), float(eps))
+    if not 0.0 <= norm.eps < float("inf"):
+        raise ExitHeadError(f"{name}: norm_eps is {norm.eps}, it must be a number of at least 0")
     probe = ExitProbe(
         part("probe.hidden_weight"),
         part("probe.hidden_bias"),
@@ -91,6 +104,17 @@ def _head_from(tensors: Mapping[str, Tensor], settings: Mapping[str, object]) ->
         _shortlist(tensors, name),
         _confirmation(tensors, name, settings),
     )
+
+
+def _is_number(value: object) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _expect_numbers(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ExitHeadError(f"{name} is {tensor.dtype}, it must be float32, bfloat16 or float16")
+    if not bool(tensor.isfinite().all()):
+        raise ExitHeadError(f"{name} holds a number that is not finite")
 
 
 def _judge(tensors: Mapping[str, Tensor], name: str) -> ExitJudge | None:
@@ -117,6 +141,6 @@ def _confirmation(
             raise ExitHeadError(f"{name}: the confirmation has no judge")
         return None
     ratio = settings["list_ratio"]
-    if not isinstance(ratio, int | float):
+    if not _is_number(ratio):
         raise ExitHeadError(f"{name}: list_ratio is {ratio!r}, it must be a number in [0, 1]")
     return ExitConfirmation(judge, tensors[f"{name}.confirm.combine"], float(ratio))

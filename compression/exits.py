@@ -106,6 +106,14 @@ class ExitHead:
     rule: GateRule = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        for part, tensor in (
+            ("norm.weight", self.norm.weight),
+            ("probe.hidden_bias", self.probe.hidden_bias),
+        ):
+            if tensor.dim() != 1:
+                raise ExitHeadError(
+                    f"{self.name}: {part} is {list(tensor.shape)}, it must have one dimension"
+                )
         hidden = int(self.norm.weight.shape[0])
         units = int(self.probe.hidden_bias.shape[0])
         _expect_shapes(

@@ -71,7 +71,8 @@ class Teller:
         except Exception:  # noqa: BLE001 - a caller that is gone is no trouble of the others
             log.warning("the caller of %s is gone; its request is cancelled", job.request.id)
             job.on_event = _ignore
-            self.gone.append(job)
+            if not job.over:  # else it has ended, and this was its last event
+                self.gone.append(job)
 
     def _say(self, answer: Answer, draw: Draw, now: float, since_last: float | None) -> None:
         """Tell the caller and the metrics of a token that was drawn at `now`."""

@@ -129,7 +129,7 @@ def exit_state(hidden: Tensor, weights: ExitWeights) -> tuple[Tensor, Tensor, Te
         DTYPE_CODES[dtype],
         torch.get_num_threads(),
     )
-    return state, logits, wide[rows * size :].view(rows, -1)
+    return state, logits, wide[rows * size :].view(rows, int(struct.units))
 
 
 def _exit_state_on_gpu(hidden: Tensor, weights: ExitWeights) -> tuple[Tensor, Tensor, Tensor]:

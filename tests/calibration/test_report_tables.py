@@ -44,14 +44,16 @@ def test_the_modes_are_those_of_the_record(full: ReportContent) -> None:
 
 def test_it_is_shown_how_far_tokens_get_in_the_gates(full: ReportContent) -> None:
     record = json.loads(report_json(full))
-    shown = table(full, "gates", "looked at")
-    for header, key in (("looked at", "looked"), ("whole vocabulary", "whole"), ("leave", "left")):
+    shown = table(full, "gates", "past the probe")
+    for header, key in (("past the probe", "looked"), ("all logits asked", "whole"), ("leave", "left")):
         assert [cell.text for cell in column(shown, header)] == [
             f"{100 * each[key]:.1f} %" for each in record["thresholds"]["gates"]
         ]
     looks = [cell.text for cell in column(table(full, "gates", "AUC"), "looks at")]
     assert looks[0] == "the whole vocabulary"
-    assert looks[1] == "86 of its tokens (AUC 0.777), then at all where these say 0.9 of the threshold"
+    assert (
+        looks[1] == "a shortlist of 86 tokens (AUC 0.777); of who reaches 0.9 × the threshold there, at all"
+    )
     assert [each["list_ratio"] for each in record["exits"]] == [None, 0.9]
     assert record["costs"]["in_units_of_a_block"]["whole"] == 1.25
     assert record["exits"][1]["shortlist_tokens"] == 86

@@ -108,3 +108,50 @@ def test_shapes_and_settings_that_do_not_fit_are_refused() -> None:
         ExitHead(3, good.norm, torch.zeros(2, 2), good.probe, good.combine, 0.5)
     with pytest.raises(ExitHeadError, match=r"screen_ratio is 1\.5"):
         ExitHead(3, good.norm, good.adapter, good.probe, good.combine, 1.5)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"block_5.judge.top_weight": None}, r"no part of them: block_5\.judge\.hidden_bias"),
+        (
+            {"block_5.confirm.judge.top_weight": None, "block_5.confirm.combine": None},
+            "the confirmation has no judge",
+        ),
+        ({"block_5.more": torch.zeros(2)}, r"no part of them: block_5\.more"),
+        ({"block_5.combine": torch.zeros(4, dtype=torch.int8)}, r"block_5\.combine is torch\.int8"),
+        ({"block_5.confirm.judge.output_bias": torch.tensor(torch.inf)}, "not finite"),
+        ({"block_5.adapter": torch.full((HIDDEN, HIDDEN), torch.nan)}, r"block_5\.adapter holds a number"),
+        ({"block_5.norm.weight": torch.tensor(1.0)}, "it must have one dimension"),
+        ({"block_5.probe.hidden_bias": torch.tensor(1.0)}, "it must have one dimension"),
+    ],
+)
+def test_tensors_that_no_exit_has_are_refused(change: dict[str, torch.Tensor | None], told: str) -> None:
+    head = replace(
+        exit_head(block=5), judge=exit_judge(), shortlist=SHORTLIST, confirmation=exit_confirmation(0.85)
+    )
+    tensors = {name: part for name, part in (exit_tensors([head]) | change).items() if part is not None}
+    with pytest.raises(ExitHeadError, match=told):
+        exits_from_tensors(tensors, exit_metadata([head]))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ('"list_ratio": 0.85', '"list_ratio": true', "list_ratio is True"),
+        ('"list_ratio": 0.85', '"list_ratio": 1' + 400 * "0", "too large"),
+        ('"norm_eps": 1e-05', '"norm_eps": NaN', "norm_eps is nan"),
+        ('"norm_eps": 1e-05', '"norm_eps": -1', "norm_eps is -1.0"),
+        ('"screen_ratio"', '"screen"', "screen_ratio.* is missing"),
+    ],
+)
+def test_settings_that_no_exit_has_are_refused(old: str, new: str, told: str) -> None:
+    head = replace(
+        exit_head(block=5), judge=exit_judge(), shortlist=SHORTLIST, confirmation=exit_confirmation(0.85)
+    )
+    metadata = {name: text.replace(old, new) for name, text in exit_metadata([head]).items()}
+    assert metadata != exit_metadata([head])
+    with pytest.raises(ExitHeadError, match=told):
+        exits_from_tensors(exit_tensors([head]), metadata)
+    with pytest.raises(ExitHeadError, match="cannot be read"):
+        exits_from_tensors(exit_tensors([head]), dict.fromkeys(metadata, 100000 * "["))

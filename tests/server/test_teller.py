@@ -204,3 +204,20 @@ def test_ticks_that_are_launched_operation_by_operation_have_all_told_before(
         with running(tiny_model) as bench:
             bench.answer(max_new_tokens=8)
         assert any(owed) is expected
+
+
+def test_nothing_is_kept_of_a_caller_who_does_not_hear_its_failure(
+    tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch, kept_back: None
+) -> None:
+    class Deaf(Heard):
+        def __call__(self, event: Event) -> None:
+            super().__call__(event)
+            if isinstance(event, FailureEvent):
+                raise RuntimeError("the connection is closed")
+
+    fail_at(monkeypatch, 4)
+    monkeypatch.setattr("tests.server.engine_bench.Heard", Deaf)
+    with running(tiny_model) as bench:
+        assert isinstance(bench.ask(max_new_tokens=30).wait().events[-1], FailureEvent)
+        assert bench.engine.wait_idle(WAIT_S)
+        assert bench.engine._lives.holds_nothing

@@ -25,13 +25,18 @@ def gates_section(content: ReportContent) -> Section | None:
     if any(each.gate.coverage for each in content.exits):
         figures.append(_coverage(content))
     tokens = max(each.gate.tokens for each in content.exits)
+    steps = (
+        " A gate asks in steps, each of which may turn a token away: a small probe of its state; then the logits, "
+        "where there is a shortlist those of its tokens, which full depth says most often, and then, of who passes, "
+        "all of them, which confirm it and are what a token says that leaves. The last step decides."
+    )
     return Section(
         "gates",
         "Gates",
         f"A gate says with which probability its exit's token is full depth's; all on {count(tokens)} tokens of the "
         "select split. On the diagonal of the first picture a gate is right about itself. AUC, the area below the "
         "second, is the chance that it puts an agreeing token above a disagreeing one; the third lets tokens go, "
-        "surest first, and counts those that differ.",
+        f"surest first, and counts those that differ.{steps}",
         "The split chose between heads, and each half of it is judged by a regression of the gate's parts that was "
         "fitted on the other half: figures lean to the good side. Certificates do not rely on a gate being calibrated, "
         "they are counted on text that gates never saw.",
@@ -162,12 +167,12 @@ def _looks_at(each: FittedExit) -> str:
     """What an exit's gate decides by, in words."""
     if each.head.shortlist is None:
         return "the whole vocabulary"
-    listed = f"{count(len(each.head.shortlist))} of its tokens"
+    listed = f"a shortlist of {count(len(each.head.shortlist))} tokens"
     if each.head.confirmation is None:
         return listed
     alone = "" if each.gate.auc_listed is None else f" (AUC {each.gate.auc_listed:.3f})"
     return (
-        f"{listed}{alone}, then at all where these say {each.head.confirmation.list_ratio:g} of the threshold"
+        f"{listed}{alone}; of who reaches {each.head.confirmation.list_ratio:g} × the threshold there, at all"
     )
 
 
@@ -176,7 +181,7 @@ def _shares(content: ReportContent) -> tuple[Table, ...]:
     shares = content.selection.shares
     if not shares:
         return ()
-    headers = ("threshold", "gates asked", "looked at", "whole vocabulary", "leave")
+    headers = ("threshold", "gates asked", "past the probe", "all logits asked", "leave")
     rows = [
         [
             Cell(f"{each.threshold:.3f}"),

@@ -80,9 +80,9 @@ def _costs(content: ReportContent) -> tuple[Table, ...]:
     if costs is not None:
         rows = [
             ["gate", f"{costs.gate:.3f}"],
-            ["look at the vocabulary, in vain", f"{costs.projection:.3f}"],
-            ["look, of a token that leaves", f"{costs.leaving:.3f}"],
-            ["the vocabulary, of a token that a shortlist let pass in vain", f"{costs.whole:.3f}"],
+            ["first look at logits (a shortlist's, where there is one), in vain", f"{costs.projection:.3f}"],
+            ["first look, of a token that leaves, beside all logits, which it owes", f"{costs.leaving:.3f}"],
+            ["confirmation by all logits, in vain", f"{costs.whole:.3f}"],
             *([f"look at {count(size)} tokens", f"{look:.3f}"] for size, look in costs.looks),
             ["keys and values of a skipped block", f"{costs.skipped_kv:.3f}"],
         ]
