@@ -37,14 +37,20 @@ def _unpacked(dtype):
 
 
 @triton.constexpr_function
+def _given():
+    """The instructions that make `a` to `d` the results."""
+    return """mov.b32 $0, a;
+            mov.b32 $1, b;
+            mov.b32 $2, c;
+            mov.b32 $3, d;"""
+
+
+@triton.constexpr_function
 def _as_numbers(dtype):
     """The instructions of `numbers`."""
     return f"""{{
             {_unpacked(dtype)}
-            mov.b32 $0, a;
-            mov.b32 $1, b;
-            mov.b32 $2, c;
-            mov.b32 $3, d;
+            {_given()}
             }}"""
 
 
@@ -72,10 +78,7 @@ def _as_weights(dtype):
             fma.rn.{name} b, b, $7, $11;
             fma.rn.{name} c, c, $13, $17;
             fma.rn.{name} d, d, $15, $19;
-            mov.b32 $0, a;
-            mov.b32 $1, b;
-            mov.b32 $2, c;
-            mov.b32 $3, d;
+            {_given()}
             }}"""
 
 

@@ -284,7 +284,7 @@ class Lifecycle:
     def _finish(self, answer: Answer, reason: FinishReason) -> None:
         job = answer.owner
         self._teller.flush()  # its last token among them
-        if job in self._teller.broken:  # it fails, once it is known that nothing runs
+        if job in self._teller.broken:  # it fails as soon as all results of the tick are through
             return
         text = answer.detokenizer.finish()
         answer.account.close(answer.sequence.generated)

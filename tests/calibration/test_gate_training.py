@@ -11,7 +11,7 @@ from torch import Tensor
 from exeunt.calibration.exit_choice import ExitCosts
 from exeunt.calibration.exit_training import Labelled, TrainedHead
 from exeunt.calibration.exit_worth import ExitWorth
-from exeunt.calibration.gate_quality import auc
+from exeunt.calibration.gate_quality import GateQuality, auc
 from exeunt.calibration.gate_training import (
     STOPPING_SHARE,
     ProbeTraining,
@@ -19,6 +19,7 @@ from exeunt.calibration.gate_training import (
     train_gate,
 )
 from exeunt.compression.exit_output import Shortlist
+from exeunt.compression.exits import ExitHead
 from exeunt.compression.norm import Norm
 
 H, V = 16, 96
@@ -158,34 +159,20 @@ def test_all_logits_see_what_a_blind_list_does_not() -> None:
     own = project(NORM(fit.hidden)).argmax(-1)
     seldom = torch.bincount(own, minlength=V).argsort(stable=True)[: V // 8].sort().values
     free = ExitWorth(4, 12, ExitCosts(0.0, 0.0, 0.0), (0.1, 0.2))
-    head, quality = train_gate(
-        3,
-        OWN,
-        fit,
-        select,
-        project,
-        ProbeTraining(),
-        torch.Generator().manual_seed(0),
-        shortlist=Shortlist(seldom),
-        worth=free,
-    )
+    training, listed = ProbeTraining(), Shortlist(seldom)
+
+    def trained(worth: ExitWorth) -> tuple[ExitHead, GateQuality]:
+        generator = torch.Generator().manual_seed(0)
+        return train_gate(3, OWN, fit, select, project, training, generator, shortlist=listed, worth=worth)
+
+    head, quality = trained(free)
     assert head.confirmation is not None
     assert quality.auc_listed is not None
     assert quality.auc_listed < 0.7
     assert quality.auc > quality.auc_listed + 0.1
     assert quality.calibration_error < 0.03
     dear = replace(free, costs=ExitCosts(0.0, 0.0, 0.0, whole=50.0))
-    strict = train_gate(
-        3,
-        OWN,
-        fit,
-        select,
-        project,
-        ProbeTraining(),
-        torch.Generator().manual_seed(0),
-        shortlist=Shortlist(seldom),
-        worth=dear,
-    )[0]
+    strict, _ = trained(dear)
     assert strict.confirmation is not None
     assert head.confirmation.list_ratio < strict.confirmation.list_ratio == 1.0
 

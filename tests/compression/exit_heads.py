@@ -94,3 +94,19 @@ def exit_outputs(dtype: torch.dtype) -> list[ExitOutput]:
         ExitOutput(FullLinear(weight.to(dtype)), dtype),
         ExitOutput(Int4Linear(quantize(weight, 8)), dtype),
     ]
+
+
+def counted_output() -> tuple[ExitOutput, list[tuple[int, int]]]:
+    """A random output matrix, and the rows and outputs of every projection with it or with some of its rows."""
+    asked: list[tuple[int, int]] = []
+
+    class Counted(FullLinear):
+        def __call__(self, x: Tensor) -> Tensor:
+            asked.append((len(x), self.out_features))
+            return super().__call__(x)
+
+        def pick(self, outputs: Tensor) -> "Counted":
+            return Counted(self.weight[outputs])
+
+    weight = torch.randn(VOCAB, HIDDEN, generator=torch.Generator().manual_seed(9))
+    return ExitOutput(Counted(weight), torch.float32), asked

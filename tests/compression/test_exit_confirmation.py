@@ -11,9 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from exeunt.compression.bundle import open_bundle
-from exeunt.compression.exit_output import ExitOutput
 from exeunt.compression.exits import ExitHead, ExitHeadError, ExitJudge
-from exeunt.compression.linear import FullLinear
 from exeunt.compression.manifest import CONFIRMED_VERSION, JUDGED_VERSION
 from exeunt.compression.model import load_bundle
 from exeunt.kernels.exit_gate.reference import gate_confidence_reference
@@ -24,6 +22,7 @@ from tests.compression.exit_heads import (
     UNITS,
     VOCAB,
     CountingOutput,
+    counted_output,
     exit_confirmation,
     exit_head,
     exit_judge,
@@ -89,18 +88,7 @@ def test_the_gate_follows_its_three_steps(list_ratio: float) -> None:
 
 
 def test_who_leaves_is_projected_onto_all_tokens_once() -> None:
-    asked: list[tuple[int, int]] = []  # rows and outputs of every projection
-
-    class Counted(FullLinear):
-        def __call__(self, x: Tensor) -> Tensor:
-            asked.append((len(x), self.out_features))
-            return super().__call__(x)
-
-        def pick(self, outputs: Tensor) -> "Counted":
-            return Counted(self.weight[outputs])
-
-    weight = torch.randn(VOCAB, HIDDEN, generator=torch.Generator().manual_seed(9))
-    output, head, hidden = ExitOutput(Counted(weight), torch.float32), confirming(1.0), states(40)
+    (output, asked), head, hidden = counted_output(), confirming(1.0), states(40)
     result = head.gate(hidden, torch.full((40,), 0.75), output)
     assert 0 < int(result.leaves.sum()) < len(result.whole) < len(result.looked) < 40
     assert asked == [(len(result.looked), len(SHORTLIST)), (len(result.whole), VOCAB)]

@@ -4,19 +4,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 
 from exeunt.compression.exit_output import ExitOutput, Shortlist
 from exeunt.compression.exits import (
     ExitHeadError,
     ExitJudge,
 )
-from exeunt.compression.linear import FullLinear
 from tests.compression.exit_heads import (
     HIDDEN,
     SHORTLIST,
     VOCAB,
     CountingOutput,
+    counted_output,
     exit_head,
     exit_judge,
     exit_outputs,
@@ -83,18 +82,7 @@ def test_what_is_no_shortlist_is_refused() -> None:
 
 
 def test_only_rows_that_leave_are_projected_onto_all_tokens() -> None:
-    asked: list[tuple[int, int]] = []  # rows and outputs of every projection
-
-    class Counted(FullLinear):
-        def __call__(self, x: Tensor) -> Tensor:
-            asked.append((len(x), self.out_features))
-            return super().__call__(x)
-
-        def pick(self, outputs: Tensor) -> "Counted":
-            return Counted(self.weight[outputs])
-
-    weight = torch.randn(VOCAB, HIDDEN, generator=torch.Generator().manual_seed(9))
-    output, head = ExitOutput(Counted(weight), torch.float32), replace(exit_head(), shortlist=SHORTLIST)
+    (output, asked), head = counted_output(), replace(exit_head(), shortlist=SHORTLIST)
     hidden = torch.randn(30, HIDDEN, generator=torch.Generator().manual_seed(11))
     result = head.gate(hidden, torch.full((30,), 0.5), output)
     left = int(result.leaves.sum())
