@@ -5,8 +5,6 @@ tensor was last copied, and gives its memory to nobody else before that copy is 
 but not be written again.
 """
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -28,13 +26,26 @@ def integers_on_host(count: int, device: torch.device) -> Tensor:
     return torch.zeros(count, dtype=torch.int64, pin_memory=device.type == "cuda")
 
 
-def fetched(tensor: Tensor, meanwhile: Callable[[], None] | None = None) -> Tensor:
-    """A copy of `tensor` on the host; the device is waited for once, and `meanwhile` called before that."""
-    if tensor.device.type != "cuda":
-        return tensor.clone()
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    host.copy_(tensor, non_blocking=True)
-    if meanwhile is not None:
-        meanwhile()
-    torch.cuda.current_stream(tensor.device).synchronize()
-    return host
+class Fetch:
+    """A tensor's copy on its way to the host: begun when this is made, behind all that its device was asked before."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._there: torch.cuda.Event | None = None
+        if tensor.device.type != "cuda":
+            self._host = tensor.clone()
+            return
+        self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        self._host.copy_(tensor, non_blocking=True)
+        self._there = torch.cuda.Event()  # type: ignore[no-untyped-call] # torch does not annotate it
+        self._there.record(torch.cuda.current_stream(tensor.device))
+
+    def wait(self) -> Tensor:
+        """The copy, waited for; not for what the device was asked since."""
+        if self._there is not None:
+            self._there.synchronize()
+        return self._host
+
+
+def fetched(tensor: Tensor) -> Tensor:
+    """A copy of `tensor` on the host; the device is waited for once."""
+    return Fetch(tensor).wait()

@@ -29,10 +29,10 @@ from exeunt.server.request import (
     SamplingParams,
     StepEvent,
 )
-from exeunt.server.runner import StageRun
 from exeunt.server.settings import given_settings
 from exeunt.server.stage_choice import SchedulingPolicy
 from exeunt.server.stage_costs import DraftCosts
+from exeunt.server.tick_run import StageRun
 
 
 def engine_driver(
@@ -41,8 +41,10 @@ def engine_driver(
     scheduling: SchedulingPolicy = "run-through",
     on_stages: Callable[[StageRun], None] | None = None,
     max_owed: int = MAX_OWED,
+    *,
+    async_scheduling: bool = True,
 ) -> "EngineDriver":
-    """An engine with room for the load; `on_stages` hears of every run of stages, `max_owed` is EngineConfig's.
+    """An engine with room for the load; `on_stages` hears of every run of stages, what follows is EngineConfig's.
 
     Raises SettingsError where the model has not that room.
     """
@@ -59,6 +61,7 @@ def engine_driver(
             "max_num_queued_reqs": load.concurrency,
             "max_num_batched_tokens": max(512, load.concurrency),
             "scheduling": scheduling,
+            "async_scheduling": async_scheduling,
         }
     )
     config = engine_config(model, settings)

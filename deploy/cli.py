@@ -134,6 +134,14 @@ def serve(
         bool | None,
         typer.Option("--enforce-eager", help=setting_help("enforce_eager"), show_default=False),
     ] = None,
+    async_scheduling: Annotated[
+        bool | None,
+        typer.Option(
+            "--async-scheduling/--no-async-scheduling",
+            help=setting_help("async_scheduling"),
+            show_default=False,
+        ),
+    ] = None,
     tuning_seconds: Annotated[str | None, setting("tuning_seconds", "SECONDS")] = None,
     scheduling: Annotated[str | None, setting("scheduling", "POLICY")] = None,
     longest_wait: Annotated[str | None, setting("longest_wait", "SECONDS")] = None,

@@ -185,6 +185,7 @@ def engine_limits(shape: Shape, settings: Settings) -> EngineConfig:
         scheduling=settings.scheduling,
         longest_wait_s=settings.longest_wait,
         cuda_graphs=not settings.enforce_eager,
+        async_scheduling=settings.async_scheduling,
     )
 
 

@@ -22,9 +22,9 @@ from exeunt.deploy.bench_engine import EngineDriver, engine_driver
 from exeunt.deploy.measured_model import measured_model
 from exeunt.deploy.packaged import packaged_bundle
 from exeunt.server.engine_config import MAX_OWED
-from exeunt.server.runner import StageRun
 from exeunt.server.stage_choice import SchedulingPolicy
 from exeunt.server.stage_costs import DraftCosts
+from exeunt.server.tick_run import StageRun
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 VARIANTS = {"full weights": Variant(), "INT4 weights and KV": Variant("int4", "int4")}

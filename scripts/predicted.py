@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from exeunt.compression.model import LoadedModel
-from exeunt.server.runner import StageRun
+from exeunt.server.tick_run import StageRun
 
 _PROMPT = 16  # tokens; runs of more read a prompt in
 

@@ -42,8 +42,8 @@ class BlockAccount:
         elif ended and sequence.exits.mode != "verified":
             self._settle_pairs(self._open)
 
-    def audited(self, blocks: int) -> None:
-        """So many blocks were run for one token's audit alone."""
+    def beside(self, blocks: int) -> None:
+        """So many blocks were run for one token and not for the answer: an audit, or a step that nobody needed."""
         self._totals.blocks_wasted += blocks
         self._totals.block_passes += blocks
         self._metrics.work(wasted=blocks, passes=blocks)

@@ -31,10 +31,11 @@ from exeunt.server.request import (
     ScoredToken,
     ScoreRequest,
 )
-from exeunt.server.runner import Runner, StageRun
+from exeunt.server.runner import Runner
 from exeunt.server.scheduler import Scheduler
 from exeunt.server.stage_costs import DraftCosts, StageCosts
 from exeunt.server.stages import StagePlan
+from exeunt.server.tick_run import StageRun
 
 log = logging.getLogger("exeunt.engine")
 
@@ -310,11 +311,13 @@ class Engine:
                 self._take_commands()
                 began, self._stage_seconds = self._clock(), 0.0
                 self._lives.expire()
-                tick = self._scheduler.next_tick()
+                ahead = self._runner.ahead is not None
+                tick = self._lives.next_tick()
                 self._lives.note_scheduling()
                 if tick is not None:
                     self._lives.run(tick)
-                    self._costs.ticked(len(tick.rows), self._clock() - began - self._stage_seconds)
+                    if not ahead:  # else its stages began before this turn
+                        self._costs.ticked(len(tick.rows), self._clock() - began - self._stage_seconds)
                     self._drafters.ticked()
                 else:
                     self._lives.tell()

@@ -27,6 +27,9 @@ class EngineConfig:
     audit_share: float = 0.0  # of the tokens that leave early in the approximate mode, in [0, 1]
     scheduling: SchedulingPolicy = "run-through"
     cuda_graphs: bool = True  # on a GPU, passes of up to 512 tokens run as captured graphs
+    async_scheduling: bool = (
+        True  # beside graphs, a decode step is begun before the host has the one in front of it
+    )
     longest_wait_s: float = (
         0.05  # with "queues": a row that waited so long in front of a stage has it run next
     )

@@ -141,6 +141,7 @@ class Lifecycle:
         sequence.totals.blocks = self._plan.blocks
         sequence.limit = min(len(tokens) + sampling.max_new_tokens, self._config.max_model_len)
         sequence.ends = frozenset() if sampling.ignore_eos else frozenset(self._model.spec.eos_token_ids)
+        sequence.foreseeable = request.exits.mode == "off" and sampling.repetition_penalty == 1.0
         if request.exits.mode == "verified":
             drafter = self._new_drafter(request)
             sequence.drafter = TolerantDrafter(drafter, name, self._model.spec.vocab_size)
@@ -164,13 +165,21 @@ class Lifecycle:
                 self._answers[sequence].account.settle()
             self._metrics.preempted()
 
+    def next_tick(self) -> Tick | None:
+        """The tick to run now: the one that was begun ahead, or what the scheduler says; None when nothing is ready."""
+        tick = self._runner.ahead
+        if tick is None:
+            return self._scheduler.next_tick()
+        self._scheduler.resume(tick)
+        return tick
+
     def run(self, tick: Tick) -> None:
         """Run a tick and carry out what it comes to. A row that fails takes its own request with it, no other."""
         if tick.tokens > TOKENS[-1]:  # launched operation by operation: that takes the host long
             self._teller.flush()
         began = time.perf_counter() - self._runner.captured_seconds
         try:
-            results = self._runner.run(tick, self._teller.flush)
+            results = self._runner.run(tick, self._teller.flush, self._successor)
         except Exception as error:  # whatever a tick raises fails its own requests alone
             self._fail_tick(tick, error)
             self._end_troubled()
@@ -184,6 +193,11 @@ class Lifecycle:
                 self._apply_or_fail(result)
         self._end_troubled()
         self._metrics.flush()
+
+    def _successor(self, tick: Tick) -> Tick | None:
+        """The tick that follows one that runs: asked for only where the device works while the host goes on."""
+        ahead = self._config.async_scheduling and self._runner.has_graphs
+        return self._scheduler.tick_ahead(tick) if ahead else None
 
     def tell(self) -> None:
         """Tell callers and metrics all that is known: due where no tick follows."""
@@ -216,7 +230,7 @@ class Lifecycle:
         else:
             ended = result.waits_at is None and all(draw.error is None for draw in result.draws)
             self._answers[sequence].account.ran(sequence, result.pairs, result.passes, ended=ended)
-            self._answers[sequence].account.audited(result.audit_blocks)
+            self._answers[sequence].account.beside(result.audit_blocks)
             for audit in result.audits:
                 self._audits.note(sequence.exits, audit)
         if result.waits_at is None:
@@ -287,7 +301,7 @@ class Lifecycle:
         if job in self._teller.broken:  # it fails as soon as all results of the tick are through
             return
         text = answer.detokenizer.finish()
-        answer.account.close(answer.sequence.generated)
+        self._close_account(answer)
         self._release(answer)
         summary = answer.summary(reason)
         job.running -= 1
@@ -299,6 +313,12 @@ class Lifecycle:
         self._teller.tell(job, FinishEvent(answer.choice, text, summary))
         if job.over:
             self._jobs.close(job.request.id)
+
+    def _close_account(self, answer: Answer) -> None:
+        """Count what an answer that ends has cost, a step that was begun and is not needed any more included."""
+        if self._runner.is_ahead(answer.sequence):
+            answer.account.beside(self._plan.blocks)
+        answer.account.close(answer.sequence.generated)
 
     def _release(self, answer: Answer) -> None:
         if answer.sequence.status is not Status.FINISHED:
@@ -353,7 +373,7 @@ class Lifecycle:
         try:
             for answer in job.answers:
                 if answer.sequence.status is not Status.FINISHED:
-                    answer.account.close(answer.sequence.generated)
+                    self._close_account(answer)
             self._metrics.flush()
         except Exception as error:
             log.error("what request %s has cost is not counted in full", job.request.id, exc_info=error)

@@ -32,11 +32,6 @@ class Row:
         return len(self.positions) + waiting
 
     @property
-    def yields_token(self) -> bool:
-        """Whether a token follows from the pass."""
-        return not self.positions or self.sequence.yields_token(self.positions)
-
-    @property
     def may_leave(self) -> bool:
         """Whether a token of this row may leave at an exit: a decode step, a text to score, or exits to replay."""
         sequence = self.sequence

@@ -3,6 +3,7 @@
 It knows nothing of queues or of requests' lives: the scheduler says which rows run how far, the engine what follows.
 """
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from exeunt.server.gate_timer import GateTimer
 from exeunt.server.request import SamplingParams
 from exeunt.server.row import Row
 from exeunt.server.row_result import RowResult, Score
-from exeunt.server.sampling import RowSampling, sample_each
+from exeunt.server.sampling import RowSampling, start_each
 from exeunt.server.sequence import Sequence
 from exeunt.server.stages import StagePlan
 from exeunt.server.tick import Tick
@@ -36,11 +37,17 @@ from exeunt.server.tick_batch import (
     selected,
     without,
 )
-from exeunt.server.verification import Draw
+from exeunt.server.tick_run import Piece, StageRun, Successor, TickRun, Undrawn
+
+log = logging.getLogger("exeunt.engine")
 
 
 def _nothing() -> None:
     """What there is to be done while the device works, where there is nothing."""
+
+
+def _unknown(_: Tick) -> None:
+    """The successor of a tick where nobody says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,33 +56,6 @@ class Sampler:
 
     params: SamplingParams
     choice: int
-
-
-@dataclass(frozen=True, slots=True)
-class StageRun:
-    """Stages run in one piece: from where rows entered to the next gate or the tick's end.
-
-    `seconds` hold the tick's set-up with the first and its draws with the last, and what was told meanwhile as far as
-    it took longer than a GPU; but neither audits nor the capturing of CUDA graphs, and `gate_seconds` of them were
-    spent asking the gate about `gated` tokens.
-    """
-
-    variant: Variant
-    stages: range
-    seconds: float
-    rows: int  # that entered
-    tokens: int
-    gated: int
-    gate_seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class _Undrawn:
-    """Logits [tokens, vocab] of tokens whose successors are to be drawn, and the stage they come from."""
-
-    tokens: list[tuple[Row, int]]
-    logits: Tensor
-    stage: int
 
 
 class Runner:
@@ -105,6 +85,8 @@ class Runner:
         # by sequence and stage, the states [tokens, hidden] of `Sequence.pending`
         self._states: dict[Sequence, dict[int, list[Tensor]]] = {}
         self._auditor = Auditor(audit_share, model.device, lambda: self.captured_seconds)
+        self._ahead: TickRun | None = None  # begun before its turn
+        self._goes_ahead = True
 
     def page_tokens(self, variant: Variant) -> int:
         """Tokens that one page holds in this variant's layout."""
@@ -123,7 +105,8 @@ class Runner:
     @property
     def holds_nothing(self) -> bool:
         """Whether no sequence is known and no state is kept."""
-        return not self._samplers and not self._states and self._auditor.holds_nothing
+        kept = self._samplers or self._states or self._ahead is not None
+        return not kept and self._auditor.holds_nothing
 
     def enter(self, sequence: Sequence, sampler: Sampler) -> None:
         """Remember how a sequence's tokens are drawn."""
@@ -138,45 +121,100 @@ class Runner:
         self.forget_states(sequence)
         self._samplers.pop(sequence, None)
         self._auditor.forget(sequence)
+        ahead = self.ahead
+        if ahead is not None and not any(row.sequence in self._samplers for row in ahead.rows):
+            self._ahead = None  # nobody is left to hear of it
+            self.device_answers()  # what it reads may be let go of now
+
+    @property
+    def ahead(self) -> Tick | None:
+        """The tick that was begun before its turn: the next to `run`. None where there is none."""
+        return None if self._ahead is None else self._ahead.tick
+
+    def is_ahead(self, sequence: Sequence) -> bool:
+        """Whether a pass of a sequence was begun before its turn."""
+        return self._ahead is not None and any(row.sequence is sequence for row in self._ahead.tick.rows)
 
     @torch.inference_mode()
-    def run(self, tick: Tick, meanwhile: Callable[[], None] = _nothing) -> list[RowResult]:
+    def run(
+        self, tick: Tick, meanwhile: Callable[[], None] = _nothing, successor: Successor = _unknown
+    ) -> list[RowResult]:
         """Run a tick's stages for its rows and say what became of each, in order.
 
-        `meanwhile` is called where the device has work and the host none, if that comes.
+        `meanwhile` is called where the device has work and the host none, if that comes. Where `successor` knows which
+        tick follows, that is begun as soon as the device knows this one's tokens: it is `ahead` then, and must be the
+        next to be run.
 
         Tokens that leave at an exit on the way get their deeper keys and values there and drop out of the batch, or
         wait in front of the next stage for a pass that goes on; what is left after the tick's last stage, where that is
         not the model's last, waits there too.
         """
-        run = _TickRun(tick, meanwhile)
+        run, self._ahead = self._ahead, None
         self._auditor.begin_tick()
-        began = self._clock()
+        if run is None or run.tick is not tick:
+            run = TickRun(tick, self._clock())
+            self._pass_stages(run)
+            self._start_draws(run)
+        self._ahead = ahead = self._begun_ahead(run, successor)
+        meanwhile()
+        run.take_draws()
+        self._note_audits(run)
+        if run.draws is None:
+            self._wait()
+        ended = self._end_piece(run)
+        if ahead is not None:
+            ahead.began = ended
+        return [run.results[row] for row in tick.rows]
+
+    def _pass_stages(self, run: TickRun) -> None:
+        """Run a tick's stages, one piece after the other; the last is not waited for."""
         batch: TickBatch | None = None
-        stage = tick.first_stage
+        stage = run.tick.first_stage
         while batch is not None or run.entering:
+            self._end_piece(run)
             if batch is None:
                 stage = min(run.entering)
             batch = self._enter(batch, stage, run)
-            boundary, rows, tokens = (
-                self._next_boundary(run, batch, stage),
-                len(batch.parts),
-                batch.hidden.shape[0],
-            )
-            run.gated, run.gate_seconds = 0, 0.0
+            boundary = self._next_boundary(run, batch, stage)
+            run.piece = Piece(range(stage, boundary + 1), len(batch.parts), batch.hidden.shape[0])
             batch = self._run_stages(run, batch, stage, boundary)
-            if batch is None and not run.entering:
-                self._draw(run)
-                self._note_audits(run)
-                meanwhile()
-                self._wait()
-            ended = self._clock()
-            stages, seconds = range(stage, boundary + 1), ended - began - self._auditor.take_seconds()
-            self._on_stages(
-                StageRun(tick.variant, stages, seconds, rows, tokens, run.gated, run.gate_seconds)
-            )
-            began, stage = ended, boundary + 1
-        return [run.results[row] for row in tick.rows]
+            stage = boundary + 1
+
+    def _end_piece(self, run: TickRun) -> float:
+        """Tell of the stages that ran up to now, if any did; returns the time."""
+        ended = self._clock()
+        piece = run.end_piece(ended, self._auditor.take_seconds())
+        if piece is not None:
+            self._on_stages(piece)
+        return ended
+
+    def _begun_ahead(self, run: TickRun, successor: Successor) -> TickRun | None:
+        """The tick that follows, begun before this one's tokens are on the host; None where that cannot be."""
+        if not self._goes_ahead or run.draws is None or run.draws.ids is None:
+            return None
+        tick = successor(run.tick)
+        if tick is None:
+            return None
+        try:
+            return self._begun(tick, run, run.draws.ids)
+        except Exception:
+            self._goes_ahead = False  # whose trouble it is shows when the tick has its turn
+            log.warning("no step is begun before its turn any more: the last such failed", exc_info=True)
+            return None
+
+    def _begun(self, tick: Tick, before: TickRun, drawn: Tensor) -> TickRun:
+        """A tick of decode steps up to its draws, each behind a token that the tick `before` has `drawn` [rows]."""
+        run = TickRun(tick, self._clock())
+        parts = [Part(row, row.positions) for row in run.entering.pop(0)]
+        places = {row.sequence: place for place, row in enumerate(before.drawn_rows)}
+        order = [places[part.row.sequence] for part in parts]
+        geometry, index = placed(parts, self._device, order)
+        embed = self._model.decoder(tick.variant).embed
+        hidden = embed(drawn.index_select(0, index).long(), geometry.positions)
+        run.piece = Piece(range(self._plan.stages), len(parts), len(parts))
+        self._run_stages(run, TickBatch(parts, geometry, hidden), 0, self._plan.last)
+        self._start_draws(run)
+        return run
 
     def device_answers(self) -> bool:
         """Whether the device still does anything: after some errors a GPU refuses every later call of the process."""
@@ -195,7 +233,7 @@ class Runner:
         """Seconds, on a clock that stands still while graphs are captured."""
         return time.perf_counter() - self.captured_seconds
 
-    def _run_stages(self, run: "_TickRun", batch: TickBatch, stage: int, boundary: int) -> TickBatch | None:
+    def _run_stages(self, run: TickRun, batch: TickBatch, stage: int, boundary: int) -> TickBatch | None:
         """Run stages `stage` to `boundary` in one piece and say what is left to be run in this tick."""
         variant = run.tick.variant
         decoder, pages = self._model.decoder(variant), self._pages[variant]
@@ -214,7 +252,7 @@ class Runner:
             return None
         return left
 
-    def _next_boundary(self, run: "_TickRun", batch: TickBatch, stage: int) -> int:
+    def _next_boundary(self, run: TickRun, batch: TickBatch, stage: int) -> int:
         """How far to run in one piece: to where a row asks a gate, or tokens come in, or to the tick's end."""
         for boundary in range(stage, run.tick.last_stage):
             if boundary + 1 in run.entering:
@@ -226,7 +264,7 @@ class Runner:
                     return boundary
         return run.tick.last_stage
 
-    def _enter(self, batch: TickBatch | None, stage: int, run: "_TickRun") -> TickBatch:
+    def _enter(self, batch: TickBatch | None, stage: int, run: TickRun) -> TickBatch:
         """The batch in front of `stage`: what comes from the stage before, rows that begin, tokens that waited here."""
         rows = run.entering.pop(stage, [])
         if stage == 0:
@@ -263,7 +301,7 @@ class Runner:
         sequence.put_back(stage, part.positions)
         self._states.setdefault(sequence, {}).setdefault(stage, []).append(states)
 
-    def _finish(self, decoder: Decoder, batch: TickBatch, run: "_TickRun") -> None:
+    def _finish(self, decoder: Decoder, batch: TickBatch, run: TickRun) -> None:
         """The last stage: the model's own head for every token that is wanted."""
         self._auditor.arrive(batch, decoder)
         tokens = batch.tokens()
@@ -276,7 +314,7 @@ class Runner:
         self._emit([tokens[i] for i in wanted], decoder.head(states), self._plan.last, run)
 
     def _after_exit(
-        self, stage: int, decoder: Decoder, pages: KVPages, batch: TickBatch, run: "_TickRun"
+        self, stage: int, decoder: Decoder, pages: KVPages, batch: TickBatch, run: TickRun
     ) -> TickBatch | None:
         """A stage has ended in an exit: what is left of the batch when those that leave there are gone."""
         tokens, gated, gone = batch.tokens(), [], set()
@@ -300,7 +338,7 @@ class Runner:
         gone.update(self._wait_here(stage, batch, {tokens[i][0] for i in leaving}))
         return without(batch, gone) if gone else batch
 
-    def _asks_gate(self, row: Row, position: int, stage: int, run: "_TickRun") -> bool:
+    def _asks_gate(self, row: Row, position: int, stage: int, run: TickRun) -> bool:
         """Whether the token at `position` may leave at the end of `stage`: the last of a decode step, any of a text."""
         sequence = row.sequence
         if row.threshold is None or not self._plan.asks(sequence.exits.mode, stage):
@@ -325,7 +363,7 @@ class Runner:
         hidden: Tensor,
         tokens: list[tuple[Row, int]],
         gated: list[int],
-        run: "_TickRun",
+        run: TickRun,
     ) -> tuple[list[int], Tensor]:
         """Ask the exit's gate about the tokens `gated`; emit those that leave and say which, with their logits."""
         timer = GateTimer(self._device, self._clock, lambda: self.captured_seconds)
@@ -334,7 +372,7 @@ class Runner:
         asked = staged(np.array(thresholds, dtype=np.float32), self._device)
         gate = self._model.exits[stage].gate(states, asked, decoder.project_exit)
         leaves = gate.leaves.tolist()
-        run.gated, run.gate_seconds = len(gated), timer.seconds()
+        run.note_gate(len(gated), timer.seconds())
         leaving = [index for index, leave in zip(gated, leaves, strict=True) if leave]
         if not leaving:
             return [], gate.logits[:0]
@@ -351,41 +389,33 @@ class Runner:
         hidden, geometry = of_tokens(batch, left)  # nothing attends here: whose they are does not matter
         decoder.project_kv(hidden, geometry, pages, self._plan.stop(stage), self._plan.blocks)
 
-    def _emit(self, wanted: list[tuple[Row, int]], logits: Tensor, stage: int, run: "_TickRun") -> None:
+    def _emit(self, wanted: list[tuple[Row, int]], logits: Tensor, stage: int, run: TickRun) -> None:
         """Note what the next token of rows that decode is drawn from, and look up the given one of rows that score."""
         scored = [i for i, (row, _) in enumerate(wanted) if row.sequence.scoring]
         drawn = [i for i, (row, _) in enumerate(wanted) if not row.sequence.scoring]
         if scored:
             self._score([wanted[i] for i in scored], selected(logits, scored), stage, run)
         if drawn:
-            run.undrawn.append(_Undrawn([wanted[i] for i in drawn], selected(logits, drawn), stage))
+            run.undrawn.append(Undrawn([wanted[i] for i in drawn], selected(logits, drawn), stage))
 
-    def _score(self, wanted: list[tuple[Row, int]], logits: Tensor, stage: int, run: "_TickRun") -> None:
+    def _score(self, wanted: list[tuple[Row, int]], logits: Tensor, stage: int, run: TickRun) -> None:
         targets = integers([row.sequence.tokens[position + 1] for row, position in wanted], self._device)
         logprobs = logits.float().log_softmax(dim=-1).gather(1, targets[:, None]).flatten().tolist()
         for (row, position), logprob in zip(wanted, logprobs, strict=True):
             run.results[row].scores.append(Score(position, logprob, stage))
 
-    def _draw(self, run: "_TickRun") -> None:
+    def _start_draws(self, run: TickRun) -> None:
         """Sample the next tokens of all rows that left in this tick, wherever they did, in one go."""
         if not run.undrawn:
             return
-        tokens = [token for some in run.undrawn for token in some.tokens]
-        stages = [some.stage for some in run.undrawn for _ in some.tokens]
         parts = [some.logits for some in run.undrawn]
         logits = parts[0] if len(parts) == 1 else torch.cat(parts)
-        asks = [self._sampling(row.sequence, position) for row, position in tokens]
-        eos = self._model.spec.eos_token_ids
-        drawn = sample_each(logits, asks, eos, self._graphs, run.meanwhile)
-        found: dict[Row, list[Draw]] = {}
-        for (row, position), stage, token, logprob, error in zip(
-            tokens, stages, drawn.ids, drawn.logprobs, drawn.errors, strict=True
-        ):
-            found.setdefault(row, []).append(Draw(token, logprob, stage, position, error))
-        for row, draws in found.items():
-            run.results[row].draws = tuple(sorted(draws, key=lambda draw: draw.position))
+        asks = [
+            self._sampling(row.sequence, position) for some in run.undrawn for row, position in some.tokens
+        ]
+        run.draws = start_each(logits, asks, self._model.spec.eos_token_ids, self._graphs)
 
-    def _note_audits(self, run: "_TickRun") -> None:
+    def _note_audits(self, run: TickRun) -> None:
         """Finish the audits for which all logits are there, now that their tokens are drawn."""
 
         def emitted(row: Row, position: int) -> int | None:
@@ -408,18 +438,3 @@ class Runner:
         else:
             history = tokens if position == len(tokens) - 1 else tokens[: position + 1]
         return RowSampling(sampler.params, sampler.choice, position + 1 - sequence.prompt_tokens, history)
-
-
-class _TickRun:
-    """A tick while it runs: its rows by the stage they enter at, and what they have yielded."""
-
-    def __init__(self, tick: Tick, meanwhile: Callable[[], None]) -> None:
-        self.tick = tick
-        self.meanwhile = meanwhile
-        self.entering: dict[int, list[Row]] = {}
-        for row in tick.rows:
-            self.entering.setdefault(row.stage, []).append(row)
-        self.results = {row: RowResult(row) for row in tick.rows}
-        self.undrawn: list[_Undrawn] = []
-        self.gated = 0  # of the stages run last
-        self.gate_seconds = 0.0

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from exeunt.compression.host_memory import fetched, sent, staged
+from exeunt.compression.host_memory import Fetch, sent, staged
 from exeunt.compression.row_graphs import StepGraphs
 from exeunt.kernels.gpu import triton_runs
 from exeunt.kernels.token_draw import draw_tokens, penalise_scores, truncate_scores
@@ -79,44 +79,67 @@ class SampledTokens:
     errors: tuple[str | None, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class StartedDraws:
+    """Draws that a device was asked for, one a row. It knows the tokens before the host does.
+
+    `ids` [rows] are on that device, of any dtype, and hold until the next draws are started there: ids of the
+    vocabulary, of rows whose logits are not usable too. None where rows were drawn one by one.
+    """
+
+    ids: Tensor | None
+    _told: Callable[[], SampledTokens]
+
+    def wait(self) -> SampledTokens:
+        """The tokens on the host; what the device was asked since is not waited for."""
+        return self._told()
+
+
 def sample(
     logits: Tensor,
     rows: Sequence[RowSampling],
     eos_token_ids: Collection[int] = (),
     graphs: StepGraphs | None = None,
-    meanwhile: Callable[[], None] | None = None,
 ) -> SampledTokens:
-    """Draws a token for each row of `logits` [rows, vocabulary], any float dtype.
+    """Draws a token for each row of `logits` [rows, vocabulary], any float dtype, see `start_draws`."""
+    return start_draws(logits, rows, eos_token_ids, graphs).wait()
+
+
+def start_draws(
+    logits: Tensor,
+    rows: Sequence[RowSampling],
+    eos_token_ids: Collection[int] = (),
+    graphs: StepGraphs | None = None,
+) -> StartedDraws:
+    """Starts to draw a token for each row of `logits` [rows, vocabulary], any float dtype; a GPU is not waited for.
 
     A row whose logits are not usable (NaN, +inf, or nothing left to choose from) gets an error in the result. On a GPU
-    `graphs` hold the draws of few rows that ask for neither penalties nor truncation, and `meanwhile` is called while
-    it works.
+    `graphs` hold the draws of few rows that ask for neither penalties nor truncation.
     Raises ValueError when the number of rows differs.
     """
     if logits.ndim != 2 or logits.shape[0] != len(rows):
         raise ValueError(f"logits of shape {tuple(logits.shape)} were given for {len(rows)} rows")
     if not rows:
-        return SampledTokens((), (), ())
+        return StartedDraws(None, lambda: SampledTokens((), (), ()))
     logits = logits.float().contiguous()
     scores = processed_scores(logits, rows, eos_token_ids)
     temperatures = np.array([0.0 if row.greedy else row.params.temperature for row in rows], np.float32)
     keys, device = row_keys(rows), logits.device
     if device.type != "cpu":
-        return _sample_there(logits, scores, temperatures, keys, graphs, meanwhile)
+        return _start_there(logits, scores, temperatures, keys, graphs)
     ids, logprobs = draw_tokens(
         logits, scores, torch.from_numpy(temperatures), keys, token_keys(logits.shape[1], device)
     )
-    return _on_host(ids.tolist(), logprobs.tolist())
+    return StartedDraws(ids, lambda: _on_host(ids.tolist(), logprobs.tolist()))
 
 
-def _sample_there(
+def _start_there(
     logits: Tensor,
     scores: Tensor,
     temperatures: np.ndarray,
     keys: Tensor,
     graphs: StepGraphs | None,
-    meanwhile: Callable[[], None] | None,
-) -> SampledTokens:
+) -> StartedDraws:
     """Draw on another device: what rows ask for goes there in one copy, what is drawn comes back in one."""
     device, vocab_size = logits.device, logits.shape[1]
     both = np.empty((len(keys), 3), np.int32)
@@ -131,8 +154,13 @@ def _sample_there(
         )
     if found is None:
         found = (_drawn(logits, scores, asked.to(device, non_blocking=True), of_tokens),)
-    tokens, logprobs = fetched(found[0], meanwhile).t().tolist()
-    return _on_host([int(token) for token in tokens], logprobs)
+    drawn, coming = found[0], Fetch(found[0])
+
+    def told() -> SampledTokens:
+        tokens, logprobs = coming.wait().t().tolist()
+        return _on_host([int(token) for token in tokens], logprobs)
+
+    return StartedDraws(drawn[:, 0], told)
 
 
 def _drawn(logits: Tensor, scores: Tensor, asked: Tensor, token_keys: Tensor) -> Tensor:
@@ -145,23 +173,23 @@ def _drawn(logits: Tensor, scores: Tensor, asked: Tensor, token_keys: Tensor) ->
     return torch.stack((ids.double(), logprobs.double()), dim=1)
 
 
-def sample_each(
+def start_each(
     logits: Tensor,
     rows: Sequence[RowSampling],
     eos_token_ids: Collection[int] = (),
     graphs: StepGraphs | None = None,
-    meanwhile: Callable[[], None] | None = None,
-) -> SampledTokens:
-    """`sample`, but a row that raises gets an error like one whose logits are not usable: the others are drawn."""
+) -> StartedDraws:
+    """`start_draws`, but a row that raises gets an error like one whose logits are not usable: the others are drawn."""
     try:
-        return sample(logits, rows, eos_token_ids, graphs, meanwhile)
+        return start_draws(logits, rows, eos_token_ids, graphs)
     except Exception:  # noqa: BLE001 - whose it is shows when each is drawn alone
         drawn = [_sample_alone(logits[i : i + 1], row, eos_token_ids) for i, row in enumerate(rows)]
-    return SampledTokens(
+    found = SampledTokens(
         tuple(each.ids[0] for each in drawn),
         tuple(each.logprobs[0] for each in drawn),
         tuple(each.errors[0] for each in drawn),
     )
+    return StartedDraws(None, lambda: found)
 
 
 def _sample_alone(logits: Tensor, row: RowSampling, eos_token_ids: Collection[int]) -> SampledTokens:

@@ -125,10 +125,10 @@ class Scheduler:
 
     def admit(self) -> None:
         """Let waiting sequences start while there is room for their prompts."""
-        if not self._waiting or len(self._running) >= self._max_num_seqs:
-            return
-        promised = sum(_missing(s) for s in self._running if s.prefilling)
-        while self._waiting and len(self._running) < self._max_num_seqs:
+        promised: int | None = None
+        while self._has_room():
+            if promised is None:
+                promised = self._promised()
             index = self._first_that_fits(promised)
             if index is None:
                 break
@@ -136,6 +136,14 @@ class Scheduler:
                 passed.overtaken += 1
             promised += _missing(self._waiting[index])
             self._start(self._waiting[index], index)
+
+    def _has_room(self) -> bool:
+        """Whether somebody waits and one more sequence may run, if it finds pages."""
+        return bool(self._waiting) and len(self._running) < self._max_num_seqs
+
+    def _promised(self) -> int:
+        """Pages that running sequences still need for their prompts."""
+        return sum(_missing(s) for s in self._running if s.prefilling)
 
     def _first_that_fits(self, promised: int) -> int | None:
         """Where in the queue the sequence stands that starts next; None when nobody may.
@@ -170,6 +178,33 @@ class Scheduler:
             self.admit()
             tick = self._form_tick()
         return tick
+
+    def tick_ahead(self, tick: Tick) -> Tick | None:
+        """The tick behind `tick`, which runs: the next step of all its sequences but those that end by their length.
+
+        None where it must be known first which tokens the tick yields, or where another sequence has a turn before.
+        Pages are allocated, and nobody is preempted for them. Whoever takes it calls `resume` when its turn has come.
+        """
+        if any(lane.deepest() is not None for lane in self._lanes.values()):
+            return None
+        if self._has_room() and self._first_that_fits(self._promised()) is not None:
+            return None
+        going = [row for row in tick.rows if row.sequence.status is Status.RUNNING]
+        if not all(_foreseeable(row) for row in going):
+            return None
+        # a token's place is behind those that are known
+        steps = {row.sequence: len(row.sequence.tokens) for row in going if row.sequence.room > 1}
+        if not steps or sum(s.table.missing(place + 1) for s, place in steps.items()) > self._pool.free:
+            return None
+        for sequence, place in steps.items():
+            sequence.table.ensure(place + 1)
+        rows = tuple(Row(sequence, [place], place + 1) for sequence, place in steps.items())
+        return Tick(tick.variant, 0, self._plan.last, rows)
+
+    def resume(self, tick: Tick) -> None:
+        """A tick of `tick_ahead` has its turn: its sequences, those that still run, are ready for no other."""
+        for row in tick.rows:
+            self._lane(tick.variant).decoding.pop(row.sequence, None)
 
     def _form_tick(self) -> Tick | None:
         for variant in sorted(
@@ -327,6 +362,15 @@ class Scheduler:
         if self._policy == "queues" and any(row.may_leave for row in rows):
             return stage
         return self._plan.last
+
+
+def _foreseeable(row: Row) -> bool:
+    """Whether a row that runs yields a token from which no more than its id is needed for the next step.
+
+    Rows that began deeper, with what waits there, are left aside: some carry a part of a prompt.
+    """
+    sequence = row.sequence
+    return sequence.foreseeable and bool(row.positions) and sequence.yields_token(row.positions)
 
 
 def _missing(sequence: Sequence) -> int:

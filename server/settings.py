@@ -111,6 +111,10 @@ class Settings(BaseSettings):
     enforce_eager: bool = Field(
         default=False, description="On a GPU, capture no CUDA graphs: slower, and what they hold is free."
     )
+    async_scheduling: bool = Field(
+        default=True,
+        description="On a GPU, begin a decode step while the host still waits for the tokens of the one before.",
+    )
     tuning_seconds: float = Field(
         default=20.0,
         ge=0,
@@ -184,6 +188,8 @@ def setting_default(name: str) -> str:
         return ""
     if isinstance(default, ByteSize):
         return default.human_readable().replace(".0", "")
+    if default is True:
+        return "on"
     return f"{default:g}" if isinstance(default, float) else str(default)
 
 

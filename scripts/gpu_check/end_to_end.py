@@ -93,7 +93,9 @@ def _packaged(context: Context, found: Found, sizes: Sizes) -> None:
         _engine(context, found, model, driver, prompts, modes, sizes)
     finally:
         driver.close()
-    del driver, model
+    del driver
+    _in_turn(context, found, model, prompts, sizes)
+    del model
     _free(context)
     if context.fits(5, "transformers on the packaged model", found):
         from transformers import AutoModelForCausalLM
@@ -202,6 +204,22 @@ def _engine(
                 "captured_while_timed": _captured(model) - captured,
             }
             context.report.save()
+
+
+def _in_turn(
+    context: Context, found: Found, model: LoadedModel, prompts: Sequence[Sequence[int]], sizes: Sizes
+) -> None:
+    """What steps gain that are begun before the host has the tokens in front: the same where none is."""
+    called = "steps in turn"
+    # another engine captures its graphs anew
+    if not context.fits(_LEAST if context.quick else 3 * _LEAST + _FOR_TRANSFORMERS, called, found):
+        return
+    driver = engine_driver(model, sizes.load(sizes.most), async_scheduling=False)
+    try:
+        modes = {f"int4/int4 {called}": (INT4, OFF), f"full/full {called}": (FULL, OFF)}
+        _engine(context, found, model, driver, prompts, modes, sizes)
+    finally:
+        driver.close()
 
 
 def _warmed(context: Context, model: LoadedModel, run: Callable[[], object]) -> int:
@@ -314,7 +332,9 @@ def _random(context: Context, found: Found, shape: Shape, sizes: Sizes) -> None:
         _engine(context, found, model, driver, prompts, modes, sizes)
     finally:
         driver.close()
-    del driver, model, decoders
+    del driver
+    _in_turn(context, found, model, prompts, sizes)
+    del model, decoders
     _free(context)
     if context.fits(15, f"transformers on {shape.name}", found):
         _transformers(context, found, transformers_model(context, shape), prompts, sizes)

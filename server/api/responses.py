@@ -96,8 +96,8 @@ class DepthInfo(BaseModel):
         "`verified`; with `backfill` only what an answer's last tokens still owed at its end."
     )
     blocks_wasted: int = Field(
-        description="Block × token pairs that the answer did not use: rejected drafts, audits, and tokens computed "
-        "again after a preemption."
+        description="Block × token pairs that the answer did not use: rejected drafts, audits, tokens computed "
+        "again after a preemption, and on a GPU a step begun before it was known that the answer had ended."
     )
     block_passes: int = Field(
         description="Block × pass pairs that the answer took part in, wasted ones included; at full depth tokens × "

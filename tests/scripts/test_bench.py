@@ -9,7 +9,7 @@ import pytest
 
 from exeunt.compression.bundle import file_sha256
 from exeunt.compression.variant import Variant
-from exeunt.server.runner import StageRun
+from exeunt.server.tick_run import StageRun
 from scripts import bench, bench_adaptive, bench_gaps, bench_parts, bench_runs
 from scripts.predicted import Prediction
 from tests.deploy.server_process import byte_bundle

@@ -1,7 +1,6 @@
 """What capturing CUDA graphs takes is no part of what stages cost, nor of how long a variant was served."""
 
 import time
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,14 +8,15 @@ import pytest
 import torch
 
 from exeunt.compression.decoder import Decoder
+from exeunt.compression.host_memory import Fetch
 from exeunt.compression.model import LoadedModel
 from exeunt.compression.row_graphs import StepGraphs
 from exeunt.server import sampling
 from exeunt.server.auditor import Auditor
 from exeunt.server.request import SamplingParams
-from exeunt.server.runner import StageRun
 from exeunt.server.sampling import RowSampling, sample
 from exeunt.server.scheduler import Scheduler
+from exeunt.server.tick_run import StageRun
 from tests.compression.fake_graphs import FakePool
 from tests.server.engine_bench import BACKFILL, running
 
@@ -49,9 +49,7 @@ def test_captures_are_set_apart(
         engine = bench.engine
         engine._on_stages = runs.append
         engine._runner._graphs = SimpleNamespace(pool=pool)  # type: ignore[assignment] # all that is read of it
-        monkeypatch.setattr(
-            "exeunt.server.runner.sample_each", lambda *given: sampling.sample_each(*given[:3])
-        )
+        monkeypatch.setattr("exeunt.server.runner.start_each", lambda *given: sampling.start_each(*given[:3]))
         bench.answer(exits=BACKFILL, max_new_tokens=12)
     assert pool.seconds > CAPTURE_S * 2
     assert sorted(run.seconds for run in runs)[len(runs) // 2] < CAPTURE_S / 2
@@ -79,32 +77,32 @@ ROWS = [
 def test_draws_that_travel_packed_are_the_same(
     graphs: StepGraphs | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    waits: list[torch.Size] = []
-    done = []
+    copies: list[torch.Size] = []
 
-    def fetched(tensor: torch.Tensor, meanwhile: Callable[[], None] | None) -> torch.Tensor:
-        assert meanwhile is not None
-        meanwhile()
-        waits.append(tensor.shape)
-        return tensor.clone()
+    class Counted(Fetch):
+        def __init__(self, tensor: torch.Tensor) -> None:
+            copies.append(tensor.shape)
+            super().__init__(tensor)
 
-    monkeypatch.setattr(sampling, "fetched", fetched)
+    monkeypatch.setattr(sampling, "Fetch", Counted)
     logits = torch.randn(5, 70, generator=torch.Generator().manual_seed(4)) * 3
     logits[3, 5] = torch.nan
     expected = sample(logits, ROWS)
     temperatures = torch.tensor([row.params.temperature for row in ROWS]).numpy()
     for _ in range(2):
         keys = sampling.row_keys(ROWS)
-        found = sampling._sample_there(
-            logits, logits, temperatures, keys, graphs, lambda: done.append(len(waits))
-        )
+        started = sampling._start_there(logits, logits, temperatures, keys, graphs)
+        found = started.wait()
         assert found.ids == expected.ids
         assert found.errors == expected.errors
         assert found.logprobs[:3] == pytest.approx(expected.logprobs[:3], abs=1e-6)
-    assert waits == [(5, 2), (5, 2)]
-    assert done == [0, 1]  # before each wait
+        assert started.ids is not None
+        ids = started.ids.long().tolist()
+        assert ids[:3] + ids[4:] == [*found.ids[:3], *found.ids[4:]]
+        assert ids[3] in range(70)  # of a row without a token too
+    assert copies == [(5, 2), (5, 2)]
     if graphs is not None:
         assert graphs.count == 1
         cut = logits.masked_fill(torch.arange(70) > 30, -torch.inf)
-        sampling._sample_there(logits, cut, temperatures, keys, graphs, lambda: None)
+        sampling._start_there(logits, cut, temperatures, keys, graphs)
         assert graphs.count == 1  # what others were drawn from is theirs

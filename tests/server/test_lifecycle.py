@@ -2,7 +2,6 @@
 
 import random
 import time
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -169,9 +168,9 @@ def test_time_out_before_the_first_token_fails_and_after_it_finishes(
 ) -> None:
     run = Runner.run
 
-    def slow(self: Runner, tick: Tick, meanwhile: Callable[[], None]) -> list[RowResult]:
+    def slow(self: Runner, tick: Tick, *given: Any) -> list[RowResult]:
         time.sleep(0.005)
-        return run(self, tick, meanwhile)
+        return run(self, tick, *given)
 
     monkeypatch.setattr(Runner, "run", slow)
     with running(tiny_model, max_num_seqs=1) as bench:

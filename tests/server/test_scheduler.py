@@ -30,6 +30,7 @@ class Stage:
     plan: StagePlan = field(default_factory=lambda: StagePlan(8, (1, 4)))
     seed: int = 0
     run_through: bool = False
+    ahead: bool = False  # begin ticks before their turn, where the scheduler knows them
     now: float = 0.0
 
     def __post_init__(self) -> None:
@@ -47,26 +48,38 @@ class Stage:
         self.blocks_run: dict[Sequence, list[tuple[int, int]]] = {}
         self.finished: list[Sequence] = []
         self.started: list[Sequence] = []  # in the order in which they started for the first time
+        self.begun: Tick | None = None
 
     def add(self, prompt: int, new: int, variant: Variant = FULL, exits: ExitPolicy = OFF) -> Sequence:
         table = PageTable(self.pool, PAGE_TOKENS[variant])
         sequence = Sequence(f"s{len(self.wanted)}", variant, exits, [1] * prompt, prompt, table)
+        sequence.limit, sequence.foreseeable = prompt + new, exits is OFF
         self.wanted[sequence] = new
         self.scheduler.add(sequence)
         return sequence
 
     def step(self) -> Tick | None:
         self.now += 0.004
-        tick = self.scheduler.next_tick()
+        tick = self.turn()
         self.started += [s for s in self.scheduler.take_admitted() if s not in self.started]
         self.scheduler.take_preempted()
         if tick is None:
             return None
         self.check(tick)
+        self.begun = self.scheduler.tick_ahead(tick) if self.ahead else None
         for row in tick.rows:
             self.apply(tick, row)
         self.scheduler.served(tick.variant, 0.001 * len(tick.rows))
         return tick
+
+    def turn(self) -> Tick | None:
+        """The tick that was begun, without the sequences that have ended since; else what the scheduler says."""
+        begun, self.begun = self.begun, None
+        rows = () if begun is None else tuple(r for r in begun.rows if r.sequence.status is Status.RUNNING)
+        if begun is None or not rows:
+            return self.scheduler.next_tick()
+        self.scheduler.resume(begun)
+        return Tick(begun.variant, begun.first_stage, begun.last_stage, rows)
 
     def check(self, tick: Tick) -> None:
         sequences = [row.sequence for row in tick.rows]
@@ -114,7 +127,13 @@ REQUESTS = st.lists(
 
 @settings(max_examples=150, deadline=None)
 @given(
-    REQUESTS, st.integers(16, 60), st.integers(1, 6), st.integers(1, 24), st.integers(0, 2**16), st.booleans()
+    REQUESTS,
+    st.integers(16, 60),
+    st.integers(1, 6),
+    st.integers(1, 24),
+    st.integers(0, 2**16),
+    st.booleans(),
+    st.booleans(),
 )
 def test_everything_finishes_and_nothing_leaks(
     requests: list[tuple[int, int, Variant, ExitPolicy]],
@@ -123,8 +142,9 @@ def test_everything_finishes_and_nothing_leaks(
     budget: int,
     seed: int,
     run_through: bool,
+    ahead: bool,
 ) -> None:
-    stage = Stage(pages=pages, max_num_seqs=max_num_seqs, budget=budget, seed=seed, run_through=run_through)
+    stage = Stage(pages, max_num_seqs, budget, seed=seed, run_through=run_through, ahead=ahead)
     sequences = [stage.add(*request) for request in requests]
     for _ in range(20_000):
         if stage.step() is None:
@@ -299,6 +319,83 @@ def test_a_sequence_admitted_first_is_never_preempted_by_a_later_one() -> None:
     while stage.step() is not None:
         pass
     assert first.preemptions == 0
+
+
+def positions_of(tick: Tick | None) -> dict[str, list[int]] | None:
+    return None if tick is None else {row.sequence.name: row.positions for row in tick.rows}
+
+
+def test_the_tick_ahead_is_the_next_step_of_all_that_go_on() -> None:
+    stage = Stage(max_num_seqs=3, run_through=True)
+    for prompt, new in ((6, 9), (3, 2), (2, 1)):
+        stage.add(prompt, new)
+    first = stage.scheduler.next_tick()
+    assert first is not None
+    ahead = stage.scheduler.tick_ahead(first)
+    assert positions_of(ahead) == {"s0": [6], "s1": [3]}  # the third ends with its only token
+    assert ahead is not None
+    assert all(row.stop <= row.sequence.table.capacity for row in ahead.rows)
+    for row in first.rows:
+        stage.apply(first, row)
+    stage.scheduler.resume(ahead)
+    assert stage.scheduler.next_tick() is None  # whoever goes on is under way
+    assert positions_of(stage.scheduler.tick_ahead(ahead)) == {"s0": [7]}
+
+
+def test_there_is_no_tick_ahead_of_tokens_that_must_be_known() -> None:
+    for exits, foreseeable in ((LEAVE, False), (OFF, False), (ExitPolicy("verified"), False)):
+        stage = Stage(run_through=True)
+        stage.add(4, 9)
+        stage.add(4, 9, exits=exits).foreseeable = foreseeable
+        tick = stage.step()
+        assert tick is not None
+        assert stage.scheduler.tick_ahead(tick) is None
+
+
+def test_there_is_no_tick_ahead_of_who_has_a_turn_before() -> None:
+    stage = Stage(max_num_seqs=3, budget=8, run_through=True)
+    stage.add(2, 30)
+    stage.step()
+    decoding = stage.scheduler.next_tick()
+    assert decoding is not None
+    assert stage.scheduler.tick_ahead(decoding) is not None
+    waiting = stage.add(2, 5)  # it may start now
+    assert stage.scheduler.tick_ahead(decoding) is None
+    stage.scheduler.remove(waiting)
+    stage.add(2, 5, SMALL)  # another variant's turn
+    stage.scheduler.admit()
+    assert stage.scheduler.tick_ahead(decoding) is None
+
+
+def test_there_is_no_tick_ahead_of_the_rest_of_a_prompt() -> None:
+    stage = Stage(budget=8, run_through=True)
+    stage.add(20, 5)
+    tick = stage.scheduler.next_tick()
+    assert tick is not None
+    assert stage.scheduler.tick_ahead(tick) is None
+
+
+def test_who_cannot_start_holds_up_no_tick_ahead() -> None:
+    stage = Stage(pages=12, max_num_seqs=6, run_through=True)
+    stage.add(8, 20)
+    tick = stage.scheduler.next_tick()
+    stage.add(40, 5)  # it waits for pages
+    assert tick is not None
+    assert stage.scheduler.tick_ahead(tick) is not None
+
+
+def test_a_tick_ahead_finds_pages_for_all_of_its_rows_or_is_none() -> None:
+    stage = Stage(pages=8, max_num_seqs=2, run_through=True)
+    stage.add(8, 20)
+    stage.add(4, 20)
+    tick = stage.scheduler.next_tick()
+    assert tick is not None
+    assert len(tick.rows) == 2
+    taken = stage.pool.allocate(stage.pool.free - 1)
+    assert stage.scheduler.tick_ahead(tick) is None  # each needs one
+    assert [len(row.sequence.table.pages) for row in tick.rows] == [2, 1]
+    stage.pool.release(taken[:1])
+    assert stage.scheduler.tick_ahead(tick) is not None
 
 
 def test_who_waits_longest_is_judged_by_the_stage_that_it_waits_at() -> None:

@@ -1,7 +1,6 @@
 """Tokens that are told while the device works: the same answers, in order, and one request's trouble its own."""
 
 import time
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -63,10 +62,10 @@ def test_later_tokens_are_told_while_the_next_tick_runs(
 ) -> None:
     run, running_now, told = Runner.run, [False], []
 
-    def watched(self: Runner, tick: Tick, meanwhile: Callable[[], None]) -> list[RowResult]:
+    def watched(self: Runner, tick: Tick, *given: Any) -> list[RowResult]:
         running_now[0] = True
         try:
-            return run(self, tick, meanwhile)
+            return run(self, tick, *given)
         finally:
             running_now[0] = False
 
@@ -153,9 +152,9 @@ def test_what_is_owed_is_told_before_a_request_is_cut_short(
 ) -> None:
     run = Runner.run
 
-    def slow(self: Runner, tick: Tick, meanwhile: Callable[[], None]) -> list[RowResult]:
+    def slow(self: Runner, tick: Tick, *given: Any) -> list[RowResult]:
         time.sleep(0.002)
-        return run(self, tick, meanwhile)
+        return run(self, tick, *given)
 
     monkeypatch.setattr(Runner, "run", slow)
     with running(tiny_model) as bench:
@@ -172,11 +171,11 @@ def test_a_tick_that_fails_fails_its_requests_after_what_they_are_owed(
 ) -> None:
     run, ticks = Runner.run, [0]
 
-    def failing(self: Runner, tick: Tick, meanwhile: Callable[[], None]) -> list[RowResult]:
+    def failing(self: Runner, tick: Tick, *given: Any) -> list[RowResult]:
         ticks[0] += 1
         if ticks[0] == 6:
             raise RuntimeError("a bug")
-        return run(self, tick, meanwhile)
+        return run(self, tick, *given)
 
     monkeypatch.setattr(Runner, "run", failing)
     with running(tiny_model) as bench:
@@ -193,9 +192,9 @@ def test_ticks_that_are_launched_operation_by_operation_have_all_told_before(
 ) -> None:
     run, owed = Runner.run, list[bool]()
 
-    def watched(self: Runner, tick: Tick, meanwhile: Callable[[], None]) -> list[RowResult]:
+    def watched(self: Runner, tick: Tick, *given: Any) -> list[RowResult]:
         owed.append(bool(bench.engine._lives._teller._owed))
-        return run(self, tick, meanwhile)
+        return run(self, tick, *given)
 
     monkeypatch.setattr(Runner, "run", watched)
     for most, expected in ((0, False), (512, True)):

@@ -1,0 +1,113 @@
+"""A tick while it runs: what of it is under way, and what it has yielded."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from exeunt.compression.variant import Variant
+from exeunt.server.row import Row
+from exeunt.server.row_result import RowResult
+from exeunt.server.sampling import StartedDraws
+from exeunt.server.tick import Tick
+from exeunt.server.verification import Draw
+
+
+@dataclass(frozen=True, slots=True)
+class StageRun:
+    """Stages run in one piece: from where rows entered to the next gate or the tick's end.
+
+    `seconds` hold the tick's set-up with the first and its draws with the last, and what was told meanwhile as far as
+    it took longer than a GPU; but neither audits nor the capturing of CUDA graphs, and `gate_seconds` of them were
+    spent asking the gate about `gated` tokens. Those of a tick that was begun before the one in front of it had ended
+    are counted from that end.
+    """
+
+    variant: Variant
+    stages: range
+    seconds: float
+    rows: int  # that entered
+    tokens: int
+    gated: int
+    gate_seconds: float
+
+
+@dataclass(slots=True)
+class Piece:
+    """Stages under way, run in one piece by so many rows and tokens."""
+
+    stages: range
+    rows: int
+    tokens: int
+    gated: int = 0  # tokens that the gate behind them was asked about
+    gate_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Undrawn:
+    """Logits [tokens, vocab] of tokens whose successors are to be drawn, and the stage they come from."""
+
+    tokens: list[tuple[Row, int]]
+    logits: Tensor
+    stage: int
+
+
+class TickRun:
+    """A tick under way: its rows by the stage they enter at, and what they have yielded."""
+
+    def __init__(self, tick: Tick, began: float) -> None:
+        """`began` is when its first piece did, on the runner's clock."""
+        self.tick = tick
+        self.began = began  # when what `piece` says began
+        self.piece: Piece | None = None
+        self.entering: dict[int, list[Row]] = {}
+        for row in tick.rows:
+            self.entering.setdefault(row.stage, []).append(row)
+        self.results = {row: RowResult(row) for row in tick.rows}
+        self.undrawn: list[Undrawn] = []
+        self.draws: StartedDraws | None = None  # of the tokens of `undrawn`, one after the other
+
+    @property
+    def drawn_rows(self) -> list[Row]:
+        """The row of each draw, in the order of `draws`."""
+        return [row for some in self.undrawn for row, _ in some.tokens]
+
+    def note_gate(self, gated: int, seconds: float) -> None:
+        """The gate behind the stages that run was asked about so many tokens, for so long."""
+        if self.piece is not None:
+            self.piece.gated, self.piece.gate_seconds = gated, seconds
+
+    def end_piece(self, ended: float, besides: float) -> StageRun | None:
+        """What ended now, of which so many seconds were spent `besides`; the next piece begins."""
+        piece, began = self.piece, self.began
+        self.piece, self.began = None, ended
+        if piece is None:
+            return None
+        seconds = ended - began - besides
+        return StageRun(
+            self.tick.variant,
+            piece.stages,
+            seconds,
+            piece.rows,
+            piece.tokens,
+            piece.gated,
+            piece.gate_seconds,
+        )
+
+    def take_draws(self) -> None:
+        """Wait for the draws and note them with their rows' results."""
+        if self.draws is None:
+            return
+        drawn = self.draws.wait()
+        found: dict[Row, list[Draw]] = {}
+        places = [(*token, some.stage) for some in self.undrawn for token in some.tokens]
+        for (row, position, stage), token, logprob, error in zip(
+            places, drawn.ids, drawn.logprobs, drawn.errors, strict=True
+        ):
+            found.setdefault(row, []).append(Draw(token, logprob, stage, position, error))
+        for row, draws in found.items():
+            self.results[row].draws = tuple(sorted(draws, key=lambda draw: draw.position))
+
+
+Successor = Callable[[Tick], Tick | None]
+"""The tick that follows one that runs, where that is known before its tokens are; None where it is not."""
