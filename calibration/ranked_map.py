@@ -46,8 +46,10 @@ class RankedMap:
 
     def cut(self, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         """The best map of rank at most `rank`: (U [Y, R], V [R, X], bias [Y]), float64."""
-        up, down = self.up[:, :rank].double(), self.down[:rank].double()
-        return up, down, self.mean_y.double() - up @ (down @ self.mean_x.double())
+        # copies: a product's last bits may change with where its operands lie, and a map may be part of an array
+        parts = self.up[:, :rank], self.down[:rank], self.mean_x
+        up, down, mean = (part.double().clone(memory_format=torch.contiguous_format) for part in parts)
+        return up, down, self.mean_y.double() - up @ (down @ mean)
 
     def linear_block(self, index: int, rank: int) -> LinearBlock:
         """Block `index` as this map, fitted on its residual, cut to `rank`; float32."""

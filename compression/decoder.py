@@ -21,11 +21,13 @@ from exeunt.compression.graph_pool import GraphPool
 from exeunt.compression.kv_format import KVPages
 from exeunt.compression.linear import FullLinear, Linear
 from exeunt.compression.linear_block import LinearBlock
+from exeunt.compression.norm import Norm
 from exeunt.compression.resident_blocks import DecoderBlocks, ResidentBlocks
 from exeunt.compression.rope import RopeTables
 from exeunt.compression.row_graphs import StepGraphs
 from exeunt.compression.streamed_blocks import StreamedBlocks
 from exeunt.compression.weights import WeightSource
+from exeunt.kernels.blocks import NativeBlocks
 from exeunt.kernels.paged_batch import PagedBatch
 
 
@@ -40,6 +42,12 @@ class BlockCalls:
     def __init__(self, blocks: int) -> None:
         self.calls = [0] * blocks
         self.tokens = [0] * blocks
+
+    def count(self, start: int, stop: int, tokens: int) -> None:
+        """Blocks `start` to `stop` - 1 were run over so many tokens."""
+        for index in range(start, stop):
+            self.calls[index] += 1
+            self.tokens[index] += tokens
 
 
 class Decoder:
@@ -213,10 +221,7 @@ class Decoder:
         found = None if self._graphs is None else self._graphs.run(hidden, batch, pages, start, stop)
         # the blocks add in place, and the caller may keep its state for a backfill
         hidden = self._blocks.run(hidden.clone(), batch, pages, start, stop) if found is None else found
-        tokens, calls = hidden.shape[0], self.block_calls
-        for index in range(start, stop):
-            calls.calls[index] += 1
-            calls.tokens[index] += tokens
+        self.block_calls.count(start, stop, hidden.shape[0])
         return hidden
 
     def project_kv(self, hidden: Tensor, batch: PagedBatch, pages: KVPages, start: int, stop: int) -> None:
@@ -229,9 +234,19 @@ class Decoder:
         if self._graphs is None or not self._graphs.project_kv(hidden, batch, pages, start, stop):
             self._blocks.project_kv(hidden, batch, pages, start, stop)
 
-    def final_norm(self, hidden: Tensor) -> Tensor:
-        """The state that the output matrix reads, [tokens, hidden]."""
-        return self._embedding.final_norm(hidden)
+    @property
+    def native_blocks(self) -> NativeBlocks | None:
+        """All blocks as the native kernels read them; None where they do not run them, or not all are in memory."""
+        return self._blocks.native if isinstance(self._blocks, ResidentBlocks) else None
+
+    def rotation_table(self, positions: int) -> Tensor | None:
+        """What turns queries and keys in the native kernels, for at least so many positions; None for learned ones."""
+        return self._rope.table(positions) if self._rope is not None else None
+
+    @property
+    def final_norm(self) -> Norm:
+        """What makes the state behind the last block, [tokens, hidden], the one that the output matrix reads."""
+        return self._embedding.final_norm
 
     def project(self, state: Tensor) -> Tensor:
         """Logits [tokens, vocab] float32 of a state that has been through `final_norm` (or an exit's head)."""

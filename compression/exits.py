@@ -37,12 +37,15 @@ from exeunt.kernels.exit_gate import (
     GatedRows,
     GateRule,
     JudgeWeights,
+    NativeGate,
     exit_gate,
     exit_state,
     gate_confidence,
     gate_rows,
+    native_gate,
 )
 from exeunt.kernels.gpu import triton_runs
+from exeunt.kernels.native.descriptors import Matrix
 
 FEATURES: Final = ("opinion", "top_log_odds", "margin")
 """What the logistic regression weighs, in the order of `ExitHead.combine`; a constant 1 follows. The opinion is the
@@ -305,18 +308,32 @@ class ExitHead:
             return gate_rows(hidden, thresholds, self.weights, self.rule, self._short(project))
         return gate_rows(hidden, thresholds, self.weights, self.rule, project, self.shortlist.ids)
 
+    def native_gate(self, project: ExitOutput) -> NativeGate | None:
+        """The gate as the native kernels read it, for what `project` projects with; None where they do not take it.
+
+        It points into this head and into `project`, which must outlive it.
+        """
+        matrices = self._matrices(project)
+        return None if matrices is None else native_gate(self.weights, self.rule, *matrices)
+
     def _native_gate(
         self, hidden: Tensor, thresholds: Tensor, project: Callable[[Tensor], Tensor]
     ) -> GateResult | None:
         """The gate in one native call; None where that cannot be."""
-        if not isinstance(project, ExitOutput) or project.matrix is None:
+        matrices = self._matrices(project) if isinstance(project, ExitOutput) else None
+        if matrices is None:
             return None
-        short = None if self.shortlist is None else project.only(self.shortlist)
-        if short is not None and short.matrix is None:
-            return None
-        matrix = None if short is None else short.matrix
-        found = exit_gate(hidden, thresholds, self.weights, self.rule, project.matrix, matrix)
+        found = exit_gate(hidden, thresholds, self.weights, self.rule, *matrices)
         return None if found is None else GateResult(*found)
+
+    def _matrices(self, project: ExitOutput) -> tuple[Matrix, Matrix | None] | None:
+        """The matrices that the native gate projects with, the whole one and the shortlist's; None where it cannot."""
+        if project.matrix is None:
+            return None
+        if self.shortlist is None:
+            return project.matrix, None
+        short = project.only(self.shortlist)
+        return None if short.matrix is None else (project.matrix, short.matrix)
 
     def _short(self, project: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         """States [K, H] to the logits that decide."""

@@ -32,7 +32,7 @@ from scripts.bench_runs import (
     write_result,
 )
 from scripts.predicted import Prediction
-from scripts.wait_for_all import waiting_for_all
+from scripts.wait_for_all import by_stages, waiting_for_all
 
 STREAMS = (1, 4, 16)
 UNINFORMATIVE = "uninformative"
@@ -49,8 +49,11 @@ def main(out: Out = None, prompt_tokens: Count = 128, new_tokens: Count = 256, r
         results["approximate against off"] = _approximate(ours, max(repeats // 2, 1))
         with packaged_runs(sizes, scheduling="queues") as queued:
             results["queues against run-through"] = _scheduling(ours, queued, repeats)
-        with packaged_runs(sizes, changed=waiting_for_all) as waiting:
-            results["run-through against wait-for-all"] = _leaving_alone(ours, waiting, repeats)
+        with (
+            packaged_runs(sizes, changed=by_stages) as alone,
+            packaged_runs(sizes, changed=waiting_for_all) as waiting,
+        ):
+            results["run-through against wait-for-all"] = _leaving_alone(alone, waiting, repeats)
         path = out or RESULTS / "packaged-adaptive.json"
         for row in (row for rows in results.values() for row in rows.values()):
             if not row["informative"]:

@@ -1,4 +1,7 @@
-"""Early exit as a batch without stage queues does it: nobody leaves unless all may. For comparison only."""
+"""Early exit as a batch without stage queues does it: nobody leaves unless all may. For comparison only.
+
+A step that asks such gates goes a stage at a time. What it is compared with does so too: `by_stages`.
+"""
 
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -20,10 +23,23 @@ class UnanimousExit(ExitHead):
         return replace(found, leaves=torch.zeros_like(found.leaves), logits=found.logits[:0])
 
 
+class StagedExit(ExitHead):
+    """An exit like any other, but not of the class that steps in one call are made for."""
+
+
 def waiting_for_all(model: LoadedModel) -> LoadedModel:
     """The same model with gates that wait for all."""
+    return _with_exits(model, UnanimousExit)
+
+
+def by_stages(model: LoadedModel) -> LoadedModel:
+    """The same model, whose steps go a stage at a time."""
+    return _with_exits(model, StagedExit)
+
+
+def _with_exits(model: LoadedModel, kind: type[ExitHead]) -> LoadedModel:
     exits = (
-        UnanimousExit(**{field.name: getattr(head, field.name) for field in fields(head) if field.init})
+        kind(**{field.name: getattr(head, field.name) for field in fields(head) if field.init})
         for head in model.exits
     )
     return replace(model, exits=tuple(exits))

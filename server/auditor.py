@@ -97,7 +97,7 @@ class Auditor:
         """
         if self._share <= 0.0:
             return
-        chosen = [n for n, (_, row, position) in enumerate(leaving) if self._chooses(row.sequence, position)]
+        chosen = [n for n, (_, row, position) in enumerate(leaving) if self.chooses(row.sequence, position)]
         if not chosen:
             return
         with self._aside():
@@ -177,7 +177,7 @@ class Auditor:
     def _clock(self) -> float:
         return time.perf_counter() - self._captured_seconds()
 
-    def _chooses(self, sequence: Sequence, position: int) -> bool:
+    def chooses(self, sequence: Sequence, position: int) -> bool:
         """Drafts of the verified mode are all compared anyway, and a scored text is nobody's answer."""
         wanted = sequence.exits.mode == "approximate" and not sequence.scoring
         return wanted and is_audited(sequence.name, position, self._share)

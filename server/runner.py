@@ -38,6 +38,7 @@ from exeunt.server.tick_batch import (
     without,
 )
 from exeunt.server.tick_run import Piece, StageRun, Successor, TickRun, Undrawn
+from exeunt.server.whole_steps import Departure, WholeSteps
 
 log = logging.getLogger("exeunt.engine")
 
@@ -85,6 +86,7 @@ class Runner:
         # by sequence and stage, the states [tokens, hidden] of `Sequence.pending`
         self._states: dict[Sequence, dict[int, list[Tensor]]] = {}
         self._auditor = Auditor(audit_share, model.device, lambda: self.captured_seconds)
+        self._whole = WholeSteps(model, plan)
         self._ahead: TickRun | None = None  # begun before its turn
         self._goes_ahead = True
 
@@ -168,6 +170,9 @@ class Runner:
 
     def _pass_stages(self, run: TickRun) -> None:
         """Run a tick's stages, one piece after the other; the last is not waited for."""
+        if self._whole.takes(run.tick, self._pages[run.tick.variant]):
+            self._pass_whole(run)
+            return
         batch: TickBatch | None = None
         stage = run.tick.first_stage
         while batch is not None or run.entering:
@@ -179,6 +184,42 @@ class Runner:
             run.piece = Piece(range(stage, boundary + 1), len(batch.parts), batch.hidden.shape[0])
             batch = self._run_stages(run, batch, stage, boundary)
             stage = boundary + 1
+
+    def _pass_whole(self, run: TickRun) -> None:
+        """Run a tick of decode steps in one call: it does what the stages, one after the other, would."""
+        tick, pages = run.tick, self._pages[run.tick.variant]
+        decoder = self._model.decoder(tick.variant)
+        batch = self._enter(None, 0, run)
+        began = self._clock()
+        step = self._whole.run(tick, batch.hidden, batch.geometry, pages)
+        for departure in step.departures():
+            stage, parts = departure.stage, [batch.parts[i] for i in departure.tokens]
+            tokens = [(part.row, part.positions[0], stage) for part in parts]
+            for row, position, _ in tokens:
+                run.results[row].count([position], self._plan.stop(stage))
+            if stage < self._plan.last:
+                for row, position, _ in tokens:
+                    row.left.add(position)
+                self._audit_departed(departure, parts, decoder, pages)
+        run.undrawn.append(Undrawn(step.tokens(batch.parts), step.passed.logits))
+        for piece, seconds in step.pieces():
+            ended = run.end_piece(began, 0.0)
+            if ended is not None:
+                self._on_stages(ended)
+            run.piece, began = piece, began + seconds
+
+    def _audit_departed(
+        self, departure: Departure, parts: list[Part], decoder: Decoder, pages: KVPages
+    ) -> None:
+        """Begin the audits of tokens that left, whose skipped blocks have their keys and values already."""
+        if not any(self._auditor.chooses(part.row.sequence, part.positions[0]) for part in parts):
+            return
+        batch = TickBatch(parts, geometry_of(parts, self._device), departure.states)
+        leaving = [(place, part.row, part.positions[0]) for place, part in enumerate(parts)]
+        skipped = range(self._plan.stop(departure.stage), self._plan.blocks)
+        self._auditor.leave(leaving, departure.logits, batch, decoder, pages, skipped)
+        # a pass run for an audit has left its own in their place
+        self._propagate(departure.stage, decoder, pages, batch, list(range(len(parts))))
 
     def _end_piece(self, run: TickRun) -> float:
         """Tell of the stages that ran up to now, if any did; returns the time."""
@@ -396,7 +437,8 @@ class Runner:
         if scored:
             self._score([wanted[i] for i in scored], selected(logits, scored), stage, run)
         if drawn:
-            run.undrawn.append(Undrawn([wanted[i] for i in drawn], selected(logits, drawn), stage))
+            tokens = [(*wanted[i], stage) for i in drawn]
+            run.undrawn.append(Undrawn(tokens, selected(logits, drawn)))
 
     def _score(self, wanted: list[tuple[Row, int]], logits: Tensor, stage: int, run: TickRun) -> None:
         targets = integers([row.sequence.tokens[position + 1] for row, position in wanted], self._device)
@@ -410,9 +452,8 @@ class Runner:
             return
         parts = [some.logits for some in run.undrawn]
         logits = parts[0] if len(parts) == 1 else torch.cat(parts)
-        asks = [
-            self._sampling(row.sequence, position) for some in run.undrawn for row, position in some.tokens
-        ]
+        tokens = [token for some in run.undrawn for token in some.tokens]
+        asks = [self._sampling(row.sequence, position) for row, position, _ in tokens]
         run.draws = start_each(logits, asks, self._model.spec.eos_token_ids, self._graphs)
 
     def _note_audits(self, run: TickRun) -> None:

@@ -45,11 +45,10 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Undrawn:
-    """Logits [tokens, vocab] of tokens whose successors are to be drawn, and the stage they come from."""
+    """Logits [tokens, vocab] of tokens whose successors are to be drawn: of each its row, position and stage."""
 
-    tokens: list[tuple[Row, int]]
+    tokens: list[tuple[Row, int, int]]
     logits: Tensor
-    stage: int
 
 
 class TickRun:
@@ -70,7 +69,7 @@ class TickRun:
     @property
     def drawn_rows(self) -> list[Row]:
         """The row of each draw, in the order of `draws`."""
-        return [row for some in self.undrawn for row, _ in some.tokens]
+        return [row for some in self.undrawn for row, _, _ in some.tokens]
 
     def note_gate(self, gated: int, seconds: float) -> None:
         """The gate behind the stages that run was asked about so many tokens, for so long."""
@@ -100,7 +99,7 @@ class TickRun:
             return
         drawn = self.draws.wait()
         found: dict[Row, list[Draw]] = {}
-        places = [(*token, some.stage) for some in self.undrawn for token in some.tokens]
+        places = [token for some in self.undrawn for token in some.tokens]
         for (row, position, stage), token, logprob, error in zip(
             places, drawn.ids, drawn.logprobs, drawn.errors, strict=True
         ):

@@ -142,6 +142,18 @@ class NativeBlocks:
         rotation: Tensor | None,
         start: int,
     ) -> None:
+        self.check(hidden, batch, pages, rotation, start)
+        scratch = self.scratch(hidden.shape[0])
+        function(
+            *self.arguments(hidden, batch, pages, rotation, start, scratch),
+            DTYPE_CODES[self.dtype],
+            torch.get_num_threads(),
+        )
+
+    def check(
+        self, hidden: Tensor, batch: PagedBatch, pages: PageRange, rotation: Tensor | None, start: int
+    ) -> None:
+        """Raise ValueError where the arguments of a pass do not fit the blocks or each other."""
         shape, dtype, slots = self.shape, self.dtype, batch.slots
         tokens = hidden.shape[0]
         if hidden.shape != (tokens, shape.hidden) or not _dense(hidden, dtype):
@@ -163,24 +175,37 @@ class NativeBlocks:
                 f"the rotation is {list(rotation.shape)} {rotation.dtype}, expected dense [positions, 2, "
                 f"{shape.head_dim}] {dtype} with at least {batch.max_context} positions"
             )
+
+    def scratch(self, tokens: int) -> Tensor:
+        """What a pass of so many tokens works in, dense."""
+        shape = self.shape
         queries = shape.heads * shape.head_dim
         projected = queries + 2 * shape.kv_heads * shape.head_dim
         of_a_tile = 2 * shape.hidden + max(queries, shape.inner) + self.widest
-        scratch = torch.empty(tokens * projected + min(tokens, TILE_TOKENS) * of_a_tile, dtype=dtype)
-        function(
+        return torch.empty(tokens * projected + min(tokens, TILE_TOKENS) * of_a_tile, dtype=self.dtype)
+
+    def arguments(
+        self,
+        hidden: Tensor,
+        batch: PagedBatch,
+        pages: PageRange,
+        rotation: Tensor | None,
+        start: int,
+        scratch: Tensor,
+    ) -> tuple[object, ...]:
+        """What the native functions are told of a pass that was checked, from its states to its tiles."""
+        return (
             hidden.data_ptr(),
-            tokens,
-            ctypes.addressof(shape),
+            hidden.shape[0],
+            ctypes.addressof(self.shape),
             ctypes.addressof(self.parts) + start * ctypes.sizeof(BlockParts),
             pages.addresses,
             len(pages.described),
             native_batch(batch).address,
-            slots.data_ptr(),
+            batch.slots.data_ptr(),
             None if rotation is None else rotation.data_ptr(),
             scratch.data_ptr(),
             TILE_TOKENS,
-            DTYPE_CODES[dtype],
-            torch.get_num_threads(),
         )
 
     def _check_pages(self, pages: PageRange, start: int) -> None:

@@ -8,6 +8,7 @@ Called one operation at a time a gate of a small model takes several times as lo
 
 import ctypes
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -18,7 +19,8 @@ from exeunt.kernels.exit_gate.reference import LEAST_DOUBT
 from exeunt.kernels.native.descriptors import Matrix
 from exeunt.kernels.native.library import DTYPE_CODES, native_library
 
-_MOST_LOGITS = 1 << 26  # room is made for every row's logits at once: 256 MB
+MOST_LOGITS: Final = 1 << 26
+"""Room is made for every row's logits at once: of so many, 256 MB."""
 
 _pointer, _long = ctypes.c_void_p, ctypes.c_int64
 
@@ -89,6 +91,64 @@ class GateRule:
     confirmation: Confirmation | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class NativeGate:
+    """An exit's gate as the native library reads it. `tensors` are what it points into, the matrices' own aside."""
+
+    struct: _Gate
+    address: int
+    dtype: torch.dtype  # of the states
+    size: int
+    units: int
+    outputs: int
+    listed: int  # logits of the shortlist, 0 where there is none
+    tensors: tuple[Tensor, ...]
+
+
+def native_gate(
+    weights: ExitWeights, rule: GateRule, output: Matrix, shortlist: Matrix | None = None
+) -> NativeGate | None:
+    """Describe a gate; None where the native library does not take it. Raises ValueError where sizes do not fit.
+
+    Both matrices are of the weights' dtype or INT4 and must stay alive with what they point to.
+    """
+    struct, combine = weights.native, rule.combine
+    judge = JudgeStruct() if rule.judge is None else rule.judge.native
+    last = _Confirmation() if rule.confirmation is None else _described(rule.confirmation)
+    if (
+        struct is None
+        or judge is None
+        or last is None
+        or not combine.is_cpu
+        or combine.dtype != torch.float32
+    ):
+        return None
+    _check_sizes(struct, rule, output, output if shortlist is None else shortlist)
+    if rule.confirmation is not None:
+        _check_confirmation(rule.confirmation, struct, output, shortlist)
+    combine = combine.contiguous()
+    gate = _Gate(
+        struct,
+        output,
+        shortlist or Matrix(),
+        judge,
+        combine.data_ptr(),
+        rule.screen_ratio,
+        LEAST_DOUBT,
+        last,
+    )
+    return NativeGate(
+        gate,
+        ctypes.addressof(gate),
+        weights.norm.dtype,
+        int(struct.size),
+        int(struct.units),
+        int(output.outputs),
+        0 if shortlist is None else int(shortlist.outputs),
+        (combine, *_tensors(weights, rule)),
+    )
+
+
 def exit_gate(
     hidden: Tensor,
     thresholds: Tensor,
@@ -107,46 +167,32 @@ def exit_gate(
     alive with what they point to. It cannot without native kernels, on another device, where gradients are wanted, and
     for so many rows that room for all their logits would be too much. Raises ValueError where sizes do not fit.
     """
-    library, struct, (rows, size) = native_library(), weights.native, hidden.shape
-    judge = JudgeStruct() if rule.judge is None else rule.judge.native
-    last = _Confirmation() if rule.confirmation is None else _described(rule.confirmation)
-    tensors, outputs = (hidden, thresholds, rule.combine), int(output.outputs)
-    if library is None or struct is None or judge is None or last is None or rows * outputs > _MOST_LOGITS:
+    library, rows = native_library(), hidden.shape[0]
+    tensors = (hidden, thresholds, rule.combine)
+    if library is None or rows * int(output.outputs) > MOST_LOGITS:
         return None
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return None
     if hidden.dtype != weights.norm.dtype or not all(tensor.is_cpu for tensor in tensors):
         return None
-    if any(tensor.dtype != torch.float32 for tensor in tensors[1:]):
+    gate = native_gate(weights, rule, output, shortlist)
+    if gate is None or thresholds.dtype != torch.float32:
         return None
-    _check_sizes(tensors, struct, rule, output, output if shortlist is None else shortlist)
-    if rule.confirmation is not None:
-        _check_confirmation(rule.confirmation, struct, output, shortlist)
-    hidden, thresholds, combine = (tensor.contiguous() for tensor in tensors)
+    _check_rows(hidden, thresholds, gate)
+    hidden, thresholds = hidden.contiguous(), thresholds.contiguous()
     confidence, leaves = torch.empty(rows), torch.empty(rows, dtype=torch.bool)
     looked, whole = torch.empty(rows, dtype=torch.int64), torch.empty(rows, dtype=torch.int64)
-    logits = torch.empty(rows, outputs)
-    listed = 0 if shortlist is None else int(shortlist.outputs)
-    narrow = 2 * size + (0 if hidden.dtype == torch.float32 else max(outputs, listed))
+    logits = torch.empty(rows, gate.outputs)
+    narrow = 2 * gate.size + (0 if hidden.dtype == torch.float32 else max(gate.outputs, gate.listed))
     scratch = torch.empty(rows * narrow, dtype=hidden.dtype)
-    wide = torch.empty(rows * (size + struct.units + 2 + listed))
+    wide = torch.empty(rows * (gate.size + gate.units + 2 + gate.listed))
     counts = _Counts()
-    gate = _Gate(
-        struct,
-        output,
-        shortlist or Matrix(),
-        judge,
-        combine.data_ptr(),
-        rule.screen_ratio,
-        LEAST_DOUBT,
-        last,
-    )
     library.exit_gate(
         ctypes.byref(_Decisions(*(part.data_ptr() for part in (confidence, leaves, looked, whole, logits)))),
         ctypes.byref(counts),
         hidden.data_ptr(),
         thresholds.data_ptr(),
-        ctypes.byref(gate),
+        gate.address,
         rows,
         scratch.data_ptr(),
         wide.data_ptr(),
@@ -154,6 +200,18 @@ def exit_gate(
         torch.get_num_threads(),
     )
     return confidence, leaves, looked[: counts.looked], whole[: counts.whole], logits[: counts.left]
+
+
+def _tensors(weights: ExitWeights, rule: GateRule) -> tuple[Tensor, ...]:
+    """What a description of the gate points into."""
+    own = [weights.norm, weights.adapter, *weights.probe]
+    if weights.norm_bias is not None:
+        own.append(weights.norm_bias)
+    if rule.judge is not None:
+        own += rule.judge.parts
+    if rule.confirmation is not None:
+        own += [*rule.confirmation.judge.parts, rule.confirmation.combine]
+    return tuple(own)
 
 
 def _described(confirmation: Confirmation) -> _Confirmation | None:
@@ -164,28 +222,28 @@ def _described(confirmation: Confirmation) -> _Confirmation | None:
     return _Confirmation(judge, combine.data_ptr(), confirmation.list_ratio)
 
 
-def _check_sizes(
-    tensors: tuple[Tensor, Tensor, Tensor],
-    struct: ExitStruct,
-    rule: GateRule,
-    output: Matrix,
-    decisive: Matrix,
-) -> None:
+def _check_rows(hidden: Tensor, thresholds: Tensor, gate: NativeGate) -> None:
+    """Raise ValueError where states or thresholds are of other sizes than the gate."""
+    rows = hidden.shape[0]
+    if hidden.shape != (rows, gate.size) or thresholds.shape != (rows,):
+        raise ValueError(
+            f"hidden is {list(hidden.shape)} and thresholds are {list(thresholds.shape)}, expected [tokens, "
+            f"{gate.size}] and [tokens]"
+        )
+
+
+def _check_sizes(struct: ExitStruct, rule: GateRule, output: Matrix, decisive: Matrix) -> None:
     """Raise ValueError where sizes do not fit each other."""
-    hidden, thresholds, combine = tensors
-    rows, size = hidden.shape
     for matrix in (output, decisive):
-        if size != struct.size or matrix.inputs != size or matrix.outputs < 2:
+        if matrix.inputs != struct.size or matrix.outputs < 2:
             raise ValueError(
-                f"hidden is {list(hidden.shape)} and the output matrix takes {matrix.inputs} and gives "
-                f"{matrix.outputs}, expected [tokens, {struct.size}], {struct.size} and at least 2"
+                f"the output matrix takes {matrix.inputs} and gives {matrix.outputs}, expected {struct.size} and at "
+                "least 2"
             )
     if decisive.outputs > output.outputs:
         raise ValueError(f"the shortlist gives {decisive.outputs} of only {output.outputs} logits")
-    if thresholds.shape != (rows,) or combine.shape != (4,):
-        raise ValueError(
-            f"thresholds are {list(thresholds.shape)} and combine is {list(combine.shape)}, expected [{rows}] and [4]"
-        )
+    if rule.combine.shape != (4,):
+        raise ValueError(f"combine is {list(rule.combine.shape)}, expected [4]")
     judge = rule.judge
     if judge is not None and (judge.units != struct.units or judge.count > decisive.outputs):
         raise ValueError(

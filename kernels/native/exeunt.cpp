@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "blocks.h"
+#include "decode_pass.h"
 #include "draw.h"
 #include "exit_gate.h"
 
@@ -119,6 +120,22 @@ EXPORTED void exeunt_run_blocks(void* hidden, int64_t tokens, const BlockShape* 
     using T = std::remove_pointer_t<decltype(kind)>;
     const BlockRun<T> work(*shape, *batch, slots, rotation, tokens, tile, threads, scratch);
     for (int64_t b = 0; b < count; b++) work.run(blocks[b], pages[b], (T*)hidden);
+  });
+}
+
+// A decode step: hidden [tokens, hidden], each token a row of its own, is lost; `exits` stand in ascending order. Scratch
+// and the rest as above.
+EXPORTED void exeunt_decode_pass(void* hidden, int64_t tokens, const BlockShape* shape, const BlockParts* blocks,
+                                 const Pages* const* pages, int64_t count, const Batch* batch, const int64_t* slots,
+                                 const void* rotation, void* scratch, int64_t tile, const PassExit* exits,
+                                 int64_t exit_count, const PassHead* head, const PassResult* out, int dtype,
+                                 int threads) {
+  with_dtype(dtype, [&](auto* kind) {
+    using T = std::remove_pointer_t<decltype(kind)>;
+    DecodePass<T> pass{*shape,     blocks, pages,      count,  (const T*)rotation, (T*)scratch, tile,
+                       threads,    (T*)hidden, tokens, *batch, slots,              {},          {},
+                       {},         {}};
+    pass.pass(exits, exit_count, *head, *out);
   });
 }
 

@@ -51,7 +51,7 @@ def of_every_kind(test: Callable[..., None]) -> Callable[..., None]:
     return test
 
 
-def _decoder(name: str, directory: Path, dtype: torch.dtype, int4: bool, linear_block: bool) -> Decoder:
+def a_decoder(name: str, directory: Path, dtype: torch.dtype, int4: bool, linear_block: bool) -> Decoder:
     family, changes = MODELS[name]
     decoder = Decoder.load(save(build_model(family, dtype, **changes), directory), dtype=dtype)
     if int4:
@@ -88,7 +88,7 @@ def test_one_call_does_what_the_operations_do(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    decoder = _decoder(name, tmp_path, torch.float32, int4, linear_block)
+    decoder = a_decoder(name, tmp_path, torch.float32, int4, linear_block)
     reference = _piecewise(monkeypatch, decoder)
     tokens, blocks = 21, decoder.spec.blocks
     fast, slow = (Sequences(each, rows=2, max_tokens=60, format=format) for each in (decoder, reference))
@@ -113,7 +113,7 @@ def test_one_call_does_what_the_operations_do(
 def test_bfloat16_rounds_where_the_operations_do(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    decoder = _decoder(name, tmp_path, torch.bfloat16, False, False)
+    decoder = a_decoder(name, tmp_path, torch.bfloat16, False, False)
     reference = _piecewise(monkeypatch, decoder)
     fast, slow = Sequences(decoder), Sequences(reference)
     batch = fast.batch([range(30)])
@@ -129,7 +129,7 @@ def test_bfloat16_rounds_where_the_operations_do(
 def test_a_token_has_the_same_bits_in_any_company(
     name: str, format: KVFormat, int4: bool, linear_block: bool, tmp_path: Path
 ) -> None:
-    decoder = _decoder(name, tmp_path, torch.float32, int4, linear_block)
+    decoder = a_decoder(name, tmp_path, torch.float32, int4, linear_block)
     blocks = decoder.spec.blocks
     crowd, alone = (Sequences(decoder, rows=3, max_tokens=40, format=format) for _ in range(2))
     ids = torch.arange(39) + 5
@@ -157,7 +157,7 @@ def test_tiles_of_any_size_give_the_same_bits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Tiles end inside rows: a token attends to keys that another tile wrote."""
-    decoder = _decoder(name, tmp_path, torch.float32, int4, linear_block)
+    decoder = a_decoder(name, tmp_path, torch.float32, int4, linear_block)
     blocks, ids = decoder.spec.blocks, torch.arange(39) + 5
     found = []
     for tile in (256, 1, 7):
@@ -185,7 +185,7 @@ class _Recording(FullLinear):
 
 
 def test_a_linear_of_another_kind_is_called(tmp_path: Path) -> None:
-    decoder = _decoder("llama", tmp_path, torch.float32, False, False)
+    decoder = a_decoder("llama", tmp_path, torch.float32, False, False)
     up = block_linears(decoder, 1)["gate_up"]
     assert isinstance(up, FullLinear)
     recording = _Recording(up.weight, up.bias)
@@ -194,7 +194,7 @@ def test_a_linear_of_another_kind_is_called(tmp_path: Path) -> None:
 
 
 def test_pages_of_another_layout_are_refused(tmp_path: Path) -> None:
-    decoder = _decoder("llama", tmp_path, torch.float32, False, False)
+    decoder = a_decoder("llama", tmp_path, torch.float32, False, False)
     replaced = decoder.with_linear_block(
         LinearBlock(1, torch.zeros(1, 48), torch.zeros(48, 1), torch.zeros(48))
     )
@@ -216,7 +216,7 @@ def load_other(directory: Path, **changes: Any) -> Decoder:
 
 
 def test_what_does_not_fit_the_blocks_is_refused(tmp_path: Path) -> None:
-    decoder = _decoder("llama", tmp_path, torch.float32, False, False)
+    decoder = a_decoder("llama", tmp_path, torch.float32, False, False)
     blocks, sequence = decoder.spec.blocks, Sequences(decoder)
     batch, pages = sequence.batch([range(3)]), sequence.pages
     hidden = decoder.embed(torch.arange(3), batch.positions)
@@ -245,7 +245,7 @@ def test_what_does_not_fit_the_blocks_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match="the rotation is"):
             native.run(hidden, batch, places, bad, 0)
-    half = Sequences(_decoder("llama", tmp_path / "half", torch.bfloat16, False, False)).pages.native(
+    half = Sequences(a_decoder("llama", tmp_path / "half", torch.bfloat16, False, False)).pages.native(
         0, blocks
     )
     assert half is not None
@@ -256,7 +256,7 @@ def test_what_does_not_fit_the_blocks_is_refused(tmp_path: Path) -> None:
 
 
 def test_matrices_of_other_sizes_are_refused(tmp_path: Path) -> None:
-    decoder = _decoder("llama", tmp_path, torch.float32, False, False)
+    decoder = a_decoder("llama", tmp_path, torch.float32, False, False)
     sequence = Sequences(decoder)
     batch = sequence.batch([range(2)])
     hidden = decoder.embed(torch.arange(2), batch.positions)

@@ -1,0 +1,84 @@
+"""A decode step of one decoder with its exits: on a CPU one native call, and the head where that has none."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from exeunt.compression.decoder import Decoder
+from exeunt.compression.exit_output import ExitOutput
+from exeunt.compression.exits import ExitHead
+from exeunt.compression.kv_format import KVPages
+from exeunt.compression.norm import Norm
+from exeunt.kernels.blocks import PageRange
+from exeunt.kernels.decode_pass import NativePass, Passed
+from exeunt.kernels.native.descriptors import Matrix
+from exeunt.kernels.paged_batch import PagedBatch
+
+
+@dataclass(frozen=True, slots=True)
+class DecodePass:
+    """What runs the decode steps of one decoder whole; `of` says where there is one."""
+
+    decoder: Decoder
+    native: NativePass
+    _output: ExitOutput  # keeps alive what the native head points into
+    _exits: tuple[ExitHead, ...]  # and the gates
+
+    @classmethod
+    def of(cls, decoder: Decoder, exits: Sequence[ExitHead]) -> "DecodePass | None":
+        """The pass over a decoder's blocks with these exits; None where the native kernels cannot run all of it."""
+        blocks = decoder.native_blocks
+        if blocks is None or any(
+            type(head) is not ExitHead for head in exits
+        ):  # another class has its own gate
+            return None
+        gates = [(head.depth, head.native_gate(decoder.project_exit)) for head in exits]
+        known = tuple((depth, gate) for depth, gate in gates if gate is not None)
+        if len(known) < len(gates):
+            return None
+        output = ExitOutput(decoder.output, decoder.dtype)
+        head = _head(decoder.final_norm, output)
+        native = NativePass(blocks, known, head, decoder.output.out_features)
+        return cls(decoder, native, output, tuple(exits))
+
+    def takes(self, pages: KVPages, tokens: int) -> bool:
+        """Whether so many tokens can pass at once over these pages."""
+        places = self._places(pages)
+        return places is not None and self.native.blocks.takes(places) and self.native.takes(tokens)
+
+    def run(
+        self, hidden: Tensor, batch: PagedBatch, pages: KVPages, asked: Sequence[int], thresholds: Tensor
+    ) -> Passed:
+        """All blocks over `hidden` [T, hidden], which is lost, a row for each token; see `NativePass.run`.
+
+        Raises ValueError for pages that it does not take.
+        """
+        decoder, places = self.decoder, self._places(pages)
+        if places is None:
+            raise ValueError("the native kernels do not take these pages")
+        rotation = decoder.rotation_table(batch.max_context)
+        passed = self.native.run(hidden, batch, places, rotation, asked, thresholds)
+        if self.native.head is None and passed.stayed:
+            first = len(passed.order) - passed.stayed
+            passed.logits[first:] = decoder.head(passed.states[first:])
+        self._count(passed, [self.native.exits[place][0] for place in asked])
+        return passed
+
+    def _places(self, pages: KVPages) -> PageRange | None:
+        return pages.native(0, self.decoder.spec.blocks)
+
+    def _count(self, passed: Passed, depths: Sequence[int]) -> None:
+        """Count the calls of blocks as if stage after stage had been called."""
+        tokens, start = len(passed.order), 0
+        for depth, left in zip((*depths, self.decoder.spec.blocks), (*passed.left, 0), strict=True):
+            if tokens:
+                self.decoder.block_calls.count(start, depth, tokens)
+            start, tokens = depth, tokens - left
+
+
+def _head(norm: Norm, output: ExitOutput) -> tuple[Tensor, Matrix] | None:
+    """The model's head as the native pass takes it."""
+    if norm.kind != "rms" or output.matrix is None or norm.weight.dtype != output.dtype:
+        return None
+    return norm.weight, output.matrix

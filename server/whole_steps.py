@@ -1,0 +1,118 @@
+"""Decode steps that one native call takes through all blocks: which ticks are such, and where their tokens went."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor, from_numpy
+
+from exeunt.compression.decode_pass import DecodePass
+from exeunt.compression.kv_format import KVPages
+from exeunt.compression.model import LoadedModel
+from exeunt.compression.variant import Variant
+from exeunt.kernels.decode_pass import Passed
+from exeunt.kernels.paged_batch import PagedBatch
+from exeunt.server.row import Row
+from exeunt.server.stages import StagePlan
+from exeunt.server.tick import Tick
+from exeunt.server.tick_batch import Part
+from exeunt.server.tick_run import Piece
+
+
+@dataclass(frozen=True, slots=True)
+class Departure:
+    """Tokens that passed the blocks up to the end of one stage: those that left there, or, behind the last, stayed."""
+
+    stage: int
+    tokens: list[int]  # which of the tick's
+    logits: Tensor  # [tokens, vocab] float32
+    states: Tensor  # [tokens, hidden] behind the stage
+
+
+class WholeSteps:
+    """The passes of a model's variants through all of their blocks at once, where the kernels have such."""
+
+    def __init__(self, model: LoadedModel, plan: StagePlan) -> None:
+        self._model, self._plan = model, plan
+        self._asked = [stage for stage in range(plan.last) if plan.asks("approximate", stage)]
+        self._passes: dict[Variant, DecodePass | None] = {}  # made when first asked for
+
+    def takes(self, tick: Tick, pages: KVPages) -> bool:
+        """Whether a tick is of decode steps alone, each of one token that nothing waits for, over pages that can be.
+
+        Such a token leaves for good or passes all blocks: no row drafts, owes positions, is scored or replayed.
+        """
+        if tick.first_stage != 0 or tick.last_stage != self._plan.last:
+            return False
+        found = self._pass(tick.variant)
+        return found is not None and all(map(_is_whole, tick.rows)) and found.takes(pages, len(tick.rows))
+
+    def run(self, tick: Tick, hidden: Tensor, geometry: PagedBatch, pages: KVPages) -> "WholeStep":
+        """Take `hidden` [rows, hidden], which is lost, through the blocks, asking exits about rows with a threshold."""
+        found = self._pass(tick.variant)
+        if found is None:
+            raise RuntimeError(f"{tick.variant} has no pass through all of its blocks at once")
+        thresholds = np.array(
+            [np.inf if row.threshold is None else row.threshold for row in tick.rows], np.float32
+        )
+        asked = self._asked if np.isfinite(thresholds).any() else []
+        return WholeStep(self._plan, asked, found.run(hidden, geometry, pages, asked, from_numpy(thresholds)))
+
+    def _pass(self, variant: Variant) -> DecodePass | None:
+        if variant not in self._passes:
+            self._passes[variant] = DecodePass.of(self._model.decoder(variant), self._model.exits)
+        return self._passes[variant]
+
+
+@dataclass(frozen=True, slots=True)
+class WholeStep:
+    """What became of a tick's tokens."""
+
+    plan: StagePlan
+    asked: list[int]  # the stages whose exits were
+    passed: Passed
+
+    def departures(self) -> Iterator[Departure]:
+        """Where tokens went, by stage, as far as any went there."""
+        passed, start = self.passed, 0
+        stages = (*self.asked, self.plan.last)
+        for stage, count in zip(stages, (*passed.left, passed.stayed), strict=True):
+            some = slice(start, start + count)
+            if count:
+                yield Departure(stage, passed.order[some], passed.logits[some], passed.states[some])
+            start += count
+
+    def tokens(self, parts: Sequence[Part]) -> list[tuple[Row, int, int]]:
+        """Row, position and stage of each row of the logits; `parts` are the tick's."""
+        found = []
+        for departure in self.departures():
+            some = (parts[token] for token in departure.tokens)
+            found += [(part.row, part.positions[0], departure.stage) for part in some]
+        return found
+
+    def pieces(self) -> Iterator[tuple[Piece, float]]:
+        """The stages run in one piece, with their seconds; of the last, which draws follow, these are not known."""
+        passed, first, tokens, seconds = self.passed, 0, len(self.passed.order), 0.0
+        for place, stage in enumerate(self.asked):
+            if not tokens:
+                return
+            seconds += passed.seconds[place]
+            gated = passed.gated[place]
+            if not gated:  # nobody who came so far: it goes on in one piece
+                continue
+            yield Piece(range(first, stage + 1), tokens, tokens, gated, passed.gate_seconds[place]), seconds
+            first, tokens, seconds = stage + 1, tokens - passed.left[place], 0.0
+        if tokens:
+            yield Piece(range(first, self.plan.last + 1), tokens, tokens), 0.0
+
+
+def _is_whole(row: Row) -> bool:
+    """Whether a row is one newest token that passes all blocks, or leaves at an exit without owing anything."""
+    sequence = row.sequence
+    return (
+        len(row.positions) == 1
+        and not row.stage
+        and not sequence.pending
+        and sequence.yields_token(row.positions)
+        and (row.threshold is None or sequence.replays_exits)
+    )

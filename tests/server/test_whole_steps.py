@@ -1,0 +1,143 @@
+"""Decode steps that run whole: the same answers, accounts and audits as a stage at a time."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from exeunt.compression.model import LoadedModel
+from exeunt.compression.variant import Variant
+from exeunt.kernels.native.library import native_library
+from exeunt.server.request import ExitPolicy
+from exeunt.server.stages import StagePlan
+from exeunt.server.tick import Tick
+from exeunt.server.tick_run import StageRun
+from exeunt.server.whole_steps import WholeSteps
+from tests.server.engine_bench import BACKFILL, FULL, LEAVE, LINEAR, OFF, VERIFIED, WAIT_S, Heard, running
+from tests.server.fixed_drafter import FixedDrafter
+from tests.server.test_soak import answer_of
+
+pytestmark = pytest.mark.skipif(
+    native_library() is None, reason="needs the native kernels (a C++ compiler, and EXEUNT_NATIVE not 0)"
+)
+STRICT = ExitPolicy("approximate", threshold=0.8)
+COUNTERS = (
+    "generation_tokens",
+    "exit_tokens",
+    "blocks_executed",
+    "blocks_skipped",
+    "blocks_wasted",
+    "block_passes",
+    "drafts",
+    "drafts_accepted",
+    "audited_tokens",
+    "audit_agreements",
+)
+
+
+class Whole:
+    """How many ticks ran whole, of how many; `allowed` False has none do so."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, allowed: bool) -> None:
+        self.ticks, self.whole = 0, 0
+        takes: Callable[..., bool] = WholeSteps.takes
+
+        def counted(steps: WholeSteps, tick: Tick, *given: Any) -> bool:
+            self.ticks += 1
+            taken = allowed and takes(steps, tick, *given)
+            self.whole += taken
+            return taken
+
+        monkeypatch.setattr(WholeSteps, "takes", counted)
+
+
+def _spoken(
+    model: LoadedModel, policies: list[ExitPolicy], **limits: Any
+) -> tuple[list[Heard], dict[str, float], list[StageRun]]:
+    runs: list[StageRun] = []
+    with running(model, max_num_seqs=8, new_drafter=lambda _: FixedDrafter(0.4, 2), **limits) as bench:
+        bench.engine._on_stages = runs.append
+        with bench.held():
+            asked = [
+                bench.ask(
+                    prompt=tuple((7 * i + j * j) % 256 for j in range(5 + 9 * i)),
+                    exits=exits,
+                    variant=variant,
+                    temperature=0.9 * (i % 2),
+                    seed=i,
+                    repetition_penalty=1.2 if i == 2 else 1.0,
+                    max_new_tokens=30,
+                )
+                for variant in (FULL, LINEAR)
+                for i, exits in enumerate(policies)
+            ]
+        heard = [one.wait() for one in asked]
+        assert bench.engine.wait_idle(WAIT_S)
+        counted = {name: bench.value(f"exeunt_{name}_total") for name in COUNTERS}
+        counted["steps"] = sum(
+            (stage + 1) * bench.value("exeunt_step_batch_size_sum", stage=str(stage)) for stage in range(3)
+        )
+    return heard, counted, runs
+
+
+@pytest.mark.parametrize("audit_share", [0.0, 0.4])
+@pytest.mark.parametrize(
+    "policies",
+    [[OFF, OFF, OFF], [LEAVE, STRICT, LEAVE], [LEAVE, OFF, STRICT, OFF], [LEAVE, BACKFILL, VERIFIED, OFF]],
+    ids=["off", "propagate", "propagate and off", "all modes"],
+)
+def test_answers_accounts_and_audits_are_those_of_stages(
+    tiny_model: LoadedModel,
+    monkeypatch: pytest.MonkeyPatch,
+    policies: list[ExitPolicy],
+    audit_share: float,
+) -> None:
+    with monkeypatch.context() as patch:
+        none = Whole(patch, allowed=False)
+        wanted, counts, stages = _spoken(tiny_model, policies, audit_share=audit_share)
+    some = Whole(monkeypatch, allowed=True)
+    found, counted, pieces = _spoken(tiny_model, policies, audit_share=audit_share)
+    assert none.whole == 0
+    assert some.whole > (0 if BACKFILL in policies else some.ticks / 2)
+    assert [answer_of(one) for one in found] == [answer_of(one) for one in wanted]
+    assert [one.exits() for one in found] == [one.exits() for one in wanted]
+    assert [one.finish.summary.depth for one in found] == [one.finish.summary.depth for one in wanted]
+    assert counted == counts
+    assert (counted["audited_tokens"] > 0) == (audit_share > 0 and policies[0] is LEAVE)
+    for variant in (FULL, LINEAR):  # which take turns by their time
+        assert _of(variant, pieces) == _of(variant, stages)
+    for run in pieces:
+        assert run.seconds > run.gate_seconds >= 0
+        assert (run.gate_seconds > 0) == (run.gated > 0)
+
+
+def _of(variant: Variant, runs: list[StageRun]) -> list[tuple[range, int, int, int]]:
+    return [(run.stages, run.rows, run.tokens, run.gated) for run in runs if run.variant == variant]
+
+
+def test_a_step_with_waiting_tokens_or_chunks_of_prompts_goes_by_stages(
+    tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Whole(monkeypatch, allowed=True)
+    with running(tiny_model) as bench:
+        bench.answer(prompt=tuple(range(200)), max_new_tokens=1)
+        assert whole.ticks > 0
+        assert whole.whole == 0
+        bench.answer(exits=BACKFILL, max_new_tokens=20)
+    assert whole.whole <= 1
+
+
+def test_steps_go_by_stages_where_rows_wait_at_exits(
+    tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Whole(monkeypatch, allowed=True)
+    with running(tiny_model, run_through=False) as bench:
+        bench.answer(exits=LEAVE, max_new_tokens=20)
+        assert whole.whole <= 2  # a last token of a prompt asks no gate
+        bench.answer(exits=OFF, max_new_tokens=20)
+    assert whole.whole > 15
+
+
+def test_only_certified_exits_are_asked(tiny_model: LoadedModel) -> None:
+    steps = WholeSteps(tiny_model, StagePlan(6, (1, 3), certified=(1,), drafting=0))
+    assert steps._asked == [1]
