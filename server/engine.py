@@ -344,6 +344,8 @@ class Engine:
         """Carry out what other threads asked for; with nothing to run, wait for it."""
         while not self._stopping:
             busy = self._scheduler.running or self._scheduler.waiting
+            if busy and self._commands.empty():
+                return
             if not busy:
                 self._lives.set_gauges(force=True)  # what is exported while nothing happens must be true
             try:

@@ -38,7 +38,7 @@ from exeunt.server.tick_batch import (
     without,
 )
 from exeunt.server.tick_run import Piece, StageRun, Successor, TickRun, Undrawn
-from exeunt.server.whole_steps import Departure, WholeSteps
+from exeunt.server.whole_steps import Departure, WholeStep, WholeSteps
 
 log = logging.getLogger("exeunt.engine")
 
@@ -192,16 +192,18 @@ class Runner:
         batch = self._enter(None, 0, run)
         began = self._clock()
         step = self._whole.run(tick, batch.hidden, batch.geometry, pages)
-        for departure in step.departures():
-            stage, parts = departure.stage, [batch.parts[i] for i in departure.tokens]
-            tokens = [(part.row, part.positions[0], stage) for part in parts]
-            for row, position, _ in tokens:
-                run.results[row].count([position], self._plan.stop(stage))
-            if stage < self._plan.last:
-                for row, position, _ in tokens:
+        tokens: list[tuple[Row, int, int]] = []
+        for departure in step.departures(batch.parts):
+            stage = departure.stage
+            for part in departure.parts:
+                row, position = part.row, part.positions[0]
+                tokens.append((row, position, stage))
+                run.results[row].count(part.positions, self._plan.stop(stage))
+                if stage < self._plan.last:
                     row.left.add(position)
-                self._audit_departed(departure, parts, decoder, pages)
-        run.undrawn.append(Undrawn(step.tokens(batch.parts), step.passed.logits))
+            if stage < self._plan.last:
+                self._audit_departed(departure, step, decoder, pages)
+        run.undrawn.append(Undrawn(tokens, step.passed.logits))
         for piece, seconds in step.pieces():
             ended = run.end_piece(began, 0.0)
             if ended is not None:
@@ -209,15 +211,16 @@ class Runner:
             run.piece, began = piece, began + seconds
 
     def _audit_departed(
-        self, departure: Departure, parts: list[Part], decoder: Decoder, pages: KVPages
+        self, departure: Departure, step: WholeStep, decoder: Decoder, pages: KVPages
     ) -> None:
         """Begin the audits of tokens that left, whose skipped blocks have their keys and values already."""
+        parts, passed = departure.parts, step.passed
         if not any(self._auditor.chooses(part.row.sequence, part.positions[0]) for part in parts):
             return
-        batch = TickBatch(parts, geometry_of(parts, self._device), departure.states)
+        batch = TickBatch(parts, geometry_of(parts, self._device), departure.rows_of(passed.states))
         leaving = [(place, part.row, part.positions[0]) for place, part in enumerate(parts)]
         skipped = range(self._plan.stop(departure.stage), self._plan.blocks)
-        self._auditor.leave(leaving, departure.logits, batch, decoder, pages, skipped)
+        self._auditor.leave(leaving, departure.rows_of(passed.logits), batch, decoder, pages, skipped)
         # a pass run for an audit has left its own in their place
         self._propagate(departure.stage, decoder, pages, batch, list(range(len(parts))))
 

@@ -1,5 +1,6 @@
 """Decode steps that one native call takes through all blocks: which ticks are such, and where their tokens went."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -24,9 +25,12 @@ class Departure:
     """Tokens that passed the blocks up to the end of one stage: those that left there, or, behind the last, stayed."""
 
     stage: int
-    tokens: list[int]  # which of the tick's
-    logits: Tensor  # [tokens, vocab] float32
-    states: Tensor  # [tokens, hidden] behind the stage
+    parts: list[Part]
+    start: int  # where they begin among the rows of the pass's logits and states
+
+    def rows_of(self, tensor: Tensor) -> Tensor:
+        """Their rows of the pass's logits, or of its states."""
+        return tensor[self.start : self.start + len(self.parts)]
 
 
 class WholeSteps:
@@ -52,11 +56,11 @@ class WholeSteps:
         found = self._pass(tick.variant)
         if found is None:
             raise RuntimeError(f"{tick.variant} has no pass through all of its blocks at once")
-        thresholds = np.array(
-            [np.inf if row.threshold is None else row.threshold for row in tick.rows], np.float32
-        )
-        asked = self._asked if np.isfinite(thresholds).any() else []
-        return WholeStep(self._plan, asked, found.run(hidden, geometry, pages, asked, from_numpy(thresholds)))
+        asks = any(row.threshold is not None for row in tick.rows)
+        needed = [math.inf if row.threshold is None else row.threshold for row in tick.rows]
+        thresholds = from_numpy(np.array(needed, np.float32))
+        asked = self._asked if asks else []
+        return WholeStep(self._plan, asked, found.run(hidden, geometry, pages, asked, thresholds))
 
     def _pass(self, variant: Variant) -> DecodePass | None:
         if variant not in self._passes:
@@ -72,23 +76,13 @@ class WholeStep:
     asked: list[int]  # the stages whose exits were
     passed: Passed
 
-    def departures(self) -> Iterator[Departure]:
-        """Where tokens went, by stage, as far as any went there."""
+    def departures(self, parts: Sequence[Part]) -> Iterator[Departure]:
+        """Where tokens went, by stage, as far as any went there; `parts` are the tick's."""
         passed, start = self.passed, 0
-        stages = (*self.asked, self.plan.last)
-        for stage, count in zip(stages, (*passed.left, passed.stayed), strict=True):
-            some = slice(start, start + count)
+        for stage, count in zip((*self.asked, self.plan.last), (*passed.left, passed.stayed), strict=True):
             if count:
-                yield Departure(stage, passed.order[some], passed.logits[some], passed.states[some])
+                yield Departure(stage, [parts[i] for i in passed.order[start : start + count]], start)
             start += count
-
-    def tokens(self, parts: Sequence[Part]) -> list[tuple[Row, int, int]]:
-        """Row, position and stage of each row of the logits; `parts` are the tick's."""
-        found = []
-        for departure in self.departures():
-            some = (parts[token] for token in departure.tokens)
-            found += [(part.row, part.positions[0], departure.stage) for part in some]
-        return found
 
     def pieces(self) -> Iterator[tuple[Piece, float]]:
         """The stages run in one piece, with their seconds; of the last, which draws follow, these are not known."""
