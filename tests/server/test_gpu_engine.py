@@ -16,6 +16,8 @@ from exeunt.server.request import SamplingParams
 from exeunt.server.sampling import RowSampling, sample
 from tests.server.conftest import VOCAB, random_exit
 from tests.server.engine_bench import BACKFILL, FULL, INT4_KV, LEAVE, OFF, VERIFIED, Heard, running
+from tests.server.test_soak import answer_of
+from tests.server.test_steps_ahead import Begun
 
 pytestmark = [
     pytest.mark.gpu,
@@ -78,6 +80,38 @@ def test_tokens_and_exits_are_those_without_graphs(gpu_model: LoadedModel, audit
         assert one.ids() == two.ids()
         if one.mode != "verified":  # which drafts as it pays at the moment
             assert one.exits() == two.exits()
+
+
+def _plain_answers(model: LoadedModel, **limits: bool) -> list[Heard]:
+    """Answers whose steps can be begun ahead: some end by a token, some by a stop string, the others by their length."""
+    with running(model, max_num_seqs=9, **limits) as bench:
+        with bench.held():
+            asked = [
+                bench.ask(
+                    prompt=tuple((7 * i + j * j) % 256 for j in range(5 + 9 * i)),
+                    variant=variant,
+                    temperature=1.3 * (i % 2),
+                    top_p=0.9 if i == 3 else 1.0,
+                    seed=i,
+                    ignore_eos=i % 3 == 0,
+                    stop=("e ",) if i == 4 else (),
+                    max_new_tokens=40 + 20 * i,
+                )
+                for variant in (FULL, INT4_KV)
+                for i in range(7)
+            ]
+        return [each.wait() for each in asked]
+
+
+def test_steps_begun_ahead_say_the_same(gpu_model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = Begun(monkeypatch)
+    in_turn = _plain_answers(gpu_model, async_scheduling=False)
+    assert begun.rows == []
+    ahead = _plain_answers(gpu_model)
+    assert len(begun.rows) > 20
+    without_graphs = _plain_answers(gpu_model, cuda_graphs=False)
+    for other in (ahead, without_graphs):
+        assert [answer_of(one) for one in other] == [answer_of(one) for one in in_turn]
 
 
 def test_draws_in_graphs_are_the_same_bits() -> None:
