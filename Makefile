@@ -33,6 +33,7 @@ bench: $(STAMP) ## measure the packaged model beside transformers, the parts of 
 	$(BIN)/python -m scripts.bench
 	$(BIN)/python -m scripts.bench_parts
 	$(BIN)/python -m scripts.bench_adaptive
+	$(BIN)/python -m scripts.bench_whole
 	$(BIN)/python -m scripts.bench_gaps
 
 gpu-check: ## on a machine with a CUDA GPU: speeds, answers and tests in seven minutes; JSON, offline where PYTHON has it all

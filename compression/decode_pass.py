@@ -22,8 +22,8 @@ class DecodePass:
 
     decoder: Decoder
     native: NativePass
-    _output: ExitOutput  # keeps alive what the native head points into
-    _exits: tuple[ExitHead, ...]  # and the gates
+    _outputs: tuple[ExitOutput, ExitOutput]  # keep alive what the native head points into, and the gates
+    _exits: tuple[ExitHead, ...]
 
     @classmethod
     def of(cls, decoder: Decoder, exits: Sequence[ExitHead]) -> "DecodePass | None":
@@ -33,14 +33,15 @@ class DecodePass:
             type(head) is not ExitHead for head in exits
         ):  # another class has its own gate
             return None
-        gates = [(head.depth, head.native_gate(decoder.project_exit)) for head in exits]
+        project = decoder.project_exit
+        gates = [(head.depth, head.native_gate(project)) for head in exits]
         known = tuple((depth, gate) for depth, gate in gates if gate is not None)
-        if len(known) < len(gates):
+        if len(known) < len(gates) or any(gate.dtype != decoder.dtype for _, gate in known):
             return None
         output = ExitOutput(decoder.output, decoder.dtype)
         head = _head(decoder.final_norm, output)
         native = NativePass(blocks, known, head, decoder.output.out_features)
-        return cls(decoder, native, output, tuple(exits))
+        return cls(decoder, native, (output, project), tuple(exits))
 
     def takes(self, pages: KVPages, tokens: int) -> bool:
         """Whether so many tokens can pass at once over these pages."""
@@ -79,6 +80,7 @@ class DecodePass:
 
 def _head(norm: Norm, output: ExitOutput) -> tuple[Tensor, Matrix] | None:
     """The model's head as the native pass takes it."""
-    if norm.kind != "rms" or output.matrix is None or norm.weight.dtype != output.dtype:
+    fits = norm.weight.dtype == output.dtype and norm.weight.is_contiguous()
+    if norm.kind != "rms" or output.matrix is None or not fits:
         return None
     return norm.weight, output.matrix

@@ -14,7 +14,7 @@ RESULTS: Final = ROOT / "benchmarks" / "results"
 PAGES: Final = {
     "README.md": ("packaged-eval", "packaged-cpu"),
     "docs/performance.md": (
-        *("packaged-cpu", "packaged-parts", "packaged-adaptive", "packaged-gaps"),
+        *("packaged-cpu", "packaged-parts", "packaged-adaptive", "packaged-whole", "packaged-gaps"),
         "gpu-check-nvidia-h200",
         "calibration-cost",
     ),
@@ -170,6 +170,16 @@ def adaptive_tables(record: Row) -> Iterator[str]:
     )
 
 
+def whole_tables(record: Row) -> Iterator[str]:
+    """Decode steps in one call against the same a stage at a time."""
+    rows = (
+        (name, *_speeds(row), _ratio(row), f"{row['exit_rate']:.0%}" if row["exit_rate"] else "")
+        for name, row in record["results"].items()
+    )
+    headers = ("one call against stages", "tokens/s", "by stages", "ratio (min to max)", "leave")
+    yield _table(headers, rows)
+
+
 def gaps_tables(record: Row) -> Iterator[str]:
     """Time between tokens, alone and beside long prompts."""
 
@@ -217,6 +227,7 @@ _TABLES: Final[Mapping[str, Callable[[Row], Iterator[str]]]] = {
     "packaged-eval": eval_tables,
     "packaged-parts": parts_tables,
     "packaged-adaptive": adaptive_tables,
+    "packaged-whole": whole_tables,
     "packaged-gaps": gaps_tables,
     "calibration-cost": calibration_tables,
     "gpu-check-nvidia-h200": lambda record: (_table(*each) for each in gpu_tables(record)),

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from exeunt.compression.decoder import Decoder
 from exeunt.compression.kv_format import KVPages
+from exeunt.kernels.paged_batch import PagedBatch
 from exeunt.server.audit import Audit, is_audited
 from exeunt.server.row import Row
 from exeunt.server.sequence import Sequence
@@ -86,6 +87,7 @@ class Auditor:
         """Tokens leave at an exit: begin the audits of those that are chosen.
 
         Must come before their keys and values are propagated: a pass run for an audit leaves its own in their place.
+        Where they have been, `left_for_good` does this.
 
         Args:
             leaving: (place in the batch, row, position) of each.
@@ -97,7 +99,7 @@ class Auditor:
         """
         if self._share <= 0.0:
             return
-        chosen = [n for n, (_, row, position) in enumerate(leaving) if self.chooses(row.sequence, position)]
+        chosen = [n for n, (_, row, position) in enumerate(leaving) if self._chooses(row.sequence, position)]
         if not chosen:
             return
         with self._aside():
@@ -109,22 +111,50 @@ class Auditor:
                 else:
                     self._held.setdefault(row.sequence, {})[position] = logits[n].clone()
             if deeper:
-                exits = selected(logits, deeper)
-                self._look_deeper([leaving[n] for n in deeper], exits, batch, decoder, pages, blocks)
+                parts = [Part(row, [position]) for _, row, position in (leaving[n] for n in deeper)]
+                states = selected(batch.hidden, [leaving[n][0] for n in deeper])
+                geometry = geometry_of(parts, self._device)
+                self._look_deeper(parts, selected(logits, deeper), states, geometry, decoder, pages, blocks)
 
-    def _look_deeper(
+    def left_for_good(
         self,
-        leaving: Items[tuple[int, Row, int]],
-        exits: Tensor,
-        batch: TickBatch,
+        parts: Items[Part],
+        logits: Tensor,
+        states: Tensor,
         decoder: Decoder,
         pages: KVPages,
         blocks: range,
     ) -> None:
-        """Run the blocks that tokens skip, for their audits alone; `exits` [leaving, vocab] are their logits."""
-        parts = [Part(row, [position]) for _, row, position in leaving]
-        states = selected(batch.hidden, [index for index, _, _ in leaving])
-        geometry = geometry_of(parts, self._device)
+        """`leave` for tokens of one position each whose keys and values are propagated: they are again behind an audit.
+
+        Of each part `logits` [parts, vocab] and `states` [parts, hidden] are the exit's.
+        """
+        if self._share <= 0.0:
+            return
+        chosen = [n for n, part in enumerate(parts) if self._chooses(part.row.sequence, part.positions[0])]
+        if not chosen:
+            return
+        some, own = [parts[n] for n in chosen], selected(states, chosen)
+        began, geometry = self._clock(), geometry_of(some, self._device)
+        self._seconds += self._clock() - began
+        with self._aside():
+            self._look_deeper(some, selected(logits, chosen), own, geometry, decoder, pages, blocks)
+        began = self._clock()
+        # not given up with an audit: without it these tokens would have other keys and values than were certified
+        decoder.project_kv(own, geometry, pages, blocks.start, blocks.stop)
+        self._seconds += self._clock() - began
+
+    def _look_deeper(
+        self,
+        parts: Items[Part],
+        exits: Tensor,
+        states: Tensor,
+        geometry: PagedBatch,
+        decoder: Decoder,
+        pages: KVPages,
+        blocks: range,
+    ) -> None:
+        """Run the blocks that tokens skip, for their audits alone; `exits` [parts, vocab] are their logits."""
         self._blocks += [(part.row, len(blocks)) for part in parts]
         full = decoder.head(decoder.run_blocks(states, geometry, pages, blocks.start, blocks.stop))
         for part, exit_logits, full_logits in zip(parts, exits, full, strict=True):
@@ -177,7 +207,7 @@ class Auditor:
     def _clock(self) -> float:
         return time.perf_counter() - self._captured_seconds()
 
-    def chooses(self, sequence: Sequence, position: int) -> bool:
+    def _chooses(self, sequence: Sequence, position: int) -> bool:
         """Drafts of the verified mode are all compared anyway, and a scored text is nobody's answer."""
         wanted = sequence.exits.mode == "approximate" and not sequence.scoring
         return wanted and is_audited(sequence.name, position, self._share)

@@ -236,6 +236,7 @@ class Engine:
         if self._thread.is_alive():
             self._commands.put(self._shut_down)
             self._thread.join()
+        self._runner.device_answers()  # a step that was begun ahead may run still, in graphs
         self._model.release_graphs()
 
     def wait_idle(self, timeout_s: float) -> bool:

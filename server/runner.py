@@ -38,7 +38,7 @@ from exeunt.server.tick_batch import (
     without,
 )
 from exeunt.server.tick_run import Piece, StageRun, Successor, TickRun, Undrawn
-from exeunt.server.whole_steps import Departure, WholeStep, WholeSteps
+from exeunt.server.whole_steps import WholeSteps
 
 log = logging.getLogger("exeunt.engine")
 
@@ -125,8 +125,8 @@ class Runner:
         self._auditor.forget(sequence)
         ahead = self.ahead
         if ahead is not None and not any(row.sequence in self._samplers for row in ahead.rows):
-            self._ahead = None  # nobody is left to hear of it
-            self.device_answers()  # what it reads may be let go of now
+            # nobody is left to hear of it; whatever takes its memory or pages is behind it on the device's one queue
+            self._ahead = None
 
     @property
     def ahead(self) -> Tick | None:
@@ -187,49 +187,21 @@ class Runner:
 
     def _pass_whole(self, run: TickRun) -> None:
         """Run a tick of decode steps in one call: it does what the stages, one after the other, would."""
-        tick, pages = run.tick, self._pages[run.tick.variant]
-        decoder = self._model.decoder(tick.variant)
         batch = self._enter(None, 0, run)
         began = self._clock()
-        step = self._whole.run(tick, batch.hidden, batch.geometry, pages)
-        tokens: list[tuple[Row, int, int]] = []
-        for departure in step.departures(batch.parts):
-            stage = departure.stage
-            for part in departure.parts:
-                row, position = part.row, part.positions[0]
-                tokens.append((row, position, stage))
-                run.results[row].count(part.positions, self._plan.stop(stage))
-                if stage < self._plan.last:
-                    row.left.add(position)
-            if stage < self._plan.last:
-                self._audit_departed(departure, step, decoder, pages)
-        run.undrawn.append(Undrawn(tokens, step.passed.logits))
+        step = self._whole.run(run.tick, batch, self._pages[run.tick.variant])
+        run.undrawn.append(Undrawn(step.settle(run.results), step.passed.logits))
         for piece, seconds in step.pieces():
-            ended = run.end_piece(began, 0.0)
-            if ended is not None:
-                self._on_stages(ended)
+            if run.piece is not None:
+                self._on_stages(run.ended_piece(began, 0.0))
             run.piece, began = piece, began + seconds
-
-    def _audit_departed(
-        self, departure: Departure, step: WholeStep, decoder: Decoder, pages: KVPages
-    ) -> None:
-        """Begin the audits of tokens that left, whose skipped blocks have their keys and values already."""
-        parts, passed = departure.parts, step.passed
-        if not any(self._auditor.chooses(part.row.sequence, part.positions[0]) for part in parts):
-            return
-        batch = TickBatch(parts, geometry_of(parts, self._device), departure.rows_of(passed.states))
-        leaving = [(place, part.row, part.positions[0]) for place, part in enumerate(parts)]
-        skipped = range(self._plan.stop(departure.stage), self._plan.blocks)
-        self._auditor.leave(leaving, departure.rows_of(passed.logits), batch, decoder, pages, skipped)
-        # a pass run for an audit has left its own in their place
-        self._propagate(departure.stage, decoder, pages, batch, list(range(len(parts))))
+        step.audit(self._auditor, self._model.decoder(run.tick.variant), self._pages[run.tick.variant])
 
     def _end_piece(self, run: TickRun) -> float:
         """Tell of the stages that ran up to now, if any did; returns the time."""
         ended = self._clock()
-        piece = run.end_piece(ended, self._auditor.take_seconds())
-        if piece is not None:
-            self._on_stages(piece)
+        if run.piece is not None:
+            self._on_stages(run.ended_piece(ended, self._auditor.take_seconds()))
         return ended
 
     def _begun_ahead(self, run: TickRun, successor: Successor) -> TickRun | None:

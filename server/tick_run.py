@@ -76,17 +76,19 @@ class TickRun:
         if self.piece is not None:
             self.piece.gated, self.piece.gate_seconds = gated, seconds
 
-    def end_piece(self, ended: float, besides: float) -> StageRun | None:
-        """What ended now, of which so many seconds were spent `besides`; the next piece begins."""
+    def ended_piece(self, ended: float, besides: float) -> StageRun:
+        """The piece under way, ended now, with so many seconds spent `besides`; what follows begins.
+
+        Raises RuntimeError where none is under way.
+        """
         piece, began = self.piece, self.began
-        self.piece, self.began = None, ended
         if piece is None:
-            return None
-        seconds = ended - began - besides
+            raise RuntimeError("no stages are under way")
+        self.piece, self.began = None, ended
         return StageRun(
             self.tick.variant,
             piece.stages,
-            seconds,
+            ended - began - besides,
             piece.rows,
             piece.tokens,
             piece.gated,

@@ -1,36 +1,25 @@
 """Decode steps that one native call takes through all blocks: which ticks are such, and where their tokens went."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from torch import Tensor, from_numpy
+from torch import from_numpy
 
 from exeunt.compression.decode_pass import DecodePass
+from exeunt.compression.decoder import Decoder
 from exeunt.compression.kv_format import KVPages
 from exeunt.compression.model import LoadedModel
 from exeunt.compression.variant import Variant
 from exeunt.kernels.decode_pass import Passed
-from exeunt.kernels.paged_batch import PagedBatch
+from exeunt.server.auditor import Auditor
 from exeunt.server.row import Row
+from exeunt.server.row_result import RowResult
 from exeunt.server.stages import StagePlan
 from exeunt.server.tick import Tick
-from exeunt.server.tick_batch import Part
+from exeunt.server.tick_batch import Part, TickBatch
 from exeunt.server.tick_run import Piece
-
-
-@dataclass(frozen=True, slots=True)
-class Departure:
-    """Tokens that passed the blocks up to the end of one stage: those that left there, or, behind the last, stayed."""
-
-    stage: int
-    parts: list[Part]
-    start: int  # where they begin among the rows of the pass's logits and states
-
-    def rows_of(self, tensor: Tensor) -> Tensor:
-        """Their rows of the pass's logits, or of its states."""
-        return tensor[self.start : self.start + len(self.parts)]
 
 
 class WholeSteps:
@@ -51,8 +40,8 @@ class WholeSteps:
         found = self._pass(tick.variant)
         return found is not None and all(map(_is_whole, tick.rows)) and found.takes(pages, len(tick.rows))
 
-    def run(self, tick: Tick, hidden: Tensor, geometry: PagedBatch, pages: KVPages) -> "WholeStep":
-        """Take `hidden` [rows, hidden], which is lost, through the blocks, asking exits about rows with a threshold."""
+    def run(self, tick: Tick, batch: TickBatch, pages: KVPages) -> "WholeStep":
+        """Take a tick's batch, whose states are lost, through the blocks, asking exits about rows with a threshold."""
         found = self._pass(tick.variant)
         if found is None:
             raise RuntimeError(f"{tick.variant} has no pass through all of its blocks at once")
@@ -60,7 +49,8 @@ class WholeSteps:
         needed = [math.inf if row.threshold is None else row.threshold for row in tick.rows]
         thresholds = from_numpy(np.array(needed, np.float32))
         asked = self._asked if asks else []
-        return WholeStep(self._plan, asked, found.run(hidden, geometry, pages, asked, thresholds))
+        passed = found.run(batch.hidden, batch.geometry, pages, asked, thresholds)
+        return WholeStep(self._plan, tuple(batch.parts), asked, passed)
 
     def _pass(self, variant: Variant) -> DecodePass | None:
         if variant not in self._passes:
@@ -73,15 +63,40 @@ class WholeStep:
     """What became of a tick's tokens."""
 
     plan: StagePlan
+    parts: tuple[Part, ...]  # the tick's
     asked: list[int]  # the stages whose exits were
     passed: Passed
 
-    def departures(self, parts: Sequence[Part]) -> Iterator[Departure]:
-        """Where tokens went, by stage, as far as any went there; `parts` are the tick's."""
+    def settle(self, results: Mapping[Row, RowResult]) -> list[tuple[Row, int, int]]:
+        """Note with the rows and their results how far they went; returns row, position and stage of all logits."""
+        found, last = [], self.plan.last
+        for stage, some in self._departures():
+            depth = self.plan.stop(stage)
+            for part in some:
+                row, position = part.row, part.positions[0]
+                found.append((row, position, stage))
+                results[row].count(part.positions, depth)
+                if stage < last:
+                    row.left.add(position)
+        return found
+
+    def audit(self, auditor: Auditor, decoder: Decoder, pages: KVPages) -> None:
+        """Begin the audits of tokens that left, whose skipped blocks have their keys and values already."""
+        start = 0
+        for stage, some in self._departures():
+            if stage < self.plan.last:
+                rows = slice(start, start + len(some))
+                skipped = range(self.plan.stop(stage), self.plan.blocks)
+                logits, states = self.passed.logits[rows], self.passed.states[rows]
+                auditor.left_for_good(some, logits, states, decoder, pages, skipped)
+            start += len(some)
+
+    def _departures(self) -> Iterator[tuple[int, list[Part]]]:
+        """Where tokens went, by stage, as far as any went there: left at its end or, behind the last, stayed."""
         passed, start = self.passed, 0
         for stage, count in zip((*self.asked, self.plan.last), (*passed.left, passed.stayed), strict=True):
             if count:
-                yield Departure(stage, [parts[i] for i in passed.order[start : start + count]], start)
+                yield stage, [self.parts[i] for i in passed.order[start : start + count]]
             start += count
 
     def pieces(self) -> Iterator[tuple[Piece, float]]:

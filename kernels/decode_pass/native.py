@@ -123,6 +123,12 @@ class NativePass:
                 f"{batch.rows} rows and thresholds {list(thresholds.shape)} {thresholds.dtype} were given for {tokens} "
                 "tokens, expected one row and one float32 threshold each"
             )
+        if not batch.page_tables.is_contiguous():
+            raise ValueError("the page tables are not dense")
+        if list(asked) != sorted(set(asked)) or not all(0 <= place < len(self.exits) for place in asked):
+            raise ValueError(
+                f"exits {list(asked)} were asked of {len(self.exits)}, expected some of them, ascending"
+            )
         blocks = self.blocks
         if len(pages.described) != len(blocks.parts):
             raise ValueError(

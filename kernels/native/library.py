@@ -2,7 +2,7 @@
 
 They are called through ctypes, not as registered operators: a call costs one to two microseconds so, a fraction of
 what dispatching an operator does, and nothing on the CPU captures or compiles the graph that would need registered
-operators. A decode step makes four calls, and a few more at every exit on its way.
+operators. A plain decode step makes two calls; one that goes by stages four, and a few more at every exit on its way.
 EXEUNT_NATIVE=0 turns them off.
 """
 

@@ -220,6 +220,14 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         given = {"hidden": hidden, "batch": batch, "thresholds": THRESHOLDS["some"], **changed}
         with pytest.raises(ValueError, match=message):
             whole.run(given["hidden"], given["batch"], held.pages, [0], given["thresholds"])
+    wide = replace(
+        batch, page_tables=torch.cat([batch.page_tables] * 2, dim=1)[:, : batch.page_tables.shape[1]]
+    )
+    with pytest.raises(ValueError, match="not dense"):
+        whole.run(hidden, wide, held.pages, [0], THRESHOLDS["some"])
+    for asked in ([1, 0], [0, 0], [2], [-1]):
+        with pytest.raises(ValueError, match="exits"):
+            whole.run(hidden, batch, held.pages, asked, THRESHOLDS["some"])
     for depths, message in (((2, 2), "behind"), ((0, 2), "behind"), ((2, 99), "behind")):
         gates = tuple((depth, gate) for depth, (_, gate) in zip(depths, whole.native.exits, strict=True))
         with pytest.raises(ValueError, match=message):

@@ -126,3 +126,10 @@ def test_limits_that_cannot_be(model: LoadedModel, given: dict[str, object], wor
         engine_config(model, load_settings(given))
     for word in words:
         assert word in str(caught.value)
+
+
+def test_what_runs_on_a_gpu_is_as_asked(model: LoadedModel) -> None:
+    default = engine_config(model, load_settings({}))
+    assert (default.cuda_graphs, default.async_scheduling) == (True, True)
+    changed = engine_config(model, load_settings({"enforce_eager": True, "async_scheduling": False}))
+    assert (changed.cuda_graphs, changed.async_scheduling) == (False, False)

@@ -10,7 +10,7 @@ import pytest
 from exeunt.compression.bundle import file_sha256
 from exeunt.compression.variant import Variant
 from exeunt.server.tick_run import StageRun
-from scripts import bench, bench_adaptive, bench_gaps, bench_parts, bench_runs
+from scripts import bench, bench_adaptive, bench_gaps, bench_parts, bench_runs, bench_whole
 from scripts.predicted import Prediction
 from tests.deploy.server_process import byte_bundle
 
@@ -96,6 +96,16 @@ def test_it_measures_what_depth_by_token_brings(tmp_path: Path) -> None:
         if name.startswith("8 streams")
     ]
     assert all(alone > together for alone, together in rates)
+
+
+@pytest.mark.usefixtures("asked")
+def test_it_measures_steps_in_one_call(tmp_path: Path) -> None:
+    bench_whole.main(tmp_path / "out.json", prompt_tokens=8, new_tokens=6, repeats=1)
+    results = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert len(results) == 9  # one variant of the random model is certified
+    for name, row in results.items():
+        assert row["ratio"] > 0
+        assert (row["exit_rate"] > 0) == ("propagate" in name)
 
 
 @pytest.mark.usefixtures("asked")

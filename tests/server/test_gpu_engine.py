@@ -83,7 +83,7 @@ def test_tokens_and_exits_are_those_without_graphs(gpu_model: LoadedModel, audit
 
 
 def _plain_answers(model: LoadedModel, **limits: bool) -> list[Heard]:
-    """Answers whose steps can be begun ahead: some end by a token, some by a stop string, the others by their length."""
+    """Answers whose steps can be begun ahead; they end by a token, by a stop string, or by their length."""
     with running(model, max_num_seqs=9, **limits) as bench:
         with bench.held():
             asked = [
