@@ -230,7 +230,7 @@ class Lifecycle:
         else:
             ended = result.waits_at is None and all(draw.error is None for draw in result.draws)
             self._answers[sequence].account.ran(sequence, result.pairs, result.passes, ended=ended)
-            self._answers[sequence].account.beside(result.audit_blocks)
+            self._answers[sequence].account.beside(result.blocks_beside)
             for audit in result.audits:
                 self._audits.note(sequence.exits, audit)
         if result.waits_at is None:

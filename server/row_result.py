@@ -31,7 +31,9 @@ class RowResult:
     pairs: int = 0
     passes: int = 0
     audits: list[Audit] = field(default_factory=list)
-    audit_blocks: int = 0  # that were run for audits alone
+    blocks_beside: int = (
+        0  # run for one token and not for the answer: audits, a step that could not be begun ahead
+    )
 
     def count(self, positions: list[int], blocks: int) -> None:
         """Count `blocks` blocks run over these positions; those of a prompt but its last count nowhere."""

@@ -211,26 +211,29 @@ class Runner:
         tick = successor(run.tick)
         if tick is None:
             return None
+        ahead = TickRun(tick, self._clock())
         try:
-            return self._begun(tick, run, run.draws.ids)
+            self._begin(ahead, run, run.draws.ids)
         except Exception:
             self._goes_ahead = False  # whose trouble it is shows when the tick has its turn
             log.warning("no step is begun before its turn any more: the last such failed", exc_info=True)
+            rows = {row.sequence: row for row in run.tick.rows}
+            for row, result in ahead.results.items():
+                run.results[rows[row.sequence]].blocks_beside += result.pairs
             return None
+        return ahead
 
-    def _begun(self, tick: Tick, before: TickRun, drawn: Tensor) -> TickRun:
-        """A tick of decode steps up to its draws, each behind a token that the tick `before` has `drawn` [rows]."""
-        run = TickRun(tick, self._clock())
-        parts = [Part(row, row.positions) for row in run.entering.pop(0)]
-        places = {row.sequence: place for place, row in enumerate(before.drawn_rows)}
+    def _begin(self, ahead: TickRun, run: TickRun, drawn: Tensor) -> None:
+        """Run a tick of decode steps up to its draws, each behind a token that the tick `run` has `drawn` [rows]."""
+        parts = [Part(row, row.positions) for row in ahead.entering.pop(0)]
+        places = {row.sequence: place for place, row in enumerate(run.drawn_rows)}
         order = [places[part.row.sequence] for part in parts]
         geometry, index = placed(parts, self._device, order)
-        embed = self._model.decoder(tick.variant).embed
+        embed = self._model.decoder(ahead.tick.variant).embed
         hidden = embed(drawn.index_select(0, index).long(), geometry.positions)
-        run.piece = Piece(range(self._plan.stages), len(parts), len(parts))
-        self._run_stages(run, TickBatch(parts, geometry, hidden), 0, self._plan.last)
-        self._start_draws(run)
-        return run
+        ahead.piece = Piece(range(self._plan.stages), len(parts), len(parts))
+        self._run_stages(ahead, TickBatch(parts, geometry, hidden), 0, self._plan.last)
+        self._start_draws(ahead)
 
     def device_answers(self) -> bool:
         """Whether the device still does anything: after some errors a GPU refuses every later call of the process."""
@@ -444,7 +447,7 @@ class Runner:
         for row, audit in outcome.found:
             run.results[row].audits.append(audit)
         for row, blocks in outcome.blocks:
-            run.results[row].audit_blocks += blocks
+            run.results[row].blocks_beside += blocks
 
     def _sampling(self, sequence: Sequence, position: int) -> RowSampling:
         """How the token behind `position` is drawn: from the history up to there, drafts included."""

@@ -82,9 +82,11 @@ def test_tokens_and_exits_are_those_without_graphs(gpu_model: LoadedModel, audit
             assert one.exits() == two.exits()
 
 
-def _plain_answers(model: LoadedModel, **limits: bool) -> list[Heard]:
+def _plain_answers(
+    model: LoadedModel, *, cuda_graphs: bool = True, async_scheduling: bool = True
+) -> list[Heard]:
     """Answers whose steps can be begun ahead; they end by a token, by a stop string, or by their length."""
-    with running(model, max_num_seqs=9, **limits) as bench:
+    with running(model, max_num_seqs=9, cuda_graphs=cuda_graphs, async_scheduling=async_scheduling) as bench:
         with bench.held():
             asked = [
                 bench.ask(

@@ -38,13 +38,13 @@ class Begun:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.rows: list[int] = []
-        begin = Runner._begun
+        begin = Runner._begin
 
-        def counted(runner: Runner, tick: Tick, before: TickRun, drawn: torch.Tensor) -> TickRun:
-            self.rows.append(len(tick.rows))
-            return begin(runner, tick, before, drawn)
+        def counted(runner: Runner, ahead: TickRun, run: TickRun, drawn: torch.Tensor) -> None:
+            self.rows.append(len(ahead.tick.rows))
+            begin(runner, ahead, run, drawn)
 
-        monkeypatch.setattr(Runner, "_begun", counted)
+        monkeypatch.setattr(Runner, "_begin", counted)
 
 
 @pytest.fixture
@@ -249,31 +249,48 @@ def test_a_request_cut_short_counts_the_step_that_was_begun_for_it(
         assert bench.engine._runner.ahead is None
 
 
+@pytest.mark.parametrize("after_its_blocks", [False, True])
 def test_a_step_that_cannot_be_begun_ahead_costs_nothing_but_its_head_start(
-    tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tiny_model: LoadedModel,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    after_its_blocks: bool,
 ) -> None:
-    wanted = _spoken(tiny_model)
+    wanted, _ = _spoken(tiny_model)
     monkeypatch.setattr(Runner, "has_graphs", property(lambda _: True))
     tried: list[Tick] = []
+    begin = Runner._begin
 
-    def failing(runner: Runner, tick: Tick, before: TickRun, drawn: torch.Tensor) -> TickRun:
-        tried.append(tick)
+    def failing(runner: Runner, ahead: TickRun, run: TickRun, drawn: torch.Tensor) -> None:
+        tried.append(ahead.tick)
+        if after_its_blocks:
+            begin(runner, ahead, run, drawn)
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(Runner, "_begun", failing)
+    monkeypatch.setattr(Runner, "_begin", failing)
+    calls = tiny_model.decoder(FULL).block_calls
+    before = sum(calls.tokens)
     with caplog.at_level(logging.WARNING):
-        assert _spoken(tiny_model) == wanted
+        spoken, counted = _spoken(tiny_model)
+    assert spoken == wanted
     assert len(tried) == 1
+    prompts = 3 * (len(PROMPT) - 1) * BLOCKS  # the last prompt token's pass is the first generated token's
+    assert sum(calls.tokens) - before == prompts + counted
+    assert counted == 3 * (24 + after_its_blocks) * BLOCKS
     assert [record.message for record in caplog.records] == [
         "no step is begun before its turn any more: the last such failed"
     ]
 
 
-def _spoken(model: LoadedModel) -> list[list[int]]:
+def _spoken(model: LoadedModel) -> tuple[list[list[int]], float]:
+    """Three answers, and the block × token pairs that were counted for them."""
     with running(model) as bench:
         with bench.held():
             asked = [bench.ask(temperature=0.9, seed=i) for i in range(3)]
-        return [one.wait().ids() for one in asked]
+        ids = [one.wait().ids() for one in asked]
+        assert bench.engine.wait_idle(WAIT_S)
+        kinds = ("executed", "wasted")
+        return ids, sum(bench.value(f"exeunt_blocks_{kind}_total") for kind in kinds)
 
 
 def test_draws_that_fail_fail_their_tick_and_later_requests_are_served(
@@ -300,7 +317,7 @@ def test_draws_that_fail_fail_their_tick_and_later_requests_are_served(
 def test_a_row_without_a_token_fails_alone_and_the_others_go_on(
     tiny_model: LoadedModel, begun: Begun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wanted = _spoken(tiny_model)
+    wanted, _ = _spoken(tiny_model)
     head = Decoder.head
     steps = [0]
 
