@@ -29,9 +29,8 @@ class DecodePass:
     def of(cls, decoder: Decoder, exits: Sequence[ExitHead]) -> "DecodePass | None":
         """The pass over a decoder's blocks with these exits; None where the native kernels cannot run all of it."""
         blocks = decoder.native_blocks
-        if blocks is None or any(
-            type(head) is not ExitHead for head in exits
-        ):  # another class has its own gate
+        other = any(type(head) is not ExitHead for head in exits)  # another class has a gate of its own
+        if blocks is None or other:
             return None
         project = decoder.project_exit
         gates = [(head.depth, head.native_gate(project)) for head in exits]

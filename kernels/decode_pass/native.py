@@ -77,11 +77,8 @@ class NativePass:
     vocab: int
 
     def __post_init__(self) -> None:
-        hidden, dtype, depths = (
-            self.blocks.shape.hidden,
-            self.blocks.dtype,
-            [depth for depth, _ in self.exits],
-        )
+        hidden, dtype = self.blocks.shape.hidden, self.blocks.dtype
+        depths = [depth for depth, _ in self.exits]
         if depths != sorted(set(depths)) or not all(0 < depth < len(self.blocks.parts) for depth in depths):
             raise ValueError(f"exits stand behind {depths} of {len(self.blocks.parts)} blocks")
         for _, gate in self.exits:
@@ -115,37 +112,9 @@ class NativePass:
         needs to leave at one of them, infinity for those that may not. A token that leaves gets the keys and values of
         the blocks that it skips. Raises ValueError where shapes do not fit, and for more tokens than it `takes`.
         """
-        tokens = hidden.shape[0]
-        if not self.takes(tokens):
-            raise ValueError(f"{tokens} tokens of {self.vocab} logits were given, room is for {MOST_LOGITS}")
-        if batch.rows != tokens or thresholds.shape != (tokens,) or thresholds.dtype != torch.float32:
-            raise ValueError(
-                f"{batch.rows} rows and thresholds {list(thresholds.shape)} {thresholds.dtype} were given for {tokens} "
-                "tokens, expected one row and one float32 threshold each"
-            )
-        if not batch.page_tables.is_contiguous():
-            raise ValueError("the page tables are not dense")
-        if list(asked) != sorted(set(asked)) or not all(0 <= place < len(self.exits) for place in asked):
-            raise ValueError(
-                f"exits {list(asked)} were asked of {len(self.exits)}, expected some of them, ascending"
-            )
-        blocks = self.blocks
-        if len(pages.described) != len(blocks.parts):
-            raise ValueError(
-                f"pages of {len(pages.described)} blocks were given, the pass has {len(blocks.parts)}"
-            )
-        blocks.check(hidden, batch, pages, rotation, 0)
-        return self._run(hidden, batch, pages, rotation, asked, thresholds.contiguous())
-
-    def _run(
-        self,
-        hidden: Tensor,
-        batch: PagedBatch,
-        pages: PageRange,
-        rotation: Tensor | None,
-        asked: Sequence[int],
-        thresholds: Tensor,
-    ) -> Passed:
+        self._check(hidden.shape[0], batch, pages, asked, thresholds)
+        self.blocks.check(hidden, batch, pages, rotation, 0)
+        thresholds = thresholds.contiguous()
         tokens, count, blocks = hidden.shape[0], len(asked), self.blocks
         exits = (_Exit * count)()
         for place, of in zip(asked, exits, strict=True):
@@ -172,3 +141,23 @@ class NativePass:
         return Passed(
             order.tolist(), list(left), list(gated), list(seconds), list(gate_seconds), logits, states
         )
+
+    def _check(
+        self, tokens: int, batch: PagedBatch, pages: PageRange, asked: Sequence[int], thresholds: Tensor
+    ) -> None:
+        """Raise ValueError where what comes with so many tokens does not fit them, or the pass."""
+        if not self.takes(tokens):
+            raise ValueError(f"{tokens} tokens of {self.vocab} logits were given, room is for {MOST_LOGITS}")
+        if batch.rows != tokens or thresholds.shape != (tokens,) or thresholds.dtype != torch.float32:
+            raise ValueError(
+                f"{batch.rows} rows and thresholds {list(thresholds.shape)} {thresholds.dtype} were given for {tokens} "
+                "tokens, expected one row and one float32 threshold each"
+            )
+        if not batch.page_tables.is_contiguous():
+            raise ValueError("the page tables are not dense")
+        known = len(self.exits)
+        if list(asked) != sorted(set(asked)) or not all(0 <= place < known for place in asked):
+            raise ValueError(f"exits {list(asked)} were asked of {known}, expected some of them, ascending")
+        count, wanted = len(pages.described), len(self.blocks.parts)
+        if count != wanted:
+            raise ValueError(f"pages of {count} blocks were given, the pass has {wanted}")

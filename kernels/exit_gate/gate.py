@@ -115,13 +115,8 @@ def native_gate(
     struct, combine = weights.native, rule.combine
     judge = JudgeStruct() if rule.judge is None else rule.judge.native
     last = _Confirmation() if rule.confirmation is None else _described(rule.confirmation)
-    if (
-        struct is None
-        or judge is None
-        or last is None
-        or not combine.is_cpu
-        or combine.dtype != torch.float32
-    ):
+    read = combine.is_cpu and combine.dtype == torch.float32
+    if struct is None or judge is None or last is None or not read:
         return None
     _check_sizes(struct, rule, output, output if shortlist is None else shortlist)
     if rule.confirmation is not None:
