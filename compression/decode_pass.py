@@ -1,4 +1,4 @@
-"""A decode step of one decoder with its exits: on a CPU one native call, and the head where that has none."""
+"""A pass through one decoder with its exits: on a CPU one native call, and the head where that has none."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,14 +11,13 @@ from exeunt.compression.exits import ExitHead
 from exeunt.compression.kv_format import KVPages
 from exeunt.compression.norm import Norm
 from exeunt.kernels.blocks import PageRange
-from exeunt.kernels.decode_pass import NativePass, Passed
+from exeunt.kernels.decode_pass import NativePass, PassBatch, Passed
 from exeunt.kernels.native.descriptors import Matrix
-from exeunt.kernels.paged_batch import PagedBatch
 
 
 @dataclass(frozen=True, slots=True)
 class DecodePass:
-    """What runs the decode steps of one decoder whole; `of` says where there is one."""
+    """What takes tokens through the whole of one decoder; `of` says where there is such."""
 
     decoder: Decoder
     native: NativePass
@@ -37,44 +36,48 @@ class DecodePass:
         known = tuple((depth, gate) for depth, gate in gates if gate is not None)
         if len(known) < len(gates) or any(gate.dtype != decoder.dtype for _, gate in known):
             return None
+        embedding = decoder.embedding.tokens, decoder.embedding.positions
+        if not all(table is None or table.is_contiguous() for table in embedding):
+            return None
         output = ExitOutput(decoder.output, decoder.dtype)
         head = _head(decoder.final_norm, output)
-        native = NativePass(blocks, known, head, decoder.output.out_features)
+        native = NativePass(embedding, blocks, known, head, decoder.output.out_features)
         return cls(decoder, native, (output, project), tuple(exits))
 
-    def takes(self, pages: KVPages, tokens: int) -> bool:
-        """Whether so many tokens can pass at once over these pages."""
+    def takes(self, batch: PassBatch, pages: KVPages) -> bool:
+        """Whether a batch can pass at once over these pages."""
         places = self._places(pages)
-        return places is not None and self.native.blocks.takes(places) and self.native.takes(tokens)
+        return places is not None and self.native.blocks.takes(places) and self.native.takes(batch)
 
-    def run(
-        self, hidden: Tensor, batch: PagedBatch, pages: KVPages, asked: Sequence[int], thresholds: Tensor
-    ) -> Passed:
-        """All blocks over `hidden` [T, hidden], which is lost, a row for each token; see `NativePass.run`.
+    def run(self, states: Tensor, batch: PassBatch, pages: KVPages) -> Passed:
+        """Take tokens through all blocks; `states` [T, hidden] is overwritten; see `NativePass.run`.
 
         Raises ValueError for pages that it does not take.
         """
         decoder, places = self.decoder, self._places(pages)
         if places is None:
             raise ValueError("the native kernels do not take these pages")
-        rotation = decoder.rotation_table(batch.max_context)
-        passed = self.native.run(hidden, batch, places, rotation, asked, thresholds)
-        if self.native.head is None and passed.stayed:
-            first = len(passed.order) - passed.stayed
-            passed.logits[first:] = decoder.head(passed.states[first:])
-        self._count(passed, [self.native.exits[place][0] for place in asked])
+        passed = self.native.run(states, batch, places, decoder.rotation_table(batch.max_context))
+        asked = passed.spoke[-1]
+        if self.native.head is None and asked:
+            passed.logits[-asked:] = decoder.head(states[passed.told[-asked:]])
+        self._count(passed)
         return passed
 
     def _places(self, pages: KVPages) -> PageRange | None:
         return pages.native(0, self.decoder.spec.blocks)
 
-    def _count(self, passed: Passed, depths: Sequence[int]) -> None:
+    def _count(self, passed: Passed) -> None:
         """Count the calls of blocks as if stage after stage had been called."""
-        tokens, start = len(passed.order), 0
-        for depth, left in zip((*depths, self.decoder.spec.blocks), (*passed.left, 0), strict=True):
+        start = 0
+        for tokens, depth in zip(passed.tokens, (*self._depths, self.decoder.spec.blocks), strict=True):
             if tokens:
                 self.decoder.block_calls.count(start, depth, tokens)
-            start, tokens = depth, tokens - left
+            start = depth
+
+    @property
+    def _depths(self) -> tuple[int, ...]:
+        return tuple(depth for depth, _ in self.native.exits)
 
 
 def _head(norm: Norm, output: ExitOutput) -> tuple[Tensor, Matrix] | None:

@@ -5,6 +5,7 @@ It keeps no state of any sequence: what a batch's tokens are and where their key
 stand in `torch.inference_mode()`, which saves a tenth of a small model's time per call.
 """
 
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -37,17 +38,29 @@ class BlockCalls:
     A block replaced by the linear block counts under its own number; `project_kv` runs no block.
     """
 
-    __slots__ = ("calls", "tokens")
+    __slots__ = ("_calls", "_tokens")
 
     def __init__(self, blocks: int) -> None:
-        self.calls = [0] * blocks
-        self.tokens = [0] * blocks
+        self._calls = [0] * (blocks + 1)  # how many more than of the block before
+        self._tokens = [0] * (blocks + 1)
 
     def count(self, start: int, stop: int, tokens: int) -> None:
         """Blocks `start` to `stop` - 1 were run over so many tokens."""
-        for index in range(start, stop):
-            self.calls[index] += 1
-            self.tokens[index] += tokens
+        if start < stop:
+            self._calls[start] += 1
+            self._calls[stop] -= 1
+            self._tokens[start] += tokens
+            self._tokens[stop] -= tokens
+
+    @property
+    def calls(self) -> list[int]:
+        """By block, how often it was run."""
+        return list(accumulate(self._calls[:-1]))
+
+    @property
+    def tokens(self) -> list[int]:
+        """By block, over how many tokens."""
+        return list(accumulate(self._tokens[:-1]))
 
 
 class Decoder:
@@ -242,6 +255,11 @@ class Decoder:
     def rotation_table(self, positions: int) -> Tensor | None:
         """What turns queries and keys in the native kernels, for at least so many positions; None for learned ones."""
         return self._rope.table(positions) if self._rope is not None else None
+
+    @property
+    def embedding(self) -> Embedding:
+        """What stands before the first block."""
+        return self._embedding
 
     @property
     def final_norm(self) -> Norm:

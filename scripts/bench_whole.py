@@ -1,17 +1,17 @@
-"""Measures decode steps in one native call against the same steps a stage at a time: what `make bench` calls fourth.
+"""Measures ticks in one native call against the same ticks a stage at a time: what `make bench` calls fourth.
 
-Two engines on one bundle, in turn: exits off, and at the loosest certified target with propagated keys and values. The
-answers are the same.
+Two engines on one bundle, in turn: exits off, at the loosest certified target with propagated and with backfilled keys
+and values, and verified. The answers are the same.
 """
 
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import typer
 from rich.console import Console
 
-from exeunt.compression.variant import Variant
+from exeunt.compression.variant import SkippedKV, Variant
 from scripts.bench_runs import (
     OFF,
     RESULTS,
@@ -56,10 +56,12 @@ def main(out: Out = None, prompt_tokens: Count = 128, new_tokens: Count = 256, r
 
 def _modes(runs: EngineRuns, variant: Variant) -> Iterator[tuple[str, Mapping[str, Any]]]:
     yield "exits off", OFF
-    if certified := runs.certified(variant):
-        target = max(certified)
-        asked = {"mode": "approximate", "max_disagreement": target, "skipped_kv": "propagate"}
-        yield f"propagate at {target:g}", asked
+    for skipped_kv in get_args(SkippedKV):
+        if certified := runs.certified(variant, skipped_kv):
+            target = max(certified)
+            asked = {"mode": "approximate", "max_disagreement": target, "skipped_kv": skipped_kv}
+            yield f"{skipped_kv} at {target:g}", asked
+    yield "verified", {"mode": "verified"}
 
 
 if __name__ == "__main__":

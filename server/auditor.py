@@ -87,7 +87,7 @@ class Auditor:
         """Tokens leave at an exit: begin the audits of those that are chosen.
 
         Must come before their keys and values are propagated: a pass run for an audit leaves its own in their place.
-        Where they have been, `left_for_good` does this.
+        Where they have been, `left_before` does this.
 
         Args:
             leaving: (place in the batch, row, position) of each.
@@ -109,40 +109,60 @@ class Auditor:
                 if row.sequence.replays_exits:
                     deeper.append(n)
                 else:
-                    self._held.setdefault(row.sequence, {})[position] = logits[n].clone()
+                    self._hold(row.sequence, position, logits[n])
             if deeper:
                 parts = [Part(row, [position]) for _, row, position in (leaving[n] for n in deeper)]
                 states = selected(batch.hidden, [leaving[n][0] for n in deeper])
                 geometry = geometry_of(parts, self._device)
                 self._look_deeper(parts, selected(logits, deeper), states, geometry, decoder, pages, blocks)
 
-    def left_for_good(
+    def left_before(
         self,
-        parts: Items[Part],
+        leaving: Items[tuple[Row, int]],
+        places: Items[int],
         logits: Tensor,
         states: Tensor,
         decoder: Decoder,
         pages: KVPages,
-        blocks: range,
+        depth: int,
     ) -> None:
-        """`leave` for tokens of one position each whose keys and values are propagated: they are again behind an audit.
+        """`leave` where all of the pass is over: keys and values are propagated, and are so again behind an audit.
 
-        Of each part `logits` [parts, vocab] and `states` [parts, hidden] are the exit's.
+        Args:
+            leaving: row and position of each.
+            places: where their states are.
+            logits: the exit's, [leaving, vocab].
+            states: [tokens, hidden], of those that are gone at the exit.
+            decoder: of the tick's variant.
+            pages: of the tick's variant.
+            depth: the blocks in front of the exit.
         """
         if self._share <= 0.0:
             return
-        chosen = [n for n, part in enumerate(parts) if self._chooses(part.row.sequence, part.positions[0])]
-        if not chosen:
+        gone = []
+        for n, (row, position) in enumerate(leaving):
+            if self._chooses(row.sequence, position):
+                if row.sequence.replays_exits:
+                    gone.append(n)
+                else:
+                    self._hold(row.sequence, position, logits[n])
+        if not gone:
             return
-        some, own = [parts[n] for n in chosen], selected(states, chosen)
-        began, geometry = self._clock(), geometry_of(some, self._device)
+        parts = [Part(row, [position]) for row, position in (leaving[n] for n in gone)]
+        own, began = selected(states, [places[n] for n in gone]), self._clock()
+        geometry = geometry_of(parts, self._device)
         self._seconds += self._clock() - began
+        blocks = range(depth, decoder.spec.blocks)
         with self._aside():
-            self._look_deeper(some, selected(logits, chosen), own, geometry, decoder, pages, blocks)
+            self._look_deeper(parts, selected(logits, gone), own, geometry, decoder, pages, blocks)
         began = self._clock()
         # not given up with an audit: without it these tokens would have other keys and values than were certified
         decoder.project_kv(own, geometry, pages, blocks.start, blocks.stop)
         self._seconds += self._clock() - began
+
+    def _hold(self, sequence: Sequence, position: int, logits: Tensor) -> None:
+        """Keep a token's logits [vocab] at its exit until its deep pass comes by."""
+        self._held.setdefault(sequence, {})[position] = logits.clone()
 
     def _look_deeper(
         self,
@@ -160,13 +180,13 @@ class Auditor:
         for part, exit_logits, full_logits in zip(parts, exits, full, strict=True):
             self._comparisons.append(_Comparison(part.row, part.positions[0], exit_logits, full_logits))
 
-    def arrive(self, batch: TickBatch, decoder: Decoder) -> None:
-        """The batch has passed all blocks: ask the model's own head about those of its tokens that wait for it."""
+    def arrive(self, tokens: Items[tuple[Row, int]], states: Tensor, decoder: Decoder) -> None:
+        """Tokens have passed all blocks, with states [tokens, hidden]: ask the head about those that wait for it."""
         if not self._held:
             return
         with self._aside():
             index, waited = [], []
-            for i, (row, position) in enumerate(batch.tokens()):
+            for i, (row, position) in enumerate(tokens):
                 held = self._held.get(row.sequence)
                 if held is not None and position in held:
                     index.append(i)
@@ -174,7 +194,7 @@ class Auditor:
                     if not held:
                         del self._held[row.sequence]
             if index:
-                full = decoder.head(selected(batch.hidden, index))
+                full = decoder.head(selected(states, index))
                 self._comparisons += [
                     _Comparison(row, position, logits, row_logits)
                     for (row, position, logits), row_logits in zip(waited, full, strict=True)

@@ -35,12 +35,16 @@ class RowResult:
         0  # run for one token and not for the answer: audits, a step that could not be begun ahead
     )
 
-    def count(self, positions: list[int], blocks: int) -> None:
-        """Count `blocks` blocks run over these positions; those of a prompt but its last count nowhere."""
+    def count(self, positions: list[int], blocks: int, *, joined: bool = False) -> None:
+        """Count `blocks` blocks run over these positions; those of a prompt but its last count nowhere.
+
+        Of positions that `joined` others of the row on their way the row's part in the passes is counted with those.
+        """
         sequence = self.row.sequence
         if sequence.scoring or positions[-1] < sequence.prompt_tokens - 1:
             return
         first = sequence.prompt_tokens - 1
         counted = len(positions) if positions[0] >= first else sum(p >= first for p in positions)
         self.pairs += counted * blocks
-        self.passes += blocks
+        if not joined:
+            self.passes += blocks

@@ -20,10 +20,11 @@ from exeunt.compression.row_graphs import StepGraphs
 from exeunt.compression.variant import Variant
 from exeunt.server.auditor import Auditor
 from exeunt.server.gate_timer import GateTimer
+from exeunt.server.held_states import HeldStates
 from exeunt.server.request import SamplingParams
 from exeunt.server.row import Row
 from exeunt.server.row_result import RowResult, Score
-from exeunt.server.sampling import RowSampling, start_each
+from exeunt.server.sampling import RowSampling, start_each, told_draws
 from exeunt.server.sequence import Sequence
 from exeunt.server.stages import StagePlan
 from exeunt.server.tick import Tick
@@ -38,7 +39,7 @@ from exeunt.server.tick_batch import (
     without,
 )
 from exeunt.server.tick_run import Piece, StageRun, Successor, TickRun, Undrawn
-from exeunt.server.whole_steps import WholeSteps
+from exeunt.server.whole_passes import WholePass, WholePasses
 
 log = logging.getLogger("exeunt.engine")
 
@@ -83,10 +84,9 @@ class Runner:
         self._device = model.device
         self._pages = {v: KVPages(model.kv_layout(v, page_bytes), arena) for v in model.variants}
         self._samplers: dict[Sequence, Sampler] = {}
-        # by sequence and stage, the states [tokens, hidden] of `Sequence.pending`
-        self._states: dict[Sequence, dict[int, list[Tensor]]] = {}
+        self._held = HeldStates()
         self._auditor = Auditor(audit_share, model.device, lambda: self.captured_seconds)
-        self._whole = WholeSteps(model, plan)
+        self._whole = WholePasses(model, plan, self._sampling)
         self._ahead: TickRun | None = None  # begun before its turn
         self._goes_ahead = True
 
@@ -107,7 +107,7 @@ class Runner:
     @property
     def holds_nothing(self) -> bool:
         """Whether no sequence is known and no state is kept."""
-        kept = self._samplers or self._states or self._ahead is not None
+        kept = self._samplers or self._held or self._ahead is not None
         return not kept and self._auditor.holds_nothing
 
     def enter(self, sequence: Sequence, sampler: Sampler) -> None:
@@ -116,7 +116,7 @@ class Runner:
 
     def forget_states(self, sequence: Sequence) -> None:
         """Drop the states of a preempted sequence."""
-        self._states.pop(sequence, None)
+        self._held.forget(sequence)
 
     def leave(self, sequence: Sequence) -> None:
         """Forget a finished sequence."""
@@ -137,11 +137,10 @@ class Runner:
         """Whether a pass of a sequence was begun before its turn."""
         return self._ahead is not None and any(row.sequence is sequence for row in self._ahead.tick.rows)
 
-    @torch.inference_mode()
     def run(
         self, tick: Tick, meanwhile: Callable[[], None] = _nothing, successor: Successor = _unknown
     ) -> list[RowResult]:
-        """Run a tick's stages for its rows and say what became of each, in order.
+        """Run a tick's stages for its rows and say what became of each, in order. Stand in inference mode.
 
         `meanwhile` is called where the device has work and the host none, if that comes. Where `successor` knows which
         tick follows, that is begun as soon as the device knows this one's tokens: it is `ahead` then, and must be the
@@ -170,8 +169,9 @@ class Runner:
 
     def _pass_stages(self, run: TickRun) -> None:
         """Run a tick's stages, one piece after the other; the last is not waited for."""
-        if self._whole.takes(run.tick, self._pages[run.tick.variant]):
-            self._pass_whole(run)
+        whole = self._whole.of(run.tick, self._pages[run.tick.variant])
+        if whole is not None:
+            self._pass_whole(run, whole)
             return
         batch: TickBatch | None = None
         stage = run.tick.first_stage
@@ -185,17 +185,20 @@ class Runner:
             batch = self._run_stages(run, batch, stage, boundary)
             stage = boundary + 1
 
-    def _pass_whole(self, run: TickRun) -> None:
-        """Run a tick of decode steps in one call: it does what the stages, one after the other, would."""
-        batch = self._enter(None, 0, run)
+    def _pass_whole(self, run: TickRun, whole: WholePass) -> None:
+        """Run a tick in one call: it does what the stages, one after the other, would."""
         began = self._clock()
-        step = self._whole.run(run.tick, batch, self._pages[run.tick.variant])
-        run.undrawn.append(Undrawn(step.settle(run.results), step.passed.logits))
-        for piece, seconds in step.pieces():
+        found = whole.run(self._held)
+        told = found.settle(run.results, self._held)
+        if told:
+            run.undrawn.append(Undrawn(told, found.passed.logits))
+            if found.passed.drawn is not None:
+                run.draws = told_draws(*found.passed.drawn)
+        for piece, seconds in found.pieces():
             if run.piece is not None:
                 self._on_stages(run.ended_piece(began, 0.0))
             run.piece, began = piece, began + seconds
-        step.audit(self._auditor, self._model.decoder(run.tick.variant), self._pages[run.tick.variant])
+        found.audit(self._auditor, self._model.decoder(run.tick.variant), self._pages[run.tick.variant])
 
     def _end_piece(self, run: TickRun) -> float:
         """Tell of the stages that ran up to now, if any did; returns the time."""
@@ -266,7 +269,7 @@ class Runner:
         left = self._after_exit(boundary, decoder, pages, batch, run)
         if left is not None and boundary == run.tick.last_stage:
             for part, start, end in left.spans():
-                self._put_back(part, left.hidden[start:end], boundary + 1)
+                self._held.put_back(part.row.sequence, part.positions, left.hidden[start:end], boundary + 1)
                 run.results[part.row].waits_at = boundary + 1
             return None
         return left
@@ -298,32 +301,17 @@ class Runner:
             return batch
         parts, states = [], []
         for part, start, stop in arrived:
-            sequence = part.row.sequence
-            waiting = sequence.pending.pop(stage, [])
-            if waiting:  # they are older than what arrives
-                states += self._take_states(sequence, stage)
+            waiting, held = self._held.take(part.row.sequence, stage)
+            states += held  # they are older than what arrives
             if start < stop and batch is not None:
                 states.append(batch.hidden[start:stop])
             parts.append(Part(part.row, waiting + part.positions))
         return TickBatch(parts, geometry_of(parts, self._device), torch.cat(states))
 
-    def _take_states(self, sequence: Sequence, stage: int) -> list[Tensor]:
-        held = self._states[sequence]
-        states = held.pop(stage)
-        if not held:
-            del self._states[sequence]
-        return states
-
-    def _put_back(self, part: Part, states: Tensor, stage: int) -> None:
-        """Have a part's tokens wait in front of `stage`."""
-        sequence = part.row.sequence
-        sequence.put_back(stage, part.positions)
-        self._states.setdefault(sequence, {}).setdefault(stage, []).append(states)
-
     def _finish(self, decoder: Decoder, batch: TickBatch, run: TickRun) -> None:
         """The last stage: the model's own head for every token that is wanted."""
-        self._auditor.arrive(batch, decoder)
         tokens = batch.tokens()
+        self._auditor.arrive(tokens, batch.hidden, decoder)
         wanted = [
             i for i, (row, p) in enumerate(tokens) if row.sequence.wants_logits(p) and p not in row.left
         ]
@@ -371,7 +359,7 @@ class Runner:
         for part, start, stop in batch.spans():
             row, sequence = part.row, part.row.sequence
             if row in left and not (row.deep or sequence.scoring or sequence.replays_exits):
-                self._put_back(part, batch.hidden[start:stop], stage + 1)
+                self._held.put_back(sequence, part.positions, batch.hidden[start:stop], stage + 1)
                 waiting += range(start, stop)
         return waiting
 
@@ -426,7 +414,7 @@ class Runner:
 
     def _start_draws(self, run: TickRun) -> None:
         """Sample the next tokens of all rows that left in this tick, wherever they did, in one go."""
-        if not run.undrawn:
+        if not run.undrawn or run.draws is not None:
             return
         parts = [some.logits for some in run.undrawn]
         logits = parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -201,6 +201,24 @@ def _sample_alone(logits: Tensor, row: RowSampling, eos_token_ids: Collection[in
         )
 
 
+def plain_draw(row: RowSampling, vocab_size: int, *, ends: bool) -> tuple[float, int, int] | None:
+    """The temperature and both keys of a draw from the logits as they are; None where steps 1, 2, 4 or 5 change them.
+
+    `ends` says whether the model has end-of-text ids. What `draw_tokens` makes of it `told_draws` tells.
+    """
+    params = row.params
+    if params.repetition_penalty != 1.0 or (ends and row.masks_eos()):
+        return None
+    if row.greedy:
+        return (0.0, 0, 0)
+    return None if _truncates(params, vocab_size) else (params.temperature, *_row_key(row))
+
+
+def told_draws(ids: Sequence[int], logprobs: Sequence[float]) -> StartedDraws:
+    """Draws that are on the host already; a log-probability that is NaN is that of a row that is not usable."""
+    return StartedDraws(None, lambda: _on_host(ids, logprobs))
+
+
 def processed_scores(
     logits: Tensor, rows: Sequence[RowSampling], eos_token_ids: Collection[int] = ()
 ) -> Tensor:

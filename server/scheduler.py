@@ -207,9 +207,8 @@ class Scheduler:
             self._lane(tick.variant).decoding.pop(row.sequence, None)
 
     def _form_tick(self) -> Tick | None:
-        for variant in sorted(
-            (v for v, lane in self._lanes.items() if lane.deepest() is not None), key=self._served
-        ):
+        ready = [variant for variant, lane in self._lanes.items() if lane.deepest() is not None]
+        for variant in sorted(ready, key=self._served) if len(ready) > 1 else ready:
             lane = self._lanes[variant]
             if lane.deepest() is None:  # preempted meanwhile, for a variant tried before
                 continue
@@ -220,6 +219,8 @@ class Scheduler:
         return None
 
     def _next_stage(self, variant: Variant, lane: Lane) -> int:
+        if not any(lane.deeper):
+            return 0
         queues = lane.queues()
         if len(queues) == 1:
             return queues[0].stage

@@ -154,26 +154,38 @@ class NativeBlocks:
         self, hidden: Tensor, batch: PagedBatch, pages: PageRange, rotation: Tensor | None, start: int
     ) -> None:
         """Raise ValueError where the arguments of a pass do not fit the blocks or each other."""
-        shape, dtype, slots = self.shape, self.dtype, batch.slots
-        tokens = hidden.shape[0]
-        if hidden.shape != (tokens, shape.hidden) or not _dense(hidden, dtype):
-            raise ValueError(
-                f"hidden is {list(hidden.shape)} {hidden.dtype}, expected dense [tokens, {shape.hidden}] {dtype}"
-            )
+        tokens, slots = hidden.shape[0], batch.slots
         if batch.tokens != tokens or slots.shape != (tokens,) or not _dense(slots, torch.int64):
             raise ValueError(
                 f"the batch has {batch.tokens} tokens and {list(slots.shape)} {slots.dtype} slots, expected {tokens} "
                 "tokens as in hidden, with a dense int64 slot each"
             )
+        self.check_operands(hidden, tokens, batch.max_context, pages, rotation, start)
+
+    def check_operands(
+        self,
+        hidden: Tensor,
+        tokens: int,
+        max_context: int,
+        pages: PageRange,
+        rotation: Tensor | None,
+        start: int,
+    ) -> None:
+        """Raise ValueError where states, pages or rotation do not fit the blocks, or a batch of these sizes."""
+        shape, dtype = self.shape, self.dtype
+        if hidden.shape != (tokens, shape.hidden) or not _dense(hidden, dtype):
+            raise ValueError(
+                f"hidden is {list(hidden.shape)} {hidden.dtype}, expected dense [{tokens}, {shape.hidden}] {dtype}"
+            )
         self._check_pages(pages, start)
         if rotation is not None and not (
             _dense(rotation, dtype)
             and rotation.shape == (rotation.shape[0], 2, shape.head_dim)
-            and rotation.shape[0] >= batch.max_context
+            and rotation.shape[0] >= max_context
         ):
             raise ValueError(
                 f"the rotation is {list(rotation.shape)} {rotation.dtype}, expected dense [positions, 2, "
-                f"{shape.head_dim}] {dtype} with at least {batch.max_context} positions"
+                f"{shape.head_dim}] {dtype} with at least {max_context} positions"
             )
 
     def scratch(self, tokens: int) -> Tensor:

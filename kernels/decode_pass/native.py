@@ -1,4 +1,4 @@
-"""A decode step in one native call: all blocks, the exits on the way, and the model's own head.
+"""A pass through a whole model in one native call: all blocks, the exits on the way, and the model's own head.
 
 Called stage by stage a small model spends as long between the calls as it saves by the blocks that are skipped. The
 reference is what `exeunt.server.runner` does a stage at a time, with `NativeBlocks`, `exit_gate` and the head; a token
@@ -6,17 +6,16 @@ has the same bits either way.
 """
 
 import ctypes
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from exeunt.kernels.blocks import NativeBlocks, PageRange
+from exeunt.kernels.blocks import TILE_TOKENS, NativeBlocks, PageRange
+from exeunt.kernels.decode_pass.batch import PassBatch
 from exeunt.kernels.exit_gate import MOST_LOGITS, NativeGate
 from exeunt.kernels.native.descriptors import Matrix
 from exeunt.kernels.native.library import DTYPE_CODES
-from exeunt.kernels.paged_batch import PagedBatch
 
 _pointer, _long = ctypes.c_void_p, ctypes.c_int64
 
@@ -24,7 +23,7 @@ _pointer, _long = ctypes.c_void_p, ctypes.c_int64
 class _Exit(ctypes.Structure):
     """`struct PassExit` of kernels/native/decode_pass.h."""
 
-    _fields_ = (("gate", _pointer), ("thresholds", _pointer), ("depth", _long))
+    _fields_ = (("gate", _pointer), ("depth", _long))
 
 
 class _Head(ctypes.Structure):
@@ -33,48 +32,76 @@ class _Head(ctypes.Structure):
     _fields_ = (("norm", _pointer), ("output", Matrix))
 
 
+class _Embedding(ctypes.Structure):
+    """`struct PassEmbedding`."""
+
+    _fields_ = (("tokens", _pointer), ("positions", _pointer), ("ids", _long), ("most", _long))
+
+
+class _Model(ctypes.Structure):
+    """`struct PassModel`."""
+
+    _fields_ = (
+        ("embedding", _Embedding),
+        ("shape", _pointer),
+        ("blocks", _pointer),
+        ("count", _long),
+        ("widest", _long),
+        ("exits", _pointer),
+        ("exit_count", _long),
+        ("head", _Head),
+    )
+
+
 class _Result(ctypes.Structure):
     """`struct PassResult`."""
 
-    _fields_ = tuple(
-        (name, _pointer) for name in ("logits", "states", "order", "left", "gated", "seconds", "gate_seconds")
+    _fields_ = (
+        *((name, _pointer) for name in ("states", "logits", "counts", "logprobs", "seconds")),
+        ("all_tokens", _long),
+        ("exits", _long),
     )
 
 
 @dataclass(frozen=True, slots=True)
 class Passed:
-    """What became of T tokens: those that left at the first exit that was asked, at the second, then those that stayed.
+    """What became of T tokens on their way past E exits.
 
-    Within each in the batch's order. `seconds` are those from the exit before to behind this one, and of them
-    `gate_seconds` were the gate's, which `gated` tokens asked.
+    Stage e is what lies in front of exit e, stage E what lies behind the last.
     """
 
-    order: list[int]  # [T] which token of the batch
-    left: list[int]  # how many left at each exit that was asked
-    gated: list[int]
-    seconds: list[float]
-    gate_seconds: list[float]
-    logits: Tensor  # [T, vocab] float32; without a head those of tokens that stayed are not set
-    states: Tensor  # [T, hidden] at their exit, or behind the last block
-
-    @property
-    def stayed(self) -> int:
-        """How many passed all blocks."""
-        return len(self.order) - sum(self.left)
+    told: list[int]  # which token each row of logits is of
+    stopped: list[int]  # [T] behind which exit; E: behind the last block; -1: it never came in
+    tokens: list[int]  # [E + 1] that were on their way in each stage
+    rows: list[int]  # [E + 1]
+    spoke: list[int]  # [E + 1] rows of logits that are the exits', in their order; the last: the head's
+    asked: list[int]  # [E] tokens that each gate was asked about
+    cut: list[int]  # [E] 1 where a token might have left, or did come in, else 0
+    seconds: list[float]  # [E] from the exit before to behind this one
+    gate_seconds: list[float]  # [E] of them in the gate
+    logits: Tensor  # [told, vocab] float32; without a head its own rows are not set
+    states: Tensor  # [T, hidden] where each stopped
+    drawn: (
+        tuple[list[int], list[float]] | None
+    )  # ids and log-probabilities [told], NaN where logits are not usable
 
 
 @dataclass(frozen=True, slots=True)
 class NativePass:
-    """All blocks of a decoder with some exits; described once, run for every step.
+    """All blocks of a decoder with some exits; described once, run for every tick.
 
+    `embedding` are the tensors [vocab, hidden] of tokens and [most, hidden] of learned positions, None for others.
     `head` are the weight [hidden] of an RMS norm, in the blocks' dtype, and the output matrix; None where the model's
     head is of another kind, and the caller's business. Raises ValueError where parts do not fit each other.
     """
 
+    embedding: tuple[Tensor, Tensor | None]
     blocks: NativeBlocks
     exits: tuple[tuple[int, NativeGate], ...]  # blocks in front of each, ascending, and its gate
     head: tuple[Tensor, Matrix] | None
     vocab: int
+    _model: _Model = field(init=False, repr=False)
+    _exits: "ctypes.Array[_Exit]" = field(init=False, repr=False)  # what it points to
 
     def __post_init__(self) -> None:
         hidden, dtype = self.blocks.shape.hidden, self.blocks.dtype
@@ -92,72 +119,99 @@ class NativePass:
             sizes = (list(norm.shape), output.inputs, output.outputs)
             if sizes != ([hidden], hidden, self.vocab) or norm.dtype != dtype or not norm.is_contiguous():
                 raise ValueError(f"the head is {sizes} {norm.dtype}, expected {[hidden], hidden, self.vocab}")
-
-    def takes(self, tokens: int) -> bool:
-        """Whether there is room for the logits of so many."""
-        return tokens * self.vocab <= MOST_LOGITS
-
-    def run(
-        self,
-        hidden: Tensor,
-        batch: PagedBatch,
-        pages: PageRange,
-        rotation: Tensor | None,
-        asked: Sequence[int],
-        thresholds: Tensor,
-    ) -> Passed:
-        """Run all blocks over `hidden` [T, hidden], dense, which is lost; each token is a row of its own.
-
-        `asked` names the exits that are asked, ascending, and `thresholds` [T] float32 the confidence that each token
-        needs to leave at one of them, infinity for those that may not. A token that leaves gets the keys and values of
-        the blocks that it skips. Raises ValueError where shapes do not fit, and for more tokens than it `takes`.
-        """
-        self._check(hidden.shape[0], batch, pages, asked, thresholds)
-        self.blocks.check(hidden, batch, pages, rotation, 0)
-        thresholds = thresholds.contiguous()
-        tokens, count, blocks = hidden.shape[0], len(asked), self.blocks
-        exits = (_Exit * count)()
-        for place, of in zip(asked, exits, strict=True):
-            depth, gate = self.exits[place]
-            of.gate, of.thresholds, of.depth = gate.address, thresholds.data_ptr(), depth
+        for table in self.embedding:
+            if table is not None and (
+                table.dtype != dtype or table.shape[1:] != (hidden,) or not table.is_contiguous()
+            ):
+                raise ValueError(
+                    f"an embedding is {list(table.shape)} {table.dtype}, expected dense [any, {hidden}] {dtype}"
+                )
+        exits = (_Exit * len(self.exits))(*(_Exit(gate.address, depth) for depth, gate in self.exits))
         head = _Head() if self.head is None else _Head(self.head[0].data_ptr(), self.head[1])
-        logits, states = torch.empty(tokens, self.vocab), torch.empty_like(hidden)
-        order, scratch = torch.empty(tokens, dtype=torch.int64), blocks.scratch(tokens)
-        left, gated = (_long * count)(), (_long * count)()
-        seconds, gate_seconds = (ctypes.c_double * count)(), (ctypes.c_double * count)()
-        result = _Result(
-            *(each.data_ptr() for each in (logits, states, order)),
-            *(ctypes.addressof(each) for each in (left, gated, seconds, gate_seconds)),
-        )
-        blocks.library.decode_pass(
-            *blocks.arguments(hidden, batch, pages, rotation, 0, scratch),
+        blocks = self.blocks
+        of_tokens, of_places = self.embedding
+        places = (None, 0) if of_places is None else (of_places.data_ptr(), len(of_places))
+        model = _Model(
+            _Embedding(of_tokens.data_ptr(), places[0], len(of_tokens), places[1]),
+            ctypes.addressof(blocks.shape),
+            ctypes.addressof(blocks.parts),
+            len(blocks.parts),
+            blocks.widest,
             ctypes.addressof(exits),
-            count,
-            ctypes.addressof(head),
+            len(self.exits),
+            head,
+        )
+        object.__setattr__(self, "_exits", exits)
+        object.__setattr__(self, "_model", model)
+
+    def takes(self, batch: PassBatch) -> bool:
+        """Whether there is room for the logits of all tokens that may be heard."""
+        return batch.most_told * self.vocab <= MOST_LOGITS
+
+    def run(self, states: Tensor, batch: PassBatch, pages: PageRange, rotation: Tensor | None) -> Passed:
+        """Take tokens through all blocks, from their embedding or, those that wait, from `states` to where they stop.
+
+        `states` [T, hidden], dense, is overwritten; those of tokens that never come in stay. A token that leaves for
+        good gets the keys and values of the blocks that it skips. Where the batch draws and the head is known, the
+        successors of all tokens with logits are drawn too (see `draw_tokens`). `rotation` is that of
+        `NativeBlocks.run`, and as there the values of positions, slots and pages are not looked at. Raises ValueError
+        where shapes do not fit, where the batch names exits or ids that there are not, and for more logits than it
+        `takes`.
+        """
+        self._check(states, batch, pages, rotation)
+        tokens, exits, blocks = batch.tokens, len(self.exits), self.blocks
+        logits = torch.empty(batch.most_told, self.vocab)
+        counts = (_long * (3 * tokens + 5 * exits + 3))()
+        logprobs = (ctypes.c_float * tokens)()
+        seconds = (ctypes.c_double * (2 * exits))()
+        result = _Result(
+            states.data_ptr(),
+            logits.data_ptr(),
+            ctypes.addressof(counts),
+            ctypes.addressof(logprobs),
+            ctypes.addressof(seconds),
+            tokens,
+            exits,
+        )
+        known = blocks.library.decode_pass(
+            ctypes.addressof(self._model),
+            pages.addresses,
+            None if rotation is None else rotation.data_ptr(),
+            batch.address,
             ctypes.addressof(result),
+            TILE_TOKENS,
             DTYPE_CODES[blocks.dtype],
             torch.get_num_threads(),
         )
+        if not known:
+            raise ValueError(f"the {tokens} tokens of a pass name exits or actions that it does not know")
+        stages, after = exits + 1, 2 * tokens + 3 * (exits + 1)
+        by_stage = counts[2 * tokens : after]
+        spoke = by_stage[2 * stages :]
+        told, end = sum(spoke), after + 2 * exits
+        drawn = (counts[end : end + told], logprobs[:told]) if batch.draws and self.head is not None else None
         return Passed(
-            order.tolist(), list(left), list(gated), list(seconds), list(gate_seconds), logits, states
+            told=counts[:told],
+            stopped=counts[tokens : 2 * tokens],
+            tokens=by_stage[:stages],
+            rows=by_stage[stages : 2 * stages],
+            spoke=spoke,
+            asked=counts[after : after + exits],
+            cut=counts[after + exits : end],
+            seconds=seconds[:exits],
+            gate_seconds=seconds[exits:],
+            logits=logits[:told],
+            states=states,
+            drawn=drawn,
         )
 
-    def _check(
-        self, tokens: int, batch: PagedBatch, pages: PageRange, asked: Sequence[int], thresholds: Tensor
-    ) -> None:
-        """Raise ValueError where what comes with so many tokens does not fit them, or the pass."""
-        if not self.takes(tokens):
-            raise ValueError(f"{tokens} tokens of {self.vocab} logits were given, room is for {MOST_LOGITS}")
-        if batch.rows != tokens or thresholds.shape != (tokens,) or thresholds.dtype != torch.float32:
+    def _check(self, states: Tensor, batch: PassBatch, pages: PageRange, rotation: Tensor | None) -> None:
+        """Raise ValueError where what is given does not fit together, or the pass."""
+        if not self.takes(batch):
             raise ValueError(
-                f"{batch.rows} rows and thresholds {list(thresholds.shape)} {thresholds.dtype} were given for {tokens} "
-                "tokens, expected one row and one float32 threshold each"
+                f"logits of {batch.most_told} tokens were asked for, {self.vocab} each, room is for {MOST_LOGITS}"
             )
-        if not batch.page_tables.is_contiguous():
-            raise ValueError("the page tables are not dense")
-        known = len(self.exits)
-        if list(asked) != sorted(set(asked)) or not all(0 <= place < known for place in asked):
-            raise ValueError(f"exits {list(asked)} were asked of {known}, expected some of them, ascending")
+        self.blocks.check_operands(states, batch.tokens, batch.max_context, pages, rotation, 0)
         count, wanted = len(pages.described), len(self.blocks.parts)
         if count != wanted:
             raise ValueError(f"pages of {count} blocks were given, the pass has {wanted}")

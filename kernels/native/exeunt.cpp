@@ -123,20 +123,16 @@ EXPORTED void exeunt_run_blocks(void* hidden, int64_t tokens, const BlockShape* 
   });
 }
 
-// A decode step: hidden [tokens, hidden], each token a row of its own, is lost; `exits` stand in ascending order. Scratch
-// and the rest as above.
-EXPORTED void exeunt_decode_pass(void* hidden, int64_t tokens, const BlockShape* shape, const BlockParts* blocks,
-                                 const Pages* const* pages, int64_t count, const Batch* batch, const int64_t* slots,
-                                 const void* rotation, void* scratch, int64_t tile, const PassExit* exits,
-                                 int64_t exit_count, const PassHead* head, const PassResult* out, int dtype,
-                                 int threads) {
+// A pass through a whole model; rotation as above, pages of every block. Returns whether the batch names what there is;
+// where it does not, nothing is done.
+EXPORTED int exeunt_decode_pass(const PassModel* model, const Pages* const* pages, const void* rotation,
+                                const PassBatch* batch, const PassResult* out, int64_t tile, int dtype, int threads) {
+  if (!batch->known(*model)) return 0;
   with_dtype(dtype, [&](auto* kind) {
     using T = std::remove_pointer_t<decltype(kind)>;
-    DecodePass<T> pass{*shape,     blocks, pages,      count,  (const T*)rotation, (T*)scratch, tile,
-                       threads,    (T*)hidden, tokens, *batch, slots,              {},          {},
-                       {},         {}};
-    pass.pass(exits, exit_count, *head, *out);
+    DecodePass<T>(*model, pages, rotation, *batch, *out, tile, threads).pass();
   });
+  return 1;
 }
 
 // Writes the keys and values that `count` blocks make of hidden [tokens, hidden]; scratch as above.

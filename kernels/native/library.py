@@ -12,6 +12,7 @@ import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -34,13 +35,7 @@ _SIGNATURES = {
     "exeunt_int4_linear": [_pointer] * 4 + [_long] * 4 + [_int] * 2,
     "exeunt_full_linear": [_pointer] * 4 + [_long] * 3 + [_int] * 2,
     "exeunt_run_blocks": [_pointer, _long] + [_pointer] * 3 + [_long] + [_pointer] * 4 + [_long] + [_int] * 2,
-    "exeunt_decode_pass": [_pointer, _long]
-    + [_pointer] * 3
-    + [_long]
-    + [_pointer] * 4
-    + [_long, _pointer, _long]
-    + [_pointer] * 2
-    + [_int] * 2,
+    "exeunt_decode_pass": [_pointer] * 5 + [_long] + [_int] * 2,
     "exeunt_project_kv": [_pointer, _long] + [_pointer] * 3 + [_long] + [_pointer] * 4 + [_long] + [_int] * 2,
     "exeunt_exit_state": [_pointer] * 4 + [_long] + [_pointer] * 2 + [_int] * 2,
     "exeunt_exit_gate": [_pointer] * 5 + [_long] + [_pointer] * 2 + [_int] * 2,
@@ -63,7 +58,7 @@ class NativeLibrary:
         self.int4_linear = self._function(handle, "exeunt_int4_linear")
         self.full_linear = self._function(handle, "exeunt_full_linear")
         self.run_blocks = self._function(handle, "exeunt_run_blocks")
-        self.decode_pass = self._function(handle, "exeunt_decode_pass")
+        self.decode_pass = self._function(handle, "exeunt_decode_pass", _int)
         self.project_kv = self._function(handle, "exeunt_project_kv")
         self.exit_state = self._function(handle, "exeunt_exit_state")
         self.exit_gate = self._function(handle, "exeunt_exit_gate")
@@ -74,10 +69,12 @@ class NativeLibrary:
         self.rms_norm = self._function(handle, "exeunt_rms_norm")
 
     @staticmethod
-    def _function(handle: ctypes.CDLL, name: str) -> Callable[..., None]:
+    def _function(
+        handle: ctypes.CDLL, name: str, returned: type[ctypes.c_int] | None = None
+    ) -> Callable[..., Any]:
         function = getattr(handle, name)
         function.argtypes = _SIGNATURES[name]
-        function.restype = None
+        function.restype = returned
         return function  # type: ignore[no-any-return]
 
 

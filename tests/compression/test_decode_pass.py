@@ -1,9 +1,10 @@
-"""A decode step in one native call against the same step a stage at a time: the same bits, whatever leaves where."""
+"""A pass in one native call against the same pass a stage at a time: the same bits, whatever leaves and joins where."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -13,20 +14,21 @@ from exeunt.compression.decode_pass import DecodePass
 from exeunt.compression.decoder import Decoder
 from exeunt.compression.exit_output import Shortlist
 from exeunt.compression.exits import ExitConfirmation, ExitHead, ExitJudge, ExitProbe
-from exeunt.compression.kv_format import KVPages
 from exeunt.compression.linear import Int4Linear
 from exeunt.compression.norm import Norm
 from exeunt.compression.variant import KVFormat
+from exeunt.kernels.decode_pass import AtExit, PassBatch, Passed, PassRows, PassTokens
 from exeunt.kernels.int4_linear import quantize
 from exeunt.kernels.native.library import native_library
 from exeunt.kernels.paged_batch import PagedBatch
+from exeunt.kernels.token_draw import draw_tokens
 from tests.compression.paged_generation import Sequences
 from tests.compression.test_native_blocks import a_decoder
 
 pytestmark = pytest.mark.skipif(
     native_library() is None, reason="needs the native kernels (a C++ compiler, and EXEUNT_NATIVE not 0)"
 )
-ROWS, UNITS = 9, 16
+UNITS, INF = 16, float("inf")
 
 
 def random_exits(decoder: Decoder) -> tuple[ExitHead, ExitHead]:
@@ -51,133 +53,298 @@ def random_exits(decoder: Decoder) -> tuple[ExitHead, ExitHead]:
     return replace(head(0), judge=judge, shortlist=shortlist, confirmation=last), head(2)
 
 
+@dataclass(frozen=True)
+class Case:
+    """A row of a pass: new tokens, how many wait behind an exit, what it does there."""
+
+    new: int = 1
+    waiting: dict[int, int] = field(default_factory=dict)  # by where they come in
+    asks: int = 0  # exits that the newest token asks, as bits
+    threshold: float = INF
+    at_exit: AtExit = AtExit.LEAVES
+    wanted: int = 1  # of the last tokens
+
+    @property
+    def entry(self) -> int:
+        return 0 if self.new else min(self.waiting)
+
+    @property
+    def entries(self) -> list[int]:
+        return [entry for entry in sorted(self.waiting, reverse=True) for _ in range(self.waiting[entry])] + [
+            0
+        ] * self.new
+
+
+STEP = (
+    Case(asks=3, threshold=0.95),
+    Case(),
+    Case(asks=3, threshold=0.6),
+    Case(asks=2, threshold=0.9999),
+    Case(asks=3, threshold=0.5),
+    Case(),
+    Case(asks=1, threshold=1.1),
+    Case(asks=3, threshold=0.3),
+    Case(asks=1, threshold=0.9),
+)
+ALL = (
+    Case(asks=3, threshold=0.5),
+    Case(new=9, wanted=0),  # a chunk of a prompt
+    Case(asks=1, threshold=0.6, at_exit=AtExit.WAITS),
+    Case(waiting={1: 2}, asks=3, threshold=0.7, at_exit=AtExit.WAITS, wanted=3),
+    Case(new=3, waiting={2: 1}, at_exit=AtExit.STAYS, wanted=4),  # drafts that were looked up
+    Case(waiting={1: 1, 2: 2}, asks=3, threshold=0.3, at_exit=AtExit.STAYS),
+    Case(new=0, waiting={1: 2}, at_exit=AtExit.STAYS, wanted=2),
+    Case(asks=2, threshold=0.4),
+    Case(new=0, waiting={2: 1}, at_exit=AtExit.STAYS),
+    Case(waiting={2: 1}, asks=3, threshold=0.55, at_exit=AtExit.WAITS),
+    Case(asks=2, threshold=0.2, at_exit=AtExit.WAITS),
+)
+
+
+def changed(cases: Sequence[Case], threshold: float) -> list[Case]:
+    """The same with another threshold for all who ask."""
+    return [replace(case, threshold=threshold) for case in cases]
+
+
+@dataclass
+class Prepared:
+    """A pass over sequences that have a past, and where their tokens are."""
+
+    decoder: Decoder
+    held: Sequences
+    cases: Sequence[Case]
+    batch: PagedBatch  # of all tokens
+    states: Tensor  # where tokens come in, embedded those that do at the front
+    native: PassBatch
+    tokens: PassTokens
+
+    def row_of(self, token: int) -> int:
+        return int(torch.searchsorted(self.batch.query_starts, token, right=True)) - 1
+
+    def some(self, tokens: list[int]) -> PagedBatch:
+        """The geometry of some of the tokens, ascending."""
+        rows = [self.row_of(token) for token in tokens]
+        there = sorted(set(rows))
+        starts = np.cumsum([0, *(rows.count(row) for row in there)])
+        return PagedBatch(
+            self.batch.positions[tokens],
+            self.batch.slots[tokens],
+            torch.tensor(starts, dtype=torch.int32),
+            self.batch.page_tables[there].contiguous(),
+            self.batch.max_context,
+        )
+
+
+def prepared(decoder: Decoder, format: KVFormat, cases: Sequence[Case], keys: Tensor | None) -> Prepared:
+    held = Sequences(decoder, rows=len(cases), max_tokens=60, format=format)
+    ends = [3 + 4 * row for row in range(len(cases))]
+    spans = [range(end, end + len(case.entries)) for end, case in zip(ends, cases, strict=True)]
+    for before in (
+        [range(end) for end in ends],
+        spans,
+    ):  # those that wait were in the blocks in front, the rest harms not
+        batch = held.batch(before)
+        ids = torch.arange(batch.tokens) % (decoder.spec.vocab_size - 7)
+        decoder.run_blocks(decoder.embed(ids, batch.positions), batch, held.pages, 0, decoder.spec.blocks)
+    tokens, rows = PassTokens(), PassRows()
+    for row, (case, span) in enumerate(zip(cases, spans, strict=True)):
+        older = len(span) - 1
+        tokens.positions += span
+        tokens.entries += case.entries
+        tokens.asks += [*([0] * older), case.asks]
+        tokens.thresholds += [*([INF] * older), case.threshold]
+        tokens.wanted += [at > older - case.wanted for at in range(len(span))]
+        tokens.temperatures += [0.9 * (row % 2)] * len(span)
+        rows.tokens.append(len(span))
+        rows.entries.append(case.entry)
+        rows.at_exits.append(case.at_exit)
+        rows.pages.append(held.tables[row].numpy())
+    count = len(tokens.positions)
+    tokens.slots = batch.slots.tolist()
+    tokens.ids = [3 + 5 * token % 40 for token in range(count)]
+    tokens.keys = [7919 * key % 4001 - 2000 for key in range(2 * count)]
+    states = decoder.embed(torch.tensor(tokens.ids), batch.positions)
+    waits = torch.tensor(tokens.entries) > 0
+    noise = torch.randn(states.shape, generator=torch.Generator().manual_seed(1)).to(states.dtype)
+    states[waits] = noise[waits]
+    return Prepared(decoder, held, cases, batch, states, PassBatch(tokens, rows, keys), tokens)
+
+
 @dataclass
 class Staged:
-    """What a step a stage at a time comes to, in the order of `Passed`."""
+    """What a pass a stage at a time comes to, as in `Passed`."""
 
-    order: list[int]
-    left: list[int]
-    gated: list[int]
-    logits: Tensor
-    states: Tensor
+    told: list[int] = field(default_factory=list)
+    spoke: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
+    asked: list[int] = field(default_factory=list)
+    cut: list[int] = field(default_factory=list)
+    logits: list[Tensor] = field(default_factory=list)
 
 
-def by_stages(
-    decoder: Decoder,
-    exits: tuple[ExitHead, ...],
-    asked: list[int],
-    hidden: Tensor,
-    batch: PagedBatch,
-    pages: KVPages,
-    thresholds: Tensor,
-) -> Staged:
-    rows, start, blocks = list(range(len(hidden))), 0, decoder.spec.blocks
-    order: list[int] = []
-    left, gated, logits, states = [], [], [], []
-    for head in (exits[place] for place in asked):
-        if not rows:
-            left.append(0)
-            gated.append(0)
-            continue
-        hidden = decoder.run_blocks(hidden, batch, pages, start, head.depth)
+def joined(made: Prepared, going: list[int], entry: int) -> list[int]:
+    """The tokens on their way with those that come in at `entry`."""
+    there = {made.row_of(token) for token in going}
+    there |= {row for row, case in enumerate(made.cases) if case.entry == entry}
+    coming = [
+        token for token, its in enumerate(made.tokens.entries) if its == entry and made.row_of(token) in there
+    ]
+    return sorted(going + coming)
+
+
+def by_stages(made: Prepared, exits: tuple[ExitHead, ...]) -> tuple[Staged, list[int], Tensor]:
+    """Returns what was counted, where each token stopped, and its state there."""
+    decoder, pages, asked_by = made.decoder, made.held.pages, made.tokens.asks
+    found, states = Staged(), made.states.clone()
+    stopped, heard = [-1] * len(states), set[int]()
+    going, start, blocks = joined(made, [], 0), 0, decoder.spec.blocks
+    for place, head in enumerate(exits):
+        found.tokens.append(len(going))
+        found.rows.append(len({made.row_of(token) for token in going}))
+        if going:
+            states[going] = decoder.run_blocks(states[going], made.some(going), pages, start, head.depth)
         start = head.depth
-        asking = [k for k, row in enumerate(rows) if thresholds[row].isfinite()]
-        gated.append(len(asking))
+        may = [token for token in going if asked_by[token] >> place & 1]
+        asking = [token for token in may if token not in heard]
         leaving: list[int] = []
         if asking:
-            wanted = thresholds[[rows[k] for k in asking]]
-            found = head.gate(hidden[asking], wanted, decoder.project_exit)
-            leaving = [k for k, leaves in zip(asking, found.leaves.tolist(), strict=True) if leaves]
-            if leaving:
-                logits.append(found.logits)
-                states.append(hidden[leaving])
-                decoder.project_kv(hidden[leaving], batch.take(torch.tensor(leaving)), pages, start, blocks)
-        left.append(len(leaving))
-        order += [rows[k] for k in leaving]
-        stay = [k for k in range(len(rows)) if k not in leaving]
-        rows = [rows[k] for k in stay]
-        if rows:
-            hidden, batch = hidden[stay], batch.take(torch.tensor(stay))
-    if rows:
-        hidden = decoder.run_blocks(hidden, batch, pages, start, blocks)
-        logits.append(decoder.head(hidden))
-        states.append(hidden)
-    return Staged(order + rows, left, gated, torch.cat(logits), torch.cat(states))
+            thresholds = torch.tensor([made.tokens.thresholds[token] for token in asking])
+            gate = head.gate(states[asking], thresholds, decoder.project_exit)
+            leaving = [token for token, leaves in zip(asking, gate.leaves.tolist(), strict=True) if leaves]
+            found.logits.append(gate.logits)
+        found.told += leaving
+        found.spoke.append(len(leaving))
+        found.asked.append(len(asking))
+        heard |= set(leaving)
+        kinds = {token: made.cases[made.row_of(token)].at_exit for token in leaving}
+        gone = [token for token in leaving if kinds[token] == AtExit.LEAVES]
+        if gone:
+            decoder.project_kv(states[gone], made.some(gone), pages, start, blocks)
+        waits = {made.row_of(token) for token in leaving if kinds[token] == AtExit.WAITS}
+        gone += [token for token in going if made.row_of(token) in waits]
+        for token in gone:
+            stopped[token] = place
+        before = [token for token in going if token not in gone]
+        going = joined(made, before, place + 1)
+        found.cut.append(int(bool(may) or going != before))
+    found.tokens.append(len(going))
+    found.rows.append(len({made.row_of(token) for token in going}))
+    if going:
+        states[going] = decoder.run_blocks(states[going], made.some(going), pages, start, blocks)
+    for token in going:
+        stopped[token] = len(exits)
+    wanted = [token for token in going if made.tokens.wanted[token] and token not in heard]
+    found.told += wanted
+    found.spoke.append(len(wanted))
+    if wanted:
+        found.logits.append(decoder.head(states[wanted]))
+    return found, stopped, states
 
 
-def prepared(decoder: Decoder, format: KVFormat) -> tuple[Sequences, PagedBatch, Tensor]:
-    """Sequences of different lengths, and the step behind them: its geometry and the states in front of block 0."""
-    held = Sequences(decoder, rows=ROWS, max_tokens=40, format=format)
-    spans = [range(3 + 4 * row) for row in range(ROWS)]
-    batch = held.batch(spans)
-    ids = torch.arange(batch.tokens) % (decoder.spec.vocab_size - 7)
-    decoder.run_blocks(decoder.embed(ids, batch.positions), batch, held.pages, 0, decoder.spec.blocks)
-    step = held.batch([range(len(span), len(span) + 1) for span in spans])
-    return held, step, decoder.embed(torch.arange(ROWS) + 2, step.positions)
-
-
-THRESHOLDS = {
-    "some": torch.tensor([0.95, torch.inf, 0.6, 0.9999, 0.5, torch.inf, 1.1, 0.3, 0.9]),
-    "all leave": torch.zeros(ROWS),
-    "none leaves": torch.full((ROWS,), 2.0),
-    "none asks": torch.full((ROWS,), torch.inf),
-}
-
-
-def compared(decoder: Decoder, format: KVFormat, asked: list[int], thresholds: Tensor) -> list[int]:
-    """Run a step both ways and compare; returns how many left at each exit."""
-    exits = random_exits(decoder)
-    fast, batch, hidden = prepared(decoder, format)
-    slow, _, _ = prepared(decoder, format)
+def compared(
+    decoder: Decoder, format: KVFormat, cases: Sequence[Case], exits: tuple[ExitHead, ...] | None = None
+) -> Passed:
+    """Run a pass both ways and compare; returns what it came to."""
+    exits = random_exits(decoder) if exits is None else exits
+    keys = torch.arange(decoder.spec.vocab_size, dtype=torch.int32) * 7919
+    fast, slow = (prepared(decoder, format, cases, keys) for _ in range(2))
     whole = DecodePass.of(decoder, exits)
     assert whole is not None
-    assert whole.takes(fast.pages, ROWS)
+    assert whole.takes(fast.native, fast.held.pages)
     before = list(decoder.block_calls.tokens), list(decoder.block_calls.calls)
-    wanted = by_stages(decoder, exits, asked, hidden.clone(), batch, slow.pages, thresholds)
-    calls = [n - m for n, m in zip(decoder.block_calls.tokens, before[0], strict=True)]
-    found = whole.run(hidden, batch, fast.pages, asked, thresholds)
-    assert (found.order, found.left, found.gated) == (wanted.order, wanted.left, wanted.gated)
-    assert torch.equal(found.states, wanted.states)
-    assert torch.equal(found.logits, wanted.logits)
-    assert torch.equal(fast.pages.arena, slow.pages.arena)
-    twice = [n - m for n, m in zip(decoder.block_calls.tokens, before[0], strict=True)]
-    assert twice == [2 * n for n in calls]
-    assert [len(found.seconds), len(found.gate_seconds)] == [len(asked)] * 2
-    for seconds, gate, gated in zip(found.seconds, found.gate_seconds, found.gated, strict=True):
+    wanted, stopped, states = by_stages(slow, exits)
+    between = list(decoder.block_calls.tokens), list(decoder.block_calls.calls)
+    given = fast.states.clone()
+    given[torch.tensor(fast.tokens.entries) == 0] = torch.nan  # embedded anew
+    found = whole.run(given, fast.native, fast.held.pages)
+    for name in ("told", "spoke", "tokens", "rows", "asked", "cut"):
+        assert getattr(found, name) == getattr(wanted, name), name
+    assert found.stopped == stopped
+    assert torch.equal(found.states, states)
+    logits = torch.cat(wanted.logits) if wanted.logits else torch.empty(0, decoder.spec.vocab_size)
+    assert torch.equal(found.logits, logits)
+    assert torch.equal(fast.held.pages.arena, slow.held.pages.arena)
+    for now, then, first in zip(
+        (decoder.block_calls.tokens, decoder.block_calls.calls), between, before, strict=True
+    ):
+        assert [n - m for n, m in zip(now, then, strict=True)] == [
+            m - n for m, n in zip(then, first, strict=True)
+        ]
+    for seconds, gate, asked in zip(found.seconds, found.gate_seconds, found.asked, strict=True):
         assert seconds >= gate >= 0
-        assert (gate > 0) == (gated > 0)
-    return found.left
+        assert (gate > 0) == (asked > 0)
+    assert (found.drawn is None) == (whole.native.head is None)
+    if found.drawn is not None and found.told:
+        temperatures = torch.tensor([fast.tokens.temperatures[token] for token in found.told])
+        own = torch.tensor(fast.tokens.keys, dtype=torch.int32).view(-1, 2)[found.told]
+        ids, logprobs = draw_tokens(logits, logits, temperatures, own, keys)
+        assert found.drawn == (ids.tolist(), logprobs.tolist())
+    return found
 
 
 @pytest.mark.parametrize("linear_block", [False, True])
 @pytest.mark.parametrize("int4", [False, True])
 @pytest.mark.parametrize("format", ["full", "int4"])
 @pytest.mark.parametrize("name", ["gpt2", "llama", "mistral", "qwen3"])
-def test_a_step_has_the_bits_of_its_stages(
+def test_a_pass_has_the_bits_of_its_stages(
     name: str, format: KVFormat, int4: bool, linear_block: bool, tmp_path: Path
 ) -> None:
     decoder = a_decoder(name, tmp_path, torch.float32, int4, linear_block)
-    assert 0 < sum(compared(decoder, format, [0, 1], THRESHOLDS["some"])) < ROWS - 2
-    assert compared(decoder, format, [0, 1], THRESHOLDS["all leave"])[0] > 0
-    assert compared(decoder, format, [0, 1], THRESHOLDS["none leaves"]) == [0, 0]
-    assert compared(decoder, format, [1], THRESHOLDS["none asks"]) == [0]
-    assert compared(decoder, format, [], THRESHOLDS["none asks"]) == []
+    assert 0 < sum(compared(decoder, format, STEP).spoke[:2]) < len(STEP) - 2
+    assert compared(decoder, format, changed(STEP, 0.0)).spoke[0] > 0
+    assert compared(decoder, format, changed(STEP, 2.0)).spoke[:2] == [0, 0]
+    assert compared(decoder, format, [replace(case, asks=0) for case in STEP]).cut == [0, 0]
+    compared(decoder, format, [replace(case, asks=0) for case in STEP], ())
+    compared(decoder, format, ALL)
+    everyone = compared(decoder, format, changed(ALL, 0.0))
+    assert -1 in everyone.stopped  # what waited where its row did not come by
+    compared(decoder, format, changed(ALL, 2.0))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
-def test_a_step_in_16_bits_has_the_bits_of_its_stages(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_a_pass_in_16_bits_has_the_bits_of_its_stages(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     decoder = a_decoder(name, tmp_path, dtype, False, False)
-    for thresholds in THRESHOLDS.values():
-        compared(decoder, "full", [0, 1], thresholds)
-        compared(decoder, "int4", [1], thresholds)
+    for cases in (STEP, ALL):
+        for threshold in (0.0, 0.5, 2.0):
+            compared(decoder, "full", changed(cases, threshold))
+            compared(decoder, "int4", changed(cases, threshold))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_any_rows_have_the_bits_of_their_stages(seed: int, tmp_path: Path) -> None:
+    decoder = a_decoder("llama", tmp_path, torch.float32, False, True)
+    g = np.random.default_rng(seed)
+    for _ in range(8):
+        cases = []
+        for _ in range(int(g.integers(1, 14))):
+            new, waiting = (
+                int(g.integers(0, 4)),
+                {n: int(g.integers(1, 3)) for n in (1, 2) if g.random() < 0.4},
+            )
+            if not (new or waiting):
+                new = 1
+            kind, asks = AtExit(int(g.integers(0, 3))), int(g.integers(0, 4)) * (new > 0)
+            if kind is AtExit.LEAVES and (waiting or new > 1):
+                kind = AtExit.STAYS
+            cases.append(Case(new, waiting, asks, float(g.uniform(0.2, 0.9)), kind, int(g.integers(0, 4))))
+        compared(decoder, "int4" if g.random() < 0.5 else "full", cases)
 
 
 def test_exits_may_read_another_form_of_the_output_matrix(tmp_path: Path) -> None:
     decoder = a_decoder("llama", tmp_path, torch.float32, False, False)
     weight = torch.randn(decoder.spec.vocab_size, decoder.spec.hidden_size)
     decoder.let_exits_read(Int4Linear(quantize(weight, 8)))
-    assert sum(compared(decoder, "full", [0, 1], THRESHOLDS["some"])) > 0
+    assert sum(compared(decoder, "full", STEP).spoke[:2]) > 0
+
+
+def test_nothing_is_drawn_where_nobody_asks(tmp_path: Path) -> None:
+    decoder = a_decoder("llama", tmp_path, torch.float32, False, False)
+    made = prepared(decoder, "full", STEP, None)
+    whole = DecodePass.of(decoder, random_exits(decoder))
+    assert whole is not None
+    assert whole.run(made.states, made.native, made.held.pages).drawn is None
 
 
 def test_what_the_kernels_do_not_take_has_no_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,10 +352,15 @@ def test_what_the_kernels_do_not_take_has_no_pass(tmp_path: Path, monkeypatch: p
     exits = random_exits(decoder)
     whole = DecodePass.of(decoder, exits)
     assert whole is not None
-    held = Sequences(decoder, rows=ROWS, max_tokens=40)
-    monkeypatch.setattr(exeunt.kernels.decode_pass.native, "MOST_LOGITS", decoder.spec.vocab_size * 4)
-    assert whole.takes(held.pages, 4)
-    assert not whole.takes(held.pages, 5)
+    made = prepared(decoder, "full", STEP, None)
+    most = made.native.most_told
+    assert most == len(STEP)
+    monkeypatch.setattr(exeunt.kernels.decode_pass.native, "MOST_LOGITS", decoder.spec.vocab_size * most)
+    assert whole.takes(made.native, made.held.pages)
+    monkeypatch.setattr(exeunt.kernels.decode_pass.native, "MOST_LOGITS", decoder.spec.vocab_size * most - 1)
+    assert not whole.takes(made.native, made.held.pages)
+    with pytest.raises(ValueError, match="room is for"):
+        whole.run(made.states, made.native, made.held.pages)
     monkeypatch.undo()
 
     class Other(type(decoder.output)):  # type: ignore[misc] # a matrix of another kind
@@ -201,33 +373,89 @@ def test_what_the_kernels_do_not_take_has_no_pass(tmp_path: Path, monkeypatch: p
     assert DecodePass.of(decoder, ()) is None
 
 
+WRONG: list[tuple[str, list[int | float]]] = [
+    ("entries", [0, 3]),
+    ("entries", [0, -1]),
+    ("asks", [0, 4]),
+    ("asks", [0, -1]),
+    ("ids", [0, 1 << 20]),
+    ("ids", [0, -1]),
+]
+
+
+@pytest.mark.parametrize(("name", "values"), WRONG)
+def test_a_token_that_names_what_there_is_not_is_refused(
+    name: str, values: list[int | float], tmp_path: Path
+) -> None:
+    decoder = a_decoder("llama", tmp_path, torch.float32, False, False)
+    whole = DecodePass.of(decoder, random_exits(decoder))
+    assert whole is not None
+    made = prepared(decoder, "full", STEP[:2], None)
+    rows = PassRows([1, 1], [0, 0], [AtExit.STAYS] * 2, [table.numpy() for table in made.held.tables[:2]])
+    before = made.held.pages.arena.clone()
+    setattr(made.tokens, name, values)
+    with pytest.raises(ValueError, match="does not know"):
+        whole.run(made.states, PassBatch(made.tokens, rows), made.held.pages)
+    assert torch.equal(made.held.pages.arena, before)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"entries": [0, 3]},
+        {"at_exits": [AtExit.STAYS, 3]},
+        {"at_exits": [AtExit.STAYS, -1]},
+        {"tokens": [2, 0]},
+    ],
+)
+def test_a_row_that_names_what_there_is_not_is_refused(wrong: dict[str, list[int]], tmp_path: Path) -> None:
+    decoder = a_decoder("llama", tmp_path, torch.float32, False, False)
+    whole = DecodePass.of(decoder, random_exits(decoder))
+    assert whole is not None
+    made = prepared(decoder, "full", STEP[:2], None)
+    tables = [table.numpy() for table in made.held.tables[:2]]
+    rows = PassRows([1, 1], [0, 0], [AtExit.STAYS] * 2, tables)
+    for name, values in wrong.items():
+        setattr(rows, name, values)
+    with pytest.raises(ValueError, match="does not know"):
+        whole.run(made.states, PassBatch(made.tokens, rows), made.held.pages)
+
+
+def test_positions_past_the_learned_ones_are_refused(tmp_path: Path) -> None:
+    decoder = a_decoder("gpt2", tmp_path, torch.float32, False, False)
+    whole = DecodePass.of(decoder, random_exits(decoder))
+    assert whole is not None
+    made = prepared(decoder, "full", STEP[:1], None)
+    assert decoder.embedding.positions is not None
+    made.tokens.positions = [len(decoder.embedding.positions)]
+    rows = PassRows([1], [0], [AtExit.STAYS], [made.held.tables[0].numpy()])
+    with pytest.raises(ValueError, match="does not know"):
+        whole.run(made.states, PassBatch(made.tokens, rows), made.held.pages)
+
+
+@pytest.mark.parametrize(
+    "name", ["slots", "entries", "asks", "wanted", "ids", "thresholds", "temperatures", "keys"]
+)
+def test_lists_of_different_lengths_are_no_batch(name: str, tmp_path: Path) -> None:
+    decoder = a_decoder("llama", tmp_path, torch.float32, False, False)
+    made = prepared(decoder, "full", STEP[:1], None)
+    rows = PassRows([1], [0], [AtExit.STAYS], [made.held.tables[0].numpy()])
+    assert PassBatch(made.tokens, rows).tokens == 1
+    getattr(made.tokens, name).append(0)
+    with pytest.raises(ValueError, match="a pass of 1 tokens and 1 rows"):
+        PassBatch(made.tokens, rows)
+
+
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     decoder = a_decoder("llama", tmp_path, torch.float32, False, False)
     exits = random_exits(decoder)
-    held, batch, hidden = prepared(decoder, "full")
     whole = DecodePass.of(decoder, exits)
     assert whole is not None
-    of_two_rows = replace(
-        batch, query_starts=torch.tensor([0, 4, 9], dtype=torch.int32), page_tables=batch.page_tables[:2]
-    )
-    refused: list[tuple[str, dict[str, Any]]] = [
-        ("8 tokens", {"hidden": hidden[:8]}),
-        ("thresholds \\[8\\]", {"thresholds": THRESHOLDS["some"][:8]}),
-        ("torch.float64", {"thresholds": THRESHOLDS["some"].double()}),
-        ("2 rows", {"batch": of_two_rows}),
-    ]
-    for message, changed in refused:
-        given = {"hidden": hidden, "batch": batch, "thresholds": THRESHOLDS["some"], **changed}
-        with pytest.raises(ValueError, match=message):
-            whole.run(given["hidden"], given["batch"], held.pages, [0], given["thresholds"])
-    wide = replace(
-        batch, page_tables=torch.cat([batch.page_tables] * 2, dim=1)[:, : batch.page_tables.shape[1]]
-    )
-    with pytest.raises(ValueError, match="not dense"):
-        whole.run(hidden, wide, held.pages, [0], THRESHOLDS["some"])
-    for asked in ([1, 0], [0, 0], [2], [-1]):
-        with pytest.raises(ValueError, match="exits"):
-            whole.run(hidden, batch, held.pages, asked, THRESHOLDS["some"])
+    made = prepared(decoder, "full", STEP, None)
+    with pytest.raises(ValueError, match="hidden is"):
+        whole.run(made.states[:8], made.native, made.held.pages)
+    with pytest.raises(ValueError, match="hidden is"):
+        whole.run(made.states.double(), made.native, made.held.pages)
     for depths, message in (((2, 2), "behind"), ((0, 2), "behind"), ((2, 99), "behind")):
         gates = tuple((depth, gate) for depth, (_, gate) in zip(depths, whole.native.exits, strict=True))
         with pytest.raises(ValueError, match=message):
@@ -237,3 +465,5 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     assert whole.native.head is not None
     with pytest.raises(ValueError, match="the head is"):
         replace(whole.native, exits=(), head=(whole.native.head[0][:-1], whole.native.head[1]))
+    with pytest.raises(ValueError, match="an embedding is"):
+        replace(whole.native, embedding=(decoder.embedding.tokens[:, :-1], None))

@@ -2,22 +2,19 @@
 
 import math
 import random
-from collections.abc import Collection
-from collections.abc import Sequence as Items
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from exeunt.compression.decoder import Decoder
 from exeunt.compression.model import LoadedModel
 from exeunt.compression.variant import Variant
 from exeunt.server import sampling
 from exeunt.server.request import (
     ExitPolicy,
     FailureEvent,
-    FinishEvent,
     FinishReason,
     StepEvent,
 )
@@ -182,52 +179,53 @@ def test_choices_differ_and_a_seed_repeats_them(tiny_model: LoadedModel) -> None
     assert answers == [two.ids(choice) for choice in range(3)]
 
 
+@pytest.mark.parametrize("penalty", [1.0, 1.2])  # which a draw beside the pass does not know
+@pytest.mark.parametrize("exits", [OFF, LEAVE, VERIFIED], ids=lambda exits: exits.mode)
 def test_one_rows_nan_is_no_other_rows_trouble(
-    tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+    tiny_model: LoadedModel, exits: ExitPolicy, penalty: float
 ) -> None:
-    decoder = tiny_model.decoder(FULL)
-    original = type(decoder).head
-
-    def poisoned(self: Decoder, hidden: torch.Tensor) -> torch.Tensor:
-        logits = original(self, hidden)
-        if hidden.shape[0] == 3:
-            logits[1] = math.nan
-        return logits
-
+    embedded, spoilt = tiny_model.decoder(FULL).embedding.tokens, (*PROMPT[:9], 7, *PROMPT[9:])
     with running(tiny_model, max_num_seqs=4) as bench:
-        clean = bench.answer(max_new_tokens=30).ids()
-        monkeypatch.setattr(type(decoder), "head", poisoned)
-        asked = [bench.ask(max_new_tokens=30) for _ in range(3)]
-        outcomes = [heard.wait() for heard in asked]
-        failed = [heard.events[-1] for heard in outcomes if isinstance(heard.events[-1], FailureEvent)]
-        assert len(failed) == 1
-        assert failed[0].error_id
-        assert all(heard.ids() == clean for heard in outcomes if isinstance(heard.events[-1], FinishEvent))
-        monkeypatch.undo()
-        assert bench.answer(max_new_tokens=30).ids() == clean
+        ask = partial(bench.ask, exits=exits, repetition_penalty=penalty, max_new_tokens=30)
+        clean, other = ask().wait().ids(), ask(prompt=spoilt).wait().ids()
+        assert 7 not in clean
+        kept = embedded[7].clone()
+        embedded[7] = math.nan
+        try:
+            with bench.held():
+                asked = [ask(), ask(prompt=spoilt), ask()]
+            first, failed, last = [heard.wait() for heard in asked]
+        finally:
+            embedded[7] = kept
+        failure = failed.events[-1]
+        assert isinstance(failure, FailureEvent)
+        assert failure.error_id
+        assert failed.ids() == []
+        assert first.ids() == last.ids() == clean
+        assert ask(prompt=spoilt).wait().ids() == other
 
 
 @pytest.mark.parametrize("exits", [OFF, VERIFIED], ids=lambda exits: exits.mode)
 def test_an_exception_in_one_rows_sampling_fails_that_request_alone(
     tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch, exits: ExitPolicy
 ) -> None:
-    processed = sampling.processed_scores
+    row_key = sampling._row_key
 
-    def raises(
-        logits: torch.Tensor, rows: Items[sampling.RowSampling], eos_token_ids: Collection[int] = ()
-    ) -> torch.Tensor:
-        if any(row.params.seed == 1 and row.position > 4 for row in rows):
+    def raises(row: sampling.RowSampling) -> tuple[int, int]:
+        if row.params.seed == 1 and row.position > 4:
             raise OverflowError("a bug")
-        return processed(logits, rows, eos_token_ids)
+        return row_key(row)
 
     with running(tiny_model) as bench:
-        clean = bench.answer(max_new_tokens=30).ids()
-    monkeypatch.setattr(sampling, "processed_scores", raises)
+        clean = [bench.answer(max_new_tokens=30, temperature=0.9, seed=seed).ids() for seed in range(3)]
+    monkeypatch.setattr(sampling, "_row_key", raises)
     with running(tiny_model, max_num_seqs=4) as bench:
         with bench.held():
-            asked = [bench.ask(exits=exits, max_new_tokens=30, seed=seed) for seed in range(3)]
+            asked = [
+                bench.ask(exits=exits, max_new_tokens=30, temperature=0.9, seed=seed) for seed in range(3)
+            ]
         failure = asked[1].wait().events[-1]
         assert isinstance(failure, FailureEvent)
-        assert asked[1].ids() == clean[:5]
+        assert asked[1].ids() == clean[1][:5]
         for number in (0, 2):
-            assert asked[number].wait().ids() == clean
+            assert asked[number].wait().ids() == clean[number]

@@ -16,6 +16,7 @@ from exeunt.server.runner import Runner
 from exeunt.server.sampling import StartedDraws
 from exeunt.server.tick import Tick
 from exeunt.server.tick_run import TickRun
+from exeunt.server.whole_passes import WholePasses
 from tests.server.conftest import BLOCKS
 from tests.server.engine_bench import (
     BACKFILL,
@@ -47,10 +48,16 @@ class Begun:
         monkeypatch.setattr(Runner, "_begin", counted)
 
 
+def _beside_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have ticks run as on a GPU, by stages."""
+    monkeypatch.setattr(Runner, "has_graphs", property(lambda _: True))
+    monkeypatch.setattr(WholePasses, "of", lambda *_: None)
+
+
 @pytest.fixture
 def begun(monkeypatch: pytest.MonkeyPatch) -> Begun:
     """As beside captured graphs."""
-    monkeypatch.setattr(Runner, "has_graphs", property(lambda _: True))
+    _beside_graphs(monkeypatch)
     return Begun(monkeypatch)
 
 
@@ -257,7 +264,7 @@ def test_a_step_that_cannot_be_begun_ahead_costs_nothing_but_its_head_start(
     after_its_blocks: bool,
 ) -> None:
     wanted, _ = _spoken(tiny_model)
-    monkeypatch.setattr(Runner, "has_graphs", property(lambda _: True))
+    _beside_graphs(monkeypatch)
     tried: list[Tick] = []
     begin = Runner._begin
 

@@ -1,4 +1,4 @@
-"""Decode steps that run whole: the same answers, accounts and audits as a stage at a time."""
+"""Ticks that run whole: the same answers, accounts and audits as a stage at a time."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,12 +8,24 @@ import pytest
 from exeunt.compression.model import LoadedModel
 from exeunt.compression.variant import Variant
 from exeunt.kernels.native.library import native_library
-from exeunt.server.request import ExitPolicy
+from exeunt.server.request import ExitPolicy, SamplingParams
+from exeunt.server.sampling import RowSampling
 from exeunt.server.stages import StagePlan
 from exeunt.server.tick import Tick
 from exeunt.server.tick_run import StageRun
-from exeunt.server.whole_steps import WholeSteps
-from tests.server.engine_bench import BACKFILL, FULL, LEAVE, LINEAR, OFF, VERIFIED, WAIT_S, Heard, running
+from exeunt.server.whole_passes import WholePass, WholePasses
+from tests.server.engine_bench import (
+    BACKFILL,
+    FULL,
+    LEAVE,
+    LINEAR,
+    OFF,
+    VERIFIED,
+    WAIT_S,
+    Heard,
+    running,
+    score,
+)
 from tests.server.fixed_drafter import FixedDrafter
 from tests.server.test_soak import answer_of
 
@@ -21,6 +33,7 @@ pytestmark = pytest.mark.skipif(
     native_library() is None, reason="needs the native kernels (a C++ compiler, and EXEUNT_NATIVE not 0)"
 )
 STRICT = ExitPolicy("approximate", threshold=0.8)
+LATER = ExitPolicy("approximate", threshold=0.7, skipped_kv="backfill")
 COUNTERS = (
     "generation_tokens",
     "exit_tokens",
@@ -40,15 +53,15 @@ class Whole:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *, allowed: bool) -> None:
         self.ticks, self.whole = 0, 0
-        takes: Callable[..., bool] = WholeSteps.takes
+        of: Callable[..., WholePass | None] = WholePasses.of
 
-        def counted(steps: WholeSteps, tick: Tick, *given: Any) -> bool:
+        def counted(passes: WholePasses, tick: Tick, *given: Any) -> WholePass | None:
             self.ticks += 1
-            taken = allowed and takes(steps, tick, *given)
-            self.whole += taken
-            return taken
+            found = of(passes, tick, *given) if allowed else None
+            self.whole += found is not None
+            return found
 
-        monkeypatch.setattr(WholeSteps, "takes", counted)
+        monkeypatch.setattr(WholePasses, "of", counted)
 
 
 def _spoken(
@@ -83,8 +96,15 @@ def _spoken(
 @pytest.mark.parametrize("audit_share", [0.0, 0.4])
 @pytest.mark.parametrize(
     "policies",
-    [[OFF, OFF, OFF], [LEAVE, STRICT, LEAVE], [LEAVE, OFF, STRICT, OFF], [LEAVE, BACKFILL, VERIFIED, OFF]],
-    ids=["off", "propagate", "propagate and off", "all modes"],
+    [
+        [OFF, OFF, OFF],
+        [LEAVE, STRICT, LEAVE],
+        [LEAVE, OFF, STRICT, OFF],
+        [BACKFILL, LATER, BACKFILL],
+        [VERIFIED, VERIFIED, VERIFIED],
+        [LEAVE, BACKFILL, VERIFIED, OFF],
+    ],
+    ids=["off", "propagate", "propagate and off", "backfill", "verified", "all modes"],
 )
 def test_answers_accounts_and_audits_are_those_of_stages(
     tiny_model: LoadedModel,
@@ -98,12 +118,13 @@ def test_answers_accounts_and_audits_are_those_of_stages(
     some = Whole(monkeypatch, allowed=True)
     found, counted, pieces = _spoken(tiny_model, policies, audit_share=audit_share)
     assert none.whole == 0
-    assert some.whole > (0 if BACKFILL in policies else some.ticks / 2)
+    assert some.whole == some.ticks > 0
     assert [answer_of(one) for one in found] == [answer_of(one) for one in wanted]
     assert [one.exits() for one in found] == [one.exits() for one in wanted]
     assert [one.finish.summary.depth for one in found] == [one.finish.summary.depth for one in wanted]
     assert counted == counts
-    assert (counted["audited_tokens"] > 0) == (audit_share > 0 and policies[0] is LEAVE)
+    assert (counted["audited_tokens"] > 0) == (audit_share > 0 and policies[0] in (LEAVE, BACKFILL))
+    assert (counted["drafts"] > 0) == (VERIFIED in policies)
     for variant in (FULL, LINEAR):  # which take turns by their time
         assert _of(variant, pieces) == _of(variant, stages)
     for run in pieces:
@@ -115,16 +136,64 @@ def _of(variant: Variant, runs: list[StageRun]) -> list[tuple[range, int, int, i
     return [(run.stages, run.rows, run.tokens, run.gated) for run in runs if run.variant == variant]
 
 
-def test_a_step_with_waiting_tokens_or_chunks_of_prompts_goes_by_stages(
+@pytest.mark.parametrize("exits", [OFF, LEAVE, BACKFILL, VERIFIED], ids=lambda exits: exits.mode)
+def test_every_tick_of_answers_is_whole_where_all_stages_run(
+    tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch, exits: ExitPolicy
+) -> None:
+    whole = Whole(monkeypatch, allowed=True)
+    with running(tiny_model, new_drafter=lambda _: FixedDrafter(0.4, 2)) as bench:
+        bench.answer(prompt=tuple(range(200)), exits=exits, max_new_tokens=20)
+    assert whole.whole == whole.ticks > 2
+
+
+def test_a_text_that_is_scored_goes_by_stages(
     tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = Whole(monkeypatch, allowed=True)
     with running(tiny_model) as bench:
-        bench.answer(prompt=tuple(range(200)), max_new_tokens=1)
-        assert whole.ticks > 0
-        assert whole.whole == 0
-        bench.answer(exits=BACKFILL, max_new_tokens=20)
-    assert whole.whole <= 1
+        score(bench, tuple(range(40)), OFF)
+    assert whole.ticks > 0
+    assert whole.whole == 0
+
+
+def test_exits_that_are_replayed_go_by_stages(
+    tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = []
+    for allowed in (True, False):
+        with monkeypatch.context() as patch:
+            whole = Whole(patch, allowed=allowed)
+            with running(tiny_model, pages=9) as bench:
+                with bench.held():
+                    asked = [bench.ask(exits=LEAVE, max_new_tokens=60) for _ in range(2)]
+                answers.append([answer_of(one.wait()) for one in asked])
+                preempted = bench.value("exeunt_preemptions_total")
+        assert preempted > 0
+        assert (0 < whole.whole < whole.ticks) == allowed
+    assert answers[0] == answers[1]
+
+
+def test_draws_that_change_logits_first_are_made_beside_the_pass(
+    tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = [
+        {},
+        {"temperature": 0.8},
+        {"temperature": 0.8, "top_k": 5},
+        {"temperature": 0.8, "top_p": 0.7},
+        {"repetition_penalty": 1.3},
+        {"min_new_tokens": 9, "ignore_eos": False},
+        {"temperature": 1e-6, "top_k": 3},
+    ]
+    with running(tiny_model) as bench:
+        alone = [answer_of(bench.answer(seed=4, **each)) for each in asked]
+        with bench.held():
+            heard = [bench.ask(seed=4, **each) for each in asked]
+        together = [answer_of(one.wait()) for one in heard]
+    Whole(monkeypatch, allowed=False)
+    with running(tiny_model) as bench:
+        staged = [answer_of(bench.answer(seed=4, **each)) for each in asked]
+    assert alone == together == staged
 
 
 def test_steps_go_by_stages_where_rows_wait_at_exits(
@@ -139,5 +208,6 @@ def test_steps_go_by_stages_where_rows_wait_at_exits(
 
 
 def test_only_certified_exits_are_asked(tiny_model: LoadedModel) -> None:
-    steps = WholeSteps(tiny_model, StagePlan(6, (1, 3), certified=(1,), drafting=0))
-    assert steps._asked == [1]
+    plan = StagePlan(6, (1, 3), certified=(1,), drafting=0)
+    passes = WholePasses(tiny_model, plan, lambda *_: RowSampling(SamplingParams(), 0, 0))
+    assert passes._asked == {"off": 0, "approximate": 0b10, "verified": 0b01}

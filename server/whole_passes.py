@@ -1,0 +1,105 @@
+"""Ticks that one native call takes through all blocks: which are such, and what is done for them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from exeunt.compression.decode_pass import DecodePass
+from exeunt.compression.kv_format import KVPages
+from exeunt.compression.model import LoadedModel
+from exeunt.compression.variant import Variant
+from exeunt.kernels.decode_pass import PassBatch
+from exeunt.server.held_states import HeldStates
+from exeunt.server.pass_parts import Draw, PassParts
+from exeunt.server.row import Row
+from exeunt.server.sampling import RowSampling, plain_draw, token_keys
+from exeunt.server.sequence import Sequence
+from exeunt.server.stages import StagePlan
+from exeunt.server.tick import Tick
+from exeunt.server.whole_run import WholeRun
+
+
+class WholePasses:
+    """The passes of a model's variants through all of their blocks at once, where the kernels have such."""
+
+    def __init__(
+        self, model: LoadedModel, plan: StagePlan, sampling: Callable[[Sequence, int], RowSampling]
+    ) -> None:
+        """`sampling` says how the token behind a sequence's position is drawn."""
+        self._model, self._plan, self._sampling = model, plan, sampling
+        self._asked = {
+            mode: sum(1 << stage for stage in range(plan.last) if plan.asks(mode, stage))
+            for mode in ("off", "approximate", "verified")
+        }
+        self._passes: dict[Variant, DecodePass | None] = {}  # made when first asked for
+
+    def of(self, tick: Tick, pages: KVPages) -> "WholePass | None":
+        """The pass of a tick over these pages; None where it must go by stages.
+
+        That is one that does not run all stages, whose rows score a text or leave again where they once did.
+        """
+        if tick.first_stage != 0 or tick.last_stage != self._plan.last:
+            return None
+        found = self._pass(tick.variant)
+        if found is None or not all(map(_is_whole, tick.rows)):
+            return None
+        parts = PassParts(self._draw)
+        for row in tick.rows:
+            parts.add(row, self._asked[row.sequence.exits.mode])
+        keys = token_keys(self._model.spec.vocab_size, self._model.device) if parts.draws else None
+        batch = PassBatch(parts.tokens, parts.rows, keys)
+        return WholePass(self._plan, found, pages, parts, batch) if found.takes(batch, pages) else None
+
+    def _draw(self, sequence: Sequence, position: int) -> Draw | None:
+        spec = self._model.spec
+        try:
+            asked = self._sampling(sequence, position)
+            return plain_draw(asked, spec.vocab_size, ends=bool(spec.eos_token_ids))
+        except Exception:  # noqa: BLE001 - whose trouble it is shows when each is drawn alone
+            return None
+
+    def _pass(self, variant: Variant) -> DecodePass | None:
+        if variant not in self._passes:
+            self._passes[variant] = DecodePass.of(self._model.decoder(variant), self._model.exits)
+        return self._passes[variant]
+
+
+@dataclass(frozen=True, slots=True)
+class WholePass:
+    """A tick that one call takes through all blocks."""
+
+    plan: StagePlan
+    decode_pass: DecodePass
+    pages: KVPages
+    entering: PassParts
+    batch: PassBatch
+
+    def run(self, held: HeldStates) -> "WholeRun":
+        """Take all tokens through the blocks, those that wait behind an exit from a copy of what is held."""
+        parts, decoder = self.entering.parts, self.decode_pass.decoder
+        states, start = torch.empty(self.batch.tokens, decoder.spec.hidden_size, dtype=decoder.dtype), 0
+        for part in parts:
+            if part.row.sequence.pending:
+                _copy_waiting(part.row.sequence, states[start:], held)
+            start += len(part.positions)
+        passed = self.decode_pass.run(states, self.batch, self.pages)
+        tokens = [(part.row, position) for part in parts for position in part.positions]
+        return WholeRun(self.plan, parts, tokens, passed)
+
+
+def _copy_waiting(sequence: Sequence, states: Tensor, held: HeldStates) -> None:
+    """Copy what waits of a sequence to the first of `states` [tokens, hidden], the deepest first."""
+    waiting = torch.cat(
+        [some for stage in sorted(sequence.pending, reverse=True) for some in held.look(sequence, stage)]
+    )
+    states[: len(waiting)] = waiting
+
+
+def _is_whole(row: Row) -> bool:
+    """Whether a row neither scores a text nor must leave where it did before."""
+    sequence = row.sequence
+    if sequence.scoring:
+        return False
+    return not row.positions or sequence.recorded_stage(row.positions[-1]) is None

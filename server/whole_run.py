@@ -1,0 +1,103 @@
+"""Where the tokens of a tick went that one native call took through all blocks."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import accumulate
+
+from exeunt.compression.decoder import Decoder
+from exeunt.compression.kv_format import KVPages
+from exeunt.kernels.decode_pass import Passed
+from exeunt.server.auditor import Auditor
+from exeunt.server.held_states import HeldStates
+from exeunt.server.row import Row
+from exeunt.server.row_result import RowResult
+from exeunt.server.stages import StagePlan
+from exeunt.server.tick_batch import Part
+from exeunt.server.tick_run import Piece
+
+
+@dataclass(frozen=True, slots=True)
+class WholeRun:
+    """What became of a tick's tokens."""
+
+    plan: StagePlan
+    parts: list[Part]
+    tokens: list[tuple[Row, int]]  # theirs: row and position
+    passed: Passed
+
+    def settle(self, results: Mapping[Row, RowResult], held: HeldStates) -> list[tuple[Row, int, int]]:
+        """Note with the rows and their results how far they went; returns row, position and stage of all logits."""
+        start = 0
+        for part in self.parts:
+            stop = start + len(part.positions)
+            self._settle_row(part, start, stop, results[part.row], held)
+            start = stop
+        found = []
+        for stage, told in self._told():
+            for place in told:
+                row, position = self.tokens[place]
+                found.append((row, position, stage))
+                if stage < self.plan.last:
+                    row.left.add(position)
+        return found
+
+    def _settle_row(self, part: Part, start: int, stop: int, result: RowResult, held: HeldStates) -> None:
+        """Count the blocks that a row's tokens took; those that stop at an exit wait there, unless they are gone."""
+        row, sequence, plan = part.row, part.row.sequence, self.plan
+        stopped, came = self.passed.stopped[start:stop], start
+        if sequence.pending:
+            waiting = sorted(sequence.pending, reverse=True)
+            ends = accumulate(len(sequence.pending[stage]) for stage in waiting)
+            for stage, end in zip(waiting, list(ends), strict=True):
+                at = stopped[end - 1]
+                if at < 0:
+                    came = start + end
+                    continue
+                positions, _ = held.take(sequence, stage)
+                # they are older than a token that brought them along, whose row has been counted with it
+                joined = bool(row.positions) or stage > row.stage
+                result.count(positions, plan.stop(at) - plan.start(stage), joined=joined)
+        at = stopped[-1]
+        if row.positions:
+            result.count(row.positions, plan.stop(at))
+        if at < plan.last and not sequence.replays_exits:
+            positions = part.positions[came - start :]
+            held.put_back(sequence, positions, self.passed.states[came:stop], at + 1)
+
+    def audit(self, auditor: Auditor, decoder: Decoder, pages: KVPages) -> None:
+        """Begin the audits of tokens that left, and go on with those of tokens that have passed all blocks since."""
+        passed, first = self.passed, 0
+        for stage, told in self._told():
+            if told and stage < self.plan.last:
+                rows = [self.tokens[place] for place in told]
+                logits = passed.logits[first : first + len(told)]
+                auditor.left_before(rows, told, logits, passed.states, decoder, pages, self.plan.stop(stage))
+            first += len(told)
+        if not auditor.holds_nothing:
+            ended = [place for place, stage in enumerate(passed.stopped) if stage == self.plan.last]
+            if ended:
+                auditor.arrive([self.tokens[place] for place in ended], passed.states[ended], decoder)
+
+    def _told(self) -> Iterator[tuple[int, list[int]]]:
+        """By stage the tokens whose logits are those of its end."""
+        start = 0
+        for stage, count in enumerate(self.passed.spoke):
+            yield stage, self.passed.told[start : start + count]
+            start += count
+
+    def pieces(self) -> Iterator[tuple[Piece, float]]:
+        """The stages run in one piece, with their seconds; of the last, which draws follow, these are not known."""
+        passed, first, seconds = self.passed, None, 0.0
+        for stage, tokens in enumerate(passed.tokens):
+            if not tokens:  # all have left
+                continue
+            first = stage if first is None else first
+            if stage == self.plan.last:
+                yield Piece(range(first, stage + 1), passed.rows[first], tokens), 0.0
+                return
+            seconds += passed.seconds[stage]
+            if passed.cut[stage]:
+                asked, of_gate = passed.asked[stage], passed.gate_seconds[stage]
+                stages = range(first, stage + 1)
+                yield Piece(stages, passed.rows[first], tokens, asked, of_gate), seconds
+                first, seconds = None, 0.0
