@@ -1,9 +1,10 @@
 """Measures the parts of a decode step of the packaged model, with exits and without: what `make bench` calls second.
 
 What exits can save is the time of the blocks they skip and of the model's own head; what they cost is their gate with
-its projection, the keys and values of skipped blocks, and one more turn through Python. The parts are timed by
-themselves on a batch of the load's size, in turn, and set beside whole steps of the engine from the same run; what the
-parts do not explain (prompts, the scheduler, Python) is named as the rest.
+its projection, the keys and values of skipped blocks, and rows that are taken out and closed up. The parts are timed by
+themselves on a batch of the load's size, in turn, each as a call of its own with the Python of that, and set beside
+whole steps of the engine from the same run; what the parts do not explain (prompts, the scheduler, Python) is named as
+the rest.
 """
 
 import statistics

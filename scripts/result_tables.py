@@ -171,7 +171,7 @@ def adaptive_tables(record: Row) -> Iterator[str]:
 
 
 def whole_tables(record: Row) -> Iterator[str]:
-    """Decode steps in one call against the same a stage at a time."""
+    """Ticks in one call against the same a stage at a time."""
     rows = (
         (name, *_speeds(row), _ratio(row), f"{row['exit_rate']:.0%}" if row["exit_rate"] else "")
         for name, row in record["results"].items()

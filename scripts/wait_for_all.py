@@ -1,6 +1,6 @@
 """Early exit as a batch without stage queues does it: nobody leaves unless all may. For comparison only.
 
-A step that asks such gates goes a stage at a time. What it is compared with does so too: `by_stages`.
+A tick that asks such gates goes a stage at a time. What it is compared with does so too: `by_stages`.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ class UnanimousExit(ExitHead):
 
 
 class StagedExit(ExitHead):
-    """An exit like any other, but not of the class that steps in one call are made for."""
+    """An exit like any other, but not of the class that ticks in one call are made for."""
 
 
 def waiting_for_all(model: LoadedModel) -> LoadedModel:
@@ -33,7 +33,7 @@ def waiting_for_all(model: LoadedModel) -> LoadedModel:
 
 
 def by_stages(model: LoadedModel) -> LoadedModel:
-    """The same model, whose steps go a stage at a time."""
+    """The same model, whose ticks go a stage at a time."""
     return _with_exits(model, StagedExit)
 
 

@@ -87,7 +87,7 @@ class Auditor:
         """Tokens leave at an exit: begin the audits of those that are chosen.
 
         Must come before their keys and values are propagated: a pass run for an audit leaves its own in their place.
-        Where they have been, `left_before` does this.
+        Where they have been, `left_in_one_call` does this.
 
         Args:
             leaving: (place in the batch, row, position) of each.
@@ -97,72 +97,66 @@ class Auditor:
             pages: of the batch's variant.
             blocks: the blocks that they skip.
         """
-        if self._share <= 0.0:
-            return
-        chosen = [n for n, (_, row, position) in enumerate(leaving) if self._chooses(row.sequence, position)]
-        if not chosen:
-            return
         with self._aside():
-            deeper = []
-            for n in chosen:
-                _, row, position = leaving[n]
-                if row.sequence.replays_exits:
-                    deeper.append(n)
-                else:
-                    self._hold(row.sequence, position, logits[n])
+            deeper = self._hold_or_pick(leaving, logits)
             if deeper:
                 parts = [Part(row, [position]) for _, row, position in (leaving[n] for n in deeper)]
                 states = selected(batch.hidden, [leaving[n][0] for n in deeper])
                 geometry = geometry_of(parts, self._device)
                 self._look_deeper(parts, selected(logits, deeper), states, geometry, decoder, pages, blocks)
 
-    def left_before(
+    def left_in_one_call(
         self,
-        leaving: Items[tuple[Row, int]],
-        places: Items[int],
+        leaving: Items[tuple[int, Row, int]],
         logits: Tensor,
         states: Tensor,
         decoder: Decoder,
         pages: KVPages,
         depth: int,
     ) -> None:
-        """`leave` where all of the pass is over: keys and values are propagated, and are so again behind an audit.
+        """`leave` where the whole pass is over: keys and values are propagated, and are so again behind an audit.
 
         Args:
-            leaving: row and position of each.
-            places: where their states are.
+            leaving: (place, row, position) of each.
             logits: the exit's, [leaving, vocab].
-            states: [tokens, hidden], of those that are gone at the exit.
+            states: [tokens, hidden] by place, of those that are gone at the exit.
             decoder: of the tick's variant.
             pages: of the tick's variant.
             depth: the blocks in front of the exit.
         """
-        if self._share <= 0.0:
-            return
-        gone = []
-        for n, (row, position) in enumerate(leaving):
-            if self._chooses(row.sequence, position):
-                if row.sequence.replays_exits:
-                    gone.append(n)
-                else:
-                    self._hold(row.sequence, position, logits[n])
-        if not gone:
-            return
-        parts = [Part(row, [position]) for row, position in (leaving[n] for n in gone)]
-        own, began = selected(states, [places[n] for n in gone]), self._clock()
-        geometry = geometry_of(parts, self._device)
-        self._seconds += self._clock() - began
-        blocks = range(depth, decoder.spec.blocks)
+        deeper: list[int] = []
         with self._aside():
-            self._look_deeper(parts, selected(logits, gone), own, geometry, decoder, pages, blocks)
+            deeper = self._hold_or_pick(leaving, logits)
+        if not deeper:
+            return
+        began = self._clock()
+        parts = [Part(row, [position]) for _, row, position in (leaving[n] for n in deeper)]
+        own = selected(states, [leaving[n][0] for n in deeper])
+        geometry, blocks = geometry_of(parts, self._device), range(depth, decoder.spec.blocks)
+        self._seconds += self._clock() - began
+        with self._aside():
+            self._look_deeper(parts, selected(logits, deeper), own, geometry, decoder, pages, blocks)
         began = self._clock()
         # not given up with an audit: without it these tokens would have other keys and values than were certified
         decoder.project_kv(own, geometry, pages, blocks.start, blocks.stop)
         self._seconds += self._clock() - began
 
-    def _hold(self, sequence: Sequence, position: int, logits: Tensor) -> None:
-        """Keep a token's logits [vocab] at its exit until its deep pass comes by."""
-        self._held.setdefault(sequence, {})[position] = logits.clone()
+    def _hold_or_pick(self, leaving: Items[tuple[int, Row, int]], logits: Tensor) -> list[int]:
+        """Of tokens that leave and are audited, keep the logits [leaving, vocab] of those that owe a deep pass.
+
+        Returns which of the others are audited: a pass is to be run for each.
+        """
+        if self._share <= 0.0:
+            return []
+        deeper = []
+        for n, (_, row, position) in enumerate(leaving):
+            if not self._chooses(row.sequence, position):
+                continue
+            if row.sequence.replays_exits:
+                deeper.append(n)
+            else:
+                self._held.setdefault(row.sequence, {})[position] = logits[n].clone()
+        return deeper
 
     def _look_deeper(
         self,
@@ -180,21 +174,24 @@ class Auditor:
         for part, exit_logits, full_logits in zip(parts, exits, full, strict=True):
             self._comparisons.append(_Comparison(part.row, part.positions[0], exit_logits, full_logits))
 
-    def arrive(self, tokens: Items[tuple[Row, int]], states: Tensor, decoder: Decoder) -> None:
-        """Tokens have passed all blocks, with states [tokens, hidden]: ask the head about those that wait for it."""
+    def arrive(self, tokens: Items[tuple[int, Row, int]], states: Tensor, decoder: Decoder) -> None:
+        """Tokens have passed all blocks: ask the model's own head about those that wait for it.
+
+        Of each `tokens` give place, row and position, and `states` [any, hidden] the state at its place.
+        """
         if not self._held:
             return
         with self._aside():
-            index, waited = [], []
-            for i, (row, position) in enumerate(tokens):
+            places, waited = [], []
+            for place, row, position in tokens:
                 held = self._held.get(row.sequence)
                 if held is not None and position in held:
-                    index.append(i)
+                    places.append(place)
                     waited.append((row, position, held.pop(position)))
                     if not held:
                         del self._held[row.sequence]
-            if index:
-                full = decoder.head(selected(states, index))
+            if places:
+                full = decoder.head(selected(states, places))
                 self._comparisons += [
                     _Comparison(row, position, logits, row_logits)
                     for (row, position, logits), row_logits in zip(waited, full, strict=True)

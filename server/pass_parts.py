@@ -4,22 +4,19 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from exeunt.kernels.decode_pass import AtExit, PassRows, PassTokens
+from exeunt.kernels.model_pass import AtExit, PassRows, PassTokens
 from exeunt.server.row import Row
+from exeunt.server.sampling import PlainDraw
 from exeunt.server.sequence import Sequence
 from exeunt.server.tick_batch import Part
-
-Draw = tuple[float, int, int]
-"""A temperature and the two keys of the noise."""
 
 
 @dataclass(slots=True)
 class PassParts:
     """The tokens of a tick's rows, those among them that wait behind an exit, and what they do on their way."""
 
-    draw: Callable[
-        [Sequence, int], Draw | None
-    ]  # of the token behind a position; None where logits are changed first
+    # of the token behind a position; None where its logits are changed first
+    draw: Callable[[Sequence, int], PlainDraw | None]
     parts: list[Part] = field(default_factory=list)
     tokens: PassTokens = field(default_factory=PassTokens)
     rows: PassRows = field(default_factory=PassRows)
@@ -49,18 +46,17 @@ class PassParts:
         self.parts.append(Part(row, positions))
 
     def _add_draws(self, sequence: Sequence, positions: list[int]) -> None:
-        """Add of whose logits the head is asked, the last of these positions, and what is drawn from them."""
-        to, heard = self.tokens, [position for position in positions if sequence.wants_logits(position)]
-        silent = len(positions) - len(heard)
-        to.wanted += [*([False] * silent), *([True] * len(heard))]
-        to.temperatures += [0.0] * silent
-        to.keys += [0, 0] * silent
-        for position in heard:
+        """Add whose logits are wanted, those of the last of these positions, and how their successors are drawn."""
+        to, wanted = self.tokens, [position for position in positions if sequence.wants_logits(position)]
+        others = len(positions) - len(wanted)
+        to.wants_logits += [*([False] * others), *([True] * len(wanted))]
+        to.temperatures += [0.0] * others
+        to.keys += [0, 0] * others
+        for position in wanted:
             found = self.draw(sequence, position) if self.draws else None
             self.draws = found is not None
-            temperature, first, second = found or (0.0, 0, 0)
-            to.temperatures.append(temperature)
-            to.keys += (first, second)
+            to.temperatures.append(0.0 if found is None else found.temperature)
+            to.keys += (0, 0) if found is None else (found.first_key, found.second_key)
 
 
 def _at_exit(row: Row) -> AtExit:

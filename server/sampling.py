@@ -201,20 +201,32 @@ def _sample_alone(logits: Tensor, row: RowSampling, eos_token_ids: Collection[in
         )
 
 
-def plain_draw(row: RowSampling, vocab_size: int, *, ends: bool) -> tuple[float, int, int] | None:
-    """The temperature and both keys of a draw from the logits as they are; None where steps 1, 2, 4 or 5 change them.
+@dataclass(frozen=True, slots=True)
+class PlainDraw:
+    """A draw from logits as they are: its temperature, 0 for the most likely token, and the two keys of its noise."""
 
-    `ends` says whether the model has end-of-text ids. What `draw_tokens` makes of it `told_draws` tells.
+    temperature: float
+    first_key: int
+    second_key: int
+
+
+_GREEDY = PlainDraw(0.0, 0, 0)
+
+
+def plain_draw(row: RowSampling, vocab_size: int, *, ends: bool) -> PlainDraw | None:
+    """How a row's token is drawn where none of steps 1, 2, 4 and 5 change its logits; None where one does.
+
+    `ends` says whether the model has end-of-text ids.
     """
     params = row.params
     if params.repetition_penalty != 1.0 or (ends and row.masks_eos()):
         return None
     if row.greedy:
-        return (0.0, 0, 0)
-    return None if _truncates(params, vocab_size) else (params.temperature, *_row_key(row))
+        return _GREEDY
+    return None if _truncates(params, vocab_size) else PlainDraw(float(params.temperature), *_row_key(row))
 
 
-def told_draws(ids: Sequence[int], logprobs: Sequence[float]) -> StartedDraws:
+def finished_draws(ids: Sequence[int], logprobs: Sequence[float]) -> StartedDraws:
     """Draws that are on the host already; a log-probability that is NaN is that of a row that is not usable."""
     return StartedDraws(None, lambda: _on_host(ids, logprobs))
 

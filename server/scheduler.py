@@ -208,7 +208,7 @@ class Scheduler:
 
     def _form_tick(self) -> Tick | None:
         ready = [variant for variant, lane in self._lanes.items() if lane.deepest() is not None]
-        for variant in sorted(ready, key=self._served) if len(ready) > 1 else ready:
+        for variant in sorted(ready, key=self._served):
             lane = self._lanes[variant]
             if lane.deepest() is None:  # preempted meanwhile, for a variant tried before
                 continue
@@ -219,7 +219,7 @@ class Scheduler:
         return None
 
     def _next_stage(self, variant: Variant, lane: Lane) -> int:
-        if not any(lane.deeper):
+        if not any(lane.deeper):  # nearly always: without it what follows takes as long as forming the tick
             return 0
         queues = lane.queues()
         if len(queues) == 1:

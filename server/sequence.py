@@ -110,7 +110,7 @@ class Sequence:
         return self.scoring or position >= self.confirmed - 1
 
     def put_back(self, stage: int, positions: Items[int]) -> None:
-        """Note that `positions` wait in front of `stage` (their states are the runner's)."""
+        """Note that `positions` wait in front of `stage` (their states are in `HeldStates`)."""
         self.pending.setdefault(stage, []).extend(positions)
 
     def reject_drafts(self, kept: int) -> None:

@@ -2,19 +2,21 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-from exeunt.compression.decode_pass import DecodePass
 from exeunt.compression.kv_format import KVPages
 from exeunt.compression.model import LoadedModel
+from exeunt.compression.model_pass import ModelPass
 from exeunt.compression.variant import Variant
-from exeunt.kernels.decode_pass import PassBatch
+from exeunt.kernels.model_pass import PassBatch
 from exeunt.server.held_states import HeldStates
-from exeunt.server.pass_parts import Draw, PassParts
+from exeunt.server.pass_parts import PassParts
+from exeunt.server.request import ExitMode
 from exeunt.server.row import Row
-from exeunt.server.sampling import RowSampling, plain_draw, token_keys
+from exeunt.server.sampling import PlainDraw, RowSampling, plain_draw, token_keys
 from exeunt.server.sequence import Sequence
 from exeunt.server.stages import StagePlan
 from exeunt.server.tick import Tick
@@ -31,9 +33,9 @@ class WholePasses:
         self._model, self._plan, self._sampling = model, plan, sampling
         self._asked = {
             mode: sum(1 << stage for stage in range(plan.last) if plan.asks(mode, stage))
-            for mode in ("off", "approximate", "verified")
+            for mode in get_args(ExitMode)
         }
-        self._passes: dict[Variant, DecodePass | None] = {}  # made when first asked for
+        self._passes: dict[Variant, ModelPass | None] = {}  # made when first asked for
 
     def of(self, tick: Tick, pages: KVPages) -> "WholePass | None":
         """The pass of a tick over these pages; None where it must go by stages.
@@ -52,7 +54,7 @@ class WholePasses:
         batch = PassBatch(parts.tokens, parts.rows, keys)
         return WholePass(self._plan, found, pages, parts, batch) if found.takes(batch, pages) else None
 
-    def _draw(self, sequence: Sequence, position: int) -> Draw | None:
+    def _draw(self, sequence: Sequence, position: int) -> PlainDraw | None:
         spec = self._model.spec
         try:
             asked = self._sampling(sequence, position)
@@ -60,9 +62,9 @@ class WholePasses:
         except Exception:  # noqa: BLE001 - whose trouble it is shows when each is drawn alone
             return None
 
-    def _pass(self, variant: Variant) -> DecodePass | None:
+    def _pass(self, variant: Variant) -> ModelPass | None:
         if variant not in self._passes:
-            self._passes[variant] = DecodePass.of(self._model.decoder(variant), self._model.exits)
+            self._passes[variant] = ModelPass.of(self._model.decoder(variant), self._model.exits)
         return self._passes[variant]
 
 
@@ -71,30 +73,35 @@ class WholePass:
     """A tick that one call takes through all blocks."""
 
     plan: StagePlan
-    decode_pass: DecodePass
+    model_pass: ModelPass
     pages: KVPages
     entering: PassParts
     batch: PassBatch
 
-    def run(self, held: HeldStates) -> "WholeRun":
-        """Take all tokens through the blocks, those that wait behind an exit from a copy of what is held."""
-        parts, decoder = self.entering.parts, self.decode_pass.decoder
-        states, start = torch.empty(self.batch.tokens, decoder.spec.hidden_size, dtype=decoder.dtype), 0
-        for part in parts:
+    def states(self, held: HeldStates) -> Tensor:
+        """Room for the states [tokens, hidden]; those that wait behind an exit are copied to where they come in."""
+        spec, dtype = self.model_pass.decoder.spec, self.model_pass.decoder.dtype
+        states, start = torch.empty(self.batch.token_count, spec.hidden_size, dtype=dtype), 0
+        for part in self.entering.parts:
             if part.row.sequence.pending:
                 _copy_waiting(part.row.sequence, states[start:], held)
             start += len(part.positions)
-        passed = self.decode_pass.run(states, self.batch, self.pages)
+        return states
+
+    def run(self, states: Tensor) -> WholeRun:
+        """Take all tokens through the blocks; `states` are overwritten."""
+        passed, parts = self.model_pass.run(states, self.batch, self.pages), self.entering.parts
         tokens = [(part.row, position) for part in parts for position in part.positions]
         return WholeRun(self.plan, parts, tokens, passed)
 
 
 def _copy_waiting(sequence: Sequence, states: Tensor, held: HeldStates) -> None:
     """Copy what waits of a sequence to the first of `states` [tokens, hidden], the deepest first."""
-    waiting = torch.cat(
-        [some for stage in sorted(sequence.pending, reverse=True) for some in held.look(sequence, stage)]
-    )
-    states[: len(waiting)] = waiting
+    start = 0
+    for stage in sorted(sequence.pending, reverse=True):
+        for some in held.look(sequence, stage):
+            states[start : start + len(some)] = some
+            start += len(some)
 
 
 def _is_whole(row: Row) -> bool:

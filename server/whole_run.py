@@ -6,7 +6,7 @@ from itertools import accumulate
 
 from exeunt.compression.decoder import Decoder
 from exeunt.compression.kv_format import KVPages
-from exeunt.kernels.decode_pass import Passed
+from exeunt.kernels.model_pass import Passed
 from exeunt.server.auditor import Auditor
 from exeunt.server.held_states import HeldStates
 from exeunt.server.row import Row
@@ -33,8 +33,8 @@ class WholeRun:
             self._settle_row(part, start, stop, results[part.row], held)
             start = stop
         found = []
-        for stage, told in self._told():
-            for place in told:
+        for stage, places in self._with_logits():
+            for place in places:
                 row, position = self.tokens[place]
                 found.append((row, position, stage))
                 if stage < self.plan.last:
@@ -42,13 +42,17 @@ class WholeRun:
         return found
 
     def _settle_row(self, part: Part, start: int, stop: int, result: RowResult, held: HeldStates) -> None:
-        """Count the blocks that a row's tokens took; those that stop at an exit wait there, unless they are gone."""
+        """Count the blocks that a row's tokens took; those that stop at an exit wait there, unless they are gone.
+
+        All of its tokens that came in stop at one place: only a row of one token leaves for good. Those that did not
+        come in are the older ones, which wait deeper than the row went.
+        """
         row, sequence, plan = part.row, part.row.sequence, self.plan
         stopped, came = self.passed.stopped[start:stop], start
         if sequence.pending:
             waiting = sorted(sequence.pending, reverse=True)
-            ends = accumulate(len(sequence.pending[stage]) for stage in waiting)
-            for stage, end in zip(waiting, list(ends), strict=True):
+            ends = list(accumulate(len(sequence.pending[stage]) for stage in waiting))  # before any is taken
+            for stage, end in zip(waiting, ends, strict=True):
                 at = stopped[end - 1]
                 if at < 0:
                     came = start + end
@@ -67,37 +71,35 @@ class WholeRun:
     def audit(self, auditor: Auditor, decoder: Decoder, pages: KVPages) -> None:
         """Begin the audits of tokens that left, and go on with those of tokens that have passed all blocks since."""
         passed, first = self.passed, 0
-        for stage, told in self._told():
-            if told and stage < self.plan.last:
-                rows = [self.tokens[place] for place in told]
-                logits = passed.logits[first : first + len(told)]
-                auditor.left_before(rows, told, logits, passed.states, decoder, pages, self.plan.stop(stage))
-            first += len(told)
-        if not auditor.holds_nothing:
-            ended = [place for place, stage in enumerate(passed.stopped) if stage == self.plan.last]
-            if ended:
-                auditor.arrive([self.tokens[place] for place in ended], passed.states[ended], decoder)
+        for stage, places in self._with_logits():
+            if places and stage < self.plan.last:
+                leaving = [(place, *self.tokens[place]) for place in places]
+                logits, depth = passed.logits[first : first + len(places)], self.plan.stop(stage)
+                auditor.left_in_one_call(leaving, logits, passed.states, decoder, pages, depth)
+            first += len(places)
+        ended = [place for place, stage in enumerate(passed.stopped) if stage == self.plan.last]
+        auditor.arrive([(place, *self.tokens[place]) for place in ended], passed.states, decoder)
 
-    def _told(self) -> Iterator[tuple[int, list[int]]]:
+    def _with_logits(self) -> Iterator[tuple[int, list[int]]]:
         """By stage the tokens whose logits are those of its end."""
         start = 0
-        for stage, count in enumerate(self.passed.spoke):
-            yield stage, self.passed.told[start : start + count]
+        for stage, count in enumerate(self.passed.logits_of):
+            yield stage, self.passed.with_logits[start : start + count]
             start += count
 
     def pieces(self) -> Iterator[tuple[Piece, float]]:
         """The stages run in one piece, with their seconds; of the last, which draws follow, these are not known."""
         passed, first, seconds = self.passed, None, 0.0
         for stage, tokens in enumerate(passed.tokens):
-            if not tokens:  # all have left
+            if not tokens:  # all have left, or nobody has begun yet
                 continue
             first = stage if first is None else first
             if stage == self.plan.last:
                 yield Piece(range(first, stage + 1), passed.rows[first], tokens), 0.0
                 return
             seconds += passed.seconds[stage]
-            if passed.cut[stage]:
-                asked, of_gate = passed.asked[stage], passed.gate_seconds[stage]
+            if passed.ends_piece[stage]:
+                gated, of_gate = passed.gated[stage], passed.gate_seconds[stage]
                 stages = range(first, stage + 1)
-                yield Piece(stages, passed.rows[first], tokens, asked, of_gate), seconds
+                yield Piece(stages, passed.rows[first], tokens, gated, of_gate), seconds
                 first, seconds = None, 0.0

@@ -7,7 +7,7 @@
 #include <type_traits>
 
 #include "blocks.h"
-#include "decode_pass.h"
+#include "model_pass.h"
 #include "draw.h"
 #include "exit_gate.h"
 
@@ -123,16 +123,17 @@ EXPORTED void exeunt_run_blocks(void* hidden, int64_t tokens, const BlockShape* 
   });
 }
 
-// A pass through a whole model; rotation as above, pages of every block. Returns whether the batch names what there is;
-// where it does not, nothing is done.
-EXPORTED int exeunt_decode_pass(const PassModel* model, const Pages* const* pages, const void* rotation,
+// A pass through a whole model; rotation as above, pages of every block. Returns the batch's fault: where it has one,
+// nothing is done.
+EXPORTED int exeunt_model_pass(const PassModel* model, const Pages* const* pages, const void* rotation,
                                 const PassBatch* batch, const PassResult* out, int64_t tile, int dtype, int threads) {
-  if (!batch->known(*model)) return 0;
+  const int fault = batch->fault(*model);
+  if (fault) return fault;
   with_dtype(dtype, [&](auto* kind) {
     using T = std::remove_pointer_t<decltype(kind)>;
-    DecodePass<T>(*model, pages, rotation, *batch, *out, tile, threads).pass();
+    ModelPass<T>(*model, pages, rotation, *batch, *out, tile, threads).pass();
   });
-  return 1;
+  return 0;
 }
 
 // Writes the keys and values that `count` blocks make of hidden [tokens, hidden]; scratch as above.

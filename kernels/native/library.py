@@ -2,7 +2,8 @@
 
 They are called through ctypes, not as registered operators: a call costs one to two microseconds so, a fraction of
 what dispatching an operator does, and nothing on the CPU captures or compiles the graph that would need registered
-operators. A plain decode step makes two calls; one that goes by stages four, and a few more at every exit on its way.
+operators. A tick that runs all stages makes one call, where the head and all draws are such as it knows; one that goes
+by stages makes four, and a few more at every exit.
 EXEUNT_NATIVE=0 turns them off.
 """
 
@@ -35,7 +36,7 @@ _SIGNATURES = {
     "exeunt_int4_linear": [_pointer] * 4 + [_long] * 4 + [_int] * 2,
     "exeunt_full_linear": [_pointer] * 4 + [_long] * 3 + [_int] * 2,
     "exeunt_run_blocks": [_pointer, _long] + [_pointer] * 3 + [_long] + [_pointer] * 4 + [_long] + [_int] * 2,
-    "exeunt_decode_pass": [_pointer] * 5 + [_long] + [_int] * 2,
+    "exeunt_model_pass": [_pointer] * 5 + [_long] + [_int] * 2,
     "exeunt_project_kv": [_pointer, _long] + [_pointer] * 3 + [_long] + [_pointer] * 4 + [_long] + [_int] * 2,
     "exeunt_exit_state": [_pointer] * 4 + [_long] + [_pointer] * 2 + [_int] * 2,
     "exeunt_exit_gate": [_pointer] * 5 + [_long] + [_pointer] * 2 + [_int] * 2,
@@ -58,7 +59,7 @@ class NativeLibrary:
         self.int4_linear = self._function(handle, "exeunt_int4_linear")
         self.full_linear = self._function(handle, "exeunt_full_linear")
         self.run_blocks = self._function(handle, "exeunt_run_blocks")
-        self.decode_pass = self._function(handle, "exeunt_decode_pass", _int)
+        self.model_pass = self._function(handle, "exeunt_model_pass", _int)
         self.project_kv = self._function(handle, "exeunt_project_kv")
         self.exit_state = self._function(handle, "exeunt_exit_state")
         self.exit_gate = self._function(handle, "exeunt_exit_gate")

@@ -185,7 +185,7 @@ def _engine(
             if not context.fits(_LEAST if context.quick else least, called, found):
                 continue
             ask, load = {**asdict(variant), "early_exit": exits}, sizes.load(streams)
-            warm = _warmed(context, model, partial(driver.run, prompts[:streams], ask, load))
+            warm = warmed(context, model, partial(driver.run, prompts[:streams], ask, load))
             captured = _captured(model)
             began = time.perf_counter()
             traces = driver.run(prompts[:streams], ask, load)
@@ -222,7 +222,7 @@ def _in_turn(
         driver.close()
 
 
-def _warmed(context: Context, model: LoadedModel, run: Callable[[], object]) -> int:
+def warmed(context: Context, model: LoadedModel, run: Callable[[], object]) -> int:
     """Runs made until one captured no CUDA graph; not more than a few, nor beyond the time."""
     for made in range(1, _MOST_WARM_RUNS + 1):
         before, began = _captured(model), time.perf_counter()

@@ -7,6 +7,7 @@ from scripts.gpu_check.report import Found, Report
 
 _MOST_LINES = 60
 _FAILURES = 12
+_LONGEST = 8
 
 
 def table(report: Report) -> str:
@@ -19,6 +20,7 @@ def table(report: Report) -> str:
         *_tuning(report),
         *_decode(report),
         *_ends(report),
+        *_hosts(report),
     ]
     if len(lines) > _MOST_LINES:
         left = len(lines) - _MOST_LINES + 1
@@ -118,6 +120,14 @@ def _ends(report: Report) -> Iterator[str]:
             if rows:
                 yield f"tokens/s {name}:"
                 yield from _wrapped(rows)
+
+
+def _hosts(report: Report) -> Iterator[str]:
+    for name, each in report.section("host").items():
+        if isinstance(each, dict) and "functions" in each:
+            longest = list(each["functions"].items())[:_LONGEST]
+            yield f"host, {name}: {each['us']:.0f} us a tick"
+            yield from _wrapped(f"{function.rpartition(': ')[2]} {us:.0f}" for function, us in longest)
 
 
 def _wrapped(parts: Iterable[str]) -> Iterator[str]:

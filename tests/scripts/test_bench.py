@@ -99,13 +99,14 @@ def test_it_measures_what_depth_by_token_brings(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("asked")
-def test_it_measures_steps_in_one_call(tmp_path: Path) -> None:
+def test_it_measures_ticks_in_one_call(tmp_path: Path) -> None:
     bench_whole.main(tmp_path / "out.json", prompt_tokens=8, new_tokens=6, repeats=1)
     results = json.loads((tmp_path / "out.json").read_text())["results"]
-    assert len(results) == 9  # one variant of the random model is certified
+    assert len(results) == 18  # one variant of the random model is certified
     for name, row in results.items():
         assert row["ratio"] > 0
-        assert (row["exit_rate"] > 0) == ("propagate" in name)
+        leave = name.rpartition(", ")[2].partition(" ")[0] in ("propagate", "backfill")
+        assert row["exit_rate"] is None if name.endswith("verified") else (row["exit_rate"] > 0) == leave
 
 
 @pytest.mark.usefixtures("asked")

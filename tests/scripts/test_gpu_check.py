@@ -63,6 +63,10 @@ def test_every_section_runs_on_a_cpu(tmp_path: Path) -> None:
     assert 0 < ends["toy"]["engine int4/int4 exits at 0.5 (synthetic), 2 streams"]["exit_rate"] <= 1
     assert ends["packaged"]["engine full/full, 2 streams"]["captured_while_timed"] == 0
     assert ends["packaged"]["transformers generate, 1 streams"]["tokens_per_s"] > 0
+    host = found["sections"]["host"]["off, 2 streams"]
+    assert host["us"] > 0
+    assert min(host["functions"].values()) >= 0
+    assert "server.runner: Runner.run" in host["functions"]
     assert found["sections"]["compiled"]["skipped"]
     assert len(found["checks"]) > 20
     assert all(one["good"] for one in found["checks"])
@@ -220,7 +224,7 @@ class _Captures:
 def test_a_load_is_run_until_nothing_is_captured_any_more(tmp_path: Path, grow: int, runs: int) -> None:
     decoder = _Captures(grow)
     model: Any = SimpleNamespace(decoders={"a": decoder, "b": decoder})
-    assert end_to_end._warmed(_context(tmp_path), model, decoder.run) == decoder.runs == runs
+    assert end_to_end.warmed(_context(tmp_path), model, decoder.run) == decoder.runs == runs
 
 
 def test_what_a_compiled_generate_compiles_is_not_timed(tmp_path: Path) -> None:

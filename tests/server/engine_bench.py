@@ -8,11 +8,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import pytest
 from prometheus_client import CollectorRegistry
 
 from exeunt.compression.kv_format import page_bytes_for
 from exeunt.compression.model import LoadedModel
 from exeunt.compression.variant import Variant
+from exeunt.kernels.native.library import native_library
 from exeunt.server.drafting import Drafter
 from exeunt.server.engine import Engine
 from exeunt.server.engine_config import EngineConfig
@@ -29,6 +31,7 @@ from exeunt.server.request import (
     ScoreRequest,
     StepEvent,
 )
+from exeunt.server.whole_passes import WholePasses
 
 FULL, INT4_KV, LINEAR = Variant(), Variant(kv_cache="int4"), Variant(linear_block=True)
 OFF, LEAVE = ExitPolicy(), ExitPolicy("approximate", threshold=0.5)
@@ -36,6 +39,9 @@ BACKFILL = ExitPolicy("approximate", threshold=0.5, skipped_kv="backfill")
 VERIFIED = ExitPolicy("verified")
 PROMPT = tuple(b"The stage is empty. They leave.")
 WAIT_S = 60
+NATIVE = pytest.mark.skipif(
+    native_library() is None, reason="needs the native kernels (a C++ compiler, and EXEUNT_NATIVE not 0)"
+)
 
 
 @dataclass
@@ -157,6 +163,11 @@ def running(
         assert snapshot.kv_pages_free == snapshot.kv_pages_total
     finally:
         engine.stop()
+
+
+def go_by_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have ticks go by stages, as on a GPU."""
+    monkeypatch.setattr(WholePasses, "of", lambda *_: None)
 
 
 def ask_score(

@@ -18,7 +18,7 @@ from exeunt.server.sampling import RowSampling, sample
 from exeunt.server.scheduler import Scheduler
 from exeunt.server.tick_run import StageRun
 from tests.compression.fake_graphs import FakePool
-from tests.server.engine_bench import BACKFILL, running
+from tests.server.engine_bench import BACKFILL, go_by_stages, running
 
 CAPTURE_S = 0.05
 
@@ -43,6 +43,7 @@ def test_captures_are_set_apart(
         served.append(seconds)
         serve(scheduler, variant, seconds)
 
+    go_by_stages(monkeypatch)
     monkeypatch.setattr(Decoder, "head", capturing)
     monkeypatch.setattr(Scheduler, "served", noted)
     with running(tiny_model, audit_share=audit_share) as bench:

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
+from exeunt.compression.decoder import Decoder
 from exeunt.compression.model import LoadedModel
+from exeunt.compression.model_pass import ModelPass
 from exeunt.server.answer import Answer
 from exeunt.server.audit import AuditBook
 from exeunt.server.block_account import BlockAccount
@@ -33,12 +35,14 @@ from tests.server.engine_bench import (
     INT4_KV,
     LEAVE,
     LINEAR,
+    NATIVE,
     OFF,
     PROMPT,
     VERIFIED,
     WAIT_S,
     Heard,
     ScoreError,
+    go_by_stages,
     running,
     score,
 )
@@ -185,12 +189,25 @@ def test_time_out_before_the_first_token_fails_and_after_it_finishes(
     assert bench.value("exeunt_e2e_request_latency_seconds_count") == 1  # the one that was answered
 
 
+def _broken(monkeypatch: pytest.MonkeyPatch, error: Exception, *, whole: bool) -> None:
+    """Have every tick fail, on its way by stages or in the one call."""
+
+    def fails(*_: Any) -> Any:
+        raise error
+
+    if whole:
+        monkeypatch.setattr(ModelPass, "run", fails)
+    else:
+        go_by_stages(monkeypatch)
+        monkeypatch.setattr(Decoder, "head", fails)
+
+
+@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=NATIVE)])
 def test_an_exception_in_a_tick_fails_its_requests_and_the_engine_lives_on(
-    tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+    tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch, whole: bool
 ) -> None:
-    decoder = tiny_model.decoder(FULL)
     with running(tiny_model) as bench:
-        monkeypatch.setattr(type(decoder), "head", lambda *_: (_ for _ in ()).throw(MemoryError("no room")))
+        _broken(monkeypatch, MemoryError("no room"), whole=whole)
         failure = bench.answer().events[-1]
         assert isinstance(failure, FailureEvent)
         assert failure.kind == "internal"
@@ -198,12 +215,12 @@ def test_an_exception_in_a_tick_fails_its_requests_and_the_engine_lives_on(
         assert len(bench.answer().ids()) == 24
 
 
+@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=NATIVE)])
 def test_an_engine_whose_device_answers_no_more_tells_everybody_and_is_not_alive(
-    tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+    tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch, whole: bool
 ) -> None:
-    decoder = tiny_model.decoder(FULL)
     with running(tiny_model, max_num_seqs=1) as bench:
-        monkeypatch.setattr(type(decoder), "head", lambda *_: (_ for _ in ()).throw(RuntimeError("launch")))
+        _broken(monkeypatch, RuntimeError("launch"), whole=whole)
         monkeypatch.setattr(Runner, "device_answers", lambda _: False)
         with bench.held():
             asked = [bench.ask() for _ in range(3)]

@@ -179,7 +179,7 @@ def test_choices_differ_and_a_seed_repeats_them(tiny_model: LoadedModel) -> None
     assert answers == [two.ids(choice) for choice in range(3)]
 
 
-@pytest.mark.parametrize("penalty", [1.0, 1.2])  # which a draw beside the pass does not know
+@pytest.mark.parametrize("penalty", [1.0, 1.2])  # which the pass's own draws do not know
 @pytest.mark.parametrize("exits", [OFF, LEAVE, VERIFIED], ids=lambda exits: exits.mode)
 def test_one_rows_nan_is_no_other_rows_trouble(
     tiny_model: LoadedModel, exits: ExitPolicy, penalty: float

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,15 @@ from transformers import (
 
 from exeunt.kernels.token_draw.reference import exponential_noise
 from exeunt.server.request import SamplingParams
-from exeunt.server.sampling import RowSampling, processed_scores, row_keys, sample, token_keys
+from exeunt.server.sampling import (
+    RowSampling,
+    finished_draws,
+    plain_draw,
+    processed_scores,
+    row_keys,
+    sample,
+    token_keys,
+)
 
 
 def _row(
@@ -334,3 +343,49 @@ class TestParameters:
 
     def test_no_rows(self) -> None:
         assert sample(torch.zeros(0, 5), []).ids == ()
+
+
+VOCAB = 40
+
+
+class TestPlainDraw:
+    """Draws from logits as they are: what describes them, and for which rows that is all there is."""
+
+    @pytest.mark.parametrize(
+        ("changes", "plain"),
+        [
+            ({}, True),
+            ({"temperature": 0.7}, True),
+            ({"temperature": 0.7, "top_k": VOCAB}, True),
+            ({"temperature": 0.7, "top_k": VOCAB - 1}, False),
+            ({"temperature": 0.7, "top_p": 0.99}, False),
+            ({"temperature": 1e-6, "top_k": 2, "top_p": 0.1}, True),  # greedy
+            ({"repetition_penalty": 1.1}, False),
+            ({"min_new_tokens": 4}, False),
+            ({"min_new_tokens": 3}, True),  # has as many
+            ({"min_new_tokens": 4, "ignore_eos": True}, True),
+        ],
+    )
+    def test_it_is_all_there_is_where_no_step_changes_scores(
+        self, changes: dict[str, Any], plain: bool
+    ) -> None:
+        row = RowSampling(SamplingParams(**changes), 0, 3)
+        found = plain_draw(row, VOCAB, ends=True)
+        assert (found is not None) == plain
+        if found is not None:
+            logits = torch.randn(1, VOCAB, generator=torch.Generator().manual_seed(1))
+            assert processed_scores(logits, [row], [5]) is logits
+            assert found.temperature == (0.0 if row.greedy else row.params.temperature)
+            assert [found.first_key, found.second_key] == row_keys([row])[0].tolist()
+
+    def test_without_ends_none_is_ruled_out(self) -> None:
+        row = RowSampling(SamplingParams(min_new_tokens=4), 0, 3)
+        assert plain_draw(row, VOCAB, ends=False) is not None
+
+    def test_a_row_without_a_logprob_has_an_error(self) -> None:
+        drawn = finished_draws([3, 4], [-0.5, math.nan])
+        assert drawn.ids is None
+        told = drawn.wait()
+        assert told.ids == (3, -1)
+        assert told.errors[0] is None
+        assert told.errors[1] is not None

@@ -16,7 +16,6 @@ from exeunt.server.runner import Runner
 from exeunt.server.sampling import StartedDraws
 from exeunt.server.tick import Tick
 from exeunt.server.tick_run import TickRun
-from exeunt.server.whole_passes import WholePasses
 from tests.server.conftest import BLOCKS
 from tests.server.engine_bench import (
     BACKFILL,
@@ -28,6 +27,7 @@ from tests.server.engine_bench import (
     VERIFIED,
     WAIT_S,
     Heard,
+    go_by_stages,
     running,
     score,
 )
@@ -51,7 +51,7 @@ class Begun:
 def _beside_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have ticks run as on a GPU, by stages."""
     monkeypatch.setattr(Runner, "has_graphs", property(lambda _: True))
-    monkeypatch.setattr(WholePasses, "of", lambda *_: None)
+    go_by_stages(monkeypatch)
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ import pytest
 
 from exeunt.compression.model import LoadedModel
 from exeunt.compression.variant import Variant
-from exeunt.kernels.native.library import native_library
-from exeunt.server.request import ExitPolicy, SamplingParams
-from exeunt.server.sampling import RowSampling
+from exeunt.server.auditor import Auditor
+from exeunt.server.request import ExitPolicy, FailureEvent, SamplingParams
+from exeunt.server.sampling import RowSampling, start_each
 from exeunt.server.stages import StagePlan
 from exeunt.server.tick import Tick
 from exeunt.server.tick_run import StageRun
@@ -19,19 +19,19 @@ from tests.server.engine_bench import (
     FULL,
     LEAVE,
     LINEAR,
+    NATIVE,
     OFF,
     VERIFIED,
     WAIT_S,
     Heard,
+    go_by_stages,
     running,
     score,
 )
 from tests.server.fixed_drafter import FixedDrafter
 from tests.server.test_soak import answer_of
 
-pytestmark = pytest.mark.skipif(
-    native_library() is None, reason="needs the native kernels (a C++ compiler, and EXEUNT_NATIVE not 0)"
-)
+pytestmark = NATIVE
 STRICT = ExitPolicy("approximate", threshold=0.8)
 LATER = ExitPolicy("approximate", threshold=0.7, skipped_kv="backfill")
 COUNTERS = (
@@ -173,27 +173,76 @@ def test_exits_that_are_replayed_go_by_stages(
     assert answers[0] == answers[1]
 
 
-def test_draws_that_change_logits_first_are_made_beside_the_pass(
-    tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+CHANGED: list[dict[str, Any]] = [
+    {"temperature": 0.8, "top_k": 5},
+    {"temperature": 0.8, "top_p": 0.7},
+    {"repetition_penalty": 1.3},
+    {"min_new_tokens": 9, "ignore_eos": False},
+]
+PLAIN: list[dict[str, Any]] = [{}, {"temperature": 0.8}, {"temperature": 1e-6, "top_k": 3}, {"top_p": 0.5}]
+
+
+@pytest.mark.parametrize("asked", [PLAIN, CHANGED, PLAIN + CHANGED], ids=["plain", "changed", "both"])
+def test_draws_are_the_passs_own_unless_one_changes_logits_first(
+    tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch, asked: list[dict[str, Any]]
 ) -> None:
-    asked: list[dict[str, Any]] = [
-        {},
-        {"temperature": 0.8},
-        {"temperature": 0.8, "top_k": 5},
-        {"temperature": 0.8, "top_p": 0.7},
-        {"repetition_penalty": 1.3},
-        {"min_new_tokens": 9, "ignore_eos": False},
-        {"temperature": 1e-6, "top_k": 3},
-    ]
+    beside = [0]
+
+    def started(*given: Any) -> Any:
+        beside[0] += 1
+        return start_each(*given)
+
+    monkeypatch.setattr("exeunt.server.runner.start_each", started)
     with running(tiny_model) as bench:
-        alone = [answer_of(bench.answer(seed=4, **each)) for each in asked]
         with bench.held():
             heard = [bench.ask(seed=4, **each) for each in asked]
         together = [answer_of(one.wait()) for one in heard]
-    Whole(monkeypatch, allowed=False)
+        assert (beside[0] > 0) == (asked is not PLAIN)
+        alone = [answer_of(bench.answer(seed=4, **each)) for each in asked]
+    go_by_stages(monkeypatch)
     with running(tiny_model) as bench:
         staged = [answer_of(bench.answer(seed=4, **each)) for each in asked]
     assert alone == together == staged
+
+
+def test_a_draw_that_cannot_be_described_is_its_own_requests_trouble(tiny_model: LoadedModel) -> None:
+    with running(tiny_model) as bench:
+        clean = bench.answer().ids()
+        with bench.held():
+            asked = [bench.ask(), bench.ask(temperature=10**400), bench.ask()]
+        first, failed, last = [one.wait() for one in asked]
+    assert first.ids() == last.ids() == clean
+    assert isinstance(failed.events[-1], FailureEvent)
+
+
+def test_where_no_threshold_is_certified_nothing_is_asked_on_the_way(
+    tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    never = ExitPolicy("approximate", threshold=None, target=0.01)
+    with monkeypatch.context() as patch:
+        Whole(patch, allowed=False)
+        wanted, counts, stages = _spoken(tiny_model, [never, never])
+    found, counted, pieces = _spoken(tiny_model, [never, never])
+    assert [answer_of(one) for one in found] == [answer_of(one) for one in wanted]
+    assert counted == counts
+    for variant in (FULL, LINEAR):
+        assert _of(variant, pieces) == _of(variant, stages)
+    assert {run.stages for run in pieces} == {range(3)}
+
+
+def test_an_audit_that_fails_costs_audits_and_no_answer(
+    tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policies = [LEAVE, BACKFILL, LEAVE]
+    wanted, _, _ = _spoken(tiny_model, policies)
+
+    def fails(*_: Any) -> Any:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(Auditor, "_hold_or_pick", fails)
+    found, counted, _ = _spoken(tiny_model, policies, audit_share=1.0)
+    assert [answer_of(one) for one in found] == [answer_of(one) for one in wanted]
+    assert counted["audited_tokens"] == 0
 
 
 def test_steps_go_by_stages_where_rows_wait_at_exits(

@@ -19,10 +19,10 @@ enum AtExit : int64_t {  // what a row does when a token of it leaves; its logit
   STAYS                  // all of them go on to the end
 };
 
-// The structs are those of kernels/decode_pass/native.py, field by field.
+// The structs are those of kernels/model_pass/native.py and batch.py, field by field.
 struct PassExit {
-  const Gate* gate;  // null where nobody asks
-  int64_t depth;     // blocks in front of it
+  const Gate* gate;
+  int64_t depth;  // blocks in front of it
 };
 
 struct PassHead {
@@ -46,7 +46,7 @@ struct PassModel {
   PassHead head;
 };
 
-// Numbers lie one behind the other, as kernels/decode_pass/batch.py puts them.
+// Numbers lie one behind the other, as kernels/model_pass/batch.py puts them.
 struct PassBatch {
   int64_t tokens, rows, table_width, max_context;
   const int64_t* numbers;    // of each token the six and of each row the two that follow
@@ -59,7 +59,7 @@ struct PassBatch {
   const int64_t* slots() const { return numbers + tokens; }
   const int64_t* entry() const { return numbers + 2 * tokens; }   // 0: at the first block, e + 1: behind exit e
   const int64_t* asks() const { return numbers + 3 * tokens; }    // bit e: it may leave at exit e
-  const int64_t* wanted() const { return numbers + 4 * tokens; }  // whether the head is asked, unless an exit was
+  const int64_t* wants_logits() const { return numbers + 4 * tokens; }  // of the head, unless an exit has given them
   const int64_t* ids() const { return numbers + 5 * tokens; }     // of those that come in at the front
   const int64_t* row_entry() const { return numbers + 6 * tokens; }  // its other tokens join it while it is on its way
   const int64_t* at_exit() const { return row_entry() + rows; }      // AtExit
@@ -67,43 +67,45 @@ struct PassBatch {
 
   const int32_t* keys(int64_t token) const { return table(rows) + 2 * token; }
 
-  // Whether all of it names what there is.
-  bool known(const PassModel& model) const {
+  // What of it names something that there is not, 0 where all is well; kernels/model_pass/native.py says it in words.
+  int fault(const PassModel& model) const {
     const int64_t count = model.exit_count;
-    int64_t gates = 0;
-    for (int64_t e = 0; e < count; e++) gates |= int64_t(model.exits[e].gate != nullptr) << e;
-    bool known = count < 63 && row_parts[0] == 0 && row_parts[rows] == tokens;
+    const PassEmbedding& embedding = model.embedding;
+    for (int64_t r = 0; r < rows; r++)
+      if (row_parts[r] >= row_parts[r + 1]) return 1;
+    if (row_parts[0] != 0 || row_parts[rows] != tokens) return 1;
     for (int64_t k = 0; k < tokens; k++) {
-      known &= entry()[k] >= 0 && entry()[k] <= count && (asks()[k] & ~gates) == 0;
-      known &= ids()[k] >= 0 && ids()[k] < model.embedding.ids;
-      known &= !model.embedding.positions || (positions()[k] >= 0 && positions()[k] < model.embedding.most);
+      if (entry()[k] < 0 || entry()[k] > count) return 2;
+      if (asks()[k] < 0 || asks()[k] >> count) return 3;
+      if (ids()[k] < 0 || ids()[k] >= embedding.ids) return 4;
+      if (embedding.positions && (positions()[k] < 0 || positions()[k] >= embedding.most)) return 5;
     }
     for (int64_t r = 0; r < rows; r++) {
-      known &= row_parts[r] < row_parts[r + 1] && row_entry()[r] >= 0 && row_entry()[r] <= count;
-      known &= at_exit()[r] >= LEAVES && at_exit()[r] <= STAYS;
+      if (row_entry()[r] < 0 || row_entry()[r] > count) return 6;
+      if (at_exit()[r] < LEAVES || at_exit()[r] > STAYS) return 7;
     }
-    return known;
+    return 0;
   }
 };
 
 struct PassResult {
   void* states;   // [tokens, hidden] where those come in that wait; then where each stopped
-  float* logits;  // [told, outputs] of the first exit's, the second's, then those the head is asked about, which is
-                  // left to the caller where there is no head
+  float* logits;  // [rows, outputs] of tokens that leave at the first exit, at the second, then of those the head is
+                  // asked about, which is left to the caller where there is no head
   int64_t* counts;
-  float* logprobs;  // [told] of the ids that were drawn, under the raw logits; NaN where a row is not usable
+  float* logprobs;  // [rows of logits] of the ids that were drawn; NaN where logits are not usable
   double* seconds;  // [exits] from the exit before to behind this one, then of them in the gate
   int64_t all_tokens, exits;
 
-  int64_t* told() const { return counts; }  // [tokens] which token each row of logits is of
+  int64_t* with_logits() const { return counts; }  // [tokens] which token each row of logits is of
   // [tokens] behind which exit it stopped; behind the last block: how many exits there are; -1: it never came in
   int64_t* stopped() const { return counts + all_tokens; }
   int64_t* tokens() const { return stopped() + all_tokens; }  // [exits + 1] on their way in each stage
   int64_t* rows() const { return tokens() + exits + 1; }
-  int64_t* spoke() const { return rows() + exits + 1; }  // [exits + 1] its rows of logits; the last: the head's
-  int64_t* asked() const { return spoke() + exits + 1; }  // [exits] tokens that its gate was asked about
-  int64_t* cut() const { return asked() + exits; }        // [exits] whether anything could happen there
-  int64_t* drawn() const { return cut() + exits; }        // [tokens] ids, of each row of logits
+  int64_t* logits_of() const { return rows() + exits + 1; }    // [exits + 1] its rows of logits; the last: the head's
+  int64_t* gated() const { return logits_of() + exits + 1; }   // [exits] tokens that its gate was asked about
+  int64_t* ends_piece() const { return gated() + exits; }      // [exits] whether anything could happen there
+  int64_t* drawn() const { return ends_piece() + exits; }      // [tokens] ids, behind each token with logits
   int64_t numbers() const { return 3 * all_tokens + 5 * exits + 3; }
 };
 
@@ -122,7 +124,7 @@ inline double seconds_now() {
 }
 
 template <class T>
-struct DecodePass {
+struct ModelPass {
   const PassModel& model;
   const Pages* const* pages;
   const T* rotation;
@@ -137,9 +139,9 @@ struct DecodePass {
   std::vector<int64_t> positions, slots;  // theirs
   std::vector<int32_t> starts, tables;
   Batch batch{};
-  int64_t told = 0;
+  int64_t logit_rows = 0;
 
-  DecodePass(const PassModel& model_, const Pages* const* pages_, const void* rotation_, const PassBatch& all_,
+  ModelPass(const PassModel& model_, const Pages* const* pages_, const void* rotation_, const PassBatch& all_,
              const PassResult& out_, int64_t tile_, int threads_)
       : model(model_), pages(pages_), rotation((const T*)rotation_), all(all_), out(out_), tile(tile_),
         threads(threads_), left(size_t(all_.tokens)) {
@@ -260,13 +262,13 @@ struct DecodePass {
     return true;
   }
 
-  // The places of tokens that the gate of exit `e` is asked about; says in `cut` whether any could have asked.
+  // The places of tokens that the gate of exit `e` is asked about; says in `ends_piece` whether any could have asked.
   std::vector<int64_t> asking(int64_t e) const {
     std::vector<int64_t> found;
     for (int64_t k = 0; k < on_way(); k++) {
       const size_t token = size_t(order[size_t(k)]);
       if (!(all.asks()[token] >> e & 1)) continue;
-      out.cut()[e] = 1;
+      out.ends_piece()[e] = 1;
       if (!left[token]) found.push_back(k);
     }
     return found;
@@ -287,7 +289,7 @@ struct DecodePass {
       thresholds.push_back(all.reals[order[size_t(k)]]);
     }
     const Decisions decisions{confidence.data(), decided.get(), looked.data(), projected.data(),
-                              out.logits + told * outputs};
+                              out.logits + logit_rows * outputs};
     const double began = seconds_now();
     exit_gate(decisions, gathered.get(), thresholds.data(), gate, rows, gathered.get() + rows * width(), wide.get(),
               threads);
@@ -300,16 +302,16 @@ struct DecodePass {
   // Behind exit `e`: who leaves, and what that means for their rows. Returns whether anybody has stopped.
   bool leave(int64_t e, const PassExit& exit) {
     const std::vector<int64_t> asked = asking(e);
-    out.asked()[e] = int64_t(asked.size());
+    out.gated()[e] = int64_t(asked.size());
     if (asked.empty()) return false;
     const std::vector<int64_t> found = leaving(e, *exit.gate, asked);
-    out.spoke()[e] = int64_t(found.size());
+    out.logits_of()[e] = int64_t(found.size());
     std::vector<char> stops(order.size()), waits(static_cast<size_t>(all.rows));
     std::vector<int64_t> gone;
     bool any = false;
     for (int64_t k : found) {
       const int64_t token = order[size_t(k)], what = all.at_exit()[row(k)];
-      out.told()[told++] = token;
+      out.with_logits()[logit_rows++] = token;
       left[size_t(token)] = 1;
       any = any || what != STAYS;
       if (what == LEAVES) stops[size_t(k)] = 1, gone.push_back(k);
@@ -329,12 +331,12 @@ struct DecodePass {
     std::vector<int64_t> asked;
     for (int64_t k = 0; k < on_way(); k++) {
       const int64_t token = order[size_t(k)];
-      if (!all.wanted()[token] || left[size_t(token)]) continue;
-      out.told()[told + int64_t(asked.size())] = token;
+      if (!all.wants_logits()[token] || left[size_t(token)]) continue;
+      out.with_logits()[logit_rows + int64_t(asked.size())] = token;
       asked.push_back(k);
     }
     stop(out.exits, std::vector<char>(order.size(), 1));  // the dense states stay where they are
-    const int64_t rows = out.spoke()[out.exits] = int64_t(asked.size());
+    const int64_t rows = out.logits_of()[out.exits] = int64_t(asked.size());
     if (head.norm == nullptr) return;  // the caller's
     const int64_t outputs = head.output.outputs, product = std::is_same<T, float>::value ? 0 : outputs;
     const auto normed = room_for<T>(rows * (width() + product));
@@ -342,21 +344,22 @@ struct DecodePass {
       rms_norm(&normed[size_t(i * width())], state(asked[size_t(i)]), (const T*)head.norm, 1, width(), width(),
                float(model.shape->eps));
     if (rows > 0)
-      project(out.logits + told * outputs, head.output, normed.get(), rows, normed.get() + rows * width(), threads);
-    told += rows;
+      project(out.logits + logit_rows * outputs, head.output, normed.get(), rows, normed.get() + rows * width(),
+              threads);
+    logit_rows += rows;
     if (all.token_keys) draw(outputs);
   }
 
-  // The successors of all tokens with logits [told, outputs].
+  // The successors of all tokens with logits [logit_rows, outputs].
   void draw(int64_t outputs) const {
     std::vector<float> temperatures;
     std::vector<int32_t> keys;
-    for (int64_t i = 0; i < told; i++) {
-      const int64_t token = out.told()[i];
+    for (int64_t i = 0; i < logit_rows; i++) {
+      const int64_t token = out.with_logits()[i];
       temperatures.push_back(all.reals[all.tokens + token]);
       keys.insert(keys.end(), all.keys(token), all.keys(token) + 2);
     }
-    draw_rows(out.drawn(), out.logprobs, out.logits, out.logits, told, outputs, temperatures.data(), keys.data(),
+    draw_rows(out.drawn(), out.logprobs, out.logits, out.logits, logit_rows, outputs, temperatures.data(), keys.data(),
               all.token_keys, threads);
   }
 
@@ -371,7 +374,7 @@ struct DecodePass {
       run(from, exits[e].depth);
       from = exits[e].depth;
       const bool stopped = leave(e, exits[e]), joined = join(e + 1);
-      out.cut()[e] |= joined;
+      out.ends_piece()[e] |= joined;
       if (stopped || joined) describe();
       out.seconds[e] = seconds_now() - began;
     }

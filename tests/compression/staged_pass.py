@@ -1,33 +1,23 @@
-"""A pass in one native call against the same pass a stage at a time: the same bits, whatever leaves and joins where."""
+"""A pass through a whole model a stage at a time, which one native call is held to: cases, reference, comparison."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 from torch import Tensor
 
-import exeunt.kernels.decode_pass.native
-from exeunt.compression.decode_pass import DecodePass
 from exeunt.compression.decoder import Decoder
 from exeunt.compression.exit_output import Shortlist
 from exeunt.compression.exits import ExitConfirmation, ExitHead, ExitJudge, ExitProbe
-from exeunt.compression.linear import Int4Linear
+from exeunt.compression.model_pass import ModelPass
 from exeunt.compression.norm import Norm
 from exeunt.compression.variant import KVFormat
-from exeunt.kernels.decode_pass import AtExit, PassBatch, Passed, PassRows, PassTokens
-from exeunt.kernels.int4_linear import quantize
-from exeunt.kernels.native.library import native_library
+from exeunt.kernels.model_pass import AtExit, PassBatch, Passed, PassRows, PassTokens
 from exeunt.kernels.paged_batch import PagedBatch
 from exeunt.kernels.token_draw import draw_tokens
 from tests.compression.paged_generation import Sequences
-from tests.compression.test_native_blocks import a_decoder
 
-pytestmark = pytest.mark.skipif(
-    native_library() is None, reason="needs the native kernels (a C++ compiler, and EXEUNT_NATIVE not 0)"
-)
 UNITS, INF = 16, float("inf")
 
 
@@ -153,7 +143,7 @@ def prepared(decoder: Decoder, format: KVFormat, cases: Sequence[Case], keys: Te
         tokens.entries += case.entries
         tokens.asks += [*([0] * older), case.asks]
         tokens.thresholds += [*([INF] * older), case.threshold]
-        tokens.wanted += [at > older - case.wanted for at in range(len(span))]
+        tokens.wants_logits += [at > older - case.wanted for at in range(len(span))]
         tokens.temperatures += [0.9 * (row % 2)] * len(span)
         rows.tokens.append(len(span))
         rows.entries.append(case.entry)
@@ -174,12 +164,12 @@ def prepared(decoder: Decoder, format: KVFormat, cases: Sequence[Case], keys: Te
 class Staged:
     """What a pass a stage at a time comes to, as in `Passed`."""
 
-    told: list[int] = field(default_factory=list)
-    spoke: list[int] = field(default_factory=list)
+    with_logits: list[int] = field(default_factory=list)
+    logits_of: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
-    asked: list[int] = field(default_factory=list)
-    cut: list[int] = field(default_factory=list)
+    gated: list[int] = field(default_factory=list)
+    ends_piece: list[int] = field(default_factory=list)
     logits: list[Tensor] = field(default_factory=list)
 
 
@@ -213,9 +203,9 @@ def by_stages(made: Prepared, exits: tuple[ExitHead, ...]) -> tuple[Staged, list
             gate = head.gate(states[asking], thresholds, decoder.project_exit)
             leaving = [token for token, leaves in zip(asking, gate.leaves.tolist(), strict=True) if leaves]
             found.logits.append(gate.logits)
-        found.told += leaving
-        found.spoke.append(len(leaving))
-        found.asked.append(len(asking))
+        found.with_logits += leaving
+        found.logits_of.append(len(leaving))
+        found.gated.append(len(asking))
         heard |= set(leaving)
         kinds = {token: made.cases[made.row_of(token)].at_exit for token in leaving}
         gone = [token for token in leaving if kinds[token] == AtExit.LEAVES]
@@ -227,16 +217,16 @@ def by_stages(made: Prepared, exits: tuple[ExitHead, ...]) -> tuple[Staged, list
             stopped[token] = place
         before = [token for token in going if token not in gone]
         going = joined(made, before, place + 1)
-        found.cut.append(int(bool(may) or going != before))
+        found.ends_piece.append(int(bool(may) or going != before))
     found.tokens.append(len(going))
     found.rows.append(len({made.row_of(token) for token in going}))
     if going:
         states[going] = decoder.run_blocks(states[going], made.some(going), pages, start, blocks)
     for token in going:
         stopped[token] = len(exits)
-    wanted = [token for token in going if made.tokens.wanted[token] and token not in heard]
-    found.told += wanted
-    found.spoke.append(len(wanted))
+    wanted = [token for token in going if made.tokens.wants_logits[token] and token not in heard]
+    found.with_logits += wanted
+    found.logits_of.append(len(wanted))
     if wanted:
         found.logits.append(decoder.head(states[wanted]))
     return found, stopped, states
@@ -249,7 +239,7 @@ def compared(
     exits = random_exits(decoder) if exits is None else exits
     keys = torch.arange(decoder.spec.vocab_size, dtype=torch.int32) * 7919
     fast, slow = (prepared(decoder, format, cases, keys) for _ in range(2))
-    whole = DecodePass.of(decoder, exits)
+    whole = ModelPass.of(decoder, exits)
     assert whole is not None
     assert whole.takes(fast.native, fast.held.pages)
     before = list(decoder.block_calls.tokens), list(decoder.block_calls.calls)
@@ -258,7 +248,7 @@ def compared(
     given = fast.states.clone()
     given[torch.tensor(fast.tokens.entries) == 0] = torch.nan  # embedded anew
     found = whole.run(given, fast.native, fast.held.pages)
-    for name in ("told", "spoke", "tokens", "rows", "asked", "cut"):
+    for name in ("with_logits", "logits_of", "tokens", "rows", "gated", "ends_piece"):
         assert getattr(found, name) == getattr(wanted, name), name
     assert found.stopped == stopped
     assert torch.equal(found.states, states)
@@ -271,199 +261,13 @@ def compared(
         assert [n - m for n, m in zip(now, then, strict=True)] == [
             m - n for m, n in zip(then, first, strict=True)
         ]
-    for seconds, gate, asked in zip(found.seconds, found.gate_seconds, found.asked, strict=True):
+    for seconds, gate, asked in zip(found.seconds, found.gate_seconds, found.gated, strict=True):
         assert seconds >= gate >= 0
         assert (gate > 0) == (asked > 0)
     assert (found.drawn is None) == (whole.native.head is None)
-    if found.drawn is not None and found.told:
-        temperatures = torch.tensor([fast.tokens.temperatures[token] for token in found.told])
-        own = torch.tensor(fast.tokens.keys, dtype=torch.int32).view(-1, 2)[found.told]
+    if found.drawn is not None and found.with_logits:
+        temperatures = torch.tensor([fast.tokens.temperatures[token] for token in found.with_logits])
+        own = torch.tensor(fast.tokens.keys, dtype=torch.int32).view(-1, 2)[found.with_logits]
         ids, logprobs = draw_tokens(logits, logits, temperatures, own, keys)
         assert found.drawn == (ids.tolist(), logprobs.tolist())
     return found
-
-
-@pytest.mark.parametrize("linear_block", [False, True])
-@pytest.mark.parametrize("int4", [False, True])
-@pytest.mark.parametrize("format", ["full", "int4"])
-@pytest.mark.parametrize("name", ["gpt2", "llama", "mistral", "qwen3"])
-def test_a_pass_has_the_bits_of_its_stages(
-    name: str, format: KVFormat, int4: bool, linear_block: bool, tmp_path: Path
-) -> None:
-    decoder = a_decoder(name, tmp_path, torch.float32, int4, linear_block)
-    assert 0 < sum(compared(decoder, format, STEP).spoke[:2]) < len(STEP) - 2
-    assert compared(decoder, format, changed(STEP, 0.0)).spoke[0] > 0
-    assert compared(decoder, format, changed(STEP, 2.0)).spoke[:2] == [0, 0]
-    assert compared(decoder, format, [replace(case, asks=0) for case in STEP]).cut == [0, 0]
-    compared(decoder, format, [replace(case, asks=0) for case in STEP], ())
-    compared(decoder, format, ALL)
-    everyone = compared(decoder, format, changed(ALL, 0.0))
-    assert -1 in everyone.stopped  # what waited where its row did not come by
-    compared(decoder, format, changed(ALL, 2.0))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
-def test_a_pass_in_16_bits_has_the_bits_of_its_stages(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    decoder = a_decoder(name, tmp_path, dtype, False, False)
-    for cases in (STEP, ALL):
-        for threshold in (0.0, 0.5, 2.0):
-            compared(decoder, "full", changed(cases, threshold))
-            compared(decoder, "int4", changed(cases, threshold))
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_any_rows_have_the_bits_of_their_stages(seed: int, tmp_path: Path) -> None:
-    decoder = a_decoder("llama", tmp_path, torch.float32, False, True)
-    g = np.random.default_rng(seed)
-    for _ in range(8):
-        cases = []
-        for _ in range(int(g.integers(1, 14))):
-            new, waiting = (
-                int(g.integers(0, 4)),
-                {n: int(g.integers(1, 3)) for n in (1, 2) if g.random() < 0.4},
-            )
-            if not (new or waiting):
-                new = 1
-            kind, asks = AtExit(int(g.integers(0, 3))), int(g.integers(0, 4)) * (new > 0)
-            if kind is AtExit.LEAVES and (waiting or new > 1):
-                kind = AtExit.STAYS
-            cases.append(Case(new, waiting, asks, float(g.uniform(0.2, 0.9)), kind, int(g.integers(0, 4))))
-        compared(decoder, "int4" if g.random() < 0.5 else "full", cases)
-
-
-def test_exits_may_read_another_form_of_the_output_matrix(tmp_path: Path) -> None:
-    decoder = a_decoder("llama", tmp_path, torch.float32, False, False)
-    weight = torch.randn(decoder.spec.vocab_size, decoder.spec.hidden_size)
-    decoder.let_exits_read(Int4Linear(quantize(weight, 8)))
-    assert sum(compared(decoder, "full", STEP).spoke[:2]) > 0
-
-
-def test_nothing_is_drawn_where_nobody_asks(tmp_path: Path) -> None:
-    decoder = a_decoder("llama", tmp_path, torch.float32, False, False)
-    made = prepared(decoder, "full", STEP, None)
-    whole = DecodePass.of(decoder, random_exits(decoder))
-    assert whole is not None
-    assert whole.run(made.states, made.native, made.held.pages).drawn is None
-
-
-def test_what_the_kernels_do_not_take_has_no_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    decoder = a_decoder("llama", tmp_path, torch.float32, False, False)
-    exits = random_exits(decoder)
-    whole = DecodePass.of(decoder, exits)
-    assert whole is not None
-    made = prepared(decoder, "full", STEP, None)
-    most = made.native.most_told
-    assert most == len(STEP)
-    monkeypatch.setattr(exeunt.kernels.decode_pass.native, "MOST_LOGITS", decoder.spec.vocab_size * most)
-    assert whole.takes(made.native, made.held.pages)
-    monkeypatch.setattr(exeunt.kernels.decode_pass.native, "MOST_LOGITS", decoder.spec.vocab_size * most - 1)
-    assert not whole.takes(made.native, made.held.pages)
-    with pytest.raises(ValueError, match="room is for"):
-        whole.run(made.states, made.native, made.held.pages)
-    monkeypatch.undo()
-
-    class Other(type(decoder.output)):  # type: ignore[misc] # a matrix of another kind
-        pass
-
-    decoder.let_exits_read(Other(torch.randn(decoder.spec.vocab_size, decoder.spec.hidden_size)))
-    assert DecodePass.of(decoder, exits) is None
-    assert DecodePass.of(decoder, ()) is not None  # nothing asks them
-    monkeypatch.setattr(Decoder, "native_blocks", None)
-    assert DecodePass.of(decoder, ()) is None
-
-
-WRONG: list[tuple[str, list[int | float]]] = [
-    ("entries", [0, 3]),
-    ("entries", [0, -1]),
-    ("asks", [0, 4]),
-    ("asks", [0, -1]),
-    ("ids", [0, 1 << 20]),
-    ("ids", [0, -1]),
-]
-
-
-@pytest.mark.parametrize(("name", "values"), WRONG)
-def test_a_token_that_names_what_there_is_not_is_refused(
-    name: str, values: list[int | float], tmp_path: Path
-) -> None:
-    decoder = a_decoder("llama", tmp_path, torch.float32, False, False)
-    whole = DecodePass.of(decoder, random_exits(decoder))
-    assert whole is not None
-    made = prepared(decoder, "full", STEP[:2], None)
-    rows = PassRows([1, 1], [0, 0], [AtExit.STAYS] * 2, [table.numpy() for table in made.held.tables[:2]])
-    before = made.held.pages.arena.clone()
-    setattr(made.tokens, name, values)
-    with pytest.raises(ValueError, match="does not know"):
-        whole.run(made.states, PassBatch(made.tokens, rows), made.held.pages)
-    assert torch.equal(made.held.pages.arena, before)
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"entries": [0, 3]},
-        {"at_exits": [AtExit.STAYS, 3]},
-        {"at_exits": [AtExit.STAYS, -1]},
-        {"tokens": [2, 0]},
-    ],
-)
-def test_a_row_that_names_what_there_is_not_is_refused(wrong: dict[str, list[int]], tmp_path: Path) -> None:
-    decoder = a_decoder("llama", tmp_path, torch.float32, False, False)
-    whole = DecodePass.of(decoder, random_exits(decoder))
-    assert whole is not None
-    made = prepared(decoder, "full", STEP[:2], None)
-    tables = [table.numpy() for table in made.held.tables[:2]]
-    rows = PassRows([1, 1], [0, 0], [AtExit.STAYS] * 2, tables)
-    for name, values in wrong.items():
-        setattr(rows, name, values)
-    with pytest.raises(ValueError, match="does not know"):
-        whole.run(made.states, PassBatch(made.tokens, rows), made.held.pages)
-
-
-def test_positions_past_the_learned_ones_are_refused(tmp_path: Path) -> None:
-    decoder = a_decoder("gpt2", tmp_path, torch.float32, False, False)
-    whole = DecodePass.of(decoder, random_exits(decoder))
-    assert whole is not None
-    made = prepared(decoder, "full", STEP[:1], None)
-    assert decoder.embedding.positions is not None
-    made.tokens.positions = [len(decoder.embedding.positions)]
-    rows = PassRows([1], [0], [AtExit.STAYS], [made.held.tables[0].numpy()])
-    with pytest.raises(ValueError, match="does not know"):
-        whole.run(made.states, PassBatch(made.tokens, rows), made.held.pages)
-
-
-@pytest.mark.parametrize(
-    "name", ["slots", "entries", "asks", "wanted", "ids", "thresholds", "temperatures", "keys"]
-)
-def test_lists_of_different_lengths_are_no_batch(name: str, tmp_path: Path) -> None:
-    decoder = a_decoder("llama", tmp_path, torch.float32, False, False)
-    made = prepared(decoder, "full", STEP[:1], None)
-    rows = PassRows([1], [0], [AtExit.STAYS], [made.held.tables[0].numpy()])
-    assert PassBatch(made.tokens, rows).tokens == 1
-    getattr(made.tokens, name).append(0)
-    with pytest.raises(ValueError, match="a pass of 1 tokens and 1 rows"):
-        PassBatch(made.tokens, rows)
-
-
-def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
-    decoder = a_decoder("llama", tmp_path, torch.float32, False, False)
-    exits = random_exits(decoder)
-    whole = DecodePass.of(decoder, exits)
-    assert whole is not None
-    made = prepared(decoder, "full", STEP, None)
-    with pytest.raises(ValueError, match="hidden is"):
-        whole.run(made.states[:8], made.native, made.held.pages)
-    with pytest.raises(ValueError, match="hidden is"):
-        whole.run(made.states.double(), made.native, made.held.pages)
-    for depths, message in (((2, 2), "behind"), ((0, 2), "behind"), ((2, 99), "behind")):
-        gates = tuple((depth, gate) for depth, (_, gate) in zip(depths, whole.native.exits, strict=True))
-        with pytest.raises(ValueError, match=message):
-            replace(whole.native, exits=gates)
-    with pytest.raises(ValueError, match="a gate takes"):
-        replace(whole.native, vocab=whole.native.vocab - 1)
-    assert whole.native.head is not None
-    with pytest.raises(ValueError, match="the head is"):
-        replace(whole.native, exits=(), head=(whole.native.head[0][:-1], whole.native.head[1]))
-    with pytest.raises(ValueError, match="an embedding is"):
-        replace(whole.native, embedding=(decoder.embedding.tokens[:, :-1], None))

@@ -11,12 +11,12 @@ from exeunt.compression.exits import ExitHead
 from exeunt.compression.kv_format import KVPages
 from exeunt.compression.norm import Norm
 from exeunt.kernels.blocks import PageRange
-from exeunt.kernels.decode_pass import NativePass, PassBatch, Passed
+from exeunt.kernels.model_pass import MOST_EXITS, NativePass, PassBatch, Passed
 from exeunt.kernels.native.descriptors import Matrix
 
 
 @dataclass(frozen=True, slots=True)
-class DecodePass:
+class ModelPass:
     """What takes tokens through the whole of one decoder; `of` says where there is such."""
 
     decoder: Decoder
@@ -25,11 +25,11 @@ class DecodePass:
     _exits: tuple[ExitHead, ...]
 
     @classmethod
-    def of(cls, decoder: Decoder, exits: Sequence[ExitHead]) -> "DecodePass | None":
+    def of(cls, decoder: Decoder, exits: Sequence[ExitHead]) -> "ModelPass | None":
         """The pass over a decoder's blocks with these exits; None where the native kernels cannot run all of it."""
         blocks = decoder.native_blocks
         other = any(type(head) is not ExitHead for head in exits)  # another class has a gate of its own
-        if blocks is None or other:
+        if blocks is None or other or len(exits) > MOST_EXITS:
             return None
         project = decoder.project_exit
         gates = [(head.depth, head.native_gate(project)) for head in exits]
@@ -58,9 +58,9 @@ class DecodePass:
         if places is None:
             raise ValueError("the native kernels do not take these pages")
         passed = self.native.run(states, batch, places, decoder.rotation_table(batch.max_context))
-        asked = passed.spoke[-1]
+        asked = passed.logits_of[-1]
         if self.native.head is None and asked:
-            passed.logits[-asked:] = decoder.head(states[passed.told[-asked:]])
+            passed.logits[-asked:] = decoder.head(states[passed.with_logits[-asked:]])
         self._count(passed)
         return passed
 
