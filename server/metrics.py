@@ -292,11 +292,15 @@ class Metrics:
 
     def work(self, *, executed: int = 0, skipped: int = 0, wasted: int = 0, passes: int = 0) -> None:
         """Block × token pairs run for tokens, never run, or run in vain, and block × pass pairs; see `flush`."""
-        pending = self._pending
-        pending[self._executed] += executed
-        pending[self._skipped] += skipped
-        pending[self._wasted] += wasted
-        pending[self._passes] += passes
+        pending = self._pending  # asked twice for every token, of which most counts are 0
+        if executed:
+            pending[self._executed] += executed
+        if skipped:
+            pending[self._skipped] += skipped
+        if wasted:
+            pending[self._wasted] += wasted
+        if passes:
+            pending[self._passes] += passes
 
     def drafts(self, proposed: int, accepted: int) -> None:
         """Exits and look-ups proposed so many tokens, of which the full model confirmed some; see `flush`."""

@@ -171,18 +171,18 @@ class Runner:
         self._staged.run(run, lambda: self._end_piece(run))
 
     def _pass_whole(self, run: TickRun, whole: WholePass) -> None:
-        """Run a tick in one call: it does what the stages, one after the other, would."""
-        states, began = whole.states(self._held), self._clock()
-        found = whole.run(states)
+        """Run a tick in one call: it does what the stages, one after the other, would.
+
+        What the call took is known by stage, and the rest of the tick surrounds it: no piece is under way.
+        """
+        found = whole.run(whole.states(self._held))
         with_logits = found.settle(run.results, self._held)
         if with_logits:
             run.undrawn.append(Undrawn(with_logits, found.passed.logits))
             if found.passed.drawn is not None:
                 run.draws = finished_draws(*found.passed.drawn)
         for piece, seconds in found.pieces():
-            if run.piece is not None:
-                self._on_stages(run.ended_piece(began, 0.0))
-            run.piece, began = piece, began + seconds
+            self._on_stages(piece.ended(run.tick.variant, seconds))
         found.audit(self._auditor, self._model.decoder(run.tick.variant), self._pages[run.tick.variant])
 
     def _end_piece(self, run: TickRun) -> float:

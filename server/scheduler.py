@@ -315,7 +315,7 @@ class Scheduler:
         stages = [self._costs.stages[variant, stage] for stage in range(self._plan.stages)]
         if any(cost.each is None or not cost.weight for cost in stages):
             return room
-        step = sum(cost.of(tokens) for cost in stages)
+        step = sum(cost.of(tokens) for cost in stages) + self._costs.around.of(len(rows))
         each = max(
             sum(max(cost.each or 0.0, cost.slope) for cost in stages), 1e-9
         )  # few together cost more each

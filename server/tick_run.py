@@ -18,9 +18,9 @@ class StageRun:
     """Stages run in one piece: from where rows entered to the next gate or the tick's end.
 
     `seconds` hold the tick's set-up with the first and its draws with the last, and what was told meanwhile as far as
-    it took longer than a GPU; but neither audits nor the capturing of CUDA graphs, and `gate_seconds` of them were
-    spent asking the gate about `gated` tokens. Those of a tick that was begun before the one in front of it had ended
-    are counted from that end.
+    it took longer than a GPU; of a tick in one native call what that took, and no more. They hold neither audits nor
+    the capturing of CUDA graphs, and `gate_seconds` of them were spent asking the gate about `gated` tokens. Those of a
+    tick that was begun before the one in front of it had ended are counted from that end.
     """
 
     variant: Variant
@@ -41,6 +41,10 @@ class Piece:
     tokens: int
     gated: int = 0  # tokens that the gate behind them was asked about
     gate_seconds: float = 0.0
+
+    def ended(self, variant: Variant, seconds: float) -> StageRun:
+        """They have run, for so long."""
+        return StageRun(variant, self.stages, seconds, self.rows, self.tokens, self.gated, self.gate_seconds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,15 +89,7 @@ class TickRun:
         if piece is None:
             raise RuntimeError("no stages are under way")
         self.piece, self.began = None, ended
-        return StageRun(
-            self.tick.variant,
-            piece.stages,
-            ended - began - besides,
-            piece.rows,
-            piece.tokens,
-            piece.gated,
-            piece.gate_seconds,
-        )
+        return piece.ended(self.tick.variant, ended - began - besides)
 
     def take_draws(self) -> None:
         """Wait for the draws and note them with their rows' results."""

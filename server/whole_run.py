@@ -88,17 +88,16 @@ class WholeRun:
             start += count
 
     def pieces(self) -> Iterator[tuple[Piece, float]]:
-        """The stages run in one piece, with their seconds; of the last, which draws follow, these are not known."""
-        passed, first, seconds = self.passed, None, 0.0
+        """The stages run in one piece, with the seconds that the call took for them."""
+        passed, first, seconds, last = self.passed, None, 0.0, self.plan.last
         for stage, tokens in enumerate(passed.tokens):
             if not tokens:  # all have left, or nobody has begun yet
                 continue
             first = stage if first is None else first
-            if stage == self.plan.last:
-                yield Piece(range(first, stage + 1), passed.rows[first], tokens), 0.0
-                return
             seconds += passed.seconds[stage]
-            if passed.ends_piece[stage]:
+            if stage == last:
+                yield Piece(range(first, stage + 1), passed.rows[first], tokens), seconds
+            elif passed.ends_piece[stage]:
                 gated, of_gate = passed.gated[stage], passed.gate_seconds[stage]
                 stages = range(first, stage + 1)
                 yield Piece(stages, passed.rows[first], tokens, gated, of_gate), seconds

@@ -97,7 +97,7 @@ class Passed:
     logits_of: list[int]  # [E + 1] rows of logits of each exit, then of the head
     gated: list[int]  # [E] tokens that each gate was asked about
     ends_piece: list[int]  # [E] 1 where a token might have left, or did come in, else 0
-    seconds: list[float]  # [E] from the exit before to behind this one
+    seconds: list[float]  # [E + 1] of each stage, its gate, or the head and all draws, included
     gate_seconds: list[float]  # [E] of them in the gate
     logits: Tensor
     states: Tensor  # [T, hidden] where each stopped
@@ -153,14 +153,14 @@ class NativePass:
         the successors of all tokens with logits are drawn too (see `draw_tokens`). `rotation` is that of
         `NativeBlocks.run`; as there slots and pages are not looked at, nor positions where none are learned. Raises
         ValueError where shapes do not fit, where the batch names an exit, an id or a position that there is not, and
-        for more logits than it `takes`.
+        for more logits than it `takes`, MemoryError where memory is out.
         """
         self._check(states, batch, pages, rotation)
         tokens, exits = batch.token_count, len(self.exits)
         logits = torch.empty(batch.most_logits, self.vocab)
         sizes = (tokens, tokens, exits + 1, exits + 1, exits + 1, exits, exits, tokens)
         counts = (_long * sum(sizes))()
-        logprobs, seconds = (ctypes.c_float * tokens)(), (ctypes.c_double * (2 * exits))()
+        logprobs, seconds = (ctypes.c_float * tokens)(), (ctypes.c_double * (2 * exits + 1))()
         result = _Result(
             states.data_ptr(),
             logits.data_ptr(),
@@ -178,6 +178,8 @@ class NativePass:
             DTYPE_CODES[self.blocks.dtype],
             torch.get_num_threads(),
         )
+        if fault < 0:
+            raise MemoryError(f"there is no memory for what a pass of {tokens} tokens holds on its way")
         if fault:
             raise ValueError(f"a pass of {tokens} tokens names {_FAULTS[fault]}")
         with_logits, stopped, of_stages, rows, logits_of, gated, ends, ids = _parted(counts[:], sizes)
@@ -191,8 +193,8 @@ class NativePass:
             logits_of,
             gated,
             ends,
-            seconds[:exits],
-            seconds[exits:],
+            seconds[: exits + 1],
+            seconds[exits + 1 :],
             logits[:told],
             states,
             drawn,

@@ -1,15 +1,16 @@
 // The native kernels of Exeunt: plain C functions over raw pointers, called through ctypes.
 //
 // Compiled on first use (kernels/native/build.py). Tensors are dense in their last dimension; dtype codes are
-// 0 float32, 1 bfloat16, 2 float16. No function allocates what outlives it beyond scratch kept per thread, and none
-// fails: Python checks shapes and dtypes before it calls. Nobody checks the values of slots, positions and page tables:
-// whoever makes a batch answers for their lying inside the pages and the rotation's table.
+// 0 float32, 1 bfloat16, 2 float16. No function allocates what outlives it beyond scratch kept per thread, and but for
+// `exeunt_model_pass` none fails: Python checks shapes and dtypes before it calls. Nobody checks the values of slots,
+// positions and page tables: whoever makes a batch answers for their lying inside the pages and the rotation's table.
+#include <new>
 #include <type_traits>
 
 #include "blocks.h"
-#include "model_pass.h"
 #include "draw.h"
 #include "exit_gate.h"
+#include "model_pass.h"
 
 template <class Function>
 static void with_dtype(int dtype, Function&& function) {
@@ -123,16 +124,20 @@ EXPORTED void exeunt_run_blocks(void* hidden, int64_t tokens, const BlockShape* 
   });
 }
 
-// A pass through a whole model; rotation as above, pages of every block. Returns the batch's fault: where it has one,
-// nothing is done.
+// A pass through a whole model; rotation as above, pages of every block. Returns 0, the batch's fault, with which nothing
+// is done, or -1 where there is no memory for what lies between.
 EXPORTED int exeunt_model_pass(const PassModel* model, const Pages* const* pages, const void* rotation,
-                                const PassBatch* batch, const PassResult* out, int64_t tile, int dtype, int threads) {
+                               const PassBatch* batch, const PassResult* out, int64_t tile, int dtype, int threads) {
   const int fault = batch->fault(*model);
   if (fault) return fault;
-  with_dtype(dtype, [&](auto* kind) {
-    using T = std::remove_pointer_t<decltype(kind)>;
-    ModelPass<T>(*model, pages, rotation, *batch, *out, tile, threads).pass();
-  });
+  try {
+    with_dtype(dtype, [&](auto* kind) {
+      using T = std::remove_pointer_t<decltype(kind)>;
+      ModelPass<T>(*model, pages, rotation, *batch, *out, tile, threads).pass();
+    });
+  } catch (const std::bad_alloc&) {
+    return -1;
+  }
   return 0;
 }
 

@@ -94,7 +94,7 @@ struct PassResult {
                   // asked about, which is left to the caller where there is no head
   int64_t* counts;
   float* logprobs;  // [rows of logits] of the ids that were drawn; NaN where logits are not usable
-  double* seconds;  // [exits] from the exit before to behind this one, then of them in the gate
+  double* seconds;  // [exits + 1] of each stage, its gate, or the head and all draws, included; then [exits] in the gate
   int64_t all_tokens, exits;
 
   int64_t* with_logits() const { return counts; }  // [tokens] which token each row of logits is of
@@ -151,7 +151,7 @@ struct ModelPass {
     hidden = room_for<T>(all.tokens * shape.hidden);
     scratch = room_for<T>(all.tokens * projected + (all.tokens < tile ? all.tokens : tile) * of_a_tile);
     memset(out.counts, 0, size_t(out.numbers()) * sizeof(int64_t));
-    memset(out.seconds, 0, size_t(2 * out.exits) * sizeof(double));
+    memset(out.seconds, 0, size_t(2 * out.exits + 1) * sizeof(double));
     for (int64_t r = 0; r < all.rows; r++)
       row_of.insert(row_of.end(), size_t(all.row_parts[r + 1] - all.row_parts[r]), r);
     for (int64_t k = 0; k < all.tokens; k++) out.stopped()[k] = -1;
@@ -293,7 +293,7 @@ struct ModelPass {
     const double began = seconds_now();
     exit_gate(decisions, gathered.get(), thresholds.data(), gate, rows, gathered.get() + rows * width(), wide.get(),
               threads);
-    out.seconds[out.exits + e] = seconds_now() - began;
+    out.seconds[out.exits + 1 + e] = seconds_now() - began;
     for (int64_t i = 0; i < rows; i++)
       if (decided[size_t(i)]) found.push_back(asked[size_t(i)]);
     return found;
@@ -378,8 +378,10 @@ struct ModelPass {
       if (stopped || joined) describe();
       out.seconds[e] = seconds_now() - began;
     }
+    const double began = seconds_now();
     out.tokens()[out.exits] = on_way(), out.rows()[out.exits] = batch.rows;
     run(from, model.count);
     finish();
+    out.seconds[out.exits] = seconds_now() - began;
   }
 };

@@ -261,9 +261,10 @@ def compared(
         assert [n - m for n, m in zip(now, then, strict=True)] == [
             m - n for m, n in zip(then, first, strict=True)
         ]
-    for seconds, gate, asked in zip(found.seconds, found.gate_seconds, found.gated, strict=True):
+    for seconds, gate, asked in zip(found.seconds[:-1], found.gate_seconds, found.gated, strict=True):
         assert seconds >= gate >= 0
         assert (gate > 0) == (asked > 0)
+    assert len(found.seconds) == len(exits) + 1
     assert (found.drawn is None) == (whole.native.head is None)
     if found.drawn is not None and found.with_logits:
         temperatures = torch.tensor([fast.tokens.temperatures[token] for token in found.with_logits])

@@ -1,5 +1,7 @@
 """What a pass through a whole model does not take, and says so."""
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from exeunt.kernels.native.library import native_library
 from tests.compression.staged_pass import STEP, Prepared, prepared, random_exits
 from tests.compression.test_native_blocks import a_decoder
 
+ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(
     native_library() is None, reason="needs the native kernels (a C++ compiler, and EXEUNT_NATIVE not 0)"
 )
@@ -184,3 +187,37 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         replace(whole.native, exits=(), head=(whole.native.head[0][:-1], whole.native.head[1]))
     with pytest.raises(ValueError, match="an embedding is"):
         replace(whole.native, embedding=(decoder.embedding.tokens[:, :-1], None))
+
+
+OUT_OF_MEMORY = """
+import resource, sys
+from pathlib import Path
+import numpy as np, torch
+from exeunt.compression.model_pass import ModelPass
+from exeunt.kernels.model_pass import AtExit, PassBatch, PassRows, PassTokens
+from tests.compression.paged_generation import Sequences
+from tests.compression.test_native_blocks import a_decoder
+
+count = 300_000
+decoder = a_decoder("llama", Path(sys.argv[1]), torch.float32, False, False)
+whole, held = ModelPass.of(decoder, ()), Sequences(decoder)
+none, zeros = [0] * count, [0.0] * count
+tokens = PassTokens([*range(count)], none, none, none, none, none, zeros, zeros, [0] * (2 * count))
+batch = PassBatch(tokens, PassRows([count], [0], [AtExit.STAYS], [np.zeros(1, np.int32)]))
+states = torch.empty(count, decoder.spec.hidden_size)
+decoder.rotation_table(count)
+pages = int(Path("/proc/self/statm").read_text().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (48 << 20),) * 2)
+try:
+    whole.run(states, batch, held.pages)
+except MemoryError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux, which says and limits what a process maps")
+def test_a_pass_for_which_there_is_no_memory_is_an_error_of_that_pass(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", OUT_OF_MEMORY, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "no memory for what a pass of 300000 tokens holds" in done.stdout
