@@ -20,7 +20,9 @@ from exeunt.server.tick import Tick
 
 MAX_OVERTAKEN: Final = 8  # a sequence that waits for pages is passed by so many smaller ones, and no more
 LEAST_CHUNK: Final = 3  # tokens of a prompt that a tick takes in at least, whoever waits for it
-_CHUNK_SHARE: Final = 0.75  # of a decode step's time; its long context and its last token's head come on top
+_CHUNK_SHARE: Final = (
+    0.6  # of a decode step's time; its long context, its last token's head and its Python come on top
+)
 _LOOKAHEAD: Final = 16  # how far down the queue a smaller one is looked for
 
 
@@ -39,7 +41,7 @@ class Scheduler:
     its variant.
 
     A long prompt is computed in chunks beside the decode steps, each small enough, by `costs`, to make such a step
-    about twice as long as it is alone; longer where more prompts wait than sequences decode.
+    at most about twice as long as it is alone; longer where more prompts wait than sequences decode.
 
     A token that left early and still owes its keys and values to deeper blocks waits in front of the next stage until
     a pass of its sequence comes by; when `max_owed` wait, or drafts can be taken no further, the next pass goes deep
@@ -303,7 +305,7 @@ class Scheduler:
         return rows
 
     def _prompt_room(self, rows: list[Row], prompts: int) -> int:
-        """Tokens of prompts that may share a tick with these decode steps, so that it takes about twice as long.
+        """Tokens of prompts that may share a tick with these decode steps: it takes at most about twice as long then.
 
         Where more `prompts` wait than there are steps, so many times longer: what a step loses each of them gains.
         """
