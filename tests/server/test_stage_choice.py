@@ -104,6 +104,7 @@ def test_a_long_prompt_is_computed_beside_decode_steps_in_chunks_that_cost_what_
     for stage in range(plan.stages):
         for _ in range(2):  # a first run is not counted
             costs.ran(FULL, stage, 4, 4e-3)
+            costs.ticked(4, 2e-3)
     scheduler = Scheduler(plan, pool, max_num_seqs=8, max_num_batched_tokens=512, costs=costs)
     for i in range(4):
         scheduler.add(Sequence(f"{i}", FULL, ExitPolicy(), [1], 1, PageTable(pool, 16)))
@@ -133,6 +134,7 @@ def test_where_more_prompts_wait_than_sequences_decode_they_get_more_of_a_step()
     for stage in range(plan.stages):
         for _ in range(2):  # a first run is not counted
             costs.ran(FULL, stage, 2, 4e-3)
+            costs.ticked(2, 2e-3)
         costs.stages[FULL, stage].each = 1e-4
     scheduler = Scheduler(plan, pool, max_num_seqs=16, max_num_batched_tokens=512, costs=costs)
     for i in range(2):
@@ -148,5 +150,6 @@ def test_where_more_prompts_wait_than_sequences_decode_they_get_more_of_a_step()
         scheduler.add(Sequence(f"prompt {i}", FULL, ExitPolicy(), [1] * 3000, 3000, PageTable(pool, 16)))
     tick = scheduler.next_tick()
     assert tick is not None
-    # a step of 4 ms in each stage takes 30 tokens at 0.1 ms; eight prompts beside two steps get four times as many
+    # a step of 4 ms in each stage and 2 around takes 30 tokens at 0.1 ms a stage, for 6 ms; eight prompts beside two
+    # steps get four times as many
     assert sorted(len(row.positions) for row in tick.rows) == [1, 1, 120]
