@@ -100,7 +100,11 @@ def test_result_is_the_references(
         out = int4_linear_triton(x, paired, bias)
     assert out.dtype == dtype
     expected = int4_linear_reference(x.float(), weight, bias.float())
-    assert relative_error(out, expected) < TOLERANCE[dtype]
+    if outputs == 1:  # a single sum whose terms cancel is small beside the rounding of each
+        terms = x.float().abs() @ dequantize(weight, FP32).abs().T + bias.float().abs()
+        assert (out.float() - expected).abs().max() < TOLERANCE[dtype] * terms.max()
+    else:
+        assert relative_error(out, expected) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("split", [True, False])
