@@ -304,7 +304,7 @@ class Engine:
         """Seconds, on a clock that stands still while CUDA graphs are captured."""
         return time.perf_counter() - self._runner.captured_seconds
 
-    @torch.inference_mode()  # entered once: at every tick it would take as long as the draws
+    @torch.inference_mode()  # entered once: at every tick it takes a fiftieth of a small step
     def _loop(self) -> None:
         if self._model.device.index is not None:
             torch.cuda.set_device(self._model.device)  # each thread has its own: kernels launch there
