@@ -36,9 +36,7 @@ class PassTokens:
     wants_logits: list[bool] = field(default_factory=list)  # of the head, unless an exit has given them
     ids: list[int] = field(default_factory=list)  # of those that come in at the front; else any
     thresholds: list[float] = field(default_factory=list)  # the confidence at which it leaves
-    temperatures: list[float] = field(
-        default_factory=list
-    )  # at which its successor is drawn, 0: the most likely
+    temperatures: list[float] = field(default_factory=list)  # of its successor's draw, 0: the most likely
     keys: list[int] = field(default_factory=list)  # two for each token, int32, of that draw's noise
 
 
@@ -87,11 +85,8 @@ class PassBatch:
 
         Raises ValueError where lists are of different lengths, TypeError where tables or keys are not int32.
         """
-        self.token_count, self.row_count, self.token_keys = (
-            len(tokens.positions),
-            len(rows.tokens),
-            token_keys,
-        )
+        self.token_count, self.row_count = len(tokens.positions), len(rows.tokens)
+        self.token_keys = token_keys
         _check(tokens, rows, token_keys)
         self.max_context = max(tokens.positions, default=-1) + 1
         self.most_logits = sum(map(_may_have_logits, tokens.asks, tokens.wants_logits))
