@@ -4,10 +4,10 @@ A graph is captured for a run of blocks over some pages, a number of tokens and 
 one of few sizes. What is padded writes nothing and attends to nothing, and the kernels are row-invariant: a token's
 state is that of a pass without graphs, to the bit. Tokens of several positions of a row (backfill, drafts, a chunk of
 a prompt) go the same way as decode steps. The keys and values that tokens owe to blocks they skip are
-projected in graphs of their own.
+projected in graphs of their own. A decode step whose exits the device decides is one graph, head and gates in it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final, Protocol
@@ -15,7 +15,8 @@ from typing import Final, Protocol
 import torch
 from torch import Tensor
 
-from exeunt.compression.graph_pool import TOKENS, Captured, GraphPool, size_for
+from exeunt.compression.decided_pass import AskedExit, DecidedPass, decided_pass
+from exeunt.compression.graph_pool import ROWS, TOKENS, Captured, GraphPool, size_for
 from exeunt.compression.kv_format import KVPages
 from exeunt.kernels.paged_batch import BatchLayout, PagedBatch
 
@@ -48,6 +49,9 @@ class Inputs:
     numbers: Tensor  # [layout.numbers] int64
     batch: PagedBatch  # over `numbers`, each padded token a row of its own
     ramp: Tensor  # [2 * tokens + 1] int32: 0, 1, … up to tokens, then tokens
+    thresholds: (
+        Tensor  # [tokens] float32, for steps that ask exits; what stands there of padding does not matter
+    )
 
     @classmethod
     def empty(cls, tokens: int, context: int, page_tokens: int, hidden: Tensor) -> "Inputs":
@@ -58,14 +62,15 @@ class Inputs:
         ramp = torch.arange(2 * tokens + 1, dtype=torch.int32, device=device).clamp_(max=tokens)
         batch = layout.batch(numbers, tokens, tokens, context)
         batch.query_starts.copy_(ramp[: tokens + 1])
-        inputs = cls(hidden.new_zeros(tokens, hidden.shape[1]), layout, numbers, batch, ramp)
+        thresholds = torch.full((tokens,), torch.inf, device=device)
+        inputs = cls(hidden.new_zeros(tokens, hidden.shape[1]), layout, numbers, batch, ramp, thresholds)
         inputs.clear()
         return inputs
 
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors."""
-        return self.hidden.nbytes + self.numbers.nbytes + self.ramp.nbytes
+        return self.hidden.nbytes + self.numbers.nbytes + self.ramp.nbytes + self.thresholds.nbytes
 
     def clear(self) -> None:
         """Make every token padding."""
@@ -102,7 +107,8 @@ class Inputs:
         self.batch.slots[: batch.tokens].copy_(batch.slots)
 
 
-_Key = tuple[str, int, int, int, int, int]
+_Key = tuple[str, Hashable, int, int, int, int]
+_Found = tuple[Captured[tuple[Tensor, ...]], Inputs]
 
 
 class DecodeGraphs:
@@ -118,7 +124,7 @@ class DecodeGraphs:
         self._blocks = blocks
         self._most_context = rounded_context(most_context)
         self._inputs: dict[tuple[int, int, int], Inputs] = {}
-        self._graphs: dict[_Key, tuple[Captured[Tensor | None], Inputs] | None] = {}
+        self._graphs: dict[_Key, _Found | None] = {}
         self._pages: dict[int, KVPages] = {}  # keeps the ids in the keys from being another's
 
     @property
@@ -137,8 +143,8 @@ class DecodeGraphs:
             return None
         blocks = self._blocks
 
-        def run(inputs: Inputs) -> Tensor:
-            return blocks.run(inputs.hidden.clone(), inputs.batch, pages, start, stop)
+        def run(inputs: Inputs) -> tuple[Tensor, ...]:
+            return (blocks.run(inputs.hidden.clone(), inputs.batch, pages, start, stop),)
 
         found = self._found(("run", start, stop, tokens, context, id(pages)), hidden, pages, run)
         if found is None:
@@ -146,7 +152,43 @@ class DecodeGraphs:
         captured, inputs = found
         inputs.fill(hidden, batch)
         captured.replay()
-        return None if captured.result is None else captured.result[: batch.tokens].clone()
+        return captured.result[0][: batch.tokens].clone()
+
+    def decide(
+        self,
+        exits: Sequence[AskedExit],
+        head: Callable[[Tensor], Tensor],
+        last: int,
+        hidden: Tensor,
+        batch: PagedBatch,
+        pages: KVPages,
+        thresholds: Tensor,
+    ) -> DecidedPass | None:
+        """`decided_pass` of `hidden` [tokens, hidden], which stays; `thresholds` [tokens] may be on the host, pinned.
+
+        `head` is the same at every call. None where no graph fits, and nothing has been done.
+        """
+        context = rounded_context(batch.max_context)
+        tokens = size_for(batch.tokens, ROWS)
+        if tokens is None or batch.rows != batch.tokens or context > self._most_context:
+            return None
+        blocks = self._blocks
+
+        def run(inputs: Inputs) -> tuple[Tensor, ...]:
+            own, batch, asked = inputs.hidden.clone(), inputs.batch, inputs.thresholds
+            return decided_pass(blocks, head, exits, last, own, batch, pages, asked)
+
+        asked = tuple(each.key for each in exits)
+        found = self._found(("decide", asked, last, tokens, context, id(pages)), hidden, pages, run)
+        if found is None:
+            return None
+        captured, inputs = found
+        inputs.fill(hidden, batch)
+        inputs.thresholds[: batch.tokens].copy_(thresholds, non_blocking=True)
+        captured.replay()
+        logits, left_at, states = captured.result
+        count = batch.tokens
+        return DecidedPass(logits[:count].clone(), left_at[:count].clone(), states[:, :count].clone())
 
     def project_kv(self, hidden: Tensor, batch: PagedBatch, pages: KVPages, start: int, stop: int) -> bool:
         """Write the keys and values that blocks `start` to `stop` - 1 make of `hidden` [tokens, hidden].
@@ -158,8 +200,9 @@ class DecodeGraphs:
             return False
         blocks = self._blocks
 
-        def project(inputs: Inputs) -> None:
+        def project(inputs: Inputs) -> tuple[Tensor, ...]:
             blocks.project_kv(inputs.hidden, inputs.batch, pages, start, stop)
+            return ()
 
         # nothing attends: how long contexts are does not matter
         key = ("project", start, stop, tokens, SHORTEST_CONTEXT, id(pages))
@@ -172,8 +215,8 @@ class DecodeGraphs:
         return True
 
     def _found(
-        self, key: _Key, hidden: Tensor, pages: KVPages, run: Callable[[Inputs], Tensor | None]
-    ) -> tuple[Captured[Tensor | None], Inputs] | None:
+        self, key: _Key, hidden: Tensor, pages: KVPages, run: Callable[[Inputs], tuple[Tensor, ...]]
+    ) -> _Found | None:
         """The graph of `key` and what it reads, captured over nothing but padding where it is new."""
         if key not in self._graphs:
             if not self.pool.may_capture(self.count, MOST_GRAPHS):

@@ -5,6 +5,7 @@ It keeps no state of any sequence: what a batch's tokens are and where their key
 stand in `torch.inference_mode()`, which saves a tenth of a small model's time per call.
 """
 
+from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from exeunt.compression.architecture import Architecture
 from exeunt.compression.block import Block, Rotation
 from exeunt.compression.block_weights import read_block, read_embedding, read_output
 from exeunt.compression.checkpoint import open_checkpoint
+from exeunt.compression.decided_pass import AskedExit, DecidedPass
 from exeunt.compression.decode_graphs import DecodeGraphs, rounded_context
 from exeunt.compression.embedding import Embedding
 from exeunt.compression.exit_output import ExitOutput
@@ -51,6 +53,11 @@ class BlockCalls:
             self._calls[stop] -= 1
             self._tokens[start] += tokens
             self._tokens[stop] -= tokens
+
+    def spare(self, start: int, stop: int, tokens: int) -> None:
+        """Of tokens that were counted, so many were missing from blocks `start` to `stop` - 1."""
+        self._tokens[start] -= tokens
+        self._tokens[stop] += tokens
 
     @property
     def calls(self) -> list[int]:
@@ -236,6 +243,28 @@ class Decoder:
         hidden = self._blocks.run(hidden.clone(), batch, pages, start, stop) if found is None else found
         self.block_calls.count(start, stop, hidden.shape[0])
         return hidden
+
+    def decide(
+        self,
+        hidden: Tensor,
+        batch: PagedBatch,
+        pages: KVPages,
+        thresholds: Tensor,
+        exits: Sequence[AskedExit],
+    ) -> DecidedPass | None:
+        """A decode step of one token a row through all blocks and the head, the device deciding who leaves where.
+
+        `hidden` [rows, hidden] is the state in front of block 0 and stays; `thresholds` [rows] float32 may be on the
+        host, pinned. None where no captured graph fits: nothing has been done then. All blocks count as run over all
+        tokens; see `BlockCalls.spare`.
+        """
+        if self._graphs is None:
+            return None
+        last = self.spec.blocks
+        found = self._graphs.decide(exits, self._head, last, hidden, batch, pages, thresholds)
+        if found is not None:
+            self.block_calls.count(0, last, hidden.shape[0])
+        return found
 
     def project_kv(self, hidden: Tensor, batch: PagedBatch, pages: KVPages, start: int, stop: int) -> None:
         """Write the keys and values that blocks `start` to `stop` - 1 make of the exit state `hidden`.

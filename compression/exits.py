@@ -264,10 +264,13 @@ class ExitHead:
         waited for once every 512 rows; what was decided is then on the host.
         """
         if triton_runs(hidden.device):
-            listed, confirmed = self.shortlist is not None, self.confirmation is not None
-            steps = GateSteps(id(self), self.decide, listed, confirmed)
-            return GateResult(*steps.run(hidden, thresholds, project))
+            return GateResult(*self.steps.run(hidden, thresholds, project))
         return self._native_gate(hidden, thresholds, project) or self._gate(hidden, thresholds, project)
+
+    @property
+    def steps(self) -> GateSteps:
+        """How the gate decides on a GPU; it points into this head, which must outlive it."""
+        return GateSteps(id(self), self.decide, self.shortlist is not None, self.confirmation is not None)
 
     def _gate(self, hidden: Tensor, thresholds: Tensor, project: Callable[[Tensor], Tensor]) -> GateResult:
         """The gate out of one operation after another."""

@@ -61,6 +61,12 @@ class GateSteps:
             torch.cat(logits) if logits else hidden.new_zeros((0, 0), dtype=torch.float32),
         )
 
+    def leaving(self, hidden: Tensor, thresholds: Tensor, project: Project) -> tuple[Tensor, Tensor]:
+        """Which rows leave, [T] bool, and the logits [T, V] float32 that each of them would leave with, all on their
+        device: nothing waits for it, and a graph can hold the call."""
+        rows = self.decide(hidden, thresholds, project)
+        return rows.leaves, project(rows.state).float() if self._short else rows.logits
+
     def _decided(self, hidden: Tensor, thresholds: Tensor, project: Project) -> tuple[Tensor, ...]:
         """What `_marked` returns, by a captured graph where there is one; then it holds until the next graph's run."""
         if isinstance(project, ExitOutput) and project.graphs is not None:

@@ -37,11 +37,14 @@ class Linear(Protocol):
         activation: str | None = None,
         gated: bool = False,
         residual: Tensor | None = None,
+        present: Tensor | None = None,
     ) -> Tensor:
         """The layer with what stands around it, in Triton: [tokens, out] for x [tokens, in], rounded once by each step.
 
         `norm` is applied to x first; `activation` to the output, or, where that is `gated`, to its first half, which
-        then multiplies the second; to `residual` [tokens, out] the result is added in place.
+        then multiplies the second; to `residual` [tokens, out] the result is added in place. Rows whose position in
+        `present` [tokens] int64 is below 0 are absent: nobody may read their results, nor those rows of `residual`
+        from then on, and where enough rows beside each other are absent the weights are not read for them.
         """
         ...
 
@@ -81,6 +84,7 @@ class FullLinear:
         activation: str | None = None,
         gated: bool = False,
         residual: Tensor | None = None,
+        present: Tensor | None = None,
     ) -> Tensor:
         """See `Linear`."""
         from exeunt.kernels.full_linear.triton import (
@@ -88,7 +92,14 @@ class FullLinear:
         )  # Triton is there only where a GPU is
 
         return full_linear_triton(
-            x, self.weight, self.bias, norm=norm, activation=activation, gated=gated, residual=residual
+            x,
+            self.weight,
+            self.bias,
+            norm=norm,
+            activation=activation,
+            gated=gated,
+            residual=residual,
+            present=present,
         )
 
     def rows(self, start: int, stop: int) -> "FullLinear":
@@ -130,6 +141,7 @@ class Int4Linear:
         activation: str | None = None,
         gated: bool = False,
         residual: Tensor | None = None,
+        present: Tensor | None = None,
     ) -> Tensor:
         """See `Linear`."""
         from exeunt.kernels.int4_linear.triton import (
@@ -137,7 +149,14 @@ class Int4Linear:
         )  # Triton is there only where a GPU is
 
         return int4_linear_triton(
-            x, self.weight, self.bias, norm=norm, activation=activation, gated=gated, residual=residual
+            x,
+            self.weight,
+            self.bias,
+            norm=norm,
+            activation=activation,
+            gated=gated,
+            residual=residual,
+            present=present,
         )
 
     def rows(self, start: int, stop: int) -> "Int4Linear":

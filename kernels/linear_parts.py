@@ -195,6 +195,24 @@ def checked_out(
     return residual
 
 
+def checked_present(present: Tensor | None, tokens: int) -> Tensor | None:
+    """The rows' positions [tokens] int64 as they are, or None. Raises ValueError where they are anything else."""
+    if present is None:
+        return None
+    if present.shape != (tokens,) or present.dtype != torch.int64 or not present.is_contiguous():
+        raise ValueError(
+            f"the positions of present rows are {list(present.shape)} {present.dtype} with strides "
+            f"{list(present.stride())}, expected dense [{tokens}] {torch.int64}"
+        )
+    return present
+
+
+@triton.jit
+def all_absent(present, rows, tokens):
+    """Whether a tile has none of its rows: those at positions below 0 are absent, and those beyond `tokens`."""
+    return tl.max(tl.load(present + rows, mask=rows < tokens, other=-1), 0) < 0
+
+
 @triton.jit
 def activated(x, ACTIVATION: tl.constexpr):
     """The activation of x, in float32."""

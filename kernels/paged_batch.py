@@ -76,13 +76,14 @@ class PagedBatch:
     query_starts: Tensor  # [rows + 1] int32, row r owns tokens query_starts[r] .. query_starts[r + 1] - 1
     page_tables: Tensor  # [rows, pages] int32, each row's pages in order; entries past its end are ignored
     max_context: int  # 1 + the largest position in the batch
+    thinned: bool = False  # whether tokens may be missing, which then keep their places: see `only`
     packed: PackedNumbers | None = field(default=None, init=False, repr=False, compare=False)
     native: object = field(default=None, init=False, repr=False, compare=False)  # kernels.native keeps it
 
     def __reduce__(self) -> tuple[type["PagedBatch"], tuple[object, ...]]:
         # `native` holds addresses of this batch's tensors: a copy is described anew
-        fields = (self.positions, self.slots, self.query_starts, self.page_tables, self.max_context)
-        return PagedBatch, fields
+        places = (self.positions, self.slots, self.query_starts, self.page_tables)
+        return PagedBatch, (*places, self.max_context, self.thinned)
 
     @property
     def tokens(self) -> int:
@@ -93,6 +94,26 @@ class PagedBatch:
     def rows(self) -> int:
         """Sequences that take part."""
         return int(self.page_tables.shape[0])
+
+    @property
+    def present(self) -> Tensor | None:
+        """Of a thinned batch each token's position, below 0 where it is missing; None where all are there."""
+        return self.positions if self.thinned else None
+
+    def only(self, tokens: Tensor) -> "PagedBatch":
+        """The batch of some tokens, [tokens] bool, in their places: the others write nothing and attend to nothing.
+
+        For the GPU's kernels, which know such tokens as padding, and for rows of one token each. Which tokens these are
+        is known on the device alone.
+        """
+        return PagedBatch(
+            self.positions.masked_fill(~tokens, -1),
+            self.slots.masked_fill(~tokens, -1),
+            self.query_starts,
+            self.page_tables,
+            self.max_context,
+            thinned=True,
+        )
 
     def take(self, rows: Tensor) -> "PagedBatch":
         """Some rows [n] int64 of a batch in which every row has one token, as in a decode step."""

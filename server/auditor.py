@@ -62,6 +62,11 @@ class Auditor:
         """Whether no logits are kept for a comparison to come."""
         return not self._held
 
+    @property
+    def watches(self) -> bool:
+        """Whether any early token is audited."""
+        return self._share > 0.0
+
     def begin_tick(self) -> None:
         """A tick begins; if the one before was broken off, so are its comparisons."""
         self._comparisons, self._blocks, self._seconds = [], [], 0.0

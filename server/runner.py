@@ -15,7 +15,9 @@ from exeunt.compression.kv_format import KVPages
 from exeunt.compression.model import LoadedModel
 from exeunt.compression.row_graphs import StepGraphs
 from exeunt.compression.variant import Variant
+from exeunt.kernels.paged_batch import PagedBatch
 from exeunt.server.auditor import Auditor
+from exeunt.server.decided_passes import DecidedPasses
 from exeunt.server.held_states import HeldStates
 from exeunt.server.request import SamplingParams
 from exeunt.server.row import Row
@@ -82,6 +84,7 @@ class Runner:
         self._staged = StagedPasses(
             model, plan, self._pages, self._held, self._auditor, self._clock, lambda: self.captured_seconds
         )
+        self._decided = DecidedPasses(model, plan, self._pages, self._auditor)
         self._ahead: TickRun | None = None  # begun before its turn
         self._goes_ahead = True
 
@@ -98,6 +101,11 @@ class Runner:
     def has_graphs(self) -> bool:
         """Whether passes are replayed: the host is free then while the device works."""
         return self._graphs is not None
+
+    @property
+    def decides_exits(self) -> bool:
+        """Whether steps in which tokens leave for good need not be waited for: the device decides who does."""
+        return self.has_graphs and self._decided.any_exits
 
     @property
     def holds_nothing(self) -> bool:
@@ -153,6 +161,7 @@ class Runner:
             self._start_draws(run)
         self._ahead = ahead = self._begun_ahead(run, successor)
         meanwhile()
+        run.settle()
         run.take_draws()
         self._note_audits(run)
         if run.draws is None:
@@ -168,6 +177,12 @@ class Runner:
         if whole is not None:
             self._pass_whole(run, whole)
             return
+        if self.decides_exits and self._decided.takes(run.tick):
+            parts = [Part(row, row.positions) for row in run.tick.rows]
+            last = [row.sequence.tokens[row.positions[0]] for row in run.tick.rows]
+            geometry, ids = placed(parts, self._device, last)
+            if self._decided.run(run, self._embedded(run.tick, parts, geometry, ids)):
+                return
         self._staged.run(run, lambda: self._end_piece(run))
 
     def _pass_whole(self, run: TickRun, whole: WholePass) -> None:
@@ -201,7 +216,7 @@ class Runner:
             return None
         ahead = TickRun(tick, self._clock())
         try:
-            self._begin(ahead, run, run.draws.ids)
+            return ahead if self._begin(ahead, run, run.draws.ids) else None
         except Exception:
             self._goes_ahead = False  # whose trouble it is shows when the tick has its turn
             log.warning("no step is begun before its turn any more: the last such failed", exc_info=True)
@@ -209,19 +224,30 @@ class Runner:
             for row, result in ahead.results.items():
                 run.results[rows[row.sequence]].blocks_beside += result.pairs
             return None
-        return ahead
 
-    def _begin(self, ahead: TickRun, run: TickRun, drawn: Tensor) -> None:
-        """Run a tick of decode steps up to its draws, each behind a token that the tick `run` has `drawn` [rows]."""
+    def _begin(self, ahead: TickRun, run: TickRun, drawn: Tensor) -> bool:
+        """Run a tick of decode steps up to its draws, each behind a token that the tick `run` has `drawn` [rows].
+
+        False where a row may leave at an exit and the device cannot decide it: nothing is begun then.
+        """
         parts = [Part(row, row.positions) for row in ahead.entering.pop(0)]
         places = {row.sequence: place for place, row in enumerate(run.drawn_rows)}
         order = [places[part.row.sequence] for part in parts]
         geometry, index = placed(parts, self._device, order)
-        embed = self._model.decoder(ahead.tick.variant).embed
-        hidden = embed(drawn.index_select(0, index).long(), geometry.positions)
-        ahead.piece = Piece(range(self._plan.stages), len(parts), len(parts))
-        self._staged.run_stages(ahead, TickBatch(parts, geometry, hidden), 0, self._plan.last)
+        batch = self._embedded(ahead.tick, parts, geometry, drawn.index_select(0, index).long())
+        if any(row.threshold is not None for row in ahead.tick.rows):
+            if not (self._decided.takes(ahead.tick) and self._decided.run(ahead, batch)):
+                return False
+        else:
+            ahead.piece = Piece(range(self._plan.stages), len(parts), len(parts))
+            self._staged.run_stages(ahead, batch, 0, self._plan.last)
         self._start_draws(ahead)
+        return True
+
+    def _embedded(self, tick: Tick, parts: list[Part], geometry: PagedBatch, ids: Tensor) -> TickBatch:
+        """The parts of a tick in front of the first block; `ids` [tokens] int64 are theirs."""
+        embed = self._model.decoder(tick.variant).embed
+        return TickBatch(parts, geometry, embed(ids, geometry.positions))
 
     def device_answers(self) -> bool:
         """Whether the device still does anything: after some errors a GPU refuses every later call of the process."""

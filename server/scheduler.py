@@ -200,7 +200,10 @@ class Scheduler:
             return None
         for sequence, place in steps.items():
             sequence.table.ensure(place + 1)
-        rows = tuple(Row(sequence, [place], place + 1) for sequence, place in steps.items())
+        rows = tuple(
+            Row(sequence, [place], place + 1, threshold=sequence.exits.threshold)
+            for sequence, place in steps.items()
+        )
         return Tick(tick.variant, 0, self._plan.last, rows)
 
     def resume(self, tick: Tick) -> None:

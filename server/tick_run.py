@@ -69,6 +69,7 @@ class TickRun:
         self.results = {row: RowResult(row) for row in tick.rows}
         self.undrawn: list[Undrawn] = []
         self.draws: StartedDraws | None = None  # of the tokens of `undrawn`, one after the other
+        self.unsettled: Callable[[], None] | None = None  # waits for who left where, where the device decided
 
     @property
     def drawn_rows(self) -> list[Row]:
@@ -90,6 +91,12 @@ class TickRun:
             raise RuntimeError("no stages are under way")
         self.piece, self.began = None, ended
         return piece.ended(self.tick.variant, ended - began - besides)
+
+    def settle(self) -> None:
+        """Note who left where, if only the device knows it yet: it is waited for."""
+        settle, self.unsettled = self.unsettled, None
+        if settle is not None:
+            settle()
 
     def take_draws(self) -> None:
         """Wait for the draws and note them with their rows' results."""

@@ -25,7 +25,9 @@ from exeunt.kernels.int4_linear.pairs import PairedInt4, pack_pairs, unroll_of
 from exeunt.kernels.int4_linear.weight import Int4Weight
 from exeunt.kernels.linear_parts import (
     Launch,
+    all_absent,
     checked_out,
+    checked_present,
     checked_rows,
     join,
     launch_for,
@@ -118,6 +120,7 @@ def _int4_linear(
     codes,
     scaling,
     bias,
+    present,
     scratch,
     counters,
     tokens,
@@ -137,6 +140,7 @@ def _int4_linear(
     UNROLL: tl.constexpr,
     WHOLE: tl.constexpr,
     ORDERED: tl.constexpr,
+    THINNED: tl.constexpr,
     BIASED: tl.constexpr,
     GATED: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -147,6 +151,10 @@ def _int4_linear(
     STAGES: tl.constexpr,
 ):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    if THINNED:
+        # all programs of these rows find the same: none of them counts the parts that arrived
+        if all_absent(present, rows, tokens):
+            return
     outputs, there = tile_columns(width, tl.program_id(1), GATED, BLOCK)
     # rows and outputs that are not there stand for some that are, and are not stored
     outputs = tl.where(there, outputs, 0)
@@ -211,14 +219,18 @@ def int4_linear_triton(
     activation: str | None = None,
     gated: bool = False,
     residual: Tensor | None = None,
+    present: Tensor | None = None,
 ) -> Tensor:
     """Return x [..., in] times the INT4 weight transposed, plus bias [out]: [tokens, out] in x's dtype.
 
     `norm` is applied to x's rows first. `activation` (one of `ACTIVATIONS`) is applied to the result; where the layer
     is `gated` its outputs are [gate | up], and the result is activation(gate) × up, [tokens, out / 2]. With `residual`
     [tokens, out] the result is added to it in place, and it is returned. Values are rounded to the dtype wherever
-    separate operations would. A canonical weight is repacked for this call alone. Raises ValueError or TypeError
-    where shapes or dtypes do not fit.
+    separate operations would. A canonical weight is repacked for this call alone.
+
+    Rows whose position in `present` [tokens] int64 is below 0 are absent: their results are whatever the memory held,
+    or anything else, and tiles without a present row read no weights. Raises ValueError or TypeError where shapes or
+    dtypes do not fit.
     """
     if isinstance(weight, Int4Weight):
         weight = pack_pairs(weight)
@@ -231,6 +243,7 @@ def int4_linear_triton(
         weight.codes,
         weight.params,
         bias,
+        checked_present(present, rows.shape[0]),
         out,
         weight.group_size,
         activation,
@@ -246,6 +259,7 @@ def _int4_linear_op(
     codes: Tensor,
     params: Tensor,
     bias: Tensor | None,
+    present: Tensor | None,
     out: Tensor,
     group_size: int,
     activation: str | None,
@@ -257,7 +271,7 @@ def _int4_linear_op(
     if tokens == 0 or columns == 0:
         return
     call = (tokens, in_features, columns, gated, x.dtype)
-    run = partial(_run, x, codes, params, bias, out, group_size, activation, gated, added)
+    run = partial(_run, x, codes, params, bias, present, out, group_size, activation, gated, added)
     launch = launch_for(*call, int4=True, group_size=group_size)
     try:
         run(launch)
@@ -270,6 +284,7 @@ def _run(
     codes: Tensor,
     params: Tensor,
     bias: Tensor | None,
+    present: Tensor | None,
     out: Tensor,
     group_size: int,
     activation: str | None,
@@ -292,6 +307,7 @@ def _run(
         codes,
         params,
         out if bias is None else bias.contiguous(),
+        out if present is None else present,
         sums,
         counters,
         tokens,
@@ -311,6 +327,7 @@ def _run(
         UNROLL=unroll,
         WHOLE=ordered or (places == group_size and in_features == 2 * group_size * pairs),
         ORDERED=ordered,
+        THINNED=present is not None,
         BIASED=bias is not None,
         GATED=gated,
         ACTIVATION=activation,
@@ -331,6 +348,7 @@ def _(
     codes: Tensor,
     params: Tensor,
     bias: Tensor | None,
+    present: Tensor | None,
     out: Tensor,
     group_size: int,
     activation: str | None,

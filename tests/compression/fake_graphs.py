@@ -30,8 +30,14 @@ class FakePool(GraphPool):
         result = run()
 
         def replay() -> None:
-            found = run()
-            if isinstance(result, Tensor):
-                result.copy_(found)
+            for kept, found in zip(_tensors(result), _tensors(run()), strict=True):
+                kept.copy_(found)
 
         return Captured(replay, result, GROWN)
+
+
+def _tensors(result: Any) -> tuple[Tensor, ...]:
+    """What a run leaves."""
+    if isinstance(result, Tensor):
+        return (result,)
+    return result if isinstance(result, tuple) else ()

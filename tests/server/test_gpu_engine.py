@@ -16,6 +16,7 @@ from exeunt.server.request import SamplingParams
 from exeunt.server.sampling import RowSampling, sample
 from tests.server.conftest import VOCAB, random_exit
 from tests.server.engine_bench import BACKFILL, FULL, INT4_KV, LEAVE, OFF, VERIFIED, Heard, running
+from tests.server.test_decided_passes import Taken
 from tests.server.test_soak import answer_of
 from tests.server.test_steps_ahead import Begun
 
@@ -80,6 +81,43 @@ def test_tokens_and_exits_are_those_without_graphs(gpu_model: LoadedModel, audit
         assert one.ids() == two.ids()
         if one.mode != "verified":  # which drafts as it pays at the moment
             assert one.exits() == two.exits()
+
+
+def _leaving(model: LoadedModel, cuda_graphs: bool, audit_share: float) -> tuple[list[Heard], float]:
+    """Answers whose tokens leave for good, among some whose tokens do not, and how many tokens were audited."""
+    with running(model, audit_share=audit_share, cuda_graphs=cuda_graphs, max_num_seqs=9) as bench:
+        with bench.held():
+            asked = [
+                bench.ask(
+                    prompt=tuple((7 * i + j * j) % 256 for j in range(5 + 9 * i)),
+                    exits=OFF if i == 5 else LEAVE,
+                    variant=variant,
+                    temperature=1.3 * (i % 2),
+                    top_p=0.9 if i == 3 else 1.0,
+                    seed=i,
+                    ignore_eos=i % 3 == 0,
+                    max_new_tokens=40 + 20 * i,
+                )
+                for variant in (FULL, INT4_KV)
+                for i in range(7)
+            ]
+        heard = [each.wait() for each in asked]
+        return heard, bench.value("exeunt_audited_tokens_total")
+
+
+@pytest.mark.parametrize("audit_share", [0.0, 0.5])
+def test_where_the_device_decides_who_leaves_answers_are_the_same(
+    gpu_model: LoadedModel, monkeypatch: pytest.MonkeyPatch, audit_share: float
+) -> None:
+    plain, audited = _leaving(gpu_model, False, audit_share)
+    taken, begun = Taken(monkeypatch), Begun(monkeypatch)
+    decided, audited_too = _leaving(gpu_model, True, audit_share)
+    assert max(asking for _, asking in taken.rows) > 3
+    assert max(begun.rows) > 3
+    assert any(name != "final" for heard in plain for name in heard.exits())
+    assert [answer_of(one) for one in decided] == [answer_of(one) for one in plain]
+    assert audited == audited_too
+    assert (audited > 0) == (audit_share > 0)
 
 
 def _plain_answers(

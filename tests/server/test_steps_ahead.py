@@ -41,9 +41,9 @@ class Begun:
         self.rows: list[int] = []
         begin = Runner._begin
 
-        def counted(runner: Runner, ahead: TickRun, run: TickRun, drawn: torch.Tensor) -> None:
+        def counted(runner: Runner, ahead: TickRun, run: TickRun, drawn: torch.Tensor) -> bool:
             self.rows.append(len(ahead.tick.rows))
-            begin(runner, ahead, run, drawn)
+            return begin(runner, ahead, run, drawn)
 
         monkeypatch.setattr(Runner, "_begin", counted)
 
@@ -89,12 +89,12 @@ def test_steps_follow_each_other_where_nothing_works_beside_the_host(
 @pytest.mark.parametrize(
     "asked",
     [
-        {"exits": LEAVE},
         {"exits": BACKFILL},
         {"exits": VERIFIED},
         {"exits": OFF, "repetition_penalty": 1.2},
+        {"exits": LEAVE, "repetition_penalty": 1.2},
     ],
-    ids=["propagate", "backfill", "verified", "penalty"],
+    ids=["backfill", "verified", "penalty", "penalty and exits"],
 )
 def test_what_hangs_on_a_token_waits_for_it(
     tiny_model: LoadedModel, begun: Begun, asked: dict[str, Any]

@@ -47,9 +47,11 @@ def _decoder(
     dtype: torch.dtype,
     weights: str,
     linear_block: bool = False,
+    **more: Any,
 ) -> Decoder:
     family, changes = MODELS[name]
-    decoder = Decoder.load(save(build_model(family, dtype, **changes), directory), device=device, dtype=dtype)
+    model = build_model(family, dtype, **changes | more)
+    decoder = Decoder.load(save(model, directory), device=device, dtype=dtype)
     if weights == "int4":
         linears: dict[int, dict[str, Linear]] = {block: {} for block in range(decoder.spec.blocks)}
         for block, packed in linears.items():

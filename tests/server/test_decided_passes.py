@@ -1,0 +1,223 @@
+"""Steps whose exits the device decides: the same answers, exits, accounts and audits as steps that wait for gates."""
+
+import random
+from functools import partial
+from typing import Any
+
+import pytest
+
+from exeunt.compression.decoder import Decoder
+from exeunt.compression.model import LoadedModel
+from exeunt.server.decided_passes import DecidedPasses
+from exeunt.server.request import ExitPolicy
+from exeunt.server.runner import Runner
+from exeunt.server.tick import Tick
+from tests.compression.decide_by_rows import decide_by_rows
+from tests.server.conftest import BLOCKS
+from tests.server.engine_bench import (
+    BACKFILL,
+    FULL,
+    INT4_KV,
+    LEAVE,
+    OFF,
+    PROMPT,
+    VERIFIED,
+    WAIT_S,
+    go_by_stages,
+    running,
+)
+from tests.server.test_soak import Asked, answer_of, random_request
+from tests.server.test_steps_ahead import Begun
+
+
+class Taken:
+    """The ticks that went through decided passes, by how many rows, and how many of these asked an exit."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.rows: list[tuple[int, int]] = []
+        run = DecidedPasses.run
+
+        def counted(passes: DecidedPasses, tick: Any, batch: Any) -> bool:
+            rows = [part.row for part in batch.parts]
+            self.rows.append((len(rows), sum(row.threshold is not None for row in rows)))
+            return run(passes, tick, batch)
+
+        monkeypatch.setattr(DecidedPasses, "run", counted)
+
+
+def beside_graphs(monkeypatch: pytest.MonkeyPatch, model: LoadedModel) -> None:
+    """Have ticks run as on a GPU, a decided step being one call."""
+    monkeypatch.setattr(Runner, "has_graphs", property(lambda _: True))
+    by_rows = partial(decide_by_rows, model.exits)
+    monkeypatch.setattr(Decoder, "decide", lambda *given: by_rows(*given))  # a method, which a partial is not
+    go_by_stages(monkeypatch)
+
+
+ASKED: list[dict[str, Any]] = [
+    {"exits": LEAVE, "max_new_tokens": 40},
+    {"exits": LEAVE, "temperature": 1.0, "seed": 3, "n": 2, "max_new_tokens": 40},
+    {"exits": OFF, "max_new_tokens": 30},
+    {"exits": ExitPolicy("approximate", 0.3, None, "propagate"), "temperature": 1.3, "seed": 5, "top_k": 9},
+    {"exits": LEAVE, "repetition_penalty": 1.2, "max_new_tokens": 35},
+    {"exits": LEAVE, "temperature": 1.3, "seed": 2, "ignore_eos": False, "max_new_tokens": 200},
+    {"exits": LEAVE, "variant": INT4_KV, "max_new_tokens": 50},
+    {"exits": LEAVE, "prompt": PROMPT[:1], "max_new_tokens": 1},
+]
+COUNTED = ("generation_tokens", "blocks_executed", "blocks_skipped", "blocks_wasted", "block_passes")
+
+
+def _answers(model: LoadedModel, audit_share: float) -> tuple[list[Any], dict[str, float]]:
+    calls = model.decoder(FULL).block_calls  # which serves both formats of the KV cache
+    before = sum(calls.tokens)
+    with running(model, max_num_seqs=12, audit_share=audit_share) as bench:
+        with bench.held():
+            asked = [bench.ask(**one) for one in ASKED]
+        heard = [answer_of(one.wait()) for one in asked]
+        assert bench.engine.wait_idle(WAIT_S)
+        counted = {name: bench.value(f"exeunt_{name}_total") for name in COUNTED}
+        counted["audits"] = bench.value("exeunt_audited_tokens_total")
+        counted["disagreements"] = bench.value("exeunt_audited_disagreements_total")
+    counted["called"] = sum(calls.tokens) - before
+    return heard, counted
+
+
+@pytest.mark.parametrize("audit_share", [0.0, 0.4, 1.0])
+def test_answers_and_accounts_are_those_of_ticks_by_stages(
+    tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch, audit_share: float
+) -> None:
+    go_by_stages(monkeypatch)
+    wanted, counts = _answers(tiny_model, audit_share)
+    beside_graphs(monkeypatch, tiny_model)
+    taken, begun = Taken(monkeypatch), Begun(monkeypatch)
+    answers, counted = _answers(tiny_model, audit_share)
+    assert answers == wanted
+    assert any(token[2] != "final" for answer in answers for choice in answer[1] for token in choice)
+    assert max(asking for _, asking in taken.rows) >= 4
+    assert max(begun.rows) >= 4
+    vain = counted["blocks_wasted"] - counts["blocks_wasted"]  # steps begun for answers that ended by a token
+    assert vain % BLOCKS == 0
+    for name in ("generation_tokens", "blocks_executed", "blocks_skipped", "audits", "disagreements"):
+        assert counted[name] == counts[name], name
+    for name in ("block_passes", "called"):
+        assert counted[name] == counts[name] + vain, name
+    assert (counted["audits"] > 0) == (audit_share > 0)
+
+
+def test_every_step_of_an_answer_that_leaves_is_begun_ahead(
+    tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beside_graphs(monkeypatch, tiny_model)
+    taken, begun = Taken(monkeypatch), Begun(monkeypatch)
+    with running(tiny_model) as bench:
+        heard = bench.answer(exits=LEAVE, max_new_tokens=24)
+    assert begun.rows == [1] * 23
+    assert taken.rows == [(1, 1)] * 23
+    assert len(set(heard.exits())) > 1
+    assert heard.finish.summary.depth.blocks_wasted == 0
+
+
+@pytest.mark.parametrize("exits", [BACKFILL, VERIFIED, OFF], ids=["backfill", "verified", "off"])
+def test_what_else_may_leave_goes_by_stages(
+    tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch, exits: ExitPolicy
+) -> None:
+    beside_graphs(monkeypatch, tiny_model)
+    taken = Taken(monkeypatch)
+    with running(tiny_model) as bench:
+        bench.answer(exits=exits, max_new_tokens=24)
+    assert taken.rows == []
+
+
+def test_survivors_that_wait_at_exits_do_so_here_too(
+    tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running(tiny_model, run_through=False) as bench:
+        wanted = answer_of(bench.answer(exits=LEAVE))
+    beside_graphs(monkeypatch, tiny_model)
+    taken, begun = Taken(monkeypatch), Begun(monkeypatch)
+    with running(tiny_model, run_through=False) as bench:
+        assert answer_of(bench.answer(exits=LEAVE)) == wanted
+    assert (taken.rows, begun.rows) == ([], [])
+
+
+def test_where_no_graph_fits_steps_go_by_stages(
+    tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running(tiny_model) as bench:
+        wanted = answer_of(bench.answer(exits=LEAVE))
+    beside_graphs(monkeypatch, tiny_model)
+    monkeypatch.setattr(Decoder, "decide", lambda *_: None)
+    taken, begun = Taken(monkeypatch), Begun(monkeypatch)
+    with running(tiny_model) as bench:
+        assert answer_of(bench.answer(exits=LEAVE)) == wanted
+    assert len(taken.rows) > 20
+    assert len(begun.rows) > 20
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_crowd_that_comes_and_goes_gets_the_answers_it_gets_alone(
+    tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """Few pages, so that some are preempted; callers who cancel; audits; requests of other kinds in between."""
+    dice = random.Random(seed)
+    requests = [random_request(dice, number) for number in range(60)]
+    leave = {"exits": LEAVE, "repetition_penalty": 1.0}
+    requests = [
+        Asked(one.request | leave, scored=False) if not one.scored and dice.random() < 0.7 else one
+        for one in requests
+    ]
+    go_by_stages(monkeypatch)
+    with running(tiny_model, max_num_seqs=3) as bench:
+        alone = [answer_of(one.send(bench, alone=True).wait()) for one in requests]
+    beside_graphs(monkeypatch, tiny_model)
+    taken = Taken(monkeypatch)
+    with running(
+        tiny_model, 16, audit_share=0.3, max_num_seqs=12, max_num_batched_tokens=64, max_num_queued_reqs=100
+    ) as bench:
+        asked = []
+        for request in requests:
+            asked.append(request.send(bench))
+            if dice.random() < 0.2:
+                bench.ask(exits=LEAVE, max_new_tokens=200, temperature=1.0)
+                bench.engine.cancel(f"r{bench.count}")
+            if dice.random() < 0.3:
+                asked[-1].wait()
+        crowd = [answer_of(one.wait()) for one in asked]
+        preempted = bench.value("exeunt_preemptions_total")
+        assert bench.value("exeunt_audited_tokens_total") > 10
+    assert sum(asking for _, asking in taken.rows) > 200
+    assert preempted > 0
+    for request, one, other in zip(requests, crowd, alone, strict=True):
+        assert one == other, request
+
+
+def test_an_answer_that_ended_has_no_audits_run_in_pages_that_may_be_anothers(
+    tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beside_graphs(monkeypatch, tiny_model)
+    calls = tiny_model.decoder(FULL).block_calls
+    before = sum(calls.tokens)
+    settled: list[list[bool]] = []
+    settle = DecidedPasses.settle
+
+    def noted(passes: DecidedPasses, run: Any, tokens: Any, *rest: Any) -> None:
+        settled.append([row.sequence in passes_alive(run.tick) for row, _ in tokens])
+        settle(passes, run, tokens, *rest)
+
+    def passes_alive(tick: Tick) -> set[Any]:
+        return {row.sequence for row in tick.rows if row.sequence.status.value == "running"}
+
+    monkeypatch.setattr(DecidedPasses, "settle", noted)
+    with running(tiny_model, audit_share=1.0) as bench:
+        with bench.held():
+            long = bench.ask(exits=LEAVE, max_new_tokens=150)
+            some = [
+                bench.ask(exits=LEAVE, temperature=1.5, seed=i, ignore_eos=False, max_new_tokens=400)
+                for i in range(4)
+            ]
+        for one in (long, *some):
+            one.wait()
+        assert bench.engine.wait_idle(WAIT_S)
+        counted = sum(bench.value(f"exeunt_blocks_{kind}_total") for kind in ("executed", "wasted"))
+    assert any(not alive for step in settled for alive in step)
+    prompts = 5 * (len(PROMPT) - 1) * BLOCKS
+    assert sum(calls.tokens) - before == prompts + counted
