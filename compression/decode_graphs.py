@@ -4,19 +4,19 @@ A graph is captured for a run of blocks over some pages, a number of tokens and 
 one of few sizes. What is padded writes nothing and attends to nothing, and the kernels are row-invariant: a token's
 state is that of a pass without graphs, to the bit. Tokens of several positions of a row (backfill, drafts, a chunk of
 a prompt) go the same way as decode steps. The keys and values that tokens owe to blocks they skip are
-projected in graphs of their own. A decode step whose exits the device decides is one graph, head and gates in it.
+projected in graphs of their own. A tick whose exits the device decides is one graph, with gates and head in it.
 """
 
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Final, Protocol
 
 import torch
 from torch import Tensor
 
-from exeunt.compression.decided_pass import AskedExit, DecidedPass, decided_pass
-from exeunt.compression.graph_pool import ROWS, TOKENS, Captured, GraphPool, size_for
+from exeunt.compression.decided_pass import DecidedPass, PassDecisions, PassNumbers, decided_pass
+from exeunt.compression.graph_pool import TOKENS, Captured, GraphPool, size_for
 from exeunt.compression.kv_format import KVPages
 from exeunt.kernels.paged_batch import BatchLayout, PagedBatch
 
@@ -49,9 +49,6 @@ class Inputs:
     numbers: Tensor  # [layout.numbers] int64
     batch: PagedBatch  # over `numbers`, each padded token a row of its own
     ramp: Tensor  # [2 * tokens + 1] int32: 0, 1, … up to tokens, then tokens
-    thresholds: (
-        Tensor  # [tokens] float32, for steps that ask exits; what stands there of padding does not matter
-    )
 
     @classmethod
     def empty(cls, tokens: int, context: int, page_tokens: int, hidden: Tensor) -> "Inputs":
@@ -62,15 +59,14 @@ class Inputs:
         ramp = torch.arange(2 * tokens + 1, dtype=torch.int32, device=device).clamp_(max=tokens)
         batch = layout.batch(numbers, tokens, tokens, context)
         batch.query_starts.copy_(ramp[: tokens + 1])
-        thresholds = torch.full((tokens,), torch.inf, device=device)
-        inputs = cls(hidden.new_zeros(tokens, hidden.shape[1]), layout, numbers, batch, ramp, thresholds)
+        inputs = cls(hidden.new_zeros(tokens, hidden.shape[1]), layout, numbers, batch, ramp)
         inputs.clear()
         return inputs
 
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors."""
-        return self.hidden.nbytes + self.numbers.nbytes + self.ramp.nbytes + self.thresholds.nbytes
+        return self.hidden.nbytes + self.numbers.nbytes + self.ramp.nbytes
 
     def clear(self) -> None:
         """Make every token padding."""
@@ -124,6 +120,7 @@ class DecodeGraphs:
         self._blocks = blocks
         self._most_context = rounded_context(most_context)
         self._inputs: dict[tuple[int, int, int], Inputs] = {}
+        self._numbers: dict[PassNumbers, Tensor] = {}
         self._graphs: dict[_Key, _Found | None] = {}
         self._pages: dict[int, KVPages] = {}  # keeps the ids in the keys from being another's
 
@@ -156,39 +153,46 @@ class DecodeGraphs:
 
     def decide(
         self,
-        exits: Sequence[AskedExit],
+        decisions: PassDecisions,
         head: Callable[[Tensor], Tensor],
-        last: int,
+        depth: int,
         hidden: Tensor,
         batch: PagedBatch,
         pages: KVPages,
-        thresholds: Tensor,
     ) -> DecidedPass | None:
-        """`decided_pass` of `hidden` [tokens, hidden], which stays; `thresholds` [tokens] may be on the host, pinned.
+        """`decided_pass` of `hidden` [tokens, hidden] for a batch that was padded where it was made.
 
         `head` is the same at every call. None where no graph fits, and nothing has been done.
         """
-        context = rounded_context(batch.max_context)
-        tokens = size_for(batch.tokens, ROWS)
-        if tokens is None or batch.rows != batch.tokens or context > self._most_context:
+        context, tokens, layout = rounded_context(batch.max_context), size_for(batch.tokens), decisions.layout
+        if tokens != layout.tokens or batch.packed is None or context > self._most_context:
             return None
         blocks = self._blocks
 
         def run(inputs: Inputs) -> tuple[Tensor, ...]:
-            own, batch, asked = inputs.hidden.clone(), inputs.batch, inputs.thresholds
-            return decided_pass(blocks, head, exits, last, own, batch, pages, asked)
+            own = replace(decisions, numbers=self._numbers[layout])
+            return decided_pass(blocks, head, depth, own, inputs.hidden, inputs.batch, pages)
 
-        asked = tuple(each.key for each in exits)
-        found = self._found(("decide", asked, last, tokens, context, id(pages)), hidden, pages, run)
+        if layout not in self._numbers:
+            self._numbers[layout] = self._nothing_decided(decisions)
+        key = ("decide", decisions.key, depth, tokens, context, id(pages))
+        found = self._found(key, hidden, pages, run)
         if found is None:
             return None
         captured, inputs = found
         inputs.fill(hidden, batch)
-        inputs.thresholds[: batch.tokens].copy_(thresholds, non_blocking=True)
+        self._numbers[layout].copy_(decisions.numbers)
         captured.replay()
         logits, left_at, states = captured.result
-        count = batch.tokens
-        return DecidedPass(logits[:count].clone(), left_at[:count].clone(), states[:, :count].clone())
+        return DecidedPass(logits.clone(), left_at.clone(), states[: batch.tokens].clone())
+
+    def _nothing_decided(self, decisions: PassDecisions) -> Tensor:
+        """Numbers by which nobody leaves, for captures over nothing but padding."""
+        with torch.inference_mode(False):
+            numbers = torch.zeros_like(decisions.numbers)
+            decisions.layout.of_tokens(numbers)[1].fill_(decisions.layout.logits)
+        self.pool.note(numbers.nbytes)
+        return numbers
 
     def project_kv(self, hidden: Tensor, batch: PagedBatch, pages: KVPages, start: int, stop: int) -> bool:
         """Write the keys and values that blocks `start` to `stop` - 1 make of `hidden` [tokens, hidden].

@@ -5,7 +5,6 @@ It keeps no state of any sequence: what a batch's tokens are and where their key
 stand in `torch.inference_mode()`, which saves a tenth of a small model's time per call.
 """
 
-from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from exeunt.compression.architecture import Architecture
 from exeunt.compression.block import Block, Rotation
 from exeunt.compression.block_weights import read_block, read_embedding, read_output
 from exeunt.compression.checkpoint import open_checkpoint
-from exeunt.compression.decided_pass import AskedExit, DecidedPass
+from exeunt.compression.decided_pass import DecidedPass, PassDecisions
 from exeunt.compression.decode_graphs import DecodeGraphs, rounded_context
 from exeunt.compression.embedding import Embedding
 from exeunt.compression.exit_output import ExitOutput
@@ -245,25 +244,18 @@ class Decoder:
         return hidden
 
     def decide(
-        self,
-        hidden: Tensor,
-        batch: PagedBatch,
-        pages: KVPages,
-        thresholds: Tensor,
-        exits: Sequence[AskedExit],
+        self, hidden: Tensor, batch: PagedBatch, pages: KVPages, decisions: PassDecisions
     ) -> DecidedPass | None:
-        """A decode step of one token a row through all blocks and the head, the device deciding who leaves where.
+        """Tokens through all blocks and the head, the device deciding who leaves where; see `decided_pass`.
 
-        `hidden` [rows, hidden] is the state in front of block 0 and stays; `thresholds` [rows] float32 may be on the
-        host, pinned. None where no captured graph fits: nothing has been done then. All blocks count as run over all
-        tokens; see `BlockCalls.spare`.
+        `hidden` [tokens, hidden] is each token's state where it comes in, and stays. None where no captured graph fits:
+        nothing has been done then. All blocks count as run over all tokens; see `BlockCalls.spare`.
         """
         if self._graphs is None:
             return None
-        last = self.spec.blocks
-        found = self._graphs.decide(exits, self._head, last, hidden, batch, pages, thresholds)
+        found = self._graphs.decide(decisions, self._head, self.spec.blocks, hidden, batch, pages)
         if found is not None:
-            self.block_calls.count(0, last, hidden.shape[0])
+            self.block_calls.count(0, self.spec.blocks, hidden.shape[0])
         return found
 
     def project_kv(self, hidden: Tensor, batch: PagedBatch, pages: KVPages, start: int, stop: int) -> None:

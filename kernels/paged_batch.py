@@ -103,8 +103,7 @@ class PagedBatch:
     def only(self, tokens: Tensor) -> "PagedBatch":
         """The batch of some tokens, [tokens] bool, in their places: the others write nothing and attend to nothing.
 
-        For the GPU's kernels, which know such tokens as padding, and for rows of one token each. Which tokens these are
-        is known on the device alone.
+        For the GPU's kernels, which know such tokens as padding. Which they are is known on the device alone.
         """
         return PagedBatch(
             self.positions.masked_fill(~tokens, -1),

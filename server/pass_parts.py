@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Final
 
 from exeunt.kernels.model_pass import AtExit, PassRows, PassTokens
 from exeunt.server.row import Row
@@ -10,10 +11,15 @@ from exeunt.server.sampling import PlainDraw
 from exeunt.server.sequence import Sequence
 from exeunt.server.tick_batch import Part
 
+_UNKNOWN: Final = 0  # of a token that only the device knows yet
+
 
 @dataclass(slots=True)
 class PassParts:
-    """The tokens of a tick's rows, those among them that wait behind an exit, and what they do on their way."""
+    """The tokens of a tick's rows, those among them that wait behind an exit, and what they do on their way.
+
+    Where `draws` is false from the start nothing is asked about draws.
+    """
 
     # of the token behind a position; None where its logits are changed first
     draw: Callable[[Sequence, int], PlainDraw | None]
@@ -34,7 +40,8 @@ class PassParts:
         older = len(positions) - 1
         to.positions += positions
         to.slots += [table.slot(position) for position in positions]
-        to.ids += [sequence.tokens[position] for position in positions]
+        known = sequence.tokens
+        to.ids += [known[position] if position < len(known) else _UNKNOWN for position in positions]
         to.entries += entries
         to.asks += [*([0] * older), 0 if threshold is None else asked]
         to.thresholds += [*([math.inf] * older), math.inf if threshold is None else threshold]

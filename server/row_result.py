@@ -35,11 +35,6 @@ class RowResult:
         0  # run for one token and not for the answer: audits, a step that could not be begun ahead
     )
 
-    def spare(self, blocks: int) -> None:
-        """Its one token, which was counted, was missing from so many blocks."""
-        self.pairs -= blocks
-        self.passes -= blocks
-
     def count(self, positions: list[int], blocks: int, *, joined: bool = False) -> None:
         """Count `blocks` blocks run over these positions; those of a prompt but its last count nowhere.
 

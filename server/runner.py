@@ -15,7 +15,6 @@ from exeunt.compression.kv_format import KVPages
 from exeunt.compression.model import LoadedModel
 from exeunt.compression.row_graphs import StepGraphs
 from exeunt.compression.variant import Variant
-from exeunt.kernels.paged_batch import PagedBatch
 from exeunt.server.auditor import Auditor
 from exeunt.server.decided_passes import DecidedPasses
 from exeunt.server.held_states import HeldStates
@@ -84,7 +83,7 @@ class Runner:
         self._staged = StagedPasses(
             model, plan, self._pages, self._held, self._auditor, self._clock, lambda: self.captured_seconds
         )
-        self._decided = DecidedPasses(model, plan, self._pages, self._auditor)
+        self._decided = DecidedPasses(model, plan, self._pages, self._held, self._auditor)
         self._ahead: TickRun | None = None  # begun before its turn
         self._goes_ahead = True
 
@@ -177,12 +176,8 @@ class Runner:
         if whole is not None:
             self._pass_whole(run, whole)
             return
-        if self.decides_exits and self._decided.takes(run.tick):
-            parts = [Part(row, row.positions) for row in run.tick.rows]
-            last = [row.sequence.tokens[row.positions[0]] for row in run.tick.rows]
-            geometry, ids = placed(parts, self._device, last)
-            if self._decided.run(run, self._embedded(run.tick, parts, geometry, ids)):
-                return
+        if self.decides_exits and self._decided.takes(run.tick) and self._decided.run(run):
+            return
         self._staged.run(run, lambda: self._end_piece(run))
 
     def _pass_whole(self, run: TickRun, whole: WholePass) -> None:
@@ -230,24 +225,20 @@ class Runner:
 
         False where a row may leave at an exit and the device cannot decide it: nothing is begun then.
         """
-        parts = [Part(row, row.positions) for row in ahead.entering.pop(0)]
         places = {row.sequence: place for place, row in enumerate(run.drawn_rows)}
-        order = [places[part.row.sequence] for part in parts]
-        geometry, index = placed(parts, self._device, order)
-        batch = self._embedded(ahead.tick, parts, geometry, drawn.index_select(0, index).long())
+        order = [places[row.sequence] for row in ahead.tick.rows]
         if any(row.threshold is not None for row in ahead.tick.rows):
-            if not (self._decided.takes(ahead.tick) and self._decided.run(ahead, batch)):
+            if not (self._decided.takes(ahead.tick) and self._decided.run(ahead, drawn, order)):
                 return False
         else:
+            parts = [Part(row, row.positions) for row in ahead.entering.pop(0)]
+            geometry, index = placed(parts, self._device, order)
+            embed = self._model.decoder(ahead.tick.variant).embed
+            hidden = embed(drawn.index_select(0, index).long(), geometry.positions)
             ahead.piece = Piece(range(self._plan.stages), len(parts), len(parts))
-            self._staged.run_stages(ahead, batch, 0, self._plan.last)
+            self._staged.run_stages(ahead, TickBatch(parts, geometry, hidden), 0, self._plan.last)
         self._start_draws(ahead)
         return True
-
-    def _embedded(self, tick: Tick, parts: list[Part], geometry: PagedBatch, ids: Tensor) -> TickBatch:
-        """The parts of a tick in front of the first block; `ids` [tokens] int64 are theirs."""
-        embed = self._model.decoder(tick.variant).embed
-        return TickBatch(parts, geometry, embed(ids, geometry.positions))
 
     def device_answers(self) -> bool:
         """Whether the device still does anything: after some errors a GPU refuses every later call of the process."""

@@ -1,6 +1,6 @@
 """A tick while it runs: what of it is under way, and what it has yielded."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -49,9 +49,12 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Undrawn:
-    """Logits [tokens, vocab] of tokens whose successors are to be drawn: of each its row, position and stage."""
+    """Logits [tokens, vocab] of tokens whose successors are to be drawn: of each its row, position and stage.
 
-    tokens: list[tuple[Row, int, int]]
+    A stage of None is that of a token that stopped on its way: what is drawn for it is nobody's.
+    """
+
+    tokens: Sequence[tuple[Row, int, int | None]]
     logits: Tensor
 
 
@@ -108,7 +111,8 @@ class TickRun:
         for (row, position, stage), token, logprob, error in zip(
             places, drawn.ids, drawn.logprobs, drawn.errors, strict=True
         ):
-            found.setdefault(row, []).append(Draw(token, logprob, stage, position, error))
+            if stage is not None:
+                found.setdefault(row, []).append(Draw(token, logprob, stage, position, error))
         for row, draws in found.items():
             self.results[row].draws = tuple(sorted(draws, key=lambda draw: draw.position))
 

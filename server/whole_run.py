@@ -11,6 +11,7 @@ from exeunt.server.auditor import Auditor
 from exeunt.server.held_states import HeldStates
 from exeunt.server.row import Row
 from exeunt.server.row_result import RowResult
+from exeunt.server.sequence import Status
 from exeunt.server.stages import StagePlan
 from exeunt.server.tick_batch import Part
 from exeunt.server.tick_run import Piece
@@ -26,11 +27,15 @@ class WholeRun:
     passed: Passed
 
     def settle(self, results: Mapping[Row, RowResult], held: HeldStates) -> list[tuple[Row, int, int]]:
-        """Note with the rows and their results how far they went; returns row, position and stage of all logits."""
+        """Note with the rows and their results how far they went; returns row, position and stage of all logits.
+
+        Of an answer that has ended since its step was begun nothing is noted.
+        """
         start = 0
         for part in self.parts:
             stop = start + len(part.positions)
-            self._settle_row(part, start, stop, results[part.row], held)
+            if part.row.sequence.status is Status.RUNNING:
+                self._settle_row(part, start, stop, results[part.row], held)
             start = stop
         found = []
         for stage, places in self._with_logits():

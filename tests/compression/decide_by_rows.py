@@ -1,15 +1,17 @@
-"""`Decoder.decide` as its definition reads: who leaves is asked at each exit, and taken out of the batch."""
+"""`Decoder.decide` as its definition reads: each exit is asked, and who stops there is taken out of the batch."""
 
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from exeunt.compression.decided_pass import AskedExit, DecidedPass
+from exeunt.compression.decided_pass import DecidedPass, PassDecisions
 from exeunt.compression.decoder import Decoder
 from exeunt.compression.exits import ExitHead
 from exeunt.compression.kv_format import KVPages
+from exeunt.kernels.model_pass import AtExit
 from exeunt.kernels.paged_batch import PagedBatch
 
 
@@ -19,32 +21,72 @@ def decide_by_rows(
     hidden: Tensor,
     batch: PagedBatch,
     pages: KVPages,
-    thresholds: Tensor,
-    exits: Sequence[AskedExit],
+    decisions: PassDecisions,
 ) -> DecidedPass:
-    """What `Decoder.decide` returns; of the `heads` those that `exits` name are asked."""
-    blocks, last, rows = decoder._blocks, decoder.spec.blocks, len(hidden)
-    decoder.block_calls.count(0, last, rows)
-    shape, there = (rows, hidden.shape[1]), hidden.device
-    left_at = torch.full((rows,), len(exits), dtype=torch.int32, device=there)
-    logits = torch.full((rows, decoder.spec.vocab_size), torch.nan, device=there)
-    states, here, start = [], torch.arange(rows, device=there), 0
-    for place, asked in enumerate(exits):
-        state = torch.full(shape, torch.nan, device=there, dtype=hidden.dtype)
-        if len(here):
-            hidden = blocks.run(hidden.clone(), batch.take(here), pages, start, asked.depth)
-            state[here] = hidden
-            head = next(each for each in heads if each.depth == asked.depth)
-            gate = head.gate(hidden, thresholds.to(there)[here], asked.project)
-            leaves = gate.leaves.to(there)
-            gone = here[leaves]
-            if len(gone):
-                left_at[gone], logits[gone] = place, gate.logits
-                places = replace(batch.take(gone), slots=batch.slots[gone])
-                blocks.project_kv(hidden[leaves], places, pages, asked.depth, last)
-            here, hidden = here[~leaves], hidden[~leaves]
-        states.append(state)
-        start = asked.depth
-    if len(here):
-        logits[here] = decoder.head(blocks.run(hidden.clone(), batch.take(here), pages, start, last))
-    return DecidedPass(logits, left_at, torch.stack(states))
+    """What `Decoder.decide` returns; of the `heads` those that the decisions name are asked.
+
+    What belongs to nobody is NaN.
+    """
+    blocks, depth, there = decoder._blocks, decoder.spec.blocks, hidden.device
+    count, last = len(hidden), decisions.last
+    decoder.block_calls.count(0, depth, count)
+    entries = decisions.layout.of_tokens(decisions.numbers)[0][:count].tolist()
+    *numbers, thresholds = decisions.layout.of_logits(decisions.numbers)
+    wanted, asks, at_exits = (each.tolist() for each in numbers)
+    row_of = torch.searchsorted(batch.query_starts.cpu(), torch.arange(count), right=True).sub(1).tolist()
+    left_at, gone, start = [last] * len(wanted), set[int](), 0
+    logits = torch.full((len(wanted), decoder.spec.vocab_size), torch.nan, device=there)
+    state = torch.full_like(hidden, torch.nan)
+
+    def coming(place: int) -> list[int]:
+        on_their_way = [t for t in range(count) if entries[t] <= place and row_of[t] not in gone]
+        new = [t for t in on_their_way if entries[t] == place]
+        state[new] = hidden[new]
+        return on_their_way
+
+    going = coming(0)
+    for exit_ in decisions.exits:
+        if going:
+            some = _some(batch, going, row_of)
+            state[going] = blocks.run(state[going], some, pages, start, exit_.depth)
+        start = exit_.depth
+        asking = [
+            n
+            for n, bits in enumerate(asks)
+            if bits >> exit_.place & 1 and left_at[n] == last and wanted[n] in going
+        ]
+        if asking:
+            head = next(each for each in heads if each.depth == exit_.depth)
+            own = state[[wanted[n] for n in asking]]
+            gate = head.gate(own, thresholds[asking], exit_.project)
+            leaving = [n for n, leaves in zip(asking, gate.leaves.tolist(), strict=True) if leaves]
+            for n, of_exit in zip(leaving, gate.logits, strict=True):
+                left_at[n], logits[n] = exit_.place, of_exit
+            good = [wanted[n] for n in leaving if at_exits[n] == AtExit.LEAVES]
+            if good:
+                places = replace(
+                    _some(batch, good, row_of), positions=batch.positions[good], slots=batch.slots[good]
+                )
+                blocks.project_kv(state[good], places, pages, start, depth)
+            gone |= {row_of[wanted[n]] for n in leaving if at_exits[n] != AtExit.STAYS}
+        going = coming(exit_.place + 1)
+    if going:
+        state[going] = blocks.run(state[going], _some(batch, going, row_of), pages, start, depth)
+        ends = [n for n, token in enumerate(wanted) if token in going and left_at[n] == last]
+        if ends:
+            logits[ends] = decoder.head(state[[wanted[n] for n in ends]])
+    return DecidedPass(logits, torch.tensor(left_at, device=there), state)
+
+
+def _some(batch: PagedBatch, tokens: list[int], row_of: list[int]) -> PagedBatch:
+    """The geometry of some tokens, ascending."""
+    rows = [row_of[token] for token in tokens]
+    there = sorted(set(rows))
+    starts = np.cumsum([0, *(rows.count(row) for row in there)])
+    return PagedBatch(
+        batch.positions[tokens],
+        batch.slots[tokens],
+        torch.tensor(starts, dtype=torch.int32, device=batch.positions.device),
+        batch.page_tables[there].contiguous(),
+        batch.max_context,
+    )

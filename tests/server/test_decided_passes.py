@@ -1,6 +1,7 @@
 """Steps whose exits the device decides: the same answers, exits, accounts and audits as steps that wait for gates."""
 
 import random
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -9,9 +10,10 @@ import pytest
 from exeunt.compression.decoder import Decoder
 from exeunt.compression.model import LoadedModel
 from exeunt.server.decided_passes import DecidedPasses
+from exeunt.server.drafting import Drafter, Proposal
 from exeunt.server.request import ExitPolicy
 from exeunt.server.runner import Runner
-from exeunt.server.tick import Tick
+from exeunt.server.sequence import Status
 from tests.compression.decide_by_rows import decide_by_rows
 from tests.server.conftest import BLOCKS
 from tests.server.engine_bench import (
@@ -37,12 +39,27 @@ class Taken:
         self.rows: list[tuple[int, int]] = []
         run = DecidedPasses.run
 
-        def counted(passes: DecidedPasses, tick: Any, batch: Any) -> bool:
-            rows = [part.row for part in batch.parts]
+        def counted(passes: DecidedPasses, under_way: Any, *ahead: Any) -> bool:
+            rows = under_way.tick.rows
             self.rows.append((len(rows), sum(row.threshold is not None for row in rows)))
-            return run(passes, tick, batch)
+            return run(passes, under_way, *ahead)
 
         monkeypatch.setattr(DecidedPasses, "run", counted)
+
+
+def looks_up(_: object) -> Drafter:
+    """A drafter that asks no exit: ticks whose rows do go by stages."""
+    return LooksUp()
+
+
+class LooksUp:
+    """Proposes the last token again, two times over, now and then."""
+
+    def propose(self, tokens: Sequence[int], drafted: int, room: int) -> Proposal:
+        return Proposal(tokens=(tokens[-1],) * min(room, 2)) if len(tokens) % 3 == 0 else Proposal()
+
+    def settled(self, stages: Sequence[int], accepted: int) -> None:
+        """Learns nothing."""
 
 
 def beside_graphs(monkeypatch: pytest.MonkeyPatch, model: LoadedModel) -> None:
@@ -53,7 +70,7 @@ def beside_graphs(monkeypatch: pytest.MonkeyPatch, model: LoadedModel) -> None:
     go_by_stages(monkeypatch)
 
 
-ASKED: list[dict[str, Any]] = [
+PROPAGATE: list[dict[str, Any]] = [
     {"exits": LEAVE, "max_new_tokens": 40},
     {"exits": LEAVE, "temperature": 1.0, "seed": 3, "n": 2, "max_new_tokens": 40},
     {"exits": OFF, "max_new_tokens": 30},
@@ -63,15 +80,30 @@ ASKED: list[dict[str, Any]] = [
     {"exits": LEAVE, "variant": INT4_KV, "max_new_tokens": 50},
     {"exits": LEAVE, "prompt": PROMPT[:1], "max_new_tokens": 1},
 ]
+BACKFILLED: list[dict[str, Any]] = [
+    {"exits": BACKFILL, "max_new_tokens": 60},
+    {"exits": BACKFILL, "temperature": 1.0, "seed": 3, "n": 2, "max_new_tokens": 40},
+    {
+        "exits": ExitPolicy("approximate", 0.2, None, "backfill"),
+        "max_new_tokens": 60,
+    },  # goes deep for what it owes
+    {"exits": ExitPolicy("approximate", 0.7, None, "backfill"), "temperature": 1.3, "seed": 5, "top_p": 0.8},
+    {"exits": BACKFILL, "variant": INT4_KV, "repetition_penalty": 1.2, "max_new_tokens": 50},
+    {"exits": OFF, "prompt": PROMPT * 6, "max_new_tokens": 30},  # in chunks
+]
+ALL = [*PROPAGATE, *BACKFILLED, {"exits": VERIFIED, "max_new_tokens": 60}]
 COUNTED = ("generation_tokens", "blocks_executed", "blocks_skipped", "blocks_wasted", "block_passes")
 
 
-def _answers(model: LoadedModel, audit_share: float) -> tuple[list[Any], dict[str, float]]:
+def _answers(
+    model: LoadedModel, requests: list[dict[str, Any]], audit_share: float
+) -> tuple[list[Any], dict[str, float]]:
     calls = model.decoder(FULL).block_calls  # which serves both formats of the KV cache
     before = sum(calls.tokens)
-    with running(model, max_num_seqs=12, audit_share=audit_share) as bench:
+    limits = {"max_num_seqs": 18, "max_num_batched_tokens": 48}
+    with running(model, new_drafter=looks_up, audit_share=audit_share, **limits) as bench:
         with bench.held():
-            asked = [bench.ask(**one) for one in ASKED]
+            asked = [bench.ask(**one) for one in requests]
         heard = [answer_of(one.wait()) for one in asked]
         assert bench.engine.wait_idle(WAIT_S)
         counted = {name: bench.value(f"exeunt_{name}_total") for name in COUNTED}
@@ -82,18 +114,22 @@ def _answers(model: LoadedModel, audit_share: float) -> tuple[list[Any], dict[st
 
 
 @pytest.mark.parametrize("audit_share", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("requests", [PROPAGATE, BACKFILLED, ALL], ids=["propagate", "backfill", "all modes"])
 def test_answers_and_accounts_are_those_of_ticks_by_stages(
-    tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch, audit_share: float
+    tiny_model: LoadedModel,
+    monkeypatch: pytest.MonkeyPatch,
+    requests: list[dict[str, Any]],
+    audit_share: float,
 ) -> None:
     go_by_stages(monkeypatch)
-    wanted, counts = _answers(tiny_model, audit_share)
+    wanted, counts = _answers(tiny_model, requests, audit_share)
     beside_graphs(monkeypatch, tiny_model)
     taken, begun = Taken(monkeypatch), Begun(monkeypatch)
-    answers, counted = _answers(tiny_model, audit_share)
+    answers, counted = _answers(tiny_model, requests, audit_share)
     assert answers == wanted
     assert any(token[2] != "final" for answer in answers for choice in answer[1] for token in choice)
     assert max(asking for _, asking in taken.rows) >= 4
-    assert max(begun.rows) >= 4
+    assert (len(begun.rows) > 10) == (requests is PROPAGATE)
     vain = counted["blocks_wasted"] - counts["blocks_wasted"]  # steps begun for answers that ended by a token
     assert vain % BLOCKS == 0
     for name in ("generation_tokens", "blocks_executed", "blocks_skipped", "audits", "disagreements"):
@@ -116,8 +152,8 @@ def test_every_step_of_an_answer_that_leaves_is_begun_ahead(
     assert heard.finish.summary.depth.blocks_wasted == 0
 
 
-@pytest.mark.parametrize("exits", [BACKFILL, VERIFIED, OFF], ids=["backfill", "verified", "off"])
-def test_what_else_may_leave_goes_by_stages(
+@pytest.mark.parametrize("exits", [VERIFIED, OFF], ids=["verified", "off"])
+def test_what_asks_the_exit_that_drafts_goes_by_stages(
     tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch, exits: ExitPolicy
 ) -> None:
     beside_graphs(monkeypatch, tiny_model)
@@ -160,7 +196,7 @@ def test_a_crowd_that_comes_and_goes_gets_the_answers_it_gets_alone(
     """Few pages, so that some are preempted; callers who cancel; audits; requests of other kinds in between."""
     dice = random.Random(seed)
     requests = [random_request(dice, number) for number in range(60)]
-    leave = {"exits": LEAVE, "repetition_penalty": 1.0}
+    leave = {"exits": LEAVE if seed else BACKFILL, "repetition_penalty": 1.0}
     requests = [
         Asked(one.request | leave, scored=False) if not one.scored and dice.random() < 0.7 else one
         for one in requests
@@ -199,12 +235,9 @@ def test_an_answer_that_ended_has_no_audits_run_in_pages_that_may_be_anothers(
     settled: list[list[bool]] = []
     settle = DecidedPasses.settle
 
-    def noted(passes: DecidedPasses, run: Any, tokens: Any, *rest: Any) -> None:
-        settled.append([row.sequence in passes_alive(run.tick) for row, _ in tokens])
-        settle(passes, run, tokens, *rest)
-
-    def passes_alive(tick: Tick) -> set[Any]:
-        return {row.sequence for row in tick.rows if row.sequence.status.value == "running"}
+    def noted(passes: DecidedPasses, told: Any, left_at: list[int]) -> None:
+        settled.append([row.sequence.status is Status.RUNNING for row, _ in told.tokens])
+        settle(passes, told, left_at)
 
     monkeypatch.setattr(DecidedPasses, "settle", noted)
     with running(tiny_model, audit_share=1.0) as bench:
