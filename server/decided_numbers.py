@@ -1,5 +1,6 @@
 """A tick's tokens as a GPU's decided pass reads them: one array of numbers, which goes there in one copy."""
 
+from array import array
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -59,35 +60,32 @@ def _write_places(layout: BatchLayout, numbers: np.ndarray, parts: PassParts) ->
     for start, values in ((0, tokens.positions), (layout.slots, tokens.slots)):
         numbers[start : start + count] = values
         numbers[start + count : start + layout.tokens] = -1
-    starts = wide[layout.starts : layout.starts + layout.rows + 1]
-    starts[: rows + 1] = np.fromiter(accumulate(parts.rows.tokens, initial=0), np.int32, rows + 1)
-    if rows < layout.rows:
-        starts[rows + 1 :] = np.minimum(np.arange(count + 1, count + 1 + layout.rows - rows), layout.tokens)
-    tables = wide[layout.tables : layout.tables + layout.rows * layout.pages].reshape(layout.rows, -1)
-    for index, pages in enumerate(parts.rows.pages):
-        tables[index, : len(pages)] = pages
+    padding = [min(count + more, layout.tokens) for more in range(1, layout.rows - rows + 1)]
+    starts = [*accumulate(parts.rows.tokens, initial=0), *padding]
+    wide[layout.starts : layout.starts + layout.rows + 1] = starts
+    for start, pages in zip(range(layout.tables, len(wide), layout.pages), parts.rows.pages, strict=False):
+        wide[start : start + len(pages)] = pages
 
 
 def _write_decisions(
     layout: PassNumbers, numbers: np.ndarray, parts: PassParts, with_logits: list[int]
 ) -> None:
     """Write what tokens do over zeros; rows of logits that are left over ask nothing."""
-    tokens, rows, count = parts.tokens, parts.rows, len(with_logits)
-    entries, askers = numbers[: 2 * layout.tokens].reshape(2, -1)
-    entries[: len(tokens.entries)] = tokens.entries
-    askers[:] = layout.logits
-    of_row = np.repeat(np.arange(len(rows.tokens)), rows.tokens)
-    asked = [(place, token) for place, token in enumerate(with_logits) if tokens.asks[token]]
-    by_row = np.full(len(rows.tokens), layout.logits)
-    by_row[of_row[[token for _, token in asked]]] = [place for place, _ in asked]
-    askers[: len(of_row)] = by_row[of_row]
-    wanted, asks, at_exits, thresholds = numbers[2 * layout.tokens : layout.count].reshape(4, -1)
-    wanted[:count] = with_logits
-    asks[:count] = [tokens.asks[token] for token in with_logits]
-    kinds = np.array(rows.at_exits, dtype=np.int64)
-    at_exits[:count] = kinds[of_row[with_logits]]
-    asked_for = np.array([tokens.thresholds[token] for token in with_logits], dtype=np.float32)
-    thresholds[:count] = asked_for.astype(np.float64).view(np.int64)
+    tokens, rows = parts.tokens, parts.rows
+    row_of = [row for row, count in enumerate(rows.tokens) for _ in range(count)]
+    asker_of = {row_of[token]: place for place, token in enumerate(with_logits) if tokens.asks[token]}
+    nobody = layout.logits
+    askers = [asker_of.get(row, nobody) for row in row_of] + [nobody] * (layout.tokens - len(row_of))
+    asks = [tokens.asks[token] for token in with_logits]
+    at_exits = [int(rows.at_exits[row_of[token]]) for token in with_logits]
+    rounded = array("f", [tokens.thresholds[token] for token in with_logits])
+    thresholds = np.frombuffer(array("d", rounded), np.int64)
+    numbers[: len(row_of)] = tokens.entries
+    numbers[layout.tokens : 2 * layout.tokens] = askers
+    start = 2 * layout.tokens
+    for values in (with_logits, asks, at_exits, thresholds):
+        numbers[start : start + len(values)] = values
+        start += layout.logits
 
 
 def for_good(parts: PassParts) -> bool:

@@ -99,11 +99,16 @@ class DecidedPasses:
         return torch.cat(held)
 
     def _exits(self, decoder: Decoder, parts: PassParts) -> tuple[PassExit, ...]:
-        """The exits at which a token may leave or come in."""
+        """The exits at which a token may leave or come in.
+
+        Where rows wait at exits others come in at one time and not at another: one graph does for both.
+        """
         entries, asks = set(parts.tokens.entries), set(parts.tokens.asks)
+        waits = any(kind != AtExit.LEAVES for kind in parts.rows.at_exits)
         found = []
         for place in range(self._plan.last):
-            asked, joined = any(bits >> place & 1 for bits in asks), place + 1 in entries
+            asked = any(bits >> place & 1 for bits in asks)
+            joined = place + 1 in entries or (asked and waits)
             if asked or joined:
                 steps = self._model.exits[place].steps
                 depth = self._plan.stop(place)

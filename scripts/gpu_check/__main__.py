@@ -52,6 +52,7 @@ SECTIONS = {
     "decode": Section("decode_speeds:run", 30, 8),
     "kernels": Section("kernel_speeds:run", 30, 5),
     "end_to_end": Section("end_to_end:run", 130, 8),
+    "exits": Section("exits:run", 100, 20),
     "host": Section("host_times:run", 30, 10),
     "compiled": Section("end_to_end:compiled", 120, 45),
     "float32": Section("correctness:float32", 60, 10),

@@ -34,6 +34,7 @@ from scripts.gpu_check.report import Context, Found
 OFF: Mapping[str, Any] = {"mode": "off"}
 VERIFIED: Mapping[str, Any] = {"mode": "verified"}
 HALF: Mapping[str, Any] = {"mode": "approximate", "threshold": 0.5, "skipped_kv": "propagate"}
+BACKFILLED: Mapping[str, Any] = {**HALF, "skipped_kv": "backfill"}
 _CROWD = 17
 _MOST_WARM_RUNS = 6
 SYNTHETIC = "(synthetic)"
@@ -65,12 +66,12 @@ def run(context: Context, found: Found) -> None:
     packaged = Sizes((2, 1), 16, 4) if context.quick else Sizes((64, 1, 16), 64, 64)
     if context.fits(8, "packaged model", found):
         _packaged(context.within(0.6 * context.clock.left()), found.setdefault("packaged", {}), packaged)
-        _free(context)
+        free_memory(context)
     large = Sizes((1, 2), 16, 4) if context.quick else Sizes((64, 1, 16), 256, 64)
     shape = TOY if context.quick else MISTRAL
     if context.fits(15, shape.name, found):
         _random(context, found.setdefault(shape.name, {}), shape, large)
-        _free(context)
+        free_memory(context)
 
 
 def _packaged(context: Context, found: Found, sizes: Sizes) -> None:
@@ -90,13 +91,13 @@ def _packaged(context: Context, found: Found, sizes: Sizes) -> None:
         if model.exits:
             modes["int4/int4 verified"] = (INT4, VERIFIED)
             modes["int4/int4 exits at 0.5"] = (INT4, HALF)
-        _engine(context, found, model, driver, prompts, modes, sizes)
+        engine_speeds(context, found, model, driver, prompts, modes, sizes)
     finally:
         driver.close()
     del driver
     _in_turn(context, found, model, prompts, sizes)
     del model
-    _free(context)
+    free_memory(context)
     if context.fits(5, "transformers on the packaged model", found):
         from transformers import AutoModelForCausalLM
 
@@ -168,7 +169,7 @@ def _alike(context: Context, name: str, ours: Sequence[int], wanted: Sequence[in
     )
 
 
-def _engine(
+def engine_speeds(
     context: Context,
     found: Found,
     model: LoadedModel,
@@ -217,7 +218,7 @@ def _in_turn(
     driver = engine_driver(model, sizes.load(sizes.most), async_scheduling=False)
     try:
         modes = {f"int4/int4 {called}": (INT4, OFF), f"full/full {called}": (FULL, OFF)}
-        _engine(context, found, model, driver, prompts, modes, sizes)
+        engine_speeds(context, found, model, driver, prompts, modes, sizes)
     finally:
         driver.close()
 
@@ -311,16 +312,21 @@ def _generate_batch(model: Any, prompts: Sequence[Sequence[int]], answer: int) -
     return {"tokens_per_s": made / took[1], "tokens": made, "seconds": took[1], "first_run_seconds": took[0]}
 
 
-def _random(context: Context, found: Found, shape: Shape, sizes: Sizes) -> None:
-    """The large shape: INT4, full, INT4 with half the tokens leaving half-way."""
+def random_model(context: Context, found: Found, shape: Shape) -> LoadedModel:
+    """A shape with random weights and a synthetic exit half-way."""
     spec = shape.spec()
     decoders = random_decoders(spec, context.device, torch.bfloat16)
-    model = _loaded(context, shape.name, spec, decoders, (_synthetic_exit(context, spec),))
     found["gates"] = (
         f"synthetic, after block {spec.blocks // 2 - 1} of {spec.blocks}: about half the tokens leave"
     )
-    _free(context)
+    free_memory(context)
     found["free_bytes"] = free_bytes(context.device)
+    return _loaded(context, shape.name, spec, decoders, (_synthetic_exit(context, spec),))
+
+
+def _random(context: Context, found: Found, shape: Shape, sizes: Sizes) -> None:
+    """The large shape: INT4, full, INT4 with half the tokens leaving half-way."""
+    model = random_model(context, found, shape)
     driver = engine_driver(model, sizes.load(sizes.most))
     try:
         prompts = driver.prompts(sizes.most, sizes.prompt)
@@ -329,13 +335,13 @@ def _random(context: Context, found: Found, shape: Shape, sizes: Sizes) -> None:
             f"int4/int4 exits at 0.5 {SYNTHETIC}": (INT4, HALF),
             "full/full": (FULL, OFF),
         }
-        _engine(context, found, model, driver, prompts, modes, sizes)
+        engine_speeds(context, found, model, driver, prompts, modes, sizes)
     finally:
         driver.close()
     del driver
     _in_turn(context, found, model, prompts, sizes)
-    del model, decoders
-    _free(context)
+    del model
+    free_memory(context)
     if context.fits(15, f"transformers on {shape.name}", found):
         _transformers(context, found, transformers_model(context, shape), prompts, sizes)
 
@@ -384,7 +390,7 @@ def compiled(context: Context, found: Found) -> None:
     context.report.save()
 
 
-def _free(context: Context) -> None:
+def free_memory(context: Context) -> None:
     gc.collect()
     if context.cuda:
         torch.cuda.empty_cache()

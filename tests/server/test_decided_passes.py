@@ -100,7 +100,7 @@ def _answers(
 ) -> tuple[list[Any], dict[str, float]]:
     calls = model.decoder(FULL).block_calls  # which serves both formats of the KV cache
     before = sum(calls.tokens)
-    limits = {"max_num_seqs": 18, "max_num_batched_tokens": 48}
+    limits: dict[str, Any] = {"max_num_seqs": 18, "max_num_batched_tokens": 48}
     with running(model, new_drafter=looks_up, audit_share=audit_share, **limits) as bench:
         with bench.held():
             asked = [bench.ask(**one) for one in requests]

@@ -172,7 +172,7 @@ def _capture(decoder: Decoder) -> None:
         return
     assert decoder._rope is not None
     decoder._rope.reserve(512)
-    decoder._graphs = DecodeGraphs(decoder._blocks, 64, FakePool())  # type: ignore[arg-type]
+    decoder._graphs = DecodeGraphs(decoder._blocks, 64, FakePool())
 
 
 def _same(found: Tensor, wanted: Tensor) -> bool:
@@ -208,7 +208,7 @@ def test_a_decided_pass_is_the_one_that_asks(
         before = made.arena.clone()
         states = decoder.run_blocks(made.hidden, made.batch, made.sequences.pages, 0, 1)
         sure = heads[0].gate(states, torch.zeros(len(states)), decoder.project_exit).confidence
-        levels = [float(sure.quantile(share)) for share in ((0.6, 0.3, 0.9) if HERE else (0.6,))] + [0.0]
+        levels = [float(sure.quantile(share)) for share in ((0.1, 0.3, 0.6, 0.9) if HERE else (0.6,))] + [0.0]
         asks, wanted = [made.decisions(level) for level in levels], []
         for decisions in asks:
             made.arena.copy_(before)
@@ -222,7 +222,8 @@ def test_a_decided_pass_is_the_one_that_asks(
                 assert _same(found.logits, expected.logits)
                 assert _same(found.states, expected.states)
                 assert torch.equal(made.arena, pages)
+    left = [int((expected.left_at < LAST).sum()) for expected, _ in wanted]
     if any(case.asks for case in cases):
-        assert int((wanted[-1][0].left_at < LAST).sum()) > 0
+        assert left[-1] > 0
     if len(cases) > 2 and any(case.asks for case in cases):
-        assert 0 < int((wanted[0][0].left_at < LAST).sum()) < int((wanted[-1][0].left_at < LAST).sum())
+        assert any(0 < some < left[-1] for some in left)
