@@ -10,14 +10,21 @@ projected in graphs of their own. A tick whose exits the device decides is one g
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Final, Protocol
+from typing import Final
 
 import torch
 from torch import Tensor
 
-from exeunt.compression.decided_pass import DecidedPass, PassDecisions, PassNumbers, decided_pass
+from exeunt.compression.device_pass import (
+    CapturedBlocks,
+    PassInputs,
+    PassLayout,
+    PassResults,
+    run_device_pass,
+)
 from exeunt.compression.graph_pool import TOKENS, Captured, GraphPool, size_for
 from exeunt.compression.kv_format import KVPages
+from exeunt.compression.row_graphs import SharedOutputs
 from exeunt.kernels.paged_batch import BatchLayout, PagedBatch
 
 __all__ = ["TOKENS", "DecodeGraphs", "Inputs", "padded_layout", "rounded_context"]
@@ -26,18 +33,6 @@ SHORTEST_CONTEXT: Final = 512
 """Contexts are rounded up to this many tokens times a power of two."""
 MOST_GRAPHS: Final = 320
 """Graphs that one decoder keeps of its blocks: beyond it passes run without, so that their memory has a bound."""
-
-
-class CapturedBlocks(Protocol):
-    """What graphs hold of a decoder's blocks."""
-
-    def run(self, hidden: Tensor, batch: PagedBatch, pages: KVPages, start: int, stop: int) -> Tensor:
-        """The state behind a run of blocks of the state in front of it, which it may overwrite."""
-        ...
-
-    def project_kv(self, hidden: Tensor, batch: PagedBatch, pages: KVPages, start: int, stop: int) -> None:
-        """Write the keys and values that a run of blocks makes of an exit's state."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,14 +108,24 @@ class DecodeGraphs:
     All graphs share one pool of memory: they run one after the other, and what a graph leaves is copied at once.
     """
 
-    def __init__(self, blocks: CapturedBlocks, most_context: int, pool: GraphPool) -> None:
+    def __init__(
+        self,
+        blocks: CapturedBlocks,
+        most_context: int,
+        pool: GraphPool,
+        outputs: SharedOutputs | None = None,
+    ) -> None:
         """`most_context` tokens are the longest that a sequence may become: a graph's context never exceeds its
-        `rounded_context`, for which rotary tables must be laid out before the first capture."""
+        `rounded_context`, for which rotary tables must be laid out before the first capture. `outputs` are where whole
+        passes leave logits, and others what nobody reads any more then."""
         self.pool = pool
+        self._logits = outputs or SharedOutputs(pool)
+        self._states = SharedOutputs(pool, TOKENS[-1])
+        self._kept: list[object] = []  # keeps the ids in the keys from being another's, as `_pages` does
         self._blocks = blocks
         self._most_context = rounded_context(most_context)
         self._inputs: dict[tuple[int, int, int], Inputs] = {}
-        self._numbers: dict[PassNumbers, Tensor] = {}
+        self._numbers: dict[PassLayout, Tensor] = {}
         self._graphs: dict[_Key, _Found | None] = {}
         self._pages: dict[int, KVPages] = {}  # keeps the ids in the keys from being another's
 
@@ -151,46 +156,53 @@ class DecodeGraphs:
         captured.replay()
         return captured.result[0][: batch.tokens].clone()
 
-    def decide(
+    def run_pass(
         self,
-        decisions: PassDecisions,
+        asked: PassInputs,
         head: Callable[[Tensor], Tensor],
         depth: int,
         hidden: Tensor,
         batch: PagedBatch,
         pages: KVPages,
-    ) -> DecidedPass | None:
-        """`decided_pass` of `hidden` [tokens, hidden] for a batch that was padded where it was made.
+    ) -> PassResults | None:
+        """`run_device_pass` over `hidden` [tokens, hidden], for a batch that was padded where it was made.
 
         `head` is the same at every call. None where no graph fits, and nothing has been done.
         """
-        context, tokens, layout = rounded_context(batch.max_context), size_for(batch.tokens), decisions.layout
+        context, tokens, layout = rounded_context(batch.max_context), size_for(batch.tokens), asked.layout
         if tokens != layout.tokens or batch.packed is None or context > self._most_context:
             return None
         blocks = self._blocks
 
         def run(inputs: Inputs) -> tuple[Tensor, ...]:
-            own = replace(decisions, numbers=self._numbers[layout])
-            return decided_pass(blocks, head, depth, own, inputs.hidden, inputs.batch, pages)
+            own = replace(asked, numbers=self._numbers[layout])
+            *results, states = run_device_pass(blocks, head, depth, own, inputs.hidden, inputs.batch, pages)
+            kept = (*self._logits.like(tuple(results)), *self._states.like((states,)))
+            for shared, result in zip(kept, (*results, states), strict=True):
+                shared[: len(result)].copy_(result)
+            return kept
 
         if layout not in self._numbers:
-            self._numbers[layout] = self._nothing_decided(decisions)
-        key = ("decide", decisions.key, depth, tokens, context, id(pages))
+            self._numbers[layout] = self._nothing_asked(asked)
+        key = ("pass", asked.key, depth, tokens, context, id(pages))
+        if key not in self._graphs:
+            self._kept.append(asked.exits)
         found = self._found(key, hidden, pages, run)
         if found is None:
             return None
         captured, inputs = found
         inputs.fill(hidden, batch)
-        self._numbers[layout].copy_(decisions.numbers)
+        self._numbers[layout].copy_(asked.numbers)
         captured.replay()
-        logits, left_at, states = captured.result
-        return DecidedPass(logits.clone(), left_at.clone(), states[: batch.tokens].clone())
+        *of_logits, states = captured.result
+        logits, left_at = (each[: layout.logits].clone() for each in of_logits)
+        return PassResults(logits, left_at, states[: batch.tokens].clone())
 
-    def _nothing_decided(self, decisions: PassDecisions) -> Tensor:
+    def _nothing_asked(self, asked: PassInputs) -> Tensor:
         """Numbers by which nobody leaves, for captures over nothing but padding."""
         with torch.inference_mode(False):
-            numbers = torch.zeros_like(decisions.numbers)
-            decisions.layout.of_tokens(numbers)[1].fill_(decisions.layout.logits)
+            numbers = torch.zeros_like(asked.numbers)
+            asked.layout.of_tokens(numbers)[1].fill_(asked.layout.logits)
         self.pool.note(numbers.nbytes)
         return numbers
 

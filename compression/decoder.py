@@ -15,8 +15,8 @@ from exeunt.compression.architecture import Architecture
 from exeunt.compression.block import Block, Rotation
 from exeunt.compression.block_weights import read_block, read_embedding, read_output
 from exeunt.compression.checkpoint import open_checkpoint
-from exeunt.compression.decided_pass import DecidedPass, PassDecisions
 from exeunt.compression.decode_graphs import DecodeGraphs, rounded_context
+from exeunt.compression.device_pass import PassInputs, PassResults
 from exeunt.compression.embedding import Embedding
 from exeunt.compression.exit_output import ExitOutput
 from exeunt.compression.graph_pool import GraphPool
@@ -53,7 +53,7 @@ class BlockCalls:
             self._tokens[start] += tokens
             self._tokens[stop] -= tokens
 
-    def spare(self, start: int, stop: int, tokens: int) -> None:
+    def uncount(self, start: int, stop: int, tokens: int) -> None:
         """Of tokens that were counted, so many were missing from blocks `start` to `stop` - 1."""
         self._tokens[start] -= tokens
         self._tokens[stop] += tokens
@@ -199,7 +199,8 @@ class Decoder:
             self._rope.reserve(rounded_context(most_context))
         self._step_graphs = shared or StepGraphs(GraphPool(self.device))
         self._project_exit.replay_in(self._step_graphs)
-        self._graphs = DecodeGraphs(blocks, most_context, self._step_graphs.pool)
+        shared = self._step_graphs
+        self._graphs = DecodeGraphs(blocks, most_context, shared.pool, shared.outputs)
         return self._graphs
 
     def release_graphs(self) -> None:
@@ -243,17 +244,17 @@ class Decoder:
         self.block_calls.count(start, stop, hidden.shape[0])
         return hidden
 
-    def decide(
-        self, hidden: Tensor, batch: PagedBatch, pages: KVPages, decisions: PassDecisions
-    ) -> DecidedPass | None:
-        """Tokens through all blocks and the head, the device deciding who leaves where; see `decided_pass`.
+    def run_pass(
+        self, hidden: Tensor, batch: PagedBatch, pages: KVPages, asked: PassInputs
+    ) -> PassResults | None:
+        """Tokens through all blocks, the exits on the way and the head, as one graph; see `run_device_pass`.
 
         `hidden` [tokens, hidden] is each token's state where it comes in, and stays. None where no captured graph fits:
-        nothing has been done then. All blocks count as run over all tokens; see `BlockCalls.spare`.
+        nothing has been done then. All blocks count as run over all tokens; see `BlockCalls.uncount`.
         """
         if self._graphs is None:
             return None
-        found = self._graphs.decide(decisions, self._head, self.spec.blocks, hidden, batch, pages)
+        found = self._graphs.run_pass(asked, self._head, self.spec.blocks, hidden, batch, pages)
         if found is not None:
             self.block_calls.count(0, self.spec.blocks, hidden.shape[0])
         return found

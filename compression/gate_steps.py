@@ -1,7 +1,8 @@
-"""An exit's gate on a GPU: decided there for all rows, told to the host in one copy.
+"""An exit's gate on a GPU: decided there for all rows.
 
-Which rows leave is for the host to know: it takes them out of the batch. So what was decided comes there in one tensor,
-in one wait, and of the logits only those of rows that leave are picked out, on the device.
+By stages the host takes rows that leave out of the batch. So what was decided comes there in one tensor, in one wait,
+and of the logits only those of rows that leave are picked out, on the device. In a device's pass (`device_pass`) it
+stays there.
 """
 
 from collections.abc import Callable, Hashable

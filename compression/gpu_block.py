@@ -31,8 +31,8 @@ def run_fused(block: Block, hidden: Tensor, table: Tensor | None, batch: PagedBa
     `table` [positions, 2, head_dim] holds cosines and signed sines (`RopeTables.table`), None for learned positions.
     """
     spec, tokens = block.spec, hidden.shape[0]
-    present = batch.present
-    qkv = block.qkv.fused(hidden, norm=_row_norm(block.attention_norm), present=present)
+    positions = batch.masked_positions
+    qkv = block.qkv.fused(hidden, norm=_row_norm(block.attention_norm), positions=positions)
     queries = turn_and_write_kv(
         qkv.view(tokens, spec.heads + 2 * spec.kv_heads, spec.head_dim),
         table,
@@ -44,15 +44,15 @@ def run_fused(block: Block, hidden: Tensor, table: Tensor | None, batch: PagedBa
         spec.norm_eps,
     )
     attended = paged_attention(queries, kv, batch, block.scale, block.window, rotated=kv.is_int4)
-    block.out.fused(attended.view(tokens, spec.query_size), residual=hidden, present=present)
+    block.out.fused(attended.view(tokens, spec.query_size), residual=hidden, positions=positions)
     inner = block.up.fused(
         hidden,
         norm=_row_norm(block.mlp_norm),
         activation=spec.activation,
         gated=spec.gated,
-        present=present,
+        positions=positions,
     )
-    return block.down.fused(inner, residual=hidden, present=present)
+    return block.down.fused(inner, residual=hidden, positions=positions)
 
 
 def project_fused(block: Block, hidden: Tensor, table: Tensor | None, batch: PagedBatch, kv: KVBlock) -> None:
@@ -61,7 +61,7 @@ def project_fused(block: Block, hidden: Tensor, table: Tensor | None, batch: Pag
     What is written are the bits that the block itself would write of `hidden`, in any company.
     """
     spec = block.spec
-    rows = block.kv_rows.fused(hidden, norm=_row_norm(block.attention_norm), present=batch.present)
+    rows = block.kv_rows.fused(hidden, norm=_row_norm(block.attention_norm), positions=batch.masked_positions)
     turn_and_write_kv(
         rows.view(hidden.shape[0], 2 * spec.kv_heads, spec.head_dim),
         table,

@@ -37,13 +37,13 @@ class Linear(Protocol):
         activation: str | None = None,
         gated: bool = False,
         residual: Tensor | None = None,
-        present: Tensor | None = None,
+        positions: Tensor | None = None,
     ) -> Tensor:
         """The layer with what stands around it, in Triton: [tokens, out] for x [tokens, in], rounded once by each step.
 
         `norm` is applied to x first; `activation` to the output, or, where that is `gated`, to its first half, which
         then multiplies the second; to `residual` [tokens, out] the result is added in place. Rows whose position in
-        `present` [tokens] int64 is below 0 are absent: nobody may read their results, nor those rows of `residual`
+        `positions` [tokens] int64 is below 0 are missing: nobody may read their results, nor those rows of `residual`
         from then on, and where enough rows beside each other are absent the weights are not read for them.
         """
         ...
@@ -84,7 +84,7 @@ class FullLinear:
         activation: str | None = None,
         gated: bool = False,
         residual: Tensor | None = None,
-        present: Tensor | None = None,
+        positions: Tensor | None = None,
     ) -> Tensor:
         """See `Linear`."""
         from exeunt.kernels.full_linear.triton import (
@@ -99,7 +99,7 @@ class FullLinear:
             activation=activation,
             gated=gated,
             residual=residual,
-            present=present,
+            positions=positions,
         )
 
     def rows(self, start: int, stop: int) -> "FullLinear":
@@ -141,7 +141,7 @@ class Int4Linear:
         activation: str | None = None,
         gated: bool = False,
         residual: Tensor | None = None,
-        present: Tensor | None = None,
+        positions: Tensor | None = None,
     ) -> Tensor:
         """See `Linear`."""
         from exeunt.kernels.int4_linear.triton import (
@@ -156,7 +156,7 @@ class Int4Linear:
             activation=activation,
             gated=gated,
             residual=residual,
-            present=present,
+            positions=positions,
         )
 
     def rows(self, start: int, stop: int) -> "Int4Linear":

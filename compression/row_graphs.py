@@ -86,10 +86,14 @@ class RowGraphs:
 
 
 class SharedOutputs:
-    """Tensors that captured row-wise functions leave their results in, one for each place, shape and dtype."""
+    """Tensors that captured functions leave their results in, one for each place, shape and dtype.
 
-    def __init__(self, pool: GraphPool) -> None:
-        self._pool = pool
+    Each graph that kept results of its own would keep them for itself: of logits that is much.
+    """
+
+    def __init__(self, pool: GraphPool, rows: int = ROWS[-1]) -> None:
+        """`rows` are the most that a result may have."""
+        self._pool, self._rows = pool, rows
         self._tensors: dict[tuple[int, torch.Size, torch.dtype], Tensor] = {}
 
     def like(self, results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -101,7 +105,7 @@ class SharedOutputs:
         found = self._tensors.get(key)
         if found is None:
             with torch.inference_mode(False):
-                found = torch.zeros(ROWS[-1], *key[1], dtype=result.dtype, device=result.device)
+                found = torch.zeros(self._rows, *key[1], dtype=result.dtype, device=result.device)
             self._tensors[key] = found
             self._pool.note(found.nbytes)
         return found
@@ -115,7 +119,7 @@ class StepGraphs:
 
     def __init__(self, pool: GraphPool) -> None:
         self.pool = pool
-        self._outputs = SharedOutputs(pool)
+        self.outputs = SharedOutputs(pool)
         self._functions: dict[Hashable, RowGraphs] = {}
 
     @property
@@ -133,13 +137,13 @@ class StepGraphs:
         """
         graphs = self._functions.get(key)
         if graphs is None:
-            graphs = self._functions[key] = RowGraphs(key[0], function, self.pool, self._outputs)
+            graphs = self._functions[key] = RowGraphs(key[0], function, self.pool, self.outputs)
         return graphs.run(*rows, may_capture=self._may_capture)
 
     def release(self) -> None:
         """Let go of all row-wise functions, their graphs and tensors; a later call captures anew."""
         self._functions.clear()
-        self._outputs = SharedOutputs(self.pool)
+        self.outputs = SharedOutputs(self.pool)
         self.pool.forget()
 
     def _may_capture(self) -> bool:

@@ -195,22 +195,22 @@ def checked_out(
     return residual
 
 
-def checked_present(present: Tensor | None, tokens: int) -> Tensor | None:
+def checked_positions(positions: Tensor | None, tokens: int) -> Tensor | None:
     """The rows' positions [tokens] int64 as they are, or None. Raises ValueError where they are anything else."""
-    if present is None:
+    if positions is None:
         return None
-    if present.shape != (tokens,) or present.dtype != torch.int64 or not present.is_contiguous():
+    if positions.shape != (tokens,) or positions.dtype != torch.int64 or not positions.is_contiguous():
         raise ValueError(
-            f"the positions of present rows are {list(present.shape)} {present.dtype} with strides "
-            f"{list(present.stride())}, expected dense [{tokens}] {torch.int64}"
+            f"the positions are {list(positions.shape)} {positions.dtype} with strides "
+            f"{list(positions.stride())}, expected dense [{tokens}] {torch.int64}"
         )
-    return present
+    return positions
 
 
 @triton.jit
-def all_absent(present, rows, tokens):
-    """Whether a tile has none of its rows: those at positions below 0 are absent, and those beyond `tokens`."""
-    return tl.max(tl.load(present + rows, mask=rows < tokens, other=-1), 0) < 0
+def all_masked(positions, rows, tokens):
+    """Whether a tile has none of its rows: those at positions below 0 are missing, and those beyond `tokens`."""
+    return tl.max(tl.load(positions + rows, mask=rows < tokens, other=-1), 0) < 0
 
 
 @triton.jit

@@ -76,14 +76,14 @@ class PagedBatch:
     query_starts: Tensor  # [rows + 1] int32, row r owns tokens query_starts[r] .. query_starts[r + 1] - 1
     page_tables: Tensor  # [rows, pages] int32, each row's pages in order; entries past its end are ignored
     max_context: int  # 1 + the largest position in the batch
-    thinned: bool = False  # whether tokens may be missing, which then keep their places: see `only`
+    masked: bool = False  # whether tokens may be missing, which then keep their places: see `keeping`
     packed: PackedNumbers | None = field(default=None, init=False, repr=False, compare=False)
     native: object = field(default=None, init=False, repr=False, compare=False)  # kernels.native keeps it
 
     def __reduce__(self) -> tuple[type["PagedBatch"], tuple[object, ...]]:
         # `native` holds addresses of this batch's tensors: a copy is described anew
         places = (self.positions, self.slots, self.query_starts, self.page_tables)
-        return PagedBatch, (*places, self.max_context, self.thinned)
+        return PagedBatch, (*places, self.max_context, self.masked)
 
     @property
     def tokens(self) -> int:
@@ -96,11 +96,11 @@ class PagedBatch:
         return int(self.page_tables.shape[0])
 
     @property
-    def present(self) -> Tensor | None:
-        """Of a thinned batch each token's position, below 0 where it is missing; None where all are there."""
-        return self.positions if self.thinned else None
+    def masked_positions(self) -> Tensor | None:
+        """Each token's position where some may be missing, below 0 where it is; None where all are there."""
+        return self.positions if self.masked else None
 
-    def only(self, tokens: Tensor) -> "PagedBatch":
+    def keeping(self, tokens: Tensor) -> "PagedBatch":
         """The batch of some tokens, [tokens] bool, in their places: the others write nothing and attend to nothing.
 
         For the GPU's kernels, which know such tokens as padding. Which they are is known on the device alone.
@@ -111,7 +111,7 @@ class PagedBatch:
             self.query_starts,
             self.page_tables,
             self.max_context,
-            thinned=True,
+            masked=True,
         )
 
     def take(self, rows: Tensor) -> "PagedBatch":

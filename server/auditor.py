@@ -63,7 +63,7 @@ class Auditor:
         return not self._held
 
     @property
-    def watches(self) -> bool:
+    def enabled(self) -> bool:
         """Whether any early token is audited."""
         return self._share > 0.0
 

@@ -24,6 +24,14 @@ class HeldStates:
         """What waits in front of a stage, and goes on doing so. Raises KeyError where nothing does."""
         return self._held[sequence][stage]
 
+    def waiting(self, sequence: Sequence) -> list[Tensor]:
+        """All that waits of a sequence, the deepest first: the deeper it waits the older it is."""
+        return [
+            states
+            for stage in sorted(sequence.pending, reverse=True)
+            for states in self.look(sequence, stage)
+        ]
+
     def take(self, sequence: Sequence, stage: int) -> tuple[list[int], list[Tensor]]:
         """The positions and states that wait in front of a stage, and do so no more; both empty where nothing does."""
         waiting = sequence.pending.pop(stage, [])

@@ -25,6 +25,7 @@ from exeunt.server.request import (
     FinishEvent,
     FinishReason,
     GenerationRequest,
+    SamplingParams,
     ScoredToken,
     ScoreRequest,
 )
@@ -141,21 +142,18 @@ class Lifecycle:
         sequence.totals.blocks = self._plan.blocks
         sequence.limit = min(len(tokens) + sampling.max_new_tokens, self._config.max_model_len)
         sequence.ends = frozenset() if sampling.ignore_eos else frozenset(self._model.spec.eos_token_ids)
-        sequence.foreseeable = self._foreseeable(sequence) and sampling.repetition_penalty == 1.0
+        sequence.foreseeable = self._foreseeable(sequence, sampling)
         if request.exits.mode == "verified":
             drafter = self._new_drafter(request)
             sequence.drafter = TolerantDrafter(drafter, name, self._model.spec.vocab_size)
         return sequence
 
-    def _foreseeable(self, sequence: Sequence) -> bool:
-        """Whether it does not matter to a sequence's next step where its token leaves.
-
-        It does where the host must know who left before the step can be put together.
-        """
-        if sequence.exits.mode == "off":
-            return True
-        through = self._config.scheduling == "run-through"
-        return sequence.replays_exits and through and self._runner.decides_exits
+    def _foreseeable(self, sequence: Sequence, sampling: SamplingParams) -> bool:
+        """Whether its next step can be put together before the host knows the token in front, or where that left."""
+        if sampling.repetition_penalty != 1.0:
+            return False
+        through = self._config.scheduling == "run-through" and self._runner.has_device_passes
+        return sequence.exits.mode == "off" or (sequence.replays_exits and through)
 
     def note_scheduling(self) -> None:
         """Tell the metrics what the scheduler has just admitted and preempted."""

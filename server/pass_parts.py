@@ -1,4 +1,4 @@
-"""The tokens of a tick as one native call through all blocks takes them."""
+"""The tokens of a tick as one call through all blocks takes them, native or a device's graph."""
 
 import math
 from collections.abc import Callable
@@ -9,6 +9,8 @@ from exeunt.kernels.model_pass import AtExit, PassRows, PassTokens
 from exeunt.server.row import Row
 from exeunt.server.sampling import PlainDraw
 from exeunt.server.sequence import Sequence
+from exeunt.server.stages import StagePlan
+from exeunt.server.tick import Tick
 from exeunt.server.tick_batch import Part
 
 _UNKNOWN: Final = 0  # of a token that only the device knows yet
@@ -16,17 +18,27 @@ _UNKNOWN: Final = 0  # of a token that only the device knows yet
 
 @dataclass(slots=True)
 class PassParts:
-    """The tokens of a tick's rows, those among them that wait behind an exit, and what they do on their way.
+    """The tokens of a tick's rows, those among them that wait behind an exit, and what they do on their way."""
 
-    Where `draws` is false from the start nothing is asked about draws.
-    """
-
-    # of the token behind a position; None where its logits are changed first
-    draw: Callable[[Sequence, int], PlainDraw | None]
+    # of the token behind a position: None where its logits are changed first; no function where draws are not asked for
+    draw: Callable[[Sequence, int], PlainDraw | None] | None = None
     parts: list[Part] = field(default_factory=list)
     tokens: PassTokens = field(default_factory=PassTokens)
     rows: PassRows = field(default_factory=PassRows)
-    draws: bool = True  # whether all draws are from the logits as they are
+    draws: bool = field(init=False)  # whether all draws are from the logits as they are
+
+    def __post_init__(self) -> None:
+        self.draws = self.draw is not None
+
+    @property
+    def all_tokens(self) -> list[tuple[Row, int]]:
+        """The row and position of each token."""
+        return [(part.row, position) for part in self.parts for position in part.positions]
+
+    @property
+    def leaves_for_good(self) -> bool:
+        """Whether a token may leave for good."""
+        return AtExit.LEAVES in self.rows.at_exits
 
     def add(self, row: Row, asked: int) -> None:
         """Add a row whose newest token, if it has a threshold, asks the exits of these bits."""
@@ -57,6 +69,8 @@ class PassParts:
         to, wanted = self.tokens, [position for position in positions if sequence.wants_logits(position)]
         others = len(positions) - len(wanted)
         to.wants_logits += [*([False] * others), *([True] * len(wanted))]
+        if self.draw is None:
+            return
         to.temperatures += [0.0] * others
         to.keys += [0, 0] * others
         for position in wanted:
@@ -70,3 +84,16 @@ def _at_exit(row: Row) -> AtExit:
     if row.sequence.replays_exits:
         return AtExit.LEAVES
     return AtExit.STAYS if row.deep else AtExit.WAITS
+
+
+def runs_whole(tick: Tick, plan: StagePlan) -> bool:
+    """Whether a tick runs all stages, and no row of it scores a text or must leave again where it once did."""
+    through = tick.first_stage == 0 and tick.last_stage == plan.last
+    return through and all(map(_is_whole, tick.rows))
+
+
+def _is_whole(row: Row) -> bool:
+    sequence = row.sequence
+    if sequence.scoring:
+        return False
+    return not row.positions or sequence.recorded_stage(row.positions[-1]) is None

@@ -1,4 +1,4 @@
-"""Runs ticks, whole or by stages, samples, audits, begins the next.
+"""Runs ticks, whole on a CPU or a GPU or by stages, samples, audits, begins the next.
 
 It knows nothing of queues or of requests' lives: the scheduler says which rows run how far, the engine what follows.
 """
@@ -16,7 +16,7 @@ from exeunt.compression.model import LoadedModel
 from exeunt.compression.row_graphs import StepGraphs
 from exeunt.compression.variant import Variant
 from exeunt.server.auditor import Auditor
-from exeunt.server.decided_passes import DecidedPasses
+from exeunt.server.device_passes import DevicePasses
 from exeunt.server.held_states import HeldStates
 from exeunt.server.request import SamplingParams
 from exeunt.server.row import Row
@@ -33,6 +33,7 @@ from exeunt.server.tick_batch import (
 )
 from exeunt.server.tick_run import Piece, StageRun, Successor, TickRun, Undrawn
 from exeunt.server.whole_passes import WholePass, WholePasses
+from exeunt.server.whole_run import pieces
 
 log = logging.getLogger("exeunt.engine")
 
@@ -83,7 +84,8 @@ class Runner:
         self._staged = StagedPasses(
             model, plan, self._pages, self._held, self._auditor, self._clock, lambda: self.captured_seconds
         )
-        self._decided = DecidedPasses(model, plan, self._pages, self._held, self._auditor)
+        self._on_device = DevicePasses(model, plan, self._pages, self._held, self._auditor)
+        self._audited = 0.0  # seconds that audits took beside the last piece
         self._ahead: TickRun | None = None  # begun before its turn
         self._goes_ahead = True
 
@@ -102,9 +104,9 @@ class Runner:
         return self._graphs is not None
 
     @property
-    def decides_exits(self) -> bool:
-        """Whether steps in which tokens leave for good need not be waited for: the device decides who does."""
-        return self.has_graphs and self._decided.any_exits
+    def has_device_passes(self) -> bool:
+        """Whether ticks that ask exits of the approximate mode are one graph: the device decides who leaves."""
+        return self.has_graphs and self._on_device.any_exits
 
     @property
     def holds_nothing(self) -> bool:
@@ -160,14 +162,14 @@ class Runner:
             self._start_draws(run)
         self._ahead = ahead = self._begun_ahead(run, successor)
         meanwhile()
-        run.settle()
+        run.note_exits()
         run.take_draws()
         self._note_audits(run)
         if run.draws is None:
             self._wait()
         ended = self._end_piece(run)
         if ahead is not None:
-            ahead.began = ended
+            ahead.began = ended - self._audited  # what audits waited for was this one's doing, most of it
         return [run.results[row] for row in tick.rows]
 
     def _pass_stages(self, run: TickRun) -> None:
@@ -176,7 +178,7 @@ class Runner:
         if whole is not None:
             self._pass_whole(run, whole)
             return
-        if self.decides_exits and self._decided.takes(run.tick) and self._decided.run(run):
+        if self.has_device_passes and self._on_device.takes(run.tick) and self._on_device.run(run):
             return
         self._staged.run(run, lambda: self._end_piece(run))
 
@@ -185,22 +187,28 @@ class Runner:
 
         What the call took is known by stage, and the rest of the tick surrounds it: no piece is under way.
         """
-        found = whole.run(whole.states(self._held))
+        passed = whole.run(whole.states(self._held))
+        found = whole.went(passed)
         with_logits = found.settle(run.results, self._held)
         if with_logits:
-            run.undrawn.append(Undrawn(with_logits, found.passed.logits))
-            if found.passed.drawn is not None:
-                run.draws = finished_draws(*found.passed.drawn)
-        for piece, seconds in found.pieces():
-            self._on_stages(piece.ended(run.tick.variant, seconds))
+            run.undrawn.append(Undrawn(with_logits, passed.logits))
+            if passed.drawn is not None:
+                run.draws = finished_draws(*passed.drawn)
+        for piece, seconds in pieces(self._plan, passed):
+            self._tell(piece.ended(run.tick.variant, seconds))
         found.audit(self._auditor, self._model.decoder(run.tick.variant), self._pages[run.tick.variant])
 
     def _end_piece(self, run: TickRun) -> float:
         """Tell of the stages that ran up to now, if any did; returns the time."""
         ended = self._clock()
+        self._audited = self._auditor.take_seconds()
         if run.piece is not None:
-            self._on_stages(run.ended_piece(ended, self._auditor.take_seconds()))
+            self._tell(run.ended_piece(ended, self._audited))
         return ended
+
+    def _tell(self, runs: list[StageRun]) -> None:
+        for each in runs:
+            self._on_stages(each)
 
     def _begun_ahead(self, run: TickRun, successor: Successor) -> TickRun | None:
         """The tick that follows, begun before this one's tokens are on the host; None where that cannot be."""
@@ -228,7 +236,7 @@ class Runner:
         places = {row.sequence: place for place, row in enumerate(run.drawn_rows)}
         order = [places[row.sequence] for row in ahead.tick.rows]
         if any(row.threshold is not None for row in ahead.tick.rows):
-            if not (self._decided.takes(ahead.tick) and self._decided.run(ahead, drawn, order)):
+            if not (self._on_device.takes(ahead.tick) and self._on_device.run(ahead, drawn, order)):
                 return False
         else:
             parts = [Part(row, row.positions) for row in ahead.entering.pop(0)]

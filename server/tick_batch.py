@@ -111,22 +111,36 @@ def _geometry_here(parts: Items[Part]) -> PagedBatch:
 
 
 def _write(layout: BatchLayout, numbers: np.ndarray, parts: Items[Part], positions: list[int]) -> None:
-    """Write the parts' numbers over zeros, and behind them padding: tokens at no position, each in its own row."""
-    tokens, rows, wide = len(positions), len(parts), numbers.view(np.int32)
-    numbers[:tokens] = positions
-    numbers[tokens : layout.tokens] = -1
-    numbers[layout.slots : layout.slots + tokens] = [
-        part.row.sequence.table.slot(p) for part in parts for p in part.positions
-    ]
-    numbers[layout.slots + tokens : layout.slots + layout.tokens] = -1
-    starts = wide[layout.starts : layout.starts + layout.rows + 1]
-    starts[: rows + 1] = np.fromiter(accumulate((len(part.positions) for part in parts), initial=0), np.int32)
-    if rows < layout.rows:
-        starts[rows + 1 :] = np.minimum(np.arange(tokens + 1, tokens + 1 + layout.rows - rows), layout.tokens)
-    for index, part in enumerate(parts):
-        table, start = part.row.sequence.table, layout.tables + index * layout.pages
-        used = part.positions[-1] // table.page_tokens + 1
-        wide[start : start + used] = table.numbers[:used]
+    """Write the parts' numbers over zeros, and behind them padding."""
+    slots = [part.row.sequence.table.slot(p) for part in parts for p in part.positions]
+    counts = [len(part.positions) for part in parts]
+    pages = []
+    for part in parts:
+        table = part.row.sequence.table
+        pages.append(table.numbers[: part.positions[-1] // table.page_tokens + 1])
+    write_places(layout, numbers, positions, slots, counts, pages)
+
+
+def write_places(
+    layout: BatchLayout,
+    numbers: np.ndarray,
+    positions: list[int],
+    slots: list[int],
+    counts: list[int],
+    pages: Items[np.ndarray],
+) -> None:
+    """Write over zeros where tokens are, how many each row has, its pages; and behind them padding.
+
+    Padding are tokens at no position, each in its own row.
+    """
+    tokens, rows, wide = len(positions), len(counts), numbers[: layout.numbers].view(np.int32)
+    for start, values in ((0, positions), (layout.slots, slots)):
+        numbers[start : start + tokens] = values
+        numbers[start + tokens : start + layout.tokens] = -1
+    padding = [min(tokens + more, layout.tokens) for more in range(1, layout.rows - rows + 1)]
+    wide[layout.starts : layout.starts + layout.rows + 1] = [*accumulate(counts, initial=0), *padding]
+    for start, own in zip(range(layout.tables, len(wide), max(layout.pages, 1)), pages, strict=False):
+        wide[start : start + len(own)] = own
 
 
 def without(batch: TickBatch, gone: set[int]) -> TickBatch | None:

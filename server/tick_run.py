@@ -1,7 +1,8 @@
 """A tick while it runs: what of it is under way, and what it has yielded."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Protocol
 
 from torch import Tensor
 
@@ -32,6 +33,16 @@ class StageRun:
     gate_seconds: float
 
 
+@dataclass(frozen=True, slots=True)
+class StageShare:
+    """A stage inside a device's pass: the rows and tokens that were in it, and its share of the time."""
+
+    stage: int
+    rows: int
+    tokens: int
+    share: float
+
+
 @dataclass(slots=True)
 class Piece:
     """Stages under way, run in one piece by so many rows and tokens."""
@@ -41,10 +52,25 @@ class Piece:
     tokens: int
     gated: int = 0  # tokens that the gate behind them was asked about
     gate_seconds: float = 0.0
+    by_stage: list[StageShare] = field(default_factory=list)  # of a device's pass, where tokens left inside
 
-    def ended(self, variant: Variant, seconds: float) -> StageRun:
+    def ended(self, variant: Variant, seconds: float) -> list[StageRun]:
         """They have run, for so long."""
-        return StageRun(variant, self.stages, seconds, self.rows, self.tokens, self.gated, self.gate_seconds)
+        if self.by_stage:
+            return [
+                StageRun(
+                    variant,
+                    range(each.stage, each.stage + 1),
+                    seconds * each.share,
+                    each.rows,
+                    each.tokens,
+                    0,
+                    0.0,
+                )
+                for each in self.by_stage
+            ]
+        of_gate = self.gated, self.gate_seconds
+        return [StageRun(variant, self.stages, seconds, self.rows, self.tokens, *of_gate)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +82,14 @@ class Undrawn:
 
     tokens: Sequence[tuple[Row, int, int | None]]
     logits: Tensor
+
+
+class PendingExits(Protocol):
+    """What is to be heard from the device of who left where."""
+
+    def note_exits(self, run: "TickRun") -> None:
+        """Wait for it and note it with the run."""
+        ...
 
 
 class TickRun:
@@ -72,7 +106,7 @@ class TickRun:
         self.results = {row: RowResult(row) for row in tick.rows}
         self.undrawn: list[Undrawn] = []
         self.draws: StartedDraws | None = None  # of the tokens of `undrawn`, one after the other
-        self.unsettled: Callable[[], None] | None = None  # waits for who left where, where the device decided
+        self.pending_exits: PendingExits | None = None  # where the device decided, and knows it alone
 
     @property
     def drawn_rows(self) -> list[Row]:
@@ -84,7 +118,7 @@ class TickRun:
         if self.piece is not None:
             self.piece.gated, self.piece.gate_seconds = gated, seconds
 
-    def ended_piece(self, ended: float, besides: float) -> StageRun:
+    def ended_piece(self, ended: float, besides: float) -> list[StageRun]:
         """The piece under way, ended now, with so many seconds spent `besides`; what follows begins.
 
         Raises RuntimeError where none is under way.
@@ -95,11 +129,11 @@ class TickRun:
         self.piece, self.began = None, ended
         return piece.ended(self.tick.variant, ended - began - besides)
 
-    def settle(self) -> None:
+    def note_exits(self) -> None:
         """Note who left where, if only the device knows it yet: it is waited for."""
-        settle, self.unsettled = self.unsettled, None
-        if settle is not None:
-            settle()
+        pending, self.pending_exits = self.pending_exits, None
+        if pending is not None:
+            pending.note_exits(self)
 
     def take_draws(self) -> None:
         """Wait for the draws and note them with their rows' results."""

@@ -11,11 +11,10 @@ from exeunt.compression.kv_format import KVPages
 from exeunt.compression.model import LoadedModel
 from exeunt.compression.model_pass import ModelPass
 from exeunt.compression.variant import Variant
-from exeunt.kernels.model_pass import PassBatch
+from exeunt.kernels.model_pass import PassBatch, Passed
 from exeunt.server.held_states import HeldStates
-from exeunt.server.pass_parts import PassParts
+from exeunt.server.pass_parts import PassParts, runs_whole
 from exeunt.server.request import ExitMode
-from exeunt.server.row import Row
 from exeunt.server.sampling import PlainDraw, RowSampling, plain_draw, token_keys
 from exeunt.server.sequence import Sequence
 from exeunt.server.stages import StagePlan
@@ -40,12 +39,12 @@ class WholePasses:
     def of(self, tick: Tick, pages: KVPages) -> "WholePass | None":
         """The pass of a tick over these pages; None where it must go by stages.
 
-        That is one that does not run all stages, whose rows score a text or leave again where they once did.
+        That is one that does not run whole, and one that the kernels do not take.
         """
-        if tick.first_stage != 0 or tick.last_stage != self._plan.last:
+        if not runs_whole(tick, self._plan):
             return None
         found = self._pass(tick.variant)
-        if found is None or not all(map(_is_whole, tick.rows)):
+        if found is None:
             return None
         parts = PassParts(self._draw)
         for row in tick.rows:
@@ -83,30 +82,17 @@ class WholePass:
         spec, dtype = self.model_pass.decoder.spec, self.model_pass.decoder.dtype
         states, start = torch.empty(self.batch.token_count, spec.hidden_size, dtype=dtype), 0
         for part in self.entering.parts:
-            if part.row.sequence.pending:
-                _copy_waiting(part.row.sequence, states[start:], held)
+            place = start
+            for some in held.waiting(part.row.sequence) if part.row.sequence.pending else ():
+                states[place : place + len(some)] = some
+                place += len(some)
             start += len(part.positions)
         return states
 
-    def run(self, states: Tensor) -> WholeRun:
+    def run(self, states: Tensor) -> Passed:
         """Take all tokens through the blocks; `states` are overwritten."""
-        passed, parts = self.model_pass.run(states, self.batch, self.pages), self.entering.parts
-        tokens = [(part.row, position) for part in parts for position in part.positions]
-        return WholeRun(self.plan, parts, tokens, passed)
+        return self.model_pass.run(states, self.batch, self.pages)
 
-
-def _copy_waiting(sequence: Sequence, states: Tensor, held: HeldStates) -> None:
-    """Copy what waits of a sequence to the first of `states` [tokens, hidden], the deepest first."""
-    start = 0
-    for stage in sorted(sequence.pending, reverse=True):
-        for some in held.look(sequence, stage):
-            states[start : start + len(some)] = some
-            start += len(some)
-
-
-def _is_whole(row: Row) -> bool:
-    """Whether a row neither scores a text nor must leave where it did before."""
-    sequence = row.sequence
-    if sequence.scoring:
-        return False
-    return not row.positions or sequence.recorded_stage(row.positions[-1]) is None
+    def went(self, passed: Passed) -> WholeRun:
+        """Where the rows' tokens went."""
+        return WholeRun(self.plan, self.entering.parts, self.entering.all_tokens, passed)

@@ -1,4 +1,4 @@
-"""Where the tokens of a tick went that one native call took through all blocks."""
+"""Where the tokens of a tick went that one call took through all blocks: native, or a device's graph."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from itertools import accumulate
 
 from exeunt.compression.decoder import Decoder
 from exeunt.compression.kv_format import KVPages
-from exeunt.kernels.model_pass import Passed
+from exeunt.kernels.model_pass import Passed, PassOutcome
 from exeunt.server.auditor import Auditor
 from exeunt.server.held_states import HeldStates
 from exeunt.server.row import Row
@@ -24,7 +24,7 @@ class WholeRun:
     plan: StagePlan
     parts: list[Part]
     tokens: list[tuple[Row, int]]  # theirs: row and position
-    passed: Passed
+    passed: PassOutcome
 
     def settle(self, results: Mapping[Row, RowResult], held: HeldStates) -> list[tuple[Row, int, int]]:
         """Note with the rows and their results how far they went; returns row, position and stage of all logits.
@@ -92,18 +92,19 @@ class WholeRun:
             yield stage, self.passed.with_logits[start : start + count]
             start += count
 
-    def pieces(self) -> Iterator[tuple[Piece, float]]:
-        """The stages run in one piece, with the seconds that the call took for them."""
-        passed, first, seconds, last = self.passed, None, 0.0, self.plan.last
-        for stage, tokens in enumerate(passed.tokens):
-            if not tokens:  # all have left, or nobody has begun yet
-                continue
-            first = stage if first is None else first
-            seconds += passed.seconds[stage]
-            if stage == last:
-                yield Piece(range(first, stage + 1), passed.rows[first], tokens), seconds
-            elif passed.ends_piece[stage]:
-                gated, of_gate = passed.gated[stage], passed.gate_seconds[stage]
-                stages = range(first, stage + 1)
-                yield Piece(stages, passed.rows[first], tokens, gated, of_gate), seconds
-                first, seconds = None, 0.0
+
+def pieces(plan: StagePlan, passed: Passed) -> Iterator[tuple[Piece, float]]:
+    """The stages run in one piece by a native call, with the seconds that it took for them."""
+    first, seconds, last = None, 0.0, plan.last
+    for stage, tokens in enumerate(passed.tokens):
+        if not tokens:  # all have left, or nobody has begun yet
+            continue
+        first = stage if first is None else first
+        seconds += passed.seconds[stage]
+        if stage == last:
+            yield Piece(range(first, stage + 1), passed.rows[first], tokens), seconds
+        elif passed.ends_piece[stage]:
+            gated, of_gate = passed.gated[stage], passed.gate_seconds[stage]
+            stages = range(first, stage + 1)
+            yield Piece(stages, passed.rows[first], tokens, gated, of_gate), seconds
+            first, seconds = None, 0.0

@@ -19,9 +19,9 @@ from triton.runtime.errors import OutOfResources
 from exeunt.kernels.arithmetic_triton import added_product
 from exeunt.kernels.linear_parts import (
     Launch,
-    all_absent,
+    all_masked,
     checked_out,
-    checked_present,
+    checked_positions,
     checked_rows,
     join,
     launch_for,
@@ -85,7 +85,7 @@ def _full_linear(
     x,
     weight,
     bias,
-    present,
+    positions,
     scratch,
     counters,
     tokens,
@@ -98,7 +98,7 @@ def _full_linear(
     weight_stride,
     STEP: tl.constexpr,
     WHOLE: tl.constexpr,
-    THINNED: tl.constexpr,
+    MASKED: tl.constexpr,
     BIASED: tl.constexpr,
     GATED: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -109,9 +109,9 @@ def _full_linear(
     STAGES: tl.constexpr,
 ):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    if THINNED:
+    if MASKED:
         # all programs of these rows find the same: none of them counts the parts that arrived
-        if all_absent(present, rows, tokens):
+        if all_masked(positions, rows, tokens):
             return
     outputs, there = tile_columns(width, tl.program_id(1), GATED, BLOCK)
     # rows and outputs that are not there stand for some that are, and are not stored
@@ -169,7 +169,7 @@ def full_linear_triton(
     activation: str | None = None,
     gated: bool = False,
     residual: Tensor | None = None,
-    present: Tensor | None = None,
+    positions: Tensor | None = None,
 ) -> Tensor:
     """Return x [..., in] times weight [out, in] transposed, plus bias [out]: [tokens, out] in x's dtype.
 
@@ -178,9 +178,9 @@ def full_linear_triton(
     [tokens, out / 2]. With `residual` [tokens, out] the result is added to it in place, and it is returned. Values are
     rounded to the dtype wherever separate operations would.
 
-    Rows whose position in `present` [tokens] int64 is below 0 are absent: their results are whatever the memory held,
-    or anything else, and tiles without a present row read no weights. Raises ValueError or TypeError where shapes or
-    dtypes do not fit.
+    Rows whose position in `positions` [tokens] int64 is below 0 are missing: their results are whatever the memory
+    held, or anything else, and tiles of which all rows are missing read no weights. Raises ValueError or TypeError
+    where shapes or dtypes do not fit.
     """
     if weight.dtype != x.dtype:
         raise TypeError(f"the input is {x.dtype}, the weight {weight.dtype}")
@@ -191,7 +191,7 @@ def full_linear_triton(
         rows,
         weight if weight.stride(1) == 1 else weight.contiguous(),
         bias,
-        checked_present(present, rows.shape[0]),
+        checked_positions(positions, rows.shape[0]),
         out,
         activation,
         gated,
@@ -205,7 +205,7 @@ def _full_linear_op(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    present: Tensor | None,
+    positions: Tensor | None,
     out: Tensor,
     activation: str | None,
     gated: bool,
@@ -216,7 +216,7 @@ def _full_linear_op(
     if tokens == 0 or columns == 0:
         return
     call = (tokens, in_features, columns, gated, x.dtype)
-    run = partial(_run, x, weight, bias, present, out, activation, gated, added)
+    run = partial(_run, x, weight, bias, positions, out, activation, gated, added)
     launch = launch_for(*call, int4=False)
     try:
         run(launch)
@@ -228,7 +228,7 @@ def _run(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    present: Tensor | None,
+    positions: Tensor | None,
     out: Tensor,
     activation: str | None,
     gated: bool,
@@ -244,7 +244,7 @@ def _run(
         x,
         weight,
         out if bias is None else bias.contiguous(),
-        out if present is None else present,
+        out if positions is None else positions,
         sums,
         counters,
         tokens,
@@ -257,7 +257,7 @@ def _run(
         weight.stride(0),
         STEP=step,
         WHOLE=in_features % step == 0,
-        THINNED=present is not None,
+        MASKED=positions is not None,
         BIASED=bias is not None,
         GATED=gated,
         ACTIVATION=activation,
@@ -277,7 +277,7 @@ def _(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    present: Tensor | None,
+    positions: Tensor | None,
     out: Tensor,
     activation: str | None,
     gated: bool,

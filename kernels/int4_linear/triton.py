@@ -25,9 +25,9 @@ from exeunt.kernels.int4_linear.pairs import PairedInt4, pack_pairs, unroll_of
 from exeunt.kernels.int4_linear.weight import Int4Weight
 from exeunt.kernels.linear_parts import (
     Launch,
-    all_absent,
+    all_masked,
     checked_out,
-    checked_present,
+    checked_positions,
     checked_rows,
     join,
     launch_for,
@@ -120,7 +120,7 @@ def _int4_linear(
     codes,
     scaling,
     bias,
-    present,
+    positions,
     scratch,
     counters,
     tokens,
@@ -140,7 +140,7 @@ def _int4_linear(
     UNROLL: tl.constexpr,
     WHOLE: tl.constexpr,
     ORDERED: tl.constexpr,
-    THINNED: tl.constexpr,
+    MASKED: tl.constexpr,
     BIASED: tl.constexpr,
     GATED: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -151,9 +151,9 @@ def _int4_linear(
     STAGES: tl.constexpr,
 ):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    if THINNED:
+    if MASKED:
         # all programs of these rows find the same: none of them counts the parts that arrived
-        if all_absent(present, rows, tokens):
+        if all_masked(positions, rows, tokens):
             return
     outputs, there = tile_columns(width, tl.program_id(1), GATED, BLOCK)
     # rows and outputs that are not there stand for some that are, and are not stored
@@ -219,7 +219,7 @@ def int4_linear_triton(
     activation: str | None = None,
     gated: bool = False,
     residual: Tensor | None = None,
-    present: Tensor | None = None,
+    positions: Tensor | None = None,
 ) -> Tensor:
     """Return x [..., in] times the INT4 weight transposed, plus bias [out]: [tokens, out] in x's dtype.
 
@@ -228,9 +228,9 @@ def int4_linear_triton(
     [tokens, out] the result is added to it in place, and it is returned. Values are rounded to the dtype wherever
     separate operations would. A canonical weight is repacked for this call alone.
 
-    Rows whose position in `present` [tokens] int64 is below 0 are absent: their results are whatever the memory held,
-    or anything else, and tiles without a present row read no weights. Raises ValueError or TypeError where shapes or
-    dtypes do not fit.
+    Rows whose position in `positions` [tokens] int64 is below 0 are missing: their results are whatever the memory
+    held, or anything else, and tiles of which all rows are missing read no weights. Raises ValueError or TypeError
+    where shapes or dtypes do not fit.
     """
     if isinstance(weight, Int4Weight):
         weight = pack_pairs(weight)
@@ -243,7 +243,7 @@ def int4_linear_triton(
         weight.codes,
         weight.params,
         bias,
-        checked_present(present, rows.shape[0]),
+        checked_positions(positions, rows.shape[0]),
         out,
         weight.group_size,
         activation,
@@ -259,7 +259,7 @@ def _int4_linear_op(
     codes: Tensor,
     params: Tensor,
     bias: Tensor | None,
-    present: Tensor | None,
+    positions: Tensor | None,
     out: Tensor,
     group_size: int,
     activation: str | None,
@@ -271,7 +271,7 @@ def _int4_linear_op(
     if tokens == 0 or columns == 0:
         return
     call = (tokens, in_features, columns, gated, x.dtype)
-    run = partial(_run, x, codes, params, bias, present, out, group_size, activation, gated, added)
+    run = partial(_run, x, codes, params, bias, positions, out, group_size, activation, gated, added)
     launch = launch_for(*call, int4=True, group_size=group_size)
     try:
         run(launch)
@@ -284,7 +284,7 @@ def _run(
     codes: Tensor,
     params: Tensor,
     bias: Tensor | None,
-    present: Tensor | None,
+    positions: Tensor | None,
     out: Tensor,
     group_size: int,
     activation: str | None,
@@ -307,7 +307,7 @@ def _run(
         codes,
         params,
         out if bias is None else bias.contiguous(),
-        out if present is None else present,
+        out if positions is None else positions,
         sums,
         counters,
         tokens,
@@ -327,7 +327,7 @@ def _run(
         UNROLL=unroll,
         WHOLE=ordered or (places == group_size and in_features == 2 * group_size * pairs),
         ORDERED=ordered,
-        THINNED=present is not None,
+        MASKED=positions is not None,
         BIASED=bias is not None,
         GATED=gated,
         ACTIVATION=activation,
@@ -348,7 +348,7 @@ def _(
     codes: Tensor,
     params: Tensor,
     bias: Tensor | None,
-    present: Tensor | None,
+    positions: Tensor | None,
     out: Tensor,
     group_size: int,
     activation: str | None,

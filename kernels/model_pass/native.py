@@ -81,13 +81,11 @@ class _Result(ctypes.Structure):
 
 
 @dataclass(frozen=True, slots=True)
-class Passed:
-    """What became of T tokens on their way past E exits.
+class PassOutcome:
+    """Where T tokens went on their way past E exits.
 
     Stage e is what lies in front of exit e, stage E what lies behind the last. `logits` [L, vocab] float32 are of those
-    tokens that left at the first exit, at the second, then of those the head was asked about, which without a head are
-    not set. `drawn` are the ids and log-probabilities [L] of their successors, NaN where logits are not usable; None
-    where nothing was drawn.
+    tokens that left at the first exit, at the second, then of those the head was asked about.
     """
 
     with_logits: list[int]  # [L] which token each row of logits is of
@@ -95,12 +93,22 @@ class Passed:
     tokens: list[int]  # [E + 1] that were on their way in each stage
     rows: list[int]  # [E + 1] the same of rows
     logits_of: list[int]  # [E + 1] rows of logits of each exit, then of the head
+    logits: Tensor
+    states: Tensor  # [T, hidden] where each stopped
+
+
+@dataclass(frozen=True, slots=True)
+class Passed(PassOutcome):
+    """What else is known of a native call: without a head the logits behind the last block are not set.
+
+    `drawn` are the ids and log-probabilities [L] of successors, NaN where logits are not usable; None where nothing was
+    drawn.
+    """
+
     gated: list[int]  # [E] tokens that each gate was asked about
     ends_piece: list[int]  # [E] 1 where a token might have left, or did come in, else 0
     seconds: list[float]  # [E + 1] of each stage, its gate, or the head and all draws, included
     gate_seconds: list[float]  # [E] of them in the gate
-    logits: Tensor
-    states: Tensor  # [T, hidden] where each stopped
     drawn: tuple[list[int], list[float]] | None
 
 
@@ -191,12 +199,12 @@ class NativePass:
             of_stages,
             rows,
             logits_of,
+            logits[:told],
+            states,
             gated,
             ends,
             seconds[: exits + 1],
             seconds[exits + 1 :],
-            logits[:told],
-            states,
             drawn,
         )
 

@@ -67,10 +67,10 @@ def _linears() -> Iterator[Case]:
                 gate = partial(_full, dtype, rows, gated=True)
                 yield Case(f"full linear, {label}, gate and up", gate, label == "bf16, 512 rows")
     yield Case("full linear, bf16, 1 row, bias and GELU", _biased)
-    thinned = partial(_int4, BF16, 1, 64, gated=False, thinned=True)
-    yield Case("int4 linear, bf16, 1 row, groups of 64, residual, if present", thinned, True)
-    thinned = partial(_full, BF16, 1, gated=False, thinned=True)
-    yield Case("full linear, bf16, 1 row, residual, if present", thinned, True)
+    masked = partial(_int4, BF16, 1, 64, gated=False, masked=True)
+    yield Case("int4 linear, bf16, 1 row, groups of 64, residual, masked", masked, True)
+    masked = partial(_full, BF16, 1, gated=False, masked=True)
+    yield Case("full linear, bf16, 1 row, residual, masked", masked, True)
     yield Case("inputs in order, bf16", _order, True)
 
 
@@ -83,27 +83,27 @@ def _linear_parts(
     return _empty(rows, _INNER, dtype=dtype), _empty(rows, _HIDDEN, dtype=dtype), None, _HIDDEN
 
 
-def _present(rows: int, thinned: bool) -> Tensor | None:
-    return _empty(rows, dtype=torch.int64) if thinned else None
+def _positions(rows: int, masked: bool) -> Tensor | None:
+    return _empty(rows, dtype=torch.int64) if masked else None
 
 
-def _int4(dtype: torch.dtype, rows: int, group: int, gated: bool, thinned: bool = False) -> Tensor:
+def _int4(dtype: torch.dtype, rows: int, group: int, gated: bool, masked: bool = False) -> Tensor:
     x, residual, activation, outputs = _linear_parts(dtype, rows, gated)
     pairs = pairs_of(x.shape[1], group)
     codes = _empty(pairs, outputs, group, dtype=torch.uint8)
     weight = PairedInt4(codes, _empty(pairs, 2, outputs, dtype=torch.int32), group, x.shape[1], outputs)
-    present = _present(rows, thinned)
+    positions = _positions(rows, masked)
     return int4_linear_triton(
-        x, weight, activation=activation, gated=gated, residual=residual, present=present
+        x, weight, activation=activation, gated=gated, residual=residual, positions=positions
     )
 
 
-def _full(dtype: torch.dtype, rows: int, gated: bool, thinned: bool = False) -> Tensor:
+def _full(dtype: torch.dtype, rows: int, gated: bool, masked: bool = False) -> Tensor:
     x, residual, activation, outputs = _linear_parts(dtype, rows, gated)
     weight = _empty(outputs, x.shape[1], dtype=dtype)
-    present = _present(rows, thinned)
+    positions = _positions(rows, masked)
     return full_linear_triton(
-        x, weight, activation=activation, gated=gated, residual=residual, present=present
+        x, weight, activation=activation, gated=gated, residual=residual, positions=positions
     )
 
 

@@ -8,12 +8,10 @@ checked too: greedy ones against a plain decoding loop, drawn ones alone against
 the verified mode against exits off.
 """
 
-import gc
 import hashlib
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -23,42 +21,27 @@ from exeunt.compression.memory import free_bytes
 from exeunt.compression.model import LoadedModel, load_bundle, load_tokenizer
 from exeunt.compression.norm import Norm
 from exeunt.compression.variant import Variant
-from exeunt.deploy.bench import Load
 from exeunt.deploy.bench_engine import EngineDriver, engine_driver
 from exeunt.deploy.bench_text import cut_prompts
 from exeunt.deploy.packaged_model import path as checkpoint
+from scripts.gpu_check.engine_speeds import (
+    FOR_TRANSFORMERS,
+    FULL,
+    HALF,
+    INT4,
+    LEAST,
+    OFF,
+    VERIFIED,
+    Sizes,
+    engine_speeds,
+    free_memory,
+)
 from scripts.gpu_check.models import MISTRAL, TOY, Decoders, Shape, packaged_decoders, random_decoders
 from scripts.gpu_check.paged_rows import greedy
 from scripts.gpu_check.report import Context, Found
 
-OFF: Mapping[str, Any] = {"mode": "off"}
-VERIFIED: Mapping[str, Any] = {"mode": "verified"}
-HALF: Mapping[str, Any] = {"mode": "approximate", "threshold": 0.5, "skipped_kv": "propagate"}
-BACKFILLED: Mapping[str, Any] = {**HALF, "skipped_kv": "backfill"}
 _CROWD = 17
-_MOST_WARM_RUNS = 6
 SYNTHETIC = "(synthetic)"
-# seconds left without which a mode is not begun: the first leave room for transformers at the largest load
-_LEAST, _FOR_TRANSFORMERS = 4.0, 25.0
-FULL, INT4 = Variant(), Variant("int4", "int4")
-
-
-@dataclass(frozen=True, slots=True)
-class Sizes:
-    """Streams at once, the most wanted number first, and tokens of each prompt and answer."""
-
-    streams: tuple[int, ...]
-    prompt: int
-    answer: int
-
-    @property
-    def most(self) -> int:
-        """The most streams."""
-        return max(self.streams)
-
-    def load(self, streams: int, answer: int | None = None, temperature: float = 0.0) -> Load:
-        """The load of so many streams."""
-        return Load(streams, self.prompt, answer or self.answer, streams, temperature)
 
 
 def run(context: Context, found: Found) -> None:
@@ -169,51 +152,13 @@ def _alike(context: Context, name: str, ours: Sequence[int], wanted: Sequence[in
     )
 
 
-def engine_speeds(
-    context: Context,
-    found: Found,
-    model: LoadedModel,
-    driver: EngineDriver,
-    prompts: Sequence[Sequence[int]],
-    modes: Mapping[str, tuple[Variant, Mapping[str, Any]]],
-    sizes: Sizes,
-) -> None:
-    """Tokens per second of every number of streams and mode, once a load has captured all of its graphs."""
-    for streams in sizes.streams:
-        for name, (variant, exits) in modes.items():
-            called = f"engine {name}, {streams} streams"
-            least = _LEAST if exits is OFF else _LEAST + _FOR_TRANSFORMERS
-            if not context.fits(_LEAST if context.quick else least, called, found):
-                continue
-            ask, load = {**asdict(variant), "early_exit": exits}, sizes.load(streams)
-            warm = warmed(context, model, partial(driver.run, prompts[:streams], ask, load))
-            captured = _captured(model)
-            began = time.perf_counter()
-            traces = driver.run(prompts[:streams], ask, load)
-            seconds = time.perf_counter() - began
-            tokens = sum(len(trace.ids) for trace in traces)
-            first = max(trace.arrivals[0] - trace.sent for trace in traces)
-            found[called] = {
-                "tokens_per_s": tokens / seconds,
-                "seconds": seconds,
-                "seconds_to_last_first_token": first,
-                "decode_tokens_per_s": (tokens - streams) / max(seconds - first, 1e-9),
-                "exit_rate": 1 - sum(trace.by_exit.get("final", 0) for trace in traces) / tokens,
-                "drafts": sum(trace.drafts for trace in traces),
-                "drafts_accepted": sum(trace.drafts_accepted for trace in traces),
-                "warm_runs": warm,
-                "captured_while_timed": _captured(model) - captured,
-            }
-            context.report.save()
-
-
 def _in_turn(
     context: Context, found: Found, model: LoadedModel, prompts: Sequence[Sequence[int]], sizes: Sizes
 ) -> None:
     """What steps gain that are begun before the host has the tokens in front: the same where none is."""
     called = "steps in turn"
     # another engine captures its graphs anew
-    if not context.fits(_LEAST if context.quick else 3 * _LEAST + _FOR_TRANSFORMERS, called, found):
+    if not context.fits(LEAST if context.quick else 3 * LEAST + FOR_TRANSFORMERS, called, found):
         return
     driver = engine_driver(model, sizes.load(sizes.most), async_scheduling=False)
     try:
@@ -221,22 +166,6 @@ def _in_turn(
         engine_speeds(context, found, model, driver, prompts, modes, sizes)
     finally:
         driver.close()
-
-
-def warmed(context: Context, model: LoadedModel, run: Callable[[], object]) -> int:
-    """Runs made until one captured no CUDA graph; not more than a few, nor beyond the time."""
-    for made in range(1, _MOST_WARM_RUNS + 1):
-        before, began = _captured(model), time.perf_counter()
-        run()
-        if _captured(model) == before or context.clock.left() < 2 * (time.perf_counter() - began):
-            return made
-    return _MOST_WARM_RUNS
-
-
-def _captured(model: LoadedModel) -> int:
-    """CUDA graphs that the model's decoders have captured."""
-    graphs = {id(each.step_graphs): each.step_graphs for each in model.decoders.values()}
-    return sum(each.pool.count for each in graphs.values() if each is not None)
 
 
 def _transformers(
@@ -388,12 +317,6 @@ def compiled(context: Context, found: Found) -> None:
         lambda: _generate(context, model, prompt, 64, cache_implementation="static")
     )
     context.report.save()
-
-
-def free_memory(context: Context) -> None:
-    gc.collect()
-    if context.cuda:
-        torch.cuda.empty_cache()
 
 
 def _wait(context: Context) -> None:

@@ -1,7 +1,7 @@
 """What exits give in batches, by how what they skip is made up for, how rows wait, and how long contexts are.
 
-The Mistral-7B shape with random weights and a synthetic exit half-way: speeds only. Each load is timed with exits off
-right before, on the same engine but where the scheduling is another.
+The Mistral-7B shape with random weights and a synthetic exit half-way: speeds only. Every load and scheduling has an
+engine of its own, which is timed with exits off, propagated and backfilled, one after the other.
 """
 
 from typing import Final
@@ -9,7 +9,8 @@ from typing import Final
 from exeunt.compression.model import LoadedModel
 from exeunt.deploy.bench_engine import engine_driver
 from exeunt.server.stage_choice import SchedulingPolicy
-from scripts.gpu_check.end_to_end import (
+from scripts.gpu_check.end_to_end import random_model
+from scripts.gpu_check.engine_speeds import (
     BACKFILLED,
     HALF,
     INT4,
@@ -17,7 +18,6 @@ from scripts.gpu_check.end_to_end import (
     Sizes,
     engine_speeds,
     free_memory,
-    random_model,
 )
 from scripts.gpu_check.models import MISTRAL, TOY
 from scripts.gpu_check.report import Context, Found

@@ -5,7 +5,8 @@ from functools import partial
 
 from exeunt.compression.variant import Variant
 from exeunt.deploy.bench_engine import engine_driver
-from scripts.gpu_check.end_to_end import Sizes, packaged_model, warmed
+from scripts.gpu_check.end_to_end import packaged_model
+from scripts.gpu_check.engine_speeds import Sizes, warmed
 from scripts.gpu_check.report import Context, Found
 from scripts.host_time import MODES, watching
 

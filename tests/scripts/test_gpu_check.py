@@ -19,7 +19,7 @@ from torch import Tensor
 from exeunt.compression.decoder import Decoder
 from exeunt.kernels.int4_linear import quantize
 from exeunt.kernels.timing import L2_BYTES, copies, timed
-from scripts.gpu_check import correctness, end_to_end, kernel_tests, source_tree, warming
+from scripts.gpu_check import correctness, end_to_end, engine_speeds, kernel_tests, source_tree, warming
 from scripts.gpu_check.models import TOY, RandomWeights, random_decoders
 from scripts.gpu_check.paged_rows import PagedRows, greedy, logits_of
 from scripts.gpu_check.report import Clock, Context, Report
@@ -220,11 +220,11 @@ class _Captures:
         self.count += self.runs <= self._grow
 
 
-@pytest.mark.parametrize(("grow", "runs"), [(0, 1), (2, 3), (99, end_to_end._MOST_WARM_RUNS)])
+@pytest.mark.parametrize(("grow", "runs"), [(0, 1), (2, 3), (99, engine_speeds._MOST_WARM_RUNS)])
 def test_a_load_is_run_until_nothing_is_captured_any_more(tmp_path: Path, grow: int, runs: int) -> None:
     decoder = _Captures(grow)
     model: Any = SimpleNamespace(decoders={"a": decoder, "b": decoder})
-    assert end_to_end.warmed(_context(tmp_path), model, decoder.run) == decoder.runs == runs
+    assert engine_speeds.warmed(_context(tmp_path), model, decoder.run) == decoder.runs == runs
 
 
 def test_what_a_compiled_generate_compiles_is_not_timed(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from exeunt.compression.kv_format import page_bytes_for
 from exeunt.compression.model import LoadedModel
 from exeunt.compression.variant import Variant
 from exeunt.kernels.native.library import native_library
+from exeunt.server.device_passes import DevicePasses
 from exeunt.server.drafting import Drafter
 from exeunt.server.engine import Engine
 from exeunt.server.engine_config import EngineConfig
@@ -31,6 +32,8 @@ from exeunt.server.request import (
     ScoreRequest,
     StepEvent,
 )
+from exeunt.server.runner import Runner
+from exeunt.server.tick_run import TickRun
 from exeunt.server.whole_passes import WholePasses
 
 FULL, INT4_KV, LINEAR = Variant(), Variant(kv_cache="int4"), Variant(linear_block=True)
@@ -193,3 +196,35 @@ class ScoreError(Exception):
 
 def score(bench: Bench, text: tuple[int, ...], exits: ExitPolicy) -> list[ScoredToken]:
     return ask_score(bench, text, exits).result(WAIT_S)
+
+
+class Begun:
+    """The ticks that were begun before their turn, by how many rows."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.rows: list[int] = []
+        begin = Runner._begin
+
+        def counted(runner: Runner, ahead: TickRun, *given: Any) -> bool:
+            done = begin(runner, ahead, *given)
+            if done:
+                self.rows.append(len(ahead.tick.rows))
+            return done
+
+        monkeypatch.setattr(Runner, "_begin", counted)
+
+
+class Taken:
+    """The ticks that went through decided passes, by how many rows, and how many of these asked an exit."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.rows: list[tuple[int, int]] = []
+        run = DevicePasses.run
+
+        def counted(passes: DevicePasses, under_way: Any, *ahead: Any) -> bool:
+            rows, done = under_way.tick.rows, run(passes, under_way, *ahead)
+            if done:
+                self.rows.append((len(rows), sum(row.threshold is not None for row in rows)))
+            return done
+
+        monkeypatch.setattr(DevicePasses, "run", counted)

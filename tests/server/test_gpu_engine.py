@@ -15,10 +15,19 @@ from exeunt.compression.row_graphs import StepGraphs
 from exeunt.server.request import ExitPolicy, SamplingParams
 from exeunt.server.sampling import RowSampling, sample
 from tests.server.conftest import VOCAB, random_exit
-from tests.server.engine_bench import BACKFILL, FULL, INT4_KV, LEAVE, OFF, VERIFIED, Heard, running
-from tests.server.test_decided_passes import Taken
+from tests.server.engine_bench import (
+    BACKFILL,
+    FULL,
+    INT4_KV,
+    LEAVE,
+    OFF,
+    VERIFIED,
+    Begun,
+    Heard,
+    Taken,
+    running,
+)
 from tests.server.test_soak import answer_of
-from tests.server.test_steps_ahead import Begun
 
 pytestmark = [
     pytest.mark.gpu,

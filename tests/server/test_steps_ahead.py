@@ -26,26 +26,13 @@ from tests.server.engine_bench import (
     PROMPT,
     VERIFIED,
     WAIT_S,
+    Begun,
     Heard,
     go_by_stages,
     running,
     score,
 )
 from tests.server.test_soak import Asked, answer_of, random_request
-
-
-class Begun:
-    """The ticks that were begun before their turn, by how many rows."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.rows: list[int] = []
-        begin = Runner._begin
-
-        def counted(runner: Runner, ahead: TickRun, run: TickRun, drawn: torch.Tensor) -> bool:
-            self.rows.append(len(ahead.tick.rows))
-            return begin(runner, ahead, run, drawn)
-
-        monkeypatch.setattr(Runner, "_begin", counted)
 
 
 def _beside_graphs(monkeypatch: pytest.MonkeyPatch) -> None:

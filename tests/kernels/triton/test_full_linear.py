@@ -157,7 +157,7 @@ def test_tiles_without_a_present_row_are_left_as_they_were(
     monkeypatch.setattr("exeunt.kernels.linear_parts._counters_on", lambda device: counters)
     whole_programs(monkeypatch, module, split, Tile(8, 64, 3))
 
-    def result(present: Tensor | None) -> Tensor:
+    def result(positions: Tensor | None) -> Tensor:
         with poisoned_memory(monkeypatch):  # results are NaN before they are written
             return full_linear_triton(
                 x,
@@ -165,13 +165,13 @@ def test_tiles_without_a_present_row_are_left_as_they_were(
                 activation="silu" if gated else None,
                 gated=gated,
                 residual=residual.clone() if added else None,
-                present=present,
+                positions=positions,
             )
 
     expected = result(None)
-    present = torch.full((tokens,), -1, device=device)
-    present[there] = torch.randint(0, 3, (len(there),), device=device)
-    out = result(present)
+    positions = torch.full((tokens,), -1, device=device)
+    positions[there] = torch.randint(0, 3, (len(there),), device=device)
+    out = result(positions)
     assert torch.equal(out[there], expected[there])
     left = [row for row in range(tokens) if row // 8 not in {each // 8 for each in there}]
     assert torch.equal(out[left], residual[left]) if added else bool(out[left].isnan().all())
@@ -205,9 +205,9 @@ def test_what_does_not_fit_is_refused(device: str) -> None:
     with pytest.raises(ValueError, match="the bias is"):
         full_linear_triton(x, weight, x[0])
     numbers = torch.zeros(4, dtype=torch.int64, device=device)
-    for present in (numbers[:3], numbers[:2, None], numbers[:2].int(), numbers[::2]):
-        with pytest.raises(ValueError, match="the positions of present rows are"):
-            full_linear_triton(x, weight, present=present)
+    for positions in (numbers[:3], numbers[:2, None], numbers[:2].int(), numbers[::2]):
+        with pytest.raises(ValueError, match="the positions are"):
+            full_linear_triton(x, weight, positions=positions)
 
 
 def test_fake_tensors_pass_through(device: str) -> None:

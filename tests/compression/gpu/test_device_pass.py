@@ -8,15 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from exeunt.compression.decided_pass import (
-    DecidedPass,
-    PassDecisions,
-    PassExit,
-    PassNumbers,
-    logit_rows,
-)
 from exeunt.compression.decode_graphs import DecodeGraphs, padded_layout
 from exeunt.compression.decoder import Decoder
+from exeunt.compression.device_pass import (
+    PassExit,
+    PassInputs,
+    PassLayout,
+    PassResults,
+    logit_rows,
+)
 from exeunt.compression.exit_output import Shortlist
 from exeunt.compression.exits import ExitConfirmation, ExitHead, ExitJudge, ExitProbe
 from exeunt.compression.graph_pool import size_for
@@ -24,10 +24,10 @@ from exeunt.compression.norm import Norm
 from exeunt.compression.variant import KVFormat
 from exeunt.kernels.model_pass import AtExit
 from exeunt.kernels.paged_batch import PagedBatch
-from tests.compression.decide_by_rows import decide_by_rows
 from tests.compression.fake_graphs import FakePool
 from tests.compression.gpu.test_gpu_block import _decoder
 from tests.compression.paged_generation import Sequences
+from tests.compression.pass_by_rows import pass_by_rows
 from tests.compression.staged_pass import ALL, STEP, Case, changed
 from tests.kernels.triton.on_gpu import HERE, on_gpu_only
 
@@ -97,7 +97,7 @@ class Pass:
         """All bytes of the pages."""
         return self.sequences.pages.arena
 
-    def decisions(self, threshold: float) -> PassDecisions:
+    def inputs(self, threshold: float) -> PassInputs:
         """What the cases say, with this threshold for all who ask one."""
         cases, entries = changed(self.cases, threshold), self.entries
         starts = torch.tensor([0, *(len(case.entries) for case in cases)]).cumsum(0).tolist()
@@ -112,11 +112,11 @@ class Pass:
         logits = None if size is None else logit_rows(len(wanted), size)
         assert size is not None
         assert logits is not None
-        layout = PassNumbers(size, logits)
+        layout = PassLayout(size, logits)
         numbers = torch.zeros(layout.count, dtype=torch.int64)
-        of_entries, of_askers = layout.of_tokens(numbers)
+        of_entries, gate_rows = layout.of_tokens(numbers)
         of_entries[: len(entries)] = torch.tensor(entries)
-        of_askers.fill_(logits)
+        gate_rows.fill_(logits)
         of_logits = numbers[2 * size :].view(4, -1)
         for n, token in enumerate(wanted):
             case = cases[rows[token]]
@@ -125,27 +125,27 @@ class Pass:
             asked = torch.tensor(case.threshold if asks else INF).double()
             of_logits[3, n] = asked.view(torch.int64)
             if asks:
-                of_askers[starts[rows[token]] : token + 1] = n
+                gate_rows[starts[rows[token]] : token + 1] = n
         exits = tuple(
             PassExit(
                 place,
                 head.depth,
                 any(case.asks >> place & 1 for case in cases),
-                place + 1 in entries,
+                place + 1 in entries or any(case.at_exit != AtExit.LEAVES for case in cases),
                 head.steps,
                 self.decoder.project_exit,
             )
             for place, head in enumerate(self.heads)
         )
         propagates = any(case.at_exit == AtExit.LEAVES for case in cases)
-        return PassDecisions(layout, numbers.to(self.decoder.device), exits, propagates, LAST)
+        return PassInputs(layout, numbers.to(self.decoder.device), exits, propagates, LAST)
 
-    def by_rows(self, decisions: PassDecisions) -> DecidedPass:
-        given = (self.hidden, self.batch, self.sequences.pages, decisions)
-        return decide_by_rows(self.heads, self.decoder, *given)
+    def by_rows(self, asked: PassInputs) -> PassResults:
+        given = (self.hidden, self.batch, self.sequences.pages, asked)
+        return pass_by_rows(self.heads, self.decoder, *given)
 
-    def decided(self, decisions: PassDecisions) -> DecidedPass:
-        found = self.decoder.decide(self.hidden, self.batch, self.sequences.pages, decisions)
+    def passed(self, asked: PassInputs) -> PassResults:
+        found = self.decoder.run_pass(self.hidden, self.batch, self.sequences.pages, asked)
         assert found is not None
         return found
 
@@ -193,7 +193,7 @@ def _same(found: Tensor, wanted: Tensor) -> bool:
         on_gpu_only(STEP[:1], ("whole", "whole"), "int4", "int4"),
     ],
 )
-def test_a_decided_pass_is_the_one_that_asks(
+def test_a_pass_of_the_device_is_the_one_that_asks(
     tmp_path: Path,
     device: torch.device,
     cases: Sequence[Case],
@@ -209,15 +209,15 @@ def test_a_decided_pass_is_the_one_that_asks(
         states = decoder.run_blocks(made.hidden, made.batch, made.sequences.pages, 0, 1)
         sure = heads[0].gate(states, torch.zeros(len(states)), decoder.project_exit).confidence
         levels = [float(sure.quantile(share)) for share in ((0.1, 0.3, 0.6, 0.9) if HERE else (0.6,))] + [0.0]
-        asks, wanted = [made.decisions(level) for level in levels], []
-        for decisions in asks:
+        asks, wanted = [made.inputs(level) for level in levels], []
+        for asked in asks:
             made.arena.copy_(before)
-            wanted.append((made.by_rows(decisions), made.arena.clone()))
+            wanted.append((made.by_rows(asked), made.arena.clone()))
         _capture(decoder)
         for _ in range(1 + HERE):
-            for decisions, (expected, pages) in zip(asks, wanted, strict=True):
+            for asked, (expected, pages) in zip(asks, wanted, strict=True):
                 made.arena.copy_(before)
-                found = made.decided(decisions)
+                found = made.passed(asked)
                 assert torch.equal(found.left_at, expected.left_at)
                 assert _same(found.logits, expected.logits)
                 assert _same(found.states, expected.states)

@@ -9,12 +9,14 @@ import pytest
 
 from exeunt.compression.decoder import Decoder
 from exeunt.compression.model import LoadedModel
-from exeunt.server.decided_passes import DecidedPasses
+from exeunt.server.audit import Audit
+from exeunt.server.auditor import Auditor, TickAudits
+from exeunt.server.device_run import DeviceRun
 from exeunt.server.drafting import Drafter, Proposal
 from exeunt.server.request import ExitPolicy
 from exeunt.server.runner import Runner
 from exeunt.server.sequence import Status
-from tests.compression.decide_by_rows import decide_by_rows
+from tests.compression.pass_by_rows import pass_by_rows
 from tests.server.conftest import BLOCKS
 from tests.server.engine_bench import (
     BACKFILL,
@@ -25,26 +27,32 @@ from tests.server.engine_bench import (
     PROMPT,
     VERIFIED,
     WAIT_S,
+    Begun,
+    Taken,
     go_by_stages,
     running,
 )
 from tests.server.test_soak import Asked, answer_of, random_request
-from tests.server.test_steps_ahead import Begun
 
 
-class Taken:
-    """The ticks that went through decided passes, by how many rows, and how many of these asked an exit."""
+class Audits:
+    """What audits found, whichever tick they ended in."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.rows: list[tuple[int, int]] = []
-        run = DecidedPasses.run
+        self._found: list[tuple[str, Audit]] = []
+        end = Auditor.end_tick
 
-        def counted(passes: DecidedPasses, under_way: Any, *ahead: Any) -> bool:
-            rows = under_way.tick.rows
-            self.rows.append((len(rows), sum(row.threshold is not None for row in rows)))
-            return run(passes, under_way, *ahead)
+        def ended(auditor: Auditor, emitted: Any) -> TickAudits:
+            outcome = end(auditor, emitted)
+            self._found += [(row.sequence.name, audit) for row, audit in outcome.found]
+            return outcome
 
-        monkeypatch.setattr(DecidedPasses, "run", counted)
+        monkeypatch.setattr(Auditor, "end_tick", ended)
+
+    def taken(self) -> dict[tuple[str, int], Audit]:
+        """Those since the last call, by sequence and position."""
+        found, self._found = self._found, []
+        return {(name, audit.position): audit for name, audit in found}
 
 
 def looks_up(_: object) -> Drafter:
@@ -65,8 +73,10 @@ class LooksUp:
 def beside_graphs(monkeypatch: pytest.MonkeyPatch, model: LoadedModel) -> None:
     """Have ticks run as on a GPU, a decided step being one call."""
     monkeypatch.setattr(Runner, "has_graphs", property(lambda _: True))
-    by_rows = partial(decide_by_rows, model.exits)
-    monkeypatch.setattr(Decoder, "decide", lambda *given: by_rows(*given))  # a method, which a partial is not
+    by_rows = partial(pass_by_rows, model.exits)
+    monkeypatch.setattr(
+        Decoder, "run_pass", lambda *given: by_rows(*given)
+    )  # a method, which a partial is not
     go_by_stages(monkeypatch)
 
 
@@ -108,7 +118,7 @@ def _answers(
         assert bench.engine.wait_idle(WAIT_S)
         counted = {name: bench.value(f"exeunt_{name}_total") for name in COUNTED}
         counted["audits"] = bench.value("exeunt_audited_tokens_total")
-        counted["disagreements"] = bench.value("exeunt_audited_disagreements_total")
+        counted["agreements"] = bench.value("exeunt_audit_agreements_total")
     counted["called"] = sum(calls.tokens) - before
     return heard, counted
 
@@ -122,17 +132,20 @@ def test_answers_and_accounts_are_those_of_ticks_by_stages(
     audit_share: float,
 ) -> None:
     go_by_stages(monkeypatch)
+    audits = Audits(monkeypatch)
     wanted, counts = _answers(tiny_model, requests, audit_share)
+    found = audits.taken()
     beside_graphs(monkeypatch, tiny_model)
     taken, begun = Taken(monkeypatch), Begun(monkeypatch)
     answers, counted = _answers(tiny_model, requests, audit_share)
     assert answers == wanted
+    assert audits.taken() == found
     assert any(token[2] != "final" for answer in answers for choice in answer[1] for token in choice)
     assert max(asking for _, asking in taken.rows) >= 4
     assert (len(begun.rows) > 10) == (requests is PROPAGATE)
     vain = counted["blocks_wasted"] - counts["blocks_wasted"]  # steps begun for answers that ended by a token
     assert vain % BLOCKS == 0
-    for name in ("generation_tokens", "blocks_executed", "blocks_skipped", "audits", "disagreements"):
+    for name in ("generation_tokens", "blocks_executed", "blocks_skipped", "audits", "agreements"):
         assert counted[name] == counts[name], name
     for name in ("block_passes", "called"):
         assert counted[name] == counts[name] + vain, name
@@ -146,14 +159,18 @@ def test_every_step_of_an_answer_that_leaves_is_begun_ahead(
     taken, begun = Taken(monkeypatch), Begun(monkeypatch)
     with running(tiny_model) as bench:
         heard = bench.answer(exits=LEAVE, max_new_tokens=24)
+        assert bench.engine.wait_idle(WAIT_S)
+        entered = [bench.value("exeunt_step_batch_size_sum", stage=str(stage)) for stage in range(3)]
     assert begun.rows == [1] * 23
     assert taken.rows == [(1, 1)] * 23
-    assert len(set(heard.exits())) > 1
+    first, second, last = (heard.exits().count(name) for name in ("block_1", "block_3", "final"))
+    assert min(first, second, last) > 0
+    assert entered == [24, 24 - first, last]
     assert heard.finish.summary.depth.blocks_wasted == 0
 
 
 @pytest.mark.parametrize("exits", [VERIFIED, OFF], ids=["verified", "off"])
-def test_what_asks_the_exit_that_drafts_goes_by_stages(
+def test_what_asks_no_exit_but_the_one_that_drafts_is_no_pass_of_the_device(
     tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch, exits: ExitPolicy
 ) -> None:
     beside_graphs(monkeypatch, tiny_model)
@@ -163,7 +180,7 @@ def test_what_asks_the_exit_that_drafts_goes_by_stages(
     assert taken.rows == []
 
 
-def test_survivors_that_wait_at_exits_do_so_here_too(
+def test_where_survivors_wait_at_exits_there_are_no_passes_of_the_device(
     tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with running(tiny_model, run_through=False) as bench:
@@ -181,22 +198,27 @@ def test_where_no_graph_fits_steps_go_by_stages(
     with running(tiny_model) as bench:
         wanted = answer_of(bench.answer(exits=LEAVE))
     beside_graphs(monkeypatch, tiny_model)
-    monkeypatch.setattr(Decoder, "decide", lambda *_: None)
+    asked = [0]
+
+    def refused(*_: Any) -> None:
+        asked[0] += 1
+
+    monkeypatch.setattr(Decoder, "run_pass", refused)
     taken, begun = Taken(monkeypatch), Begun(monkeypatch)
     with running(tiny_model) as bench:
         assert answer_of(bench.answer(exits=LEAVE)) == wanted
-    assert len(taken.rows) > 20
-    assert len(begun.rows) > 20
+    assert asked[0] > 20
+    assert (taken.rows, begun.rows) == ([], [])
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("exits", [LEAVE, BACKFILL], ids=["propagate", "backfill"])
 def test_a_crowd_that_comes_and_goes_gets_the_answers_it_gets_alone(
-    tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch, seed: int
+    tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch, exits: ExitPolicy
 ) -> None:
     """Few pages, so that some are preempted; callers who cancel; audits; requests of other kinds in between."""
-    dice = random.Random(seed)
+    dice = random.Random(exits.skipped_kv)
     requests = [random_request(dice, number) for number in range(60)]
-    leave = {"exits": LEAVE if seed else BACKFILL, "repetition_penalty": 1.0}
+    leave = {"exits": exits, "repetition_penalty": 1.0}
     requests = [
         Asked(one.request | leave, scored=False) if not one.scored and dice.random() < 0.7 else one
         for one in requests
@@ -213,7 +235,7 @@ def test_a_crowd_that_comes_and_goes_gets_the_answers_it_gets_alone(
         for request in requests:
             asked.append(request.send(bench))
             if dice.random() < 0.2:
-                bench.ask(exits=LEAVE, max_new_tokens=200, temperature=1.0)
+                bench.ask(exits=exits, max_new_tokens=200, temperature=1.0)
                 bench.engine.cancel(f"r{bench.count}")
             if dice.random() < 0.3:
                 asked[-1].wait()
@@ -232,14 +254,14 @@ def test_an_answer_that_ended_has_no_audits_run_in_pages_that_may_be_anothers(
     beside_graphs(monkeypatch, tiny_model)
     calls = tiny_model.decoder(FULL).block_calls
     before = sum(calls.tokens)
-    settled: list[list[bool]] = []
-    settle = DecidedPasses.settle
+    noted: list[list[bool]] = []
+    note = DeviceRun.note_exits
 
-    def noted(passes: DecidedPasses, told: Any, left_at: list[int]) -> None:
-        settled.append([row.sequence.status is Status.RUNNING for row, _ in told.tokens])
-        settle(passes, told, left_at)
+    def counted(told: DeviceRun, run: Any) -> None:
+        noted.append([row.sequence.status is Status.RUNNING for row, _ in told.tokens])
+        note(told, run)
 
-    monkeypatch.setattr(DecidedPasses, "settle", noted)
+    monkeypatch.setattr(DeviceRun, "note_exits", counted)
     with running(tiny_model, audit_share=1.0) as bench:
         with bench.held():
             long = bench.ask(exits=LEAVE, max_new_tokens=150)
@@ -251,6 +273,6 @@ def test_an_answer_that_ended_has_no_audits_run_in_pages_that_may_be_anothers(
             one.wait()
         assert bench.engine.wait_idle(WAIT_S)
         counted = sum(bench.value(f"exeunt_blocks_{kind}_total") for kind in ("executed", "wasted"))
-    assert any(not alive for step in settled for alive in step)
+    assert any(not alive for step in noted for alive in step)
     prompts = 5 * (len(PROMPT) - 1) * BLOCKS
     assert sum(calls.tokens) - before == prompts + counted
