@@ -257,11 +257,11 @@ def test_an_answer_that_ended_has_no_audits_run_in_pages_that_may_be_anothers(
     noted: list[list[bool]] = []
     note = DeviceRun.note_exits
 
-    def counted(told: DeviceRun, run: Any) -> None:
+    def noting(told: DeviceRun, run: Any) -> None:
         noted.append([row.sequence.status is Status.RUNNING for row, _ in told.tokens])
         note(told, run)
 
-    monkeypatch.setattr(DeviceRun, "note_exits", counted)
+    monkeypatch.setattr(DeviceRun, "note_exits", noting)
     with running(tiny_model, audit_share=1.0) as bench:
         with bench.held():
             long = bench.ask(exits=LEAVE, max_new_tokens=150)
