@@ -15,6 +15,7 @@ from exeunt.server.api.service import Availability
 
 PAGE: Final = Path(__file__).resolve().parents[1] / "docs" / "http.md"
 Schema = Mapping[str, Any]
+_EXACT: Final = 2**53  # limits beyond are no longer exact in the document: their field's own words say them
 
 _HEAD: Final = """# HTTP
 
@@ -137,7 +138,8 @@ def _default(schema: Schema, needed: bool) -> str:
 def _limits(schema: Schema) -> Iterator[str]:
     """What a value must keep to, those of a list's items among it."""
     for each in (schema, *schema.get("anyOf", ())):
-        yield from (text.format(_number(each[key])) for key, text in _LIMITS.items() if key in each)
+        own = {key: each[key] for key in _LIMITS if key in each and abs(each[key]) < _EXACT}
+        yield from (_LIMITS[key].format(_number(value)) for key, value in own.items())
         items = each.get("items", {})
         yield from (
             f"each {text.format(_number(items[key]))}" for key, text in _LIMITS.items() if key in items

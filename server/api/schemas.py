@@ -149,7 +149,10 @@ class GenerateBody(Body):
         default=1.0, ge=0.01, le=100, description="Above 1 makes known tokens less likely."
     )
     seed: int | None = Field(
-        default=None, ge=0, le=MAX_SEED, description="Same seed, same answer. Null: drawn by the server."
+        default=None,
+        ge=0,
+        le=MAX_SEED,
+        description="Same seed, same answer; below 2^63. Null: drawn by the server.",
     )
     stop: Annotated[list[StopString], BeforeValidator(_no_string)] = Field(
         default_factory=list,
