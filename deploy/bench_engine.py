@@ -43,10 +43,12 @@ def engine_driver(
     max_owed: int = MAX_OWED,
     *,
     async_scheduling: bool = True,
+    spare: bool = False,
 ) -> "EngineDriver":
     """An engine with room for the load; `on_stages` hears of every run of stages, what follows is EngineConfig's.
 
-    Raises SettingsError where the model has not that room.
+    With `spare` it takes no more memory for keys and values than that: others may be at work beside it. Raises
+    SettingsError where the model has not that room.
     """
     longest = load.prompt_tokens + load.max_new_tokens
     if longest > model.spec.max_position_embeddings:
@@ -74,7 +76,7 @@ def engine_driver(
             f"--concurrency is {load.concurrency}; so many sequences of {longest} tokens need {needed} bytes of KV "
             f"cache and {named(model.device)} has {free} bytes free, ask for fewer."
         )
-    held = max(config.kv_cache_bytes, needed)
+    held = needed if spare else max(config.kv_cache_bytes, needed)
     return EngineDriver(model, replace(config, kv_cache_bytes=held, max_owed=max_owed), on_stages)
 
 

@@ -60,7 +60,8 @@ SECTIONS = {
     "tests": Section("kernel_tests:run", 180, 10),
 }
 """In the order of what their answers are worth: what the targets ask for lies in the first 200 seconds."""
-_WARMED = ("correctness", "decode", "kernels")  # their kernels are compiled beside what comes first
+# their kernels are compiled beside what comes first
+_WARMED = ("correctness", "decode", "kernels", "end_to_end", "host", "exits")
 _FIRST = ("machine", "memory")  # done before anything runs beside
 
 
@@ -87,7 +88,7 @@ def main(
         )
         raise typer.Exit(2)
     if warm is not None:
-        _warm(place, quick, Clock(seconds), warm)
+        _warm(place, quick, Clock(seconds), warm, bundle)
         return
     wanted = [name.strip() for name in sections.split(",") if name.strip()]
     if unknown := [name for name in wanted if name not in SECTIONS]:
@@ -201,12 +202,12 @@ class _Run:
         os.execv(sys.executable, said)
 
 
-def _warm(device: torch.device, quick: bool, clock: Clock, group: str) -> None:
+def _warm(device: torch.device, quick: bool, clock: Clock, group: str, bundle: Path | None) -> None:
     """Compile one group of kernels."""
     from scripts.gpu_check.warming import warm
 
     with tempfile.TemporaryDirectory() as folder:
-        said = warm(Context(device, quick, Report(Path(folder) / "none.json"), clock), group)
+        said = warm(Context(device, quick, Report(Path(folder) / "none.json"), clock, bundle), group)
     typer.echo(f"{said}, {clock.left():.0f} s left")
 
 

@@ -241,9 +241,9 @@ def _generate_batch(model: Any, prompts: Sequence[Sequence[int]], answer: int) -
     return {"tokens_per_s": made / took[1], "tokens": made, "seconds": took[1], "first_run_seconds": took[0]}
 
 
-def random_model(context: Context, found: Found, shape: Shape) -> LoadedModel:
-    """A shape with random weights and a synthetic exit half-way."""
-    spec = shape.spec()
+def random_model(context: Context, found: Found, shape: Shape, blocks: int | None = None) -> LoadedModel:
+    """A shape with random weights and a synthetic exit half-way; `blocks` in place of its own number of them."""
+    spec = shape.spec() if blocks is None else shape.spec(blocks=blocks)
     decoders = random_decoders(spec, context.device, torch.bfloat16)
     found["gates"] = (
         f"synthetic, after block {spec.blocks // 2 - 1} of {spec.blocks}: about half the tokens leave"

@@ -9,17 +9,22 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Final
 
 import torch
 
+from exeunt.compression.model import LoadedModel
 from exeunt.compression.variant import Variant, WeightFormat
+from exeunt.deploy.bench_engine import engine_driver
 from scripts.gpu_check import decode_speeds, kernel_speeds
 from scripts.gpu_check.correctness import VARIANTS
-from scripts.gpu_check.models import packaged_decoders
+from scripts.gpu_check.end_to_end import packaged_model, random_model
+from scripts.gpu_check.engine_speeds import BACKFILLED, HALF, INT4, OFF, Sizes
+from scripts.gpu_check.models import MISTRAL, TOY, packaged_decoders
 from scripts.gpu_check.paged_rows import logits_of
 from scripts.gpu_check.report import Context, Found, Report
 
@@ -27,7 +32,15 @@ PACKAGED: Final = tuple(
     f"packaged {weights} {texts}" for weights in ("full", "int4") for texts in ("long", "short")
 )
 """What the answers of the packaged model need."""
-GROUPS: Final = (*PACKAGED, "steps full", "steps int4", "linears", "other kernels")
+GROUPS: Final = (
+    *PACKAGED,
+    "steps full",
+    "steps int4",
+    "linears",
+    "other kernels",
+    "exits packaged",
+    "exits large",
+)
 _TEXTS: Final = {"long": (600, 40), "short": (20, 1)}
 """Tokens of a call, apart by the tiles that they take: of 64 rows, or of 32 and 16."""
 _ROOT: Final = Path(__file__).resolve().parents[2]
@@ -63,6 +76,7 @@ class Warmers:
     def _start(self, context: Context, group: str, seconds: int) -> "subprocess.Popen[bytes]":
         said = [sys.executable, "-m", "scripts.gpu_check", "--device", str(context.device)]
         said += ["--warm", group, "--seconds", str(seconds - 5), *(["--quick"] if context.quick else [])]
+        said += ["--bundle", str(context.bundle)] if context.bundle else []
         paths = [str(_ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
         around = {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
         with self._log(group).open("wb") as log:
@@ -100,7 +114,31 @@ def _jobs(context: Context, group: str) -> Iterator[Callable[[], None]]:
         return _packaged(context, "int4" if weights == "int4" else "full", _TEXTS[texts])
     if kind == "steps":
         return decode_speeds.warm_jobs(context, "int4" if what == "int4" else "full")
+    if kind == "exits":
+        return _exits(context, packaged=what == "packaged")
     return kernel_speeds.warm_jobs(context, linears=kind == "linears")
+
+
+def _exits(context: Context, *, packaged: bool) -> Iterator[Callable[[], None]]:
+    """Answers with approximate exits, by as many streams as are timed: their steps are graphs of other kernels."""
+    if packaged:
+        model = packaged_model(context)
+    else:
+        model = random_model(context, {}, TOY if context.quick else MISTRAL, blocks=2)
+    modes = (HALF, BACKFILLED) if model.exits else (OFF,)
+    for streams in (2,) if context.quick else (64, 16, 1):
+        yield partial(_answer, model, streams, modes)
+
+
+def _answer(model: LoadedModel, streams: int, modes: Sequence[Mapping[str, object]]) -> None:
+    sizes = Sizes((streams,), 16, 4)
+    driver = engine_driver(model, sizes.load(streams), spare=True)
+    try:
+        prompts = driver.prompts(streams, sizes.prompt)
+        for exits in modes:
+            driver.run(prompts, {**asdict(INT4), "early_exit": exits}, sizes.load(streams))
+    finally:
+        driver.close()
 
 
 def _packaged(
