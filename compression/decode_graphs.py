@@ -121,7 +121,7 @@ class DecodeGraphs:
         self.pool = pool
         self._logits = outputs or SharedOutputs(pool)
         self._states = SharedOutputs(pool, TOKENS[-1])
-        self._kept: list[object] = []  # keeps the ids in the keys from being another's, as `_pages` does
+        self._exits: dict[_Key, object] = {}  # keep the ids in the keys from being another's, as `_pages` do
         self._blocks = blocks
         self._most_context = rounded_context(most_context)
         self._inputs: dict[tuple[int, int, int], Inputs] = {}
@@ -175,6 +175,8 @@ class DecodeGraphs:
         blocks = self._blocks
 
         def run(inputs: Inputs) -> tuple[Tensor, ...]:
+            if layout not in self._numbers:  # in the run that compiles: a capture finds them made
+                self._numbers[layout] = self._nothing_asked(asked)
             own = replace(asked, numbers=self._numbers[layout])
             *results, states = run_device_pass(blocks, head, depth, own, inputs.hidden, inputs.batch, pages)
             kept = (*self._logits.like(tuple(results)), *self._states.like((states,)))
@@ -182,12 +184,10 @@ class DecodeGraphs:
                 shared[: len(result)].copy_(result)
             return kept
 
-        if layout not in self._numbers:
-            self._numbers[layout] = self._nothing_asked(asked)
         key = ("pass", asked.key, depth, tokens, context, id(pages))
-        if key not in self._graphs:
-            self._kept.append(asked.exits)
         found = self._found(key, hidden, pages, run)
+        if key in self._graphs:  # a capture that failed among them; nothing where none may be made any more
+            self._exits.setdefault(key, asked.exits)
         if found is None:
             return None
         captured, inputs = found

@@ -44,7 +44,7 @@ class Linear(Protocol):
         `norm` is applied to x first; `activation` to the output, or, where that is `gated`, to its first half, which
         then multiplies the second; to `residual` [tokens, out] the result is added in place. Rows whose position in
         `positions` [tokens] int64 is below 0 are missing: nobody may read their results, nor those rows of `residual`
-        from then on, and where enough rows beside each other are absent the weights are not read for them.
+        from then on, and where enough rows beside each other are missing the weights are not read for them.
         """
         ...
 

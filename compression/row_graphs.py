@@ -141,7 +141,10 @@ class StepGraphs:
         return graphs.run(*rows, may_capture=self._may_capture)
 
     def release(self) -> None:
-        """Let go of all row-wise functions, their graphs and tensors; a later call captures anew."""
+        """Let go of all row-wise functions, their graphs and tensors; a later call captures anew.
+
+        Decoders that share these graphs let go of their own, which share the outputs, with them.
+        """
         self._functions.clear()
         self.outputs = SharedOutputs(self.pool)
         self.pool.forget()

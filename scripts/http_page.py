@@ -24,11 +24,13 @@ examples for the loaded model on `GET /docs`.)
 
 Bodies are JSON, checked strictly: a field that is not listed, a number as a string or a value outside its limits is a
 400 that names the field, its value and the limit. What a model can be asked for depends on its bundle: `GET /info` says
-what it holds and which targets are certified. An error has one shape, `ErrorResponse`, whatever its status.
+what it holds and which targets are certified. An error has one shape, [ErrorResponse](#errorresponse), whatever its
+status. Where a table has no default a field must be given, or, in an answer, is always there; "absent" ones may be left
+out. `GET /docs` and `GET /openapi.json` describe these routes and are not among them.
 """
 _FIRST: Final = (
     *("GenerateBody", "CompressionOptions", "EarlyExitOptions", "GenerateResponse"),
-    *("TokenInfo", "DepthInfo", "ScoreBody", "ErrorResponse", "ErrorDetail"),
+    *("StreamStep", "TokenInfo", "DepthInfo", "ScoreBody", "ErrorResponse", "ErrorDetail"),
 )
 """What is asked for most stands first, the rest by name."""
 _LIMITS: Final = {
@@ -37,10 +39,10 @@ _LIMITS: Final = {
     "gt": "above {}",
     "maximum": "at most {}",
     "exclusiveMaximum": "below {}",
-    "minLength": "characters: at least {}",
-    "maxLength": "characters: at most {}",
-    "minItems": "entries: at least {}",
-    "maxItems": "entries: at most {}",
+    "minLength": "at least {} long",
+    "maxLength": "at most {} long",
+    "minItems": "at least {} of them",
+    "maxItems": "at most {} of them",
 }
 
 
@@ -52,7 +54,7 @@ def page() -> str:
     document = _inlined(document, named)
     schemas = document["components"]["schemas"]
     first = [name for name in _FIRST if name in schemas]
-    order = [*first, *(name for name in schemas if name not in first and name not in named)]
+    order = [*first, *(name for name in sorted(schemas) if name not in first and name not in named)]
     parts = [_HEAD, *_routes(document), *_bodies({name: schemas[name] for name in order})]
     return "\n".join(parts).rstrip() + "\n"
 
@@ -83,6 +85,8 @@ def _routes(document: Schema) -> Iterator[str]:
             )
             yield "| " + " | ".join(cells) + " |"
     yield ""
+    stream = document["paths"]["/generate"]["post"]["responses"]["200"]["content"]["text/event-stream"]
+    yield "**A stream.** " + stream["schema"]["description"] + "\n"
 
 
 def _links(content: Schema) -> list[str]:
@@ -90,8 +94,11 @@ def _links(content: Schema) -> list[str]:
     found = []
     for kind, each in content.items():
         schema = each.get("schema", {})
-        name = _type(schema) if schema and kind == "application/json" else f"`{kind}`"
-        found.append(name or f"`{kind}`")
+        name = _type(schema)
+        if kind == "application/json":
+            found.append(name)
+        else:
+            found.append(f"`{kind}` of {name}" if "oneOf" in schema else f"`{kind}`")
     return found
 
 
@@ -101,17 +108,18 @@ def _bodies(schemas: Mapping[str, Schema]) -> Iterator[str]:
         if said := schema.get("description"):
             yield " ".join(said.split()) + "\n"
         needed = schema.get("required", ())
-        yield "| field | type | default | |\n| --- | --- | --- | --- |"
+        yield "| field | type | default | meaning |\n| --- | --- | --- | --- |"
         for field, its in schema["properties"].items():
             limits = "; ".join(_limits(its))
             about = its.get("description", "").replace("|", "\\|").replace("\n", " ")
             about = f"{about} ({limits})" if limits else about
-            yield f"| `{field}` | {_type(its)} | {_default(its, field in needed)} | {about} |"
+            null = " or null" if field in needed and _may_be_null(its) else ""
+            yield f"| `{field}` | {_type(its)}{null} | {_default(its, field in needed)} | {about} |"
         yield ""
 
 
 def _type(schema: Schema) -> str:
-    """The type in words; null is what a default of null says."""
+    """The type in words, but for null: where a field may be left out that says the same."""
     if "$ref" in schema:
         name = schema["$ref"].rsplit("/", 1)[-1]
         return f"[{name}](#{name.lower()})"
@@ -127,6 +135,10 @@ def _type(schema: Schema) -> str:
     if schema.get("type") == "object" and isinstance(schema.get("additionalProperties"), dict):
         return f"object of {_type(schema['additionalProperties'])}"
     return str(schema.get("type", ""))
+
+
+def _may_be_null(schema: Schema) -> bool:
+    return any(each.get("type") == "null" for each in schema.get("anyOf", ()))
 
 
 def _default(schema: Schema, needed: bool) -> str:

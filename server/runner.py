@@ -169,7 +169,8 @@ class Runner:
             self._wait()
         ended = self._end_piece(run)
         if ahead is not None:
-            ahead.began = ended - self._audited  # what audits waited for was this one's doing, most of it
+            # what audits waited for was this one's doing, most of it, where they began behind its launch
+            ahead.began = max(ahead.began, ended - self._audited)
         return [run.results[row] for row in tick.rows]
 
     def _pass_stages(self, run: TickRun) -> None:

@@ -21,7 +21,9 @@ class StageRun:
     `seconds` hold the tick's set-up with the first and its draws with the last, and what was told meanwhile as far as
     it took longer than a GPU; of a tick in one native call what that took, and no more. They hold neither audits nor
     the capturing of CUDA graphs, and `gate_seconds` of them were spent asking the gate about `gated` tokens. Those of a
-    tick that was begun before the one in front of it had ended are counted from that end.
+    tick that was begun before the one in front of it had ended are counted from that end, audits of that one left out.
+    A device's pass, in which tokens leave on the way, is told as one run for each stage that had tokens, by its share
+    of blocks; `gated` is 0 though gates were asked.
     """
 
     variant: Variant
@@ -52,7 +54,7 @@ class Piece:
     tokens: int
     gated: int = 0  # tokens that the gate behind them was asked about
     gate_seconds: float = 0.0
-    by_stage: list[StageShare] = field(default_factory=list)  # of a device's pass, where tokens left inside
+    by_stage: list[StageShare] = field(default_factory=list)  # of a device's pass, once its exits are noted
 
     def ended(self, variant: Variant, seconds: float) -> list[StageRun]:
         """They have run, for so long."""

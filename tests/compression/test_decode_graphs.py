@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from exeunt.compression.decode_graphs import TOKENS, DecodeGraphs, Inputs, padded_layout
+from exeunt.compression.device_pass import PassInputs, PassLayout, PassResults
 from exeunt.compression.kv_format import KVPages
 from exeunt.kernels.paged_batch import BatchLayout, PagedBatch
 from tests.compression.fake_graphs import GROWN, FakePool
@@ -143,3 +144,27 @@ def test_keys_and_values_are_projected_for_the_tokens_and_for_no_padding() -> No
         assert torch.equal(states[:3], hidden)
         assert slots.tolist() == [50, 51, 52, -1]
     assert pool.captures == 1
+
+
+def test_a_pass_that_is_refused_leaves_nothing_behind() -> None:
+    pool, arena = FakePool(), pages()
+    graphs = DecodeGraphs(Blocks(), 600, pool)
+    batch = packed(batch_of([1, 1, 1]), 4)
+    layout = PassLayout(4, 4)
+    asked = PassInputs(layout, torch.zeros(layout.count, dtype=torch.int64), (), propagates=False, last=0)
+    hidden = torch.zeros(3, HIDDEN)
+
+    def passed() -> PassResults | None:
+        return graphs.run_pass(asked, lambda states: states.float(), 2, hidden, batch, arena)
+
+    pool.free = 0
+    for _ in range(3):
+        assert passed() is None
+    assert (graphs.count, pool.nbytes, graphs._exits, graphs._numbers) == (0, 0, {}, {})
+    pool.free = 100
+    found = passed()
+    assert found is not None
+    assert torch.equal(found.states, 2.0 * batch.positions[:3, None].expand(3, HIDDEN))
+    assert found.logits.shape == (4, HIDDEN)
+    assert found.left_at.tolist() == [0] * 4
+    assert graphs.count == 1

@@ -17,7 +17,7 @@ def test_every_field_of_a_request_is_there_with_its_limits() -> None:
     assert "above 0; at most 1" in top_p
     (stop,) = (line for line in lines if line.startswith("| `stop` |"))
     assert "list of string" in stop
-    assert "entries: at most 16; each characters: at least 1; each characters: at most 256" in stop
+    assert "at most 16 of them; each at least 1 long; each at most 256 long" in stop
 
 
 def test_links_lead_to_tables() -> None:

@@ -215,7 +215,7 @@ class Begun:
 
 
 class Taken:
-    """The ticks that went through decided passes, by how many rows, and how many of these asked an exit."""
+    """The ticks that were passes of the device, by how many rows, and how many of these asked an exit."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.rows: list[tuple[int, int]] = []

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from exeunt.server.drafting import Drafter, Proposal
 from exeunt.server.request import ExitPolicy
 from exeunt.server.runner import Runner
 from exeunt.server.sequence import Status
+from exeunt.server.tick_run import Piece, StageRun, StageShare, TickRun
 from tests.compression.pass_by_rows import pass_by_rows
 from tests.server.conftest import BLOCKS
 from tests.server.engine_bench import (
@@ -71,7 +73,7 @@ class LooksUp:
 
 
 def beside_graphs(monkeypatch: pytest.MonkeyPatch, model: LoadedModel) -> None:
-    """Have ticks run as on a GPU, a decided step being one call."""
+    """Have ticks run as on a GPU, a pass of the device being one call."""
     monkeypatch.setattr(Runner, "has_graphs", property(lambda _: True))
     by_rows = partial(pass_by_rows, model.exits)
     monkeypatch.setattr(
@@ -102,6 +104,7 @@ BACKFILLED: list[dict[str, Any]] = [
     {"exits": OFF, "prompt": PROMPT * 6, "max_new_tokens": 30},  # in chunks
 ]
 ALL = [*PROPAGATE, *BACKFILLED, {"exits": VERIFIED, "max_new_tokens": 60}]
+OFTEN = ExitPolicy("approximate", 0.2, None, "propagate")
 COUNTED = ("generation_tokens", "blocks_executed", "blocks_skipped", "blocks_wasted", "block_passes")
 
 
@@ -157,7 +160,9 @@ def test_every_step_of_an_answer_that_leaves_is_begun_ahead(
 ) -> None:
     beside_graphs(monkeypatch, tiny_model)
     taken, begun = Taken(monkeypatch), Begun(monkeypatch)
+    runs: list[StageRun] = []
     with running(tiny_model) as bench:
+        bench.engine._on_stages = runs.append
         heard = bench.answer(exits=LEAVE, max_new_tokens=24)
         assert bench.engine.wait_idle(WAIT_S)
         entered = [bench.value("exeunt_step_batch_size_sum", stage=str(stage)) for stage in range(3)]
@@ -166,6 +171,12 @@ def test_every_step_of_an_answer_that_leaves_is_begun_ahead(
     first, second, last = (heard.exits().count(name) for name in ("block_1", "block_3", "final"))
     assert min(first, second, last) > 0
     assert entered == [24, 24 - first, last]
+    told = [run for run in runs if run.tokens == 1]  # not the prompt's
+    counts = [sum(run.tokens for run in told if run.stages == range(at, at + 1)) for at in range(3)]
+    assert counts == [23, 23 - first, last - 1]
+    for one, other in pairwise(told):  # stages of one tick share its time by their blocks, which are as many
+        if other.stages.start:
+            assert other.seconds == pytest.approx(one.seconds)
     assert heard.finish.summary.depth.blocks_wasted == 0
 
 
@@ -257,8 +268,13 @@ def test_an_answer_that_ended_has_no_audits_run_in_pages_that_may_be_anothers(
     noted: list[list[bool]] = []
     note = DeviceRun.note_exits
 
+    left_in_vain: list[int] = []
+
     def noting(told: DeviceRun, run: Any) -> None:
-        noted.append([row.sequence.status is Status.RUNNING for row, _ in told.tokens])
+        alive = [row.sequence.status is Status.RUNNING for row, _ in told.tokens]
+        noted.append(alive)
+        left = zip(told.with_logits, told.coming.wait().tolist(), strict=False)
+        left_in_vain.extend(exit_ for token, exit_ in left if exit_ < told.plan.last and not alive[token])
         note(told, run)
 
     monkeypatch.setattr(DeviceRun, "note_exits", noting)
@@ -266,13 +282,52 @@ def test_an_answer_that_ended_has_no_audits_run_in_pages_that_may_be_anothers(
         with bench.held():
             long = bench.ask(exits=LEAVE, max_new_tokens=150)
             some = [
-                bench.ask(exits=LEAVE, temperature=1.5, seed=i, ignore_eos=False, max_new_tokens=400)
-                for i in range(4)
+                bench.ask(exits=OFTEN, temperature=1.5, seed=i, ignore_eos=False, max_new_tokens=400)
+                for i in range(8)
             ]
         for one in (long, *some):
             one.wait()
         assert bench.engine.wait_idle(WAIT_S)
         counted = sum(bench.value(f"exeunt_blocks_{kind}_total") for kind in ("executed", "wasted"))
     assert any(not alive for step in noted for alive in step)
-    prompts = 5 * (len(PROMPT) - 1) * BLOCKS
+    assert left_in_vain
+    prompts = 9 * (len(PROMPT) - 1) * BLOCKS
     assert sum(calls.tokens) - before == prompts + counted
+
+
+def test_a_pass_of_the_device_is_told_by_stage() -> None:
+    piece = Piece(range(3), 4, 6, by_stage=[StageShare(0, 4, 6, 0.25), StageShare(2, 1, 2, 0.75)])
+    told = [(list(run.stages), run.seconds, run.rows, run.tokens) for run in piece.ended(FULL, 8.0)]
+    assert told == [([0], 2.0, 4, 6), ([2], 6.0, 1, 2)]
+
+
+def test_a_step_begun_ahead_counts_from_its_launch_at_the_earliest(
+    tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An audit waits for the step behind it; one that was done before that step's launch is no time of its."""
+    beside_graphs(monkeypatch, tiny_model)
+    began: list[tuple[float, float, float]] = []
+    run = Runner.run
+
+    def noted(runner: Runner, tick: Any, *rest: Any) -> Any:
+        found = run(runner, tick, *rest)
+        ahead = runner._ahead
+        if ahead is not None:
+            began.append((ahead.began, launched[id(ahead)], runner._audited))
+        return found
+
+    launched: dict[int, float] = {}
+    begin = Runner._begin
+
+    def beginning(runner: Runner, ahead: TickRun, *rest: Any) -> bool:
+        launched[id(ahead)] = ahead.began
+        return begin(runner, ahead, *rest)
+
+    monkeypatch.setattr(Runner, "run", noted)
+    monkeypatch.setattr(Runner, "_begin", beginning)
+    monkeypatch.setattr(Auditor, "take_seconds", lambda _: 1e3)  # longer than all of this takes
+    with running(tiny_model, audit_share=1.0) as bench:
+        bench.answer(exits=LEAVE, max_new_tokens=12)
+    assert len(began) >= 10
+    assert all(counted == launch for counted, launch, audited in began if audited)
+    assert any(audited for _, _, audited in began)

@@ -222,6 +222,11 @@ def test_a_pass_of_the_device_is_the_one_that_asks(
                 assert _same(found.logits, expected.logits)
                 assert _same(found.states, expected.states)
                 assert torch.equal(made.arena, pages)
+        first = made.passed(asks[0])
+        kept = first.logits.clone(), first.left_at.clone()
+        made.passed(asks[1])  # leaves its results where the first one's graph did
+        assert torch.equal(first.logits, kept[0])
+        assert torch.equal(first.left_at, kept[1])
     left = [int((expected.left_at < LAST).sum()) for expected, _ in wanted]
     if any(case.asks for case in cases):
         assert left[-1] > 0

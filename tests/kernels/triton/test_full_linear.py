@@ -140,7 +140,7 @@ def test_row_has_the_same_bits_in_every_call(
 )
 @pytest.mark.parametrize("split", [True, False])
 @pytest.mark.parametrize(("gated", "added"), [(True, False), (False, True)])
-def test_tiles_without_a_present_row_are_left_as_they_were(
+def test_tiles_of_which_all_rows_are_missing_are_left_as_they_were(
     seed: int,
     device: str,
     monkeypatch: pytest.MonkeyPatch,
