@@ -168,3 +168,20 @@ def test_a_pass_that_is_refused_leaves_nothing_behind() -> None:
     assert found.logits.shape == (4, HIDDEN)
     assert found.left_at.tolist() == [0] * 4
     assert graphs.count == 1
+
+
+def test_what_a_pass_left_is_not_the_next_ones() -> None:
+    graphs, arena = DecodeGraphs(Blocks(), 600, FakePool()), pages()
+    layout = PassLayout(4, 4)
+    asked = PassInputs(layout, torch.zeros(layout.count, dtype=torch.int64), (), propagates=False, last=0)
+    found = []
+    for counts in ([1, 1, 1], [1, 1, 1, 1]):
+        batch = packed(batch_of(counts), 4)
+        hidden = torch.randn(len(counts), HIDDEN)
+        one = graphs.run_pass(asked, lambda states: 3 * states, 2, hidden, batch, arena)
+        assert one is not None
+        found.append((one, hidden + 2 * batch.positions[:, None]))
+    for one, states in found:
+        assert torch.equal(one.states, states)
+        assert torch.equal(one.logits, 3 * states[:1].expand(4, HIDDEN))  # of token 0, as the numbers say
+    assert graphs.count == 1
