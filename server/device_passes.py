@@ -103,7 +103,8 @@ class DevicePasses:
         Where rows wait at exits others come in at one time and not at another: one graph does for both.
         """
         entries, asks = set(parts.tokens.entries), set(parts.tokens.asks)
-        waits = any(kind != AtExit.LEAVES for kind in parts.rows.at_exits)
+        kinds = zip(parts.parts, parts.rows.at_exits, strict=True)
+        waits = any(part.row.threshold is not None and kind != AtExit.LEAVES for part, kind in kinds)
         found = []
         for index in range(self._plan.last):
             asked = any(bits >> index & 1 for bits in asks)

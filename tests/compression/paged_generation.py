@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from exeunt.compression.decode_graphs import padded_layout
 from exeunt.compression.decoder import Decoder
 from exeunt.compression.kv_format import KVLayout, KVPages, kv_layout, page_bytes_for
 from exeunt.compression.variant import KVFormat
@@ -44,6 +45,19 @@ def batch_of(positions: list[range], page_tables: Tensor, page_tokens: int) -> P
         page_tables=page_tables,
         max_context=1 + max((span[-1] for span in positions if len(span)), default=-1),
     )
+
+
+def padded(batch: PagedBatch, page_tokens: int, size: int) -> PagedBatch:
+    """The batch in the layout of a graph of `size` tokens, padded as whoever makes one for it does."""
+    layout = padded_layout(size, batch.max_context, page_tokens)
+    numbers = torch.zeros(layout.numbers, dtype=torch.int64, device=batch.positions.device)
+    whole = layout.batch(numbers, size, size, batch.max_context)
+    for places, own in ((whole.positions, batch.positions), (whole.slots, batch.slots)):
+        places.fill_(-1)[: batch.tokens] = own
+    starts = [*batch.query_starts.tolist(), *range(batch.tokens + 1, size + 1), *[size] * size]
+    whole.query_starts.copy_(torch.tensor(starts[: size + 1]))
+    whole.page_tables[: batch.rows, : batch.page_tables.shape[1]] = batch.page_tables
+    return layout.batch(numbers, batch.tokens, batch.rows, batch.max_context)
 
 
 @dataclass

@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from exeunt.compression.decode_graphs import TOKENS, DecodeGraphs, Inputs, padded_layout
+from exeunt.compression.decode_graphs import TOKENS, DecodeGraphs, Inputs
 from exeunt.compression.device_pass import PassInputs, PassLayout, PassResults
 from exeunt.compression.kv_format import KVPages
 from exeunt.kernels.paged_batch import BatchLayout, PagedBatch
 from tests.compression.fake_graphs import GROWN, FakePool
+from tests.compression.paged_generation import padded
 
 HIDDEN, PAGE_TOKENS = 6, 16
 
@@ -46,16 +47,8 @@ def batch_of(counts: list[int], context: int = 0) -> PagedBatch:
 
 
 def packed(batch: PagedBatch, size: int) -> PagedBatch:
-    """The same in a graph's layout, padded as whoever makes a batch pads it."""
-    layout = padded_layout(size, batch.max_context, PAGE_TOKENS)
-    numbers = torch.zeros(layout.numbers, dtype=torch.int64)
-    whole = layout.batch(numbers, size, size, batch.max_context)
-    for places, own in ((whole.positions, batch.positions), (whole.slots, batch.slots)):
-        places.fill_(-1)[: batch.tokens] = own
-    starts = [*batch.query_starts.tolist(), *range(batch.tokens + 1, size + 1), *[size] * size]
-    whole.query_starts.copy_(torch.tensor(starts[: size + 1]))
-    whole.page_tables[: batch.rows, : batch.page_tables.shape[1]] = batch.page_tables
-    return layout.batch(numbers, batch.tokens, batch.rows, batch.max_context)
+    """The same in a graph's layout."""
+    return padded(batch, PAGE_TOKENS, size)
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (5, 3, 7), (2, 2, 32), (129, 6, 1)])

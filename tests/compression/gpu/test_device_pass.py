@@ -1,7 +1,6 @@
 """A pass whose exits the device decides: to the bit what asking each exit and taking its rows out gives."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from exeunt.compression.decode_graphs import DecodeGraphs, padded_layout
+from exeunt.compression.decode_graphs import DecodeGraphs
 from exeunt.compression.decoder import Decoder
 from exeunt.compression.device_pass import (
     PassExit,
@@ -18,16 +17,14 @@ from exeunt.compression.device_pass import (
     PassResults,
     logit_rows,
 )
-from exeunt.compression.exit_output import Shortlist
-from exeunt.compression.exits import ExitConfirmation, ExitHead, ExitJudge, ExitProbe
+from exeunt.compression.exits import ExitHead
 from exeunt.compression.graph_pool import Captured, size_for
-from exeunt.compression.norm import Norm
 from exeunt.compression.variant import KVFormat
 from exeunt.kernels.model_pass import AtExit
-from exeunt.kernels.paged_batch import PagedBatch
 from tests.compression.fake_graphs import FakePool
+from tests.compression.gpu.exit_forms import Form, exit_of_form
 from tests.compression.gpu.test_gpu_block import _decoder
-from tests.compression.paged_generation import Sequences
+from tests.compression.paged_generation import Sequences, padded
 from tests.compression.pass_by_rows import pass_by_rows
 from tests.compression.staged_pass import ALL, STEP, Case, changed
 from tests.kernels.triton.on_gpu import HERE, on_gpu_only
@@ -47,29 +44,6 @@ FEW = (  # of each kind one: more takes Triton's interpreter long
 )
 
 
-def _exit(decoder: Decoder, block: int, form: str) -> ExitHead:
-    generator, hidden = torch.Generator().manual_seed(block), decoder.spec.hidden_size
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
-
-    head = ExitHead(
-        block,
-        Norm("rms", torch.ones(hidden), None, 1e-5),
-        random(hidden, hidden) / 9,
-        ExitProbe(random(UNITS, hidden) / 7, random(UNITS), random(UNITS), torch.tensor(0.5)),
-        torch.tensor([0.8, 0.3, 0.2, 0.0]),
-        0.3,
-    )
-    if form != "whole":
-        judge = ExitJudge(random(4, UNITS) / 5, random(UNITS) / 5, random(UNITS), torch.tensor(0.0))
-        head = replace(head, judge=judge, shortlist=Shortlist(torch.arange(0, VOCAB, 3)))
-        if form == "confirmed":
-            last = ExitConfirmation(judge, torch.tensor([0.6, 0.3, 0.2, 0.3]), 0.8)
-            head = replace(head, confirmation=last)
-    return head.to(decoder.device, decoder.dtype)
-
-
 class Pass:
     """A pass of rows that have some tokens behind them, in pages of their own."""
 
@@ -86,7 +60,9 @@ class Pass:
             decoder.embed(ids, whole.positions), whole, self.sequences.pages, 0, decoder.spec.blocks
         )
         own = self.sequences.batch([range(end, end + count) for end, count in zip(ends, counts, strict=True)])
-        self.batch = _padded(own, self.sequences.pages.layout.page_tokens)
+        size = size_for(own.tokens)
+        assert size is not None
+        self.batch = padded(own, self.sequences.pages.layout.page_tokens, size)
         noise = torch.randn(own.tokens, decoder.spec.hidden_size, generator=generator)
         self.entries = [entry for case in cases for entry in case.entries]
         waits = torch.tensor(self.entries).to(decoder.device)[:, None] > 0
@@ -151,21 +127,6 @@ class Pass:
         return found
 
 
-def _padded(batch: PagedBatch, page_tokens: int) -> PagedBatch:
-    """The batch as whoever makes one pads it for a graph."""
-    size = size_for(batch.tokens)
-    assert size is not None
-    layout = padded_layout(size, batch.max_context, page_tokens)
-    numbers = torch.zeros(layout.numbers, dtype=torch.int64, device=batch.positions.device)
-    whole = layout.batch(numbers, size, size, batch.max_context)
-    for places, own in ((whole.positions, batch.positions), (whole.slots, batch.slots)):
-        places.fill_(-1)[: batch.tokens] = own
-    starts = [*batch.query_starts.tolist(), *range(batch.tokens + 1, size + 1), *[size] * size]
-    whole.query_starts.copy_(torch.tensor(starts[: size + 1]))
-    whole.page_tables[: batch.rows, : batch.page_tables.shape[1]] = batch.page_tables
-    return layout.batch(numbers, batch.tokens, batch.rows, batch.max_context)
-
-
 class _Once(FakePool):
     """Runs what it captures once, and not twice: the interpreter takes seconds for each time."""
 
@@ -210,12 +171,15 @@ def test_a_pass_of_the_device_is_the_one_that_asks(
     tmp_path: Path,
     device: torch.device,
     cases: Sequence[Case],
-    forms: tuple[str, str],
+    forms: tuple[Form, Form],
     weights: str,
     kv: KVFormat,
 ) -> None:
     decoder = _decoder("llama", tmp_path, device, torch.bfloat16, weights, num_hidden_layers=3)
-    heads = [_exit(decoder, block, form) for block, form in enumerate(forms)]
+    heads = [
+        exit_of_form(decoder, block, form, seed=block, units=UNITS, listed=VOCAB)
+        for block, form in enumerate(forms)
+    ]
     with torch.inference_mode():
         made = Pass(decoder, kv, heads, cases)
         before = made.arena.clone()

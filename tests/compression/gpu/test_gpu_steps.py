@@ -1,22 +1,19 @@
 """Heads, gates and projections in CUDA graphs: to the bit what they are without, whatever runs between."""
 
 import warnings
-from dataclasses import replace
 from pathlib import Path
-from typing import Literal, get_args
 
 import pytest
 import torch
 from torch import Tensor
 
 from exeunt.compression.decoder import Decoder
-from exeunt.compression.exit_output import Shortlist
-from exeunt.compression.exits import ExitConfirmation, ExitHead, ExitJudge, ExitProbe, GateResult
+from exeunt.compression.exits import GateResult
 from exeunt.compression.graph_pool import GraphPool
 from exeunt.compression.linear import FullLinear, Int4Linear
-from exeunt.compression.norm import Norm
 from exeunt.compression.row_graphs import StepGraphs
 from exeunt.kernels.int4_linear import quantize
+from tests.compression.gpu.exit_forms import FORMS, Form, exit_of_form
 from tests.compression.reference_models import build_model, save
 
 pytestmark = [
@@ -35,33 +32,6 @@ def _decoder(folder: Path, family: str, weights: str) -> Decoder:
         assert isinstance(decoder.output, FullLinear)
         decoder.let_exits_read(Int4Linear(quantize(decoder.output.weight, 16), None))
     return decoder
-
-
-Form = Literal["whole", "listed", "confirmed"]
-FORMS: tuple[Form, ...] = get_args(Form)
-
-
-def _exit(decoder: Decoder, form: Form) -> ExitHead:
-    generator, hidden = torch.Generator().manual_seed(8), decoder.spec.hidden_size
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
-
-    head = ExitHead(
-        1,
-        Norm("rms", torch.ones(hidden), None, 1e-5),
-        random(hidden, hidden) / 9,
-        ExitProbe(random(UNITS, hidden) / 7, random(UNITS), random(UNITS), torch.tensor(0.5)),
-        torch.tensor([0.8, 0.3, 0.2, 0.0]),
-        0.3,
-    )
-    if form != "whole":
-        judge = ExitJudge(random(4, UNITS) / 5, random(UNITS) / 5, random(UNITS), torch.tensor(0.0))
-        head = replace(head, judge=judge, shortlist=Shortlist(torch.arange(0, 2100, 3)))
-    if form == "confirmed":
-        last = ExitConfirmation(judge, torch.tensor([0.6, 0.3, 0.2, 0.3]), 0.8)
-        head = replace(head, confirmation=last)
-    return head.to(decoder.device, decoder.dtype)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -89,7 +59,7 @@ def test_head(tmp_path: Path, family: str) -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_gate(tmp_path: Path, weights: str, form: Form) -> None:
     decoder = _decoder(tmp_path, "llama", weights)
-    head = _exit(decoder, form)
+    head = exit_of_form(decoder, 1, form, seed=8, units=UNITS, listed=2100)
     generator = torch.Generator().manual_seed(3)
     states = [torch.randn(n, decoder.spec.hidden_size, generator=generator).bfloat16().cuda() for n in ROWS]
     with torch.inference_mode():
@@ -116,7 +86,7 @@ def test_gate(tmp_path: Path, weights: str, form: Form) -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_a_gate_waits_once_and_a_head_never(tmp_path: Path, form: Form) -> None:
     decoder = _decoder(tmp_path, "llama", "full")
-    head = _exit(decoder, form)
+    head = exit_of_form(decoder, 1, form, seed=8, units=UNITS, listed=2100)
     state = torch.randn(5, decoder.spec.hidden_size, device="cuda").bfloat16()
     thresholds = torch.tensor([0.0, torch.inf, 0.0, 0.0, 0.0]).pin_memory()
     with torch.inference_mode(), warnings.catch_warnings(record=True) as waits:

@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from exeunt.kernels.linear_parts import Launch, launch_for
+from exeunt.kernels.linear_parts import MOST_COUNTERS, Launch, launch_for
 from exeunt.kernels.linear_tiles import Tile
 from exeunt.kernels.rows.norm import RowNorm
 from exeunt.kernels.rows.reference import rms_norm_reference
 from exeunt.kernels.tuned.launches import TunedLaunch, forced
+from tests.kernels.triton.on_gpu import on_gpu_only
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 
@@ -106,3 +107,56 @@ def captured(call: Callable[[], Tensor]) -> Tensor:
     out.fill_(float("nan"))
     graph.replay()
     return out
+
+
+MASKED_ROWS = [  # how many rows, and which of them are there, in tiles of 8; rows beyond the last count as none
+    (5, []),
+    (18, [0, 3, 17]),
+    on_gpu_only(5, [1, 4]),
+    on_gpu_only(18, [9]),
+    on_gpu_only(18, []),
+    on_gpu_only(24, [*range(16)]),
+]
+
+
+def check_masked_tiles(
+    monkeypatch: pytest.MonkeyPatch,
+    module: ModuleType,
+    linear: Callable[..., Tensor],
+    weight: Any,
+    tokens: int,
+    there: list[int],
+    device: str,
+    *,
+    split: bool,
+    gated: bool,
+    added: bool,
+) -> None:
+    """`linear` of a `weight` [40 or, gated, 80 outputs, 512] leaves tiles of which all rows are missing as they were,
+    and gives the others their own bits."""
+    x = torch.randn(tokens, 512, device=device).bfloat16()
+    residual = torch.randn(tokens, 40, device=device).bfloat16()
+    counters = torch.zeros(MOST_COUNTERS, dtype=torch.int32, device=device)
+    monkeypatch.setattr("exeunt.kernels.linear_parts._counters_on", lambda device: counters)
+    whole_programs(monkeypatch, module, split, Tile(8, 64, 3))
+
+    def result(positions: Tensor | None) -> Tensor:
+        with poisoned_memory(monkeypatch):  # results are NaN before they are written
+            return linear(
+                x,
+                weight,
+                activation="silu" if gated else None,
+                gated=gated,
+                residual=residual.clone() if added else None,
+                positions=positions,
+            )
+
+    expected = result(None)
+    positions = torch.full((tokens,), -1, device=device)
+    positions[there] = torch.randint(0, 3, (len(there),), device=device)
+    out = result(positions)
+    assert torch.equal(out[there], expected[there])
+    left = [row for row in range(tokens) if row // 8 not in {each // 8 for each in there}]
+    assert torch.equal(out[left], residual[left]) if added else bool(out[left].isnan().all())
+    assert not bool(counters.any())
+    assert torch.equal(result(torch.arange(tokens, device=device)), expected)

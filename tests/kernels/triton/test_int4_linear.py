@@ -11,14 +11,15 @@ from exeunt.kernels.int4_linear.pairs import PairedInt4, pack_pairs
 from exeunt.kernels.int4_linear.reference import int4_linear_reference
 from exeunt.kernels.int4_linear.triton import int4_linear_triton
 from exeunt.kernels.int4_linear.weight import Int4Weight, dequantize, quantize
-from exeunt.kernels.linear_parts import MOST_COUNTERS
 from exeunt.kernels.linear_rule import tiles
 from exeunt.kernels.linear_tiles import Tile
 from exeunt.kernels.rows.norm import RowNorm
 from tests.kernels.triton.linear_checks import (
     IEEE_WARNINGS,
+    MASKED_ROWS,
     TOLERANCE,
     captured,
+    check_masked_tiles,
     finished,
     normed,
     poisoned_memory,
@@ -26,7 +27,6 @@ from tests.kernels.triton.linear_checks import (
     sizes_on,
     whole_programs,
 )
-from tests.kernels.triton.on_gpu import on_gpu_only
 
 pytestmark = IEEE_WARNINGS
 
@@ -210,18 +210,7 @@ def test_some_outputs_have_the_whole_layers_bits(seed: int, device: str) -> None
     assert torch.equal(int4_linear_triton(x, weight.rows(33, 140)), whole[:, 33:140])
 
 
-# Rows in tiles of 8. Where none of a tile is there, rows beyond the last count as none.
-@pytest.mark.parametrize(
-    ("tokens", "there"),
-    [
-        (5, []),
-        (18, [0, 3, 17]),
-        on_gpu_only(5, [1, 4]),
-        on_gpu_only(18, [9]),
-        on_gpu_only(18, []),
-        on_gpu_only(24, [*range(16)]),
-    ],
-)
+@pytest.mark.parametrize(("tokens", "there"), MASKED_ROWS)
 @pytest.mark.parametrize("split", [True, False])
 @pytest.mark.parametrize(("gated", "added"), [(True, False), (False, True)])
 def test_tiles_of_which_all_rows_are_missing_are_left_as_they_were(
@@ -235,32 +224,8 @@ def test_tiles_of_which_all_rows_are_missing_are_left_as_they_were(
     added: bool,
 ) -> None:
     weight = pack_pairs(make_weight(80 if gated else 40, 512, 32, device))
-    x = torch.randn(tokens, 512, device=device).bfloat16()
-    residual = torch.randn(tokens, 40, device=device).bfloat16()
-    counters = torch.zeros(MOST_COUNTERS, dtype=torch.int32, device=device)
-    monkeypatch.setattr("exeunt.kernels.linear_parts._counters_on", lambda device: counters)
-    whole_programs(monkeypatch, module, split, Tile(8, 64, 3))
-
-    def result(positions: Tensor | None) -> Tensor:
-        with poisoned_memory(monkeypatch):  # results are NaN before they are written
-            return int4_linear_triton(
-                x,
-                weight,
-                activation="silu" if gated else None,
-                gated=gated,
-                residual=residual.clone() if added else None,
-                positions=positions,
-            )
-
-    expected = result(None)
-    positions = torch.full((tokens,), -1, device=device)
-    positions[there] = torch.randint(0, 3, (len(there),), device=device)
-    out = result(positions)
-    assert torch.equal(out[there], expected[there])
-    left = [row for row in range(tokens) if row // 8 not in {each // 8 for each in there}]
-    assert torch.equal(out[left], residual[left]) if added else bool(out[left].isnan().all())
-    assert not bool(counters.any())
-    assert torch.equal(result(torch.arange(tokens, device=device)), expected)
+    forms = {"split": split, "gated": gated, "added": added}
+    check_masked_tiles(monkeypatch, module, int4_linear_triton, weight, tokens, there, device, **forms)
 
 
 def test_nan_and_infinity_stay_in_their_rows(seed: int, device: str) -> None:
