@@ -41,10 +41,10 @@ def native_blocks(
         return None
     widest = max(max(part.qkv.outputs, part.up.outputs) for part in parts)
     # one vector more: the key rows of a packed matrix may begin inside a panel
-    return NativeBlocks(library, dtype, _shape(spec), parts, tuple(held), widest + library.lanes)
+    return NativeBlocks(library, dtype, _shape(spec, widest + library.lanes), parts, tuple(held))
 
 
-def _shape(spec: Architecture) -> BlockShape:
+def _shape(spec: Architecture, widest: int) -> BlockShape:
     return BlockShape(
         hidden=spec.hidden_size,
         heads=spec.heads,
@@ -55,6 +55,7 @@ def _shape(spec: Architecture) -> BlockShape:
         activation=ACTIVATION_CODES[spec.activation],
         layer_norm=int(spec.norm == "layer"),
         eps=spec.norm_eps,
+        widest=widest,
     )
 
 

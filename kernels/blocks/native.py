@@ -60,6 +60,7 @@ class BlockShape(ctypes.Structure):
         ("activation", _long),
         ("layer_norm", _long),
         ("eps", ctypes.c_double),
+        ("widest", _long),
     )
 
 
@@ -99,14 +100,13 @@ class NativeBlocks:
     shape: BlockShape
     parts: "ctypes.Array[BlockParts]"
     tensors: tuple[Tensor, ...]
-    widest: int  # values per token of the widest projection
     linear_maps: frozenset[int] = field(init=False)  # blocks without keys and values
 
     def __post_init__(self) -> None:
         maps = frozenset(index for index, part in enumerate(self.parts) if part.is_linear_map)
         object.__setattr__(self, "linear_maps", maps)
         for index, part in enumerate(self.parts):
-            _check_matrices(index, part, self.shape, self.widest)
+            _check_matrices(index, part, self.shape)
 
     def run(
         self, hidden: Tensor, batch: PagedBatch, pages: PageRange, rotation: Tensor | None, start: int
@@ -193,7 +193,7 @@ class NativeBlocks:
         shape = self.shape
         queries = shape.heads * shape.head_dim
         projected = queries + 2 * shape.kv_heads * shape.head_dim
-        of_a_tile = 2 * shape.hidden + max(queries, shape.inner) + self.widest
+        of_a_tile = 2 * shape.hidden + max(queries, shape.inner) + shape.widest
         return torch.empty(tokens * projected + min(tokens, TILE_TOKENS) * of_a_tile, dtype=self.dtype)
 
     def arguments(
@@ -243,7 +243,7 @@ def _dense(tensor: Tensor, dtype: torch.dtype) -> bool:
     return tensor.dtype == dtype and tensor.is_contiguous() and tensor.is_cpu
 
 
-def _check_matrices(index: int, part: BlockParts, shape: BlockShape, widest: int) -> None:
+def _check_matrices(index: int, part: BlockParts, shape: BlockShape) -> None:
     """Raise ValueError where a matrix of block `index` would read or write past what `shape` makes room for."""
     hidden, mixed = shape.hidden, shape.heads * shape.head_dim
     if part.is_linear_map:
@@ -261,7 +261,7 @@ def _check_matrices(index: int, part: BlockParts, shape: BlockShape, widest: int
             raise ValueError(
                 f"block {index}: {name} has {matrix.inputs} inputs and {matrix.outputs} outputs, expected {sizes}"
             )
-    if max(part.qkv.outputs, part.up.outputs) > widest:
+    if max(part.qkv.outputs, part.up.outputs) > shape.widest:
         raise ValueError(
-            f"block {index} is {max(part.qkv.outputs, part.up.outputs)} wide, room is for {widest}"
+            f"block {index} is {max(part.qkv.outputs, part.up.outputs)} wide, room is for {shape.widest}"
         )

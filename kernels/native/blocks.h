@@ -34,6 +34,13 @@ enum Activation : int64_t { SILU, GELU_TANH, GELU, RELU };
 struct BlockShape {
   int64_t hidden, heads, kv_heads, head_dim, inner, gated, activation, layer_norm;
   double eps;
+  int64_t widest;  // values per token of the widest projection
+
+  int64_t queries() const { return heads * head_dim; }
+  int64_t keys() const { return kv_heads * head_dim; }
+  int64_t projected() const { return queries() + 2 * keys(); }
+  // Values per token of a tile that lie between a block's operations, beside the projected ones.
+  int64_t between() const { return 2 * hidden + (queries() > inner ? queries() : inner) + widest; }
 };
 
 constexpr int64_t SHARED_ROW_VALUES = 1 << 16;  // values of row operations from which threads pay
@@ -112,9 +119,16 @@ struct BlockRun {
         normed(qkv + tokens * projected()), delta(normed + tile * shape.hidden), mixed(delta + tile * shape.hidden),
         wide(mixed + tile * (queries() > shape.inner ? queries() : shape.inner)) {}
 
-  int64_t queries() const { return shape.heads * shape.head_dim; }
-  int64_t keys() const { return shape.kv_heads * shape.head_dim; }
-  int64_t projected() const { return queries() + 2 * keys(); }
+  // The same for tokens `first` to `first` + `count` - 1 of a pass of one tile, which are those of `its_batch`, for one
+  // thread, in their part of the scratch.
+  BlockRun of(const Batch& its_batch, int64_t first, int64_t count) const {
+    return BlockRun(shape, its_batch, slots + first, rotation, count, count, 1,
+                    qkv + first * (projected() + shape.between()));
+  }
+
+  int64_t queries() const { return shape.queries(); }
+  int64_t keys() const { return shape.keys(); }
+  int64_t projected() const { return shape.projected(); }
 
   template <class Body>
   void each_tile(const Body& body) const {

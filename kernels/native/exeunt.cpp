@@ -11,6 +11,7 @@
 #include "draw.h"
 #include "exit_gate.h"
 #include "model_pass.h"
+#include "row_parts.h"
 
 template <class Function>
 static void with_dtype(int dtype, Function&& function) {
@@ -120,7 +121,7 @@ EXPORTED void exeunt_run_blocks(void* hidden, int64_t tokens, const BlockShape* 
   with_dtype(dtype, [&](auto* kind) {
     using T = std::remove_pointer_t<decltype(kind)>;
     const BlockRun<T> work(*shape, *batch, slots, rotation, tokens, tile, threads, scratch);
-    for (int64_t b = 0; b < count; b++) work.run(blocks[b], pages[b], (T*)hidden);
+    run_blocks(work, blocks, pages, count, (T*)hidden);
   });
 }
 

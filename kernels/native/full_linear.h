@@ -13,6 +13,7 @@ constexpr int FULL_ROW_TILE = LANES == 16 ? 4 : 2;
 constexpr int64_t SHARED_PRODUCTS = 1 << 20;      // multiplications from which threads pay: some 40 µs of one
 constexpr int64_t CACHED_ROW_BYTES = 128 << 10;   // of x that stay in the second-level cache while weights pass
 constexpr int64_t CACHED_WEIGHT_BYTES = 16 << 10;  // of weights that stay in the first-level cache while rows pass
+constexpr int64_t MANY_ROWS = 64;  // from which reading weights ahead pays less than having several tiles of them near
 
 template <class T>
 struct Dot {
@@ -164,7 +165,7 @@ void full_linear(T* y, const T* x, int64_t rows, const T* weight, int64_t inputs
   if (together < 2 * FULL_ROW_TILE) together = 2 * FULL_ROW_TILE;
   int64_t near = CACHED_WEIGHT_BYTES / (row_bytes * OUTPUT_TILE);
   near = near < 1 ? 1 : near;
-  const bool parallel = rows * inputs * outputs >= SHARED_PRODUCTS, many = rows > 2 * FULL_ROW_TILE && near > 1;
+  const bool parallel = rows * inputs * outputs >= SHARED_PRODUCTS, many = rows > MANY_ROWS && near > 1;
   const int64_t piece = rows <= together ? (tiles / (4 * threads) + 4) / 4 * 4 : 8;
   share(tiles, parallel ? threads : 1, piece, [&](int64_t first, int64_t last) {
     // Few tiles at a time, so that their weights are still near when the next rows come.

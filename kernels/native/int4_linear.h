@@ -9,7 +9,7 @@
 
 #include <vector>
 
-#include "simd.h"
+#include "byte_dots.h"
 #include "threads.h"
 
 constexpr int ROW_TILE = 4;              // rows that share one unpacking of the weights
@@ -18,8 +18,6 @@ constexpr int64_t STEP_INPUTS = 8;       // inputs of one byte vector
 constexpr int64_t STEP_BYTES = LANES * 4;
 constexpr int64_t SHARED_WORK = 1 << 22;     // multiplications from which threads pay: some 40 µs of one
 constexpr int64_t SHARED_INPUTS = 1 << 18;   // inputs from which quantising them is shared
-
-typedef uint8_t vbytes __attribute__((vector_size(LANES * 4)));
 
 struct Groups {  // how the inputs are cut
   int64_t inputs, size, count;
@@ -34,28 +32,6 @@ struct QuantisedRows {  // scratch that one thread keeps between calls
   std::vector<float> scales;  // [rows, groups] s
   std::vector<float> sums;    // [rows, groups] s Σ q
 };
-
-inline vi dot8(vi sum, vbytes low, vbytes high, int32_t first, int32_t second) {
-  vi q0 = vi{} + first, q1 = vi{} + second;
-#if defined(EXEUNT_AVX512) && defined(__AVX512VNNI__)
-  sum = (vi)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)low, (__m512i)q0);
-  return (vi)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)high, (__m512i)q1);
-#elif defined(EXEUNT_AVX512)
-  __m512i pairs = _mm512_add_epi16(_mm512_maddubs_epi16((__m512i)low, (__m512i)q0),
-                                   _mm512_maddubs_epi16((__m512i)high, (__m512i)q1));
-  return sum + (vi)_mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
-#elif defined(__AVX2__)  // 16-bit sums stay below 4 × 15 × 127
-  __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16((__m256i)low, (__m256i)q0),
-                                   _mm256_maddubs_epi16((__m256i)high, (__m256i)q1));
-  return sum + (vi)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
-#else
-  const int8_t *a = (const int8_t*)&first, *b = (const int8_t*)&second;
-  (void)q0, (void)q1;
-  for (int o = 0; o < LANES; o++)
-    for (int j = 0; j < 4; j++) sum[o] += low[4 * o + j] * a[j] + high[4 * o + j] * b[j];
-  return sum;
-#endif
-}
 
 template <class T>
 void quantise_group(const T* x, int64_t n, int8_t* codes, int64_t padded, float* scale, float* sum) {
@@ -115,7 +91,7 @@ void tile(const uint8_t* panel, const Groups& groups, const int8_t* codes, const
         for (int r = 0; r < ROWS; r++) {
           int32_t q[2];
           memcpy(q, codes + r * row_bytes + s * STEP_INPUTS, 8);
-          dots[r][p] = dot8(dots[r][p], low, high, q[0], q[1]);
+          dots[r][p] = dot8(dots[r][p], low, four_times(q[0]), high, four_times(q[1]));
         }
       }
     }

@@ -12,6 +12,7 @@
 
 #include "draw.h"
 #include "exit_gate.h"
+#include "row_parts.h"
 
 enum AtExit : int64_t {  // what a row does when a token of it leaves; its logits are the exit's in any case
   LEAVES,                // that token is gone for good: it gets the keys and values of the blocks that it skips
@@ -40,7 +41,7 @@ struct PassModel {
   PassEmbedding embedding;
   const BlockShape* shape;
   const BlockParts* blocks;
-  int64_t count, widest;  // blocks; values per token of the widest projection
+  int64_t count;
   const PassExit* exits;  // ascending
   int64_t exit_count;
   PassHead head;
@@ -146,10 +147,8 @@ struct ModelPass {
       : model(model_), pages(pages_), rotation((const T*)rotation_), all(all_), out(out_), tile(tile_),
         threads(threads_), left(size_t(all_.tokens)) {
     const BlockShape& shape = *model.shape;
-    const int64_t queries = shape.heads * shape.head_dim, projected = queries + 2 * shape.kv_heads * shape.head_dim;
-    const int64_t of_a_tile = 2 * shape.hidden + (queries > shape.inner ? queries : shape.inner) + model.widest;
     hidden = room_for<T>(all.tokens * shape.hidden);
-    scratch = room_for<T>(all.tokens * projected + (all.tokens < tile ? all.tokens : tile) * of_a_tile);
+    scratch = room_for<T>(all.tokens * shape.projected() + (all.tokens < tile ? all.tokens : tile) * shape.between());
     memset(out.counts, 0, size_t(out.numbers()) * sizeof(int64_t));
     memset(out.seconds, 0, size_t(2 * out.exits + 1) * sizeof(double));
     for (int64_t r = 0; r < all.rows; r++)
@@ -189,8 +188,7 @@ struct ModelPass {
 
   void run(int64_t from, int64_t to) {
     if (order.empty()) return;
-    const BlockRun<T> run = work(batch, slots);
-    for (int64_t b = from; b < to; b++) run.run(model.blocks[b], pages[b], hidden.get());
+    run_blocks(work(batch, slots), model.blocks + from, pages + from, to - from, hidden.get());
   }
 
   // Writes what blocks from `depth` on make of the tokens at places `leaving`. Nothing attends here.

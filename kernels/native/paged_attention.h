@@ -1,254 +1,88 @@
 // Softmax attention over pages in one pass: blocks of LANES keys at absolute positions 0, LANES, 2 LANES, …
 //
 // One task is one KV head and up to four query tokens of a row that stand close together: all their heads read a
-// block of keys and values in turn, four heads at a time. A block's scores lie in the lanes of one vector. What is
-// computed for a token depends on its position, its keys and values, and the model's shape alone: keys that only its
+// span of blocks of keys and values in turn, four heads at a time. A block's scores lie in the lanes of one vector, and
+// the largest so far is brought up to date once a span. What is computed for a token depends on its position, its keys and values, and the model's shape alone: keys that only its
 // neighbours see have weight 0 for it and change nothing.
 //
-// Full pages are read in their dtype. INT4 pages are unpacked in registers: with k = c s + m,  q·k = s Σ q c + m Σ q
-// and  Σ p v = Σ (p s) c + Σ p m.  Codes of even elements are in low nibbles, of odd ones in high nibbles, so queries
-// are laid out as [even LANES, odd LANES, even LANES, …] and the result is put back in order at the end.
+// What differs by the format of pages, scores and sums of values, is in full_attention.h and int4_attention.h.
 #pragma once
 
 #include <vector>
 
-#include "pages.h"
+#include "full_attention.h"
+#include "int4_attention.h"
 #include "threads.h"
 
 constexpr int64_t TOKEN_TILE = 4;           // query tokens that may share a task
 constexpr int64_t SHARED_SCORES = 1 << 17;  // keys × head_dim × heads from which threads pay
 
-template <class T>
-struct FullPages {
-  static constexpr int UNIT = 1;  // vectors that one load yields
-  static constexpr bool INT4 = false;
-  static inline __attribute__((always_inline)) void read(const char* p, int64_t chunk, int n, vf (&out)[UNIT]) {
-    out[0] = load((const T*)p + chunk * LANES, n);
-  }
-};
-
-struct Int4Pages {
-  static constexpr int UNIT = 2;
-  static constexpr bool INT4 = true;
-  static inline __attribute__((always_inline)) void read(const char* p, int64_t chunk, int n, vf (&out)[UNIT]) {
-    vi bytes = widened(load_u8(p + chunk * LANES, n));
-    out[0] = __builtin_convertvector(bytes & 15, vf);
-    out[1] = __builtin_convertvector(bytes >> 4, vf);
-  }
-};
-
-struct KeyBlock {  // LANES keys; those outside first .. last - 1 stand for one inside and count for nothing
-  const char* keys[LANES];
-  const char* values[LANES];
-  vf key_scale, key_minimum, value_scale, value_minimum;
-  int64_t start;  // position of lane 0
-  int first, last;
-};
-
-struct Shape {            // of one key: elements (full) or bytes (INT4), LANES to a load
-  int64_t chunks, whole;  // loads, and those of them that are full
-  int rest;               // values of the last one, where it is not
-};
-
-struct Head {  // the state of one query head
-  const vf* query;
-  vf* mixed;  // Σ p v so far
-  vf total, minimum;  // Σ p and Σ p m by lane
-  float top, query_sum;
-  int64_t first, last;  // it sees keys first .. last - 1
-};
-
-inline int within_block(int64_t key, int64_t start) {
-  return int(key <= start ? 0 : key - start < LANES ? key - start : LANES);
+// Lets the largest score of `head` be at least `top`.
+inline void raise_top(Head& head, float top, int64_t vectors) {
+  if (!(top > head.top)) return;  // never for equal tops, where the factor would be 1
+  const float fade = head.top == -INFINITY ? 0.0f : std::exp(head.top - top);
+  head.total *= fade;
+  head.minimum *= fade;
+  for (int64_t i = 0; i < vectors; i++) head.mixed[i] *= fade;
+  head.top = top;
 }
 
-// The products of four keys with GT heads, from `chunk` on in every key; WHOLE: all its LANES values are there.
-template <class KV, int GT, bool WHOLE>
-inline __attribute__((always_inline)) void add_products(vf (&part)[GT][4], const char* const* keys, const Head* heads,
-                                                        int64_t chunk, int count) {
-  constexpr int UNIT = KV::UNIT;
-#pragma GCC unroll 4
-  for (int j = 0; j < 4; j++) {
-    vf key[UNIT];
-    KV::read(keys[j], chunk, WHOLE ? LANES : count, key);
-#pragma GCC unroll 4
-    for (int g = 0; g < GT; g++)
-#pragma GCC unroll 2
-      for (int u = 0; u < UNIT; u++) part[g][j] = fused(heads[g].query[chunk * UNIT + u], key[u], part[g][j]);
-  }
-}
-
-// scores[g] of GT heads against the block's keys, by lane.
-template <class KV, int GT>
-inline __attribute__((always_inline)) void score(const KeyBlock& block, const Shape& shape, const Head* heads,
-                                                 vf (&scores)[GT]) {
-  vf fours[GT][LANES / 4];
-#pragma GCC unroll 4
-  for (int k = 0; k < LANES; k += 4) {
-    vf part[GT][4];
-#pragma GCC unroll 4
-    for (int g = 0; g < GT; g++)
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; j++) part[g][j] = vf{};
-    int64_t c = 0;
-    for (; c < shape.whole; c++) add_products<KV, GT, true>(part, block.keys + k, heads, c, LANES);
-    if (c < shape.chunks) add_products<KV, GT, false>(part, block.keys + k, heads, c, shape.rest);
-#pragma GCC unroll 4
-    for (int g = 0; g < GT; g++)
-      fours[g][k / 4] = pair_sums(pair_sums(part[g][0], part[g][1]), pair_sums(part[g][2], part[g][3]));
-  }
-#pragma GCC unroll 4
-  for (int g = 0; g < GT; g++) {
-#if defined(EXEUNT_AVX512)
-    scores[g] = pair_sums(pair_sums(fours[g][0], fours[g][1]), pair_sums(fours[g][2], fours[g][3]));
-#else
-    scores[g] = pair_sums(fours[g][0], fours[g][1]);
-#endif
-    if (KV::INT4) scores[g] = fused(scores[g], block.key_scale, block.key_minimum * heads[g].query_sum);
-  }
-}
-
-// Adds one chunk of the block's values to GT heads with their weights by key.
-template <class KV, int GT, bool WHOLE>
-inline __attribute__((always_inline)) void mix_chunk(const KeyBlock& block, Head* heads, const float (*weight)[LANES],
-                                                     int64_t c, int count) {
-  constexpr int UNIT = KV::UNIT;
-  vf mixed[GT][UNIT];
-#pragma GCC unroll 4
-  for (int g = 0; g < GT; g++)
-#pragma GCC unroll 2
-    for (int u = 0; u < UNIT; u++) mixed[g][u] = heads[g].mixed[c * UNIT + u];
-#pragma GCC unroll 2
-  for (int k = 0; k < LANES; k++) {
-    vf value[UNIT];
-    KV::read(block.values[k], c, WHOLE ? LANES : count, value);
-#pragma GCC unroll 4
-    for (int g = 0; g < GT; g++)
-#pragma GCC unroll 2
-      for (int u = 0; u < UNIT; u++) mixed[g][u] = fused(splat(weight[g][k]), value[u], mixed[g][u]);
-  }
-#pragma GCC unroll 4
-  for (int g = 0; g < GT; g++)
-#pragma GCC unroll 2
-    for (int u = 0; u < UNIT; u++) heads[g].mixed[c * UNIT + u] = mixed[g][u];
-}
-
-// Adds the block's values to GT heads with weights p[g] by lane.
-template <class KV, int GT>
-inline __attribute__((always_inline)) void mix(const KeyBlock& block, const Shape& shape, Head* heads,
-                                               const vf (&p)[GT]) {
-  float weight[GT][LANES];
-  memcpy(weight, p, sizeof weight);
-  int64_t c = 0;
-  for (; c < shape.whole; c++) mix_chunk<KV, GT, true>(block, heads, weight, c, LANES);
-  if (c < shape.chunks) mix_chunk<KV, GT, false>(block, heads, weight, c, shape.rest);
-}
-
-template <class KV, int GT>
-void attend(const KeyBlock& block, const Shape& shape, Head* heads) {
-  vf scores[GT], p[GT];
-  score<KV, GT>(block, shape, heads, scores);
-  vi lane;
-  for (int i = 0; i < LANES; i++) lane[i] = i;
-  for (int g = 0; g < GT; g++) {
-    Head& head = heads[g];
-    const vi seen = (lane >= within_block(head.first, block.start)) & (lane < within_block(head.last, block.start));
-    vf valid = seen ? scores[g] : splat(-INFINITY);
-    const float top = largest(valid);
-    if (top > head.top) {  // never for equal tops, where the factor would be 1
-      const float fade = head.top == -INFINITY ? 0.0f : std::exp(head.top - top);
-      head.total *= fade;
-      head.minimum *= fade;
-      for (int64_t i = 0; i < shape.chunks * KV::UNIT; i++) head.mixed[i] *= fade;
-      head.top = top;
-    }
-    vf weight = exponential(scores[g] - head.top);
-    weight = seen ? weight : vf{};
-    head.total += weight;
-    if (KV::INT4) head.minimum = fused(weight, block.value_minimum, head.minimum);
-    p[g] = KV::INT4 ? weight * block.value_scale : weight;
-  }
-  mix<KV, GT>(block, shape, heads, p);
-}
-
-inline void read_params(const char* const* places, vf* scale, vf* minimum) {
-  uint32_t both[LANES];
-  for (int k = 0; k < LANES; k++) memcpy(both + k, places[k], 4);
-  vu pairs = loaded<vu>(both);
-  *scale = from_half(__builtin_convertvector(pairs & 0xffff, vu16));
-  *minimum = from_half(__builtin_convertvector(pairs >> 16, vu16));
-}
-
-inline int inside(int lane, const KeyBlock& block) {  // the nearest lane whose key is there
-  return lane < block.first ? block.first : lane < block.last ? lane : block.last - 1;
-}
-
-// The addresses of a block's keys, the first of which is at `place` of a page that holds them all.
-inline void spread(const PagedTensor& tensor, int64_t page, int64_t head, int64_t place, const KeyBlock& block,
-                   const char** places) {
-  const char* first = tensor.at(page, head, place) - block.first * tensor.token;
-  for (int k = 0; k < LANES; k++) places[k] = first + inside(k, block) * tensor.token;
-}
-
+// Replaces a head's scores against a span by its weights, without the values' scales.
 template <class KV>
-void find_block(const Pages& pages, const int32_t* table, int64_t head, int64_t start, int64_t first,
-                int64_t last, KeyBlock* block) {
-  const char *key_params[LANES], *value_params[LANES];
-  block->start = start;
-  block->first = within_block(first, start);
-  block->last = within_block(last, start);
-  const int64_t place = (start + block->first) % pages.page_tokens;
-  const int32_t* entry = table + (start + block->first) / pages.page_tokens;
-  const int count = block->last - block->first;
-  if (place + count <= pages.page_tokens) {  // all on one page
-    spread(pages.keys, *entry, head, place, *block, block->keys);
-    spread(pages.values, *entry, head, place, *block, block->values);
-    if (KV::INT4) {
-      spread(pages.key_params, *entry, head, place, *block, key_params);
-      spread(pages.value_params, *entry, head, place, *block, value_params);
-    }
-  } else {
-    for (int k = 0; k < LANES; k++) {
-      const int64_t key = place + inside(k, *block) - block->first, there = key % pages.page_tokens;
-      const int32_t page = entry[key / pages.page_tokens];
-      block->keys[k] = pages.keys.at(page, head, there);
-      block->values[k] = pages.values.at(page, head, there);
-      if (KV::INT4) {
-        key_params[k] = pages.key_params.at(page, head, there);
-        value_params[k] = pages.value_params.at(page, head, there);
-      }
-    }
+void weigh(Head& head, const KeySpan& span, int64_t vectors, vf (&scores)[SPAN]) {
+  vi seen[SPAN];
+  vf most = splat(-INFINITY);
+  for (int b = 0; b < span.count; b++) {
+    const int64_t start = span.blocks[b].start;
+    seen[b] = lanes_within(within_block(head.first, start), within_block(head.last, start));
+    most = larger(most, seen[b] ? scores[b] : splat(-INFINITY));
   }
-  if (KV::INT4) {
-    read_params(key_params, &block->key_scale, &block->key_minimum);
-    read_params(value_params, &block->value_scale, &block->value_minimum);
+  raise_top(head, largest(most), vectors);
+  vf total = head.total, minimum = head.minimum;
+  for (int b = 0; b < span.count; b++) {
+    const vf weight = exponential(scores[b] - head.top);
+    scores[b] = seen[b] ? weight : vf{};
+    total += scores[b];
+    if (KV::INT4) minimum = fused(scores[b], span.blocks[b].value_minimum, minimum);
   }
+  head.total = total, head.minimum = minimum;
 }
 
-// [a0, a1, …] → evens | odds, chunk by chunk, and back.
-inline void split_pairs(const float* x, int64_t n, float* out) {
-  for (int64_t i = 0; i < n; i++) out[i / (2 * LANES) * (2 * LANES) + i % 2 * LANES + i / 2 % LANES] = x[i];
+template <class KV, int GT>
+void attend(const KeySpan& span, const Shape& shape, Head* heads) {
+  vf p[GT][SPAN];
+  for (int b = 0; b < span.count; b++) {
+    vf scores[GT];
+    KV::template score<GT>(span.blocks[b], shape, heads, scores);
+    for (int g = 0; g < GT; g++) p[g][b] = scores[g];
+  }
+  for (int g = 0; g < GT; g++) weigh<KV>(heads[g], span, shape.chunks * KV::UNIT, p[g]);
+  KV::template mix<GT>(span, shape, heads, p);
 }
+
+// evens | odds, chunk by chunk → [a0, a1, …]
 inline void join_pairs(const float* x, int64_t n, float* out) {
   for (int64_t i = 0; i < n; i++) out[i] = x[i / (2 * LANES) * (2 * LANES) + i % 2 * LANES + i / 2 % LANES];
 }
 
 struct AttentionScratch {
   std::vector<vf> queries, mixed, ordered;
+  std::vector<vbytes> codes;
   std::vector<Head> heads;
 };
 
-// The state of one head of one token before its first block.
+// The state of head number `i` of a task before its first block; of one token's query [n].
 template <class KV, class Q>
-Head new_head(const Q* query, int64_t n, float scale, vf* to, vf* mixed, int64_t vectors, vf* ordered) {
-  vf* x = KV::INT4 ? ordered : to;
+Head new_head(const Q* query, int64_t n, float scale, int64_t i, int64_t chunks, AttentionScratch& scratch) {
+  const int64_t vectors = chunks * KV::UNIT;
+  vf* x = KV::INT4 ? scratch.ordered.data() : scratch.queries.data() + i * vectors;
+  x[vectors - 1] = vf{};
   load_padded(x, query, n);
   if (KV::INT4) rotate(x, n);
-  for (int64_t i = 0; i * LANES < n; i++) x[i] *= scale;
-  if (KV::INT4) split_pairs((const float*)x, n, (float*)to);
-  vf total{};
-  for (int64_t i = 0; i < vectors; i++) total += to[i];
-  return Head{to, mixed, vf{}, vf{}, -INFINITY, sum(total), 0, 0};
+  for (int64_t k = 0; k * LANES < n; k++) x[k] *= scale;
+  Head head{x, nullptr, scratch.mixed.data() + i * vectors, vf{}, vf{}, -INFINITY, 0, 0, 0, 0};
+  if (KV::INT4) Int4Pages::round_query(x, chunks, scratch.codes.data() + i * chunks * Int4Pages::PARTS, &head);
+  return head;
 }
 
 // Returns whether all it has written is finite.
@@ -271,12 +105,12 @@ bool finish_head(const Head& head, int64_t n, int64_t vectors, vf* ordered, Q* o
 }
 
 template <class KV>
-void attend_block(const KeyBlock& block, const Shape& shape, Head* heads, int64_t count) {
+void attend_span(const KeySpan& span, const Shape& shape, Head* heads, int64_t count) {
   int64_t g = 0;
-  for (; g + 4 <= count; g += 4) attend<KV, 4>(block, shape, heads + g);
-  if (count - g == 3) attend<KV, 3>(block, shape, heads + g);
-  if (count - g == 2) attend<KV, 2>(block, shape, heads + g);
-  if (count - g == 1) attend<KV, 1>(block, shape, heads + g);
+  for (; g + 4 <= count; g += 4) attend<KV, 4>(span, shape, heads + g);
+  if (count - g == 3) attend<KV, 3>(span, shape, heads + g);
+  if (count - g == 2) attend<KV, 2>(span, shape, heads + g);
+  if (count - g == 1) attend<KV, 1>(span, shape, heads + g);
 }
 
 template <class Q>
@@ -300,24 +134,29 @@ struct Attention {
     const int64_t width = n / KV::UNIT;
     const Shape shape{(width + LANES - 1) / LANES, width / LANES, int(width % LANES)};
     const int64_t vectors = shape.chunks * KV::UNIT;
-    scratch.queries.assign(size_t(all * vectors), vf{});
+    (KV::INT4 ? scratch.ordered : scratch.queries).resize(size_t((KV::INT4 ? 1 : all) * vectors));
+    if (KV::INT4) scratch.codes.resize(size_t(all * shape.chunks * Int4Pages::PARTS));
     scratch.mixed.assign(size_t(all * vectors), vf{});
     scratch.heads.resize(size_t(all));
-    scratch.ordered.resize(size_t(vectors));
     Head* state = scratch.heads.data();
     for (int64_t i = 0; i < all; i++) {
       const int64_t t = token + i / group, h = kv_head * group + i % group, position = batch.positions[t];
-      state[i] = new_head<KV>(queries.data + t * queries.stride + h * n, n, scale, scratch.queries.data() + i * vectors,
-                              scratch.mixed.data() + i * vectors, vectors, scratch.ordered.data());
+      state[i] = new_head<KV>(queries.data + t * queries.stride + h * n, n, scale, i, shape.chunks, scratch);
       state[i].first = position - window + 1 > 0 ? position - window + 1 : 0;
       state[i].last = position + 1;
     }
     const int32_t* table = batch.page_tables + row * batch.table_width;
     const int64_t first = state[0].first, last = state[all - 1].last;
-    for (int64_t start = first / LANES * LANES; start < last; start += LANES) {
-      KeyBlock block;
-      find_block<KV>(pages, table, kv_head, start, first, last, &block);
-      attend_block<KV>(block, shape, state, all);
+    int64_t start = first / LANES * LANES;
+    KeyPlace place = place_of(table, start, pages.page_tokens);
+    while (start < last) {
+      KeySpan span;
+      span.count = 0;
+      do {
+        find_block(pages, place, kv_head, start, first, last, &span.blocks[span.count++]);
+        start += LANES, place = place.after(LANES, pages.page_tokens);
+      } while (start < last && start % (SPAN * LANES) != 0);
+      attend_span<KV>(span, shape, state, all);
     }
     bool finite = true;
     for (int64_t i = 0; i < all; i++)

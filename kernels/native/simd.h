@@ -160,6 +160,31 @@ inline vi widened(vu8 x) {  // GCC 12 takes the plain conversion apart byte by b
 #endif
 }
 
+// The low halves and the low bytes of whole numbers: GCC 12 takes these conversions apart too.
+inline vu16 low_halves(vi x) {
+#if defined(EXEUNT_AVX512)
+  return (vu16)_mm512_maskz_cvtepi32_epi16(__mmask16(-1), (__m512i)x);
+#elif defined(__AVX2__)
+  __m256i pairs = _mm256_packus_epi32((__m256i)(x & 0xffff), _mm256_setzero_si256());
+  return (vu16)_mm256_castsi256_si128(_mm256_permute4x64_epi64(pairs, 0x08));
+#else
+  return __builtin_convertvector((vu)x, vu16);
+#endif
+}
+
+inline vu8 low_bytes(vi x) {
+#if defined(EXEUNT_AVX512)
+  return (vu8)_mm512_maskz_cvtepi32_epi8(__mmask16(-1), (__m512i)x);
+#elif defined(__AVX2__)
+  const __m128i all = _mm_packus_epi16((__m128i)low_halves(x & 0xff), _mm_setzero_si128());
+  vu8 low;
+  memcpy(&low, &all, sizeof low);
+  return low;
+#else
+  return __builtin_convertvector((vu)x, vu8);
+#endif
+}
+
 inline vf from_half(vu16 bits) {
 #if defined(EXEUNT_AVX512)
   return (vf)_mm512_maskz_cvtph_ps(__mmask16(-1), (__m256i)bits);
@@ -217,13 +242,30 @@ inline float largest(vf v) {
   return larger(v, swap1(v))[0];
 }
 
-inline vf pair_sums(vf a, vf b) {  // [a0+a1, a2+a3, …, b0+b1, …]
+// Every second lane of two vectors, from the first on and from the second on.
 #if defined(EXEUNT_AVX512)
-  return SHUFFLE(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
-         SHUFFLE(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+template <class V>
+inline V evens(V a, V b) {
+  return SHUFFLE(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+}
+template <class V>
+inline V odds(V a, V b) {
+  return SHUFFLE(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+}
 #else
-  return SHUFFLE(a, b, 0, 2, 4, 6, 8, 10, 12, 14) + SHUFFLE(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
+template <class V>
+inline V evens(V a, V b) {
+  return SHUFFLE(a, b, 0, 2, 4, 6, 8, 10, 12, 14);
+}
+template <class V>
+inline V odds(V a, V b) {
+  return SHUFFLE(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
+}
 #endif
+
+template <class V>
+inline V pair_sums(V a, V b) {  // [a0+a1, a2+a3, …, b0+b1, …]
+  return evens(a, b) + odds(a, b);
 }
 
 inline vf exponential(vf x) {  // e^x to 2 ulp for x <= 88; below -87 it is e^-87, callers mask what must be 0

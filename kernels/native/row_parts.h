@@ -1,0 +1,90 @@
+// Blocks over a few tokens of a small model: each thread takes some of the rows through all of them by itself.
+//
+// Threads that share every product wait for each other behind each, and a small model's products of a few rows are over
+// in less time than that takes. A row's bits do not depend on its company, so they do not depend on this. Each thread
+// reads all weights: where these come from memory and not from the caches, sharing products reads them once.
+#pragma once
+
+#include "blocks.h"
+
+constexpr int64_t CACHED_BLOCK_BYTES = 4 << 20;  // weights of a block that stay in the caches while threads pass
+
+struct RowPart {
+  int64_t row, token, tokens;  // its first row and token; how many tokens
+};
+
+template <class T>
+int64_t weight_bytes(const Matrix& m) {
+  if (m.group_size == 0) return m.inputs * m.outputs * int64_t(sizeof(T));
+  const Groups groups{m.inputs, m.group_size, (m.inputs + m.group_size - 1) / m.group_size};
+  return (m.outputs + LANES - 1) / LANES * groups.panel_bytes();
+}
+
+// Whether so many tokens are too few for threads to share a product with this matrix.
+inline bool too_short_to_share(const Matrix& m, int64_t tokens) {
+  return tokens * m.inputs * m.outputs < (m.group_size ? SHARED_WORK : SHARED_PRODUCTS);
+}
+
+// Cuts a batch between rows into at most `most` parts of about as many tokens.
+inline std::vector<RowPart> cut_rows(const Batch& batch, int64_t most) {
+  std::vector<RowPart> parts;
+  const int64_t tokens = batch.query_starts[batch.rows];
+  for (int64_t row = 0; row < batch.rows; row++) {
+    const int64_t first = batch.query_starts[row], end = batch.query_starts[row + 1], begun = int64_t(parts.size());
+    // a part is full once it reaches its share of all tokens; the row that crosses the border goes where most of it lies
+    if (begun == 0 || (begun < most && (first + end) * most >= 2 * tokens * begun)) parts.push_back({row, first, 0});
+    parts.back().tokens += end - first;
+  }
+  return parts;
+}
+
+// The parts that a pass of these blocks is cut into; one where threads had better share its products.
+template <class T>
+std::vector<RowPart> row_parts(const BlockRun<T>& whole, const BlockParts* blocks, int64_t count) {
+  const int64_t tokens = whole.tokens, threads = whole.threads;
+  const std::vector<RowPart> one{{0, 0, tokens}};
+  if (threads < 2 || whole.batch.rows < 2 || tokens > whole.tile) return one;
+  bool all_short = true;
+  for (const BlockParts* block = blocks; block < blocks + count; block++) {
+    int64_t bytes = 0;
+    for (const Matrix* m : {&block->qkv, &block->out, &block->up, &block->down}) {
+      bytes += weight_bytes<T>(*m);
+      all_short = all_short && too_short_to_share(*m, tokens);
+    }
+    if (bytes > CACHED_BLOCK_BYTES) return one;
+  }
+  std::vector<RowPart> parts = cut_rows(whole.batch, threads);
+  int64_t longest = 0;
+  for (const RowPart& part : parts) longest = part.tokens > longest ? part.tokens : longest;
+  const int64_t busy = int64_t(parts.size());
+  const bool even = 3 * longest * busy <= 4 * tokens, all_threads = busy == threads;
+  return busy > 1 && (all_short || (even && all_threads)) ? parts : one;
+}
+
+// Replaces `hidden` [tokens, hidden] by the state behind `count` blocks.
+template <class T>
+void run_blocks(const BlockRun<T>& whole, const BlockParts* blocks, const Pages* const* pages, int64_t count,
+                T* hidden) {
+  const std::vector<RowPart> parts = row_parts(whole, blocks, count);
+  if (parts.size() < 2) {
+    for (int64_t b = 0; b < count; b++) whole.run(blocks[b], pages[b], hidden);
+    return;
+  }
+  std::vector<int32_t> starts;  // of the rows' tokens, counted from their part's first
+  for (size_t p = 0; p < parts.size(); p++) {
+    const int64_t end = p + 1 < parts.size() ? parts[p + 1].row : whole.batch.rows;
+    for (int64_t row = parts[p].row; row <= end; row++)
+      starts.push_back(int32_t(whole.batch.query_starts[row] - parts[p].token));
+  }
+  share(int64_t(parts.size()), whole.threads, 1, [&](int64_t from, int64_t to) {
+    for (int64_t p = from; p < to; p++) {
+      const RowPart& part = parts[size_t(p)];
+      const int64_t end = p + 1 < int64_t(parts.size()) ? parts[size_t(p + 1)].row : whole.batch.rows;
+      const Batch batch{whole.batch.positions + part.token, starts.data() + part.row + p,
+                        whole.batch.page_tables + part.row * whole.batch.table_width, end - part.row,
+                        whole.batch.table_width, whole.batch.max_context};
+      const BlockRun<T> run = whole.of(batch, part.token, part.tokens);
+      for (int64_t b = 0; b < count; b++) run.run(blocks[b], pages[b], hidden + part.token * whole.shape.hidden);
+    }
+  });
+}
