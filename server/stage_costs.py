@@ -64,7 +64,8 @@ class LinearCost:
 
     def of(self, tokens: float) -> float:
         """Seconds that a run of so many tokens is expected to take."""
-        return self.base + self.slope * tokens
+        slope = self.slope
+        return max(self.seconds - slope * self.tokens, 0.0) + slope * tokens
 
 
 @dataclass(frozen=True, slots=True)

@@ -119,7 +119,8 @@ inline void find_block(const Pages& pages, KeyPlace from, int64_t head, int64_t 
                      one_page ? 0 : begin, one_page ? LANES : end};
   runs.spread(pages.keys, block.keys);
   runs.spread(pages.values, block.values);
-  block.adjacent = one_page && pages.keys.token == LANES && pages.values.token == LANES;
+  block.adjacent = one_page && int4 && pages.head_dim == 2 * LANES && pages.keys.token == LANES &&
+                   pages.values.token == LANES;
   if (!int4) return;
   const bool dense = one_page && pages.key_params.token == 4 && pages.value_params.token == 4;
   const vi there = lanes_within(begin, end);

@@ -85,7 +85,7 @@ EXPORTED void exeunt_exit_gate(const Decisions* out, Counts* counts, const void*
                                const Gate* gate, int64_t rows, void* scratch, float* wide, int dtype, int threads) {
   with_dtype(dtype, [&](auto* kind) {
     using T = std::remove_pointer_t<decltype(kind)>;
-    *counts = exit_gate(*out, (const T*)x, thresholds, *gate, rows, (T*)scratch, wide, threads);
+    *counts = shared_exit_gate(*out, (const T*)x, thresholds, *gate, rows, (T*)scratch, wide, threads);
   });
 }
 

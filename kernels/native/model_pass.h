@@ -11,7 +11,6 @@
 #include <vector>
 
 #include "draw.h"
-#include "exit_gate.h"
 #include "row_parts.h"
 
 enum AtExit : int64_t {  // what a row does when a token of it leaves; its logits are the exit's in any case
@@ -289,8 +288,8 @@ struct ModelPass {
     const Decisions decisions{confidence.data(), decided.get(), looked.data(), projected.data(),
                               out.logits + logit_rows * outputs};
     const double began = seconds_now();
-    exit_gate(decisions, gathered.get(), thresholds.data(), gate, rows, gathered.get() + rows * width(), wide.get(),
-              threads);
+    shared_exit_gate(decisions, gathered.get(), thresholds.data(), gate, rows, gathered.get() + rows * width(),
+                     wide.get(), threads);
     out.seconds[out.exits + 1 + e] = seconds_now() - began;
     for (int64_t i = 0; i < rows; i++)
       if (decided[size_t(i)]) found.push_back(asked[size_t(i)]);

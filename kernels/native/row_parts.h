@@ -1,4 +1,4 @@
-// Blocks over a few tokens of a small model: each thread takes some of the rows through all of them by itself.
+// Rows that threads take through several operations by themselves: blocks over a few tokens of a small model, a gate.
 //
 // Threads that share every product wait for each other behind each, and a small model's products of a few rows are over
 // in less time than that takes. A row's bits do not depend on its company, so they do not depend on this. Each thread
@@ -6,8 +6,9 @@
 #pragma once
 
 #include "blocks.h"
+#include "exit_gate.h"
 
-constexpr int64_t CACHED_BLOCK_BYTES = 4 << 20;  // weights of a block that stay in the caches while threads pass
+constexpr int64_t CACHED_PART_BYTES = 4 << 20;  // weights of a block, or a gate, that stay in the caches
 
 struct RowPart {
   int64_t row, token, tokens;  // its first row and token; how many tokens
@@ -51,7 +52,7 @@ std::vector<RowPart> row_parts(const BlockRun<T>& whole, const BlockParts* block
       bytes += weight_bytes<T>(*m);
       all_short = all_short && too_short_to_share(*m, tokens);
     }
-    if (bytes > CACHED_BLOCK_BYTES) return one;
+    if (bytes > CACHED_PART_BYTES) return one;
   }
   std::vector<RowPart> parts = cut_rows(whole.batch, threads);
   int64_t longest = 0;
@@ -87,4 +88,39 @@ void run_blocks(const BlockRun<T>& whole, const BlockParts* blocks, const Pages*
       for (int64_t b = 0; b < count; b++) run.run(blocks[b], pages[b], hidden + part.token * whole.shape.hidden);
     }
   });
+}
+
+// `exit_gate`, whose rows the threads share where its weights are few.
+template <class T>
+Counts shared_exit_gate(const Decisions& out, const T* x, const float* thresholds, const Gate& gate, int64_t rows,
+                        T* scratch, float* wide, int threads) {
+  const ExitWeights& weights = gate.weights;
+  const int64_t n = weights.size, outputs = gate.output.outputs, listed = gate.shortlist.outputs;
+  const int64_t most = rows < threads ? rows : threads;
+  if (most < 2 || weight_bytes<T>(gate.output) > CACHED_PART_BYTES)
+    return exit_gate(out, x, thresholds, gate, rows, scratch, wide, threads);
+  const int64_t product = std::is_same<T, float>::value ? 0 : outputs > listed ? outputs : listed;
+  std::vector<Counts> found(static_cast<size_t>(most));
+  const auto first_of = [&](int64_t part) { return part * rows / most; };
+  share(most, threads, 1, [&](int64_t from, int64_t to) {
+    for (int64_t part = from; part < to; part++) {
+      const int64_t first = first_of(part), count = first_of(part + 1) - first;
+      const Decisions its{out.confidence + first, out.leaves + first, out.looked + first, out.whole + first,
+                          out.logits + first * outputs};
+      found[size_t(part)] = exit_gate(its, x + first * n, thresholds + first, gate, count,
+                                      scratch + first * (2 * n + product),
+                                      wide + first * (n + weights.units + 2 + listed), 1);
+    }
+  });
+  Counts all{};
+  for (int64_t part = 0; part < most; part++) {  // closes up what each part has found; the first lies right
+    const int64_t first = first_of(part);
+    const Counts& its = found[size_t(part)];
+    for (int64_t k = 0; k < its.looked; k++) out.looked[all.looked++] = first + out.looked[first + k];
+    for (int64_t k = 0; k < its.whole; k++) out.whole[all.whole++] = first + out.whole[first + k];
+    if (part) memmove(out.logits + all.left * outputs, out.logits + first * outputs,
+                      size_t(its.left * outputs) * sizeof(float));
+    all.left += its.left;
+  }
+  return all;
 }

@@ -151,6 +151,40 @@ def test_the_native_gate_checks_what_it_is_given(seed: int) -> None:
         exit_gate(hidden, limits, weights, replace(rule, confirmation=odd), output, few)
 
 
+@pytest.mark.skipif(
+    native_library() is None, reason="needs the native kernels (a C++ compiler, and EXEUNT_NATIVE not 0)"
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("listed", [0, 40])
+@pytest.mark.parametrize("rows", [2, 23])
+def test_a_gate_does_not_see_its_threads(dtype: torch.dtype, listed: int, rows: int) -> None:
+    """Threads share rows: decisions, logits and who was asked are those of one thread, in the same order."""
+    torch.manual_seed(12)
+    size, units, vocab = 48, 8, 300
+    weights, weight = _weights(size, units, dtype, False), torch.randn(vocab, size).to(dtype)
+    combine = torch.tensor([0.6, 0.3, 0.2, -0.5])
+    last = Confirmation(combine, 0.8, _judge(units, 6)) if listed else None
+    rule = GateRule(combine, 0.6, judge=_judge(units, 4), confirmation=last)
+    output = Matrix(weight.data_ptr(), None, 0, size, vocab)
+    few = Matrix(weight.data_ptr(), None, 0, size, listed) if listed else None
+    hidden, thresholds = torch.randn(rows, size).to(dtype), torch.linspace(0.02, 0.9, rows)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            results.append(exit_gate(hidden, thresholds, weights, rule, output, few))
+    finally:
+        torch.set_num_threads(before)
+    alone = results[0]
+    assert alone is not None
+    for shared in results[1:]:
+        assert shared is not None
+        assert all(torch.equal(one, other) for one, other in zip(alone, shared, strict=True))
+    if rows > 2:
+        _, leaves, looked, _, logits = alone
+        assert 0 < len(logits) == int(leaves.sum()) < len(looked) < rows
+
+
 def test_nan_stays_in_its_row(seed: int) -> None:
     logits, probe, combine = torch.randn(4, 50), torch.randn(4), torch.ones(4)
     clean = gate_confidence(probe, logits, combine)

@@ -156,9 +156,17 @@ def test_other_processors_get_the_same_arithmetic(
         alone = torch.cat([int4_linear(row[None], pack_panels(weight, other)) for row in x])
         assert torch.equal(alone, there)
     monkeypatch.setattr(library, "_loaded", [other])
-    for int4, dtype in ((False, torch.float32), (False, torch.float16), (True, torch.bfloat16)):
-        problem = paged_problem([[0, 1, 2], [40]], head_dim=48, page_tokens=9, int4=int4, dtype=dtype)
-        arguments = (problem.queries, problem.block, problem.batch, 0.3, 19)
+    for int4, dtype, head_dim, page_tokens in (
+        (False, torch.float32, 48, 9),
+        (False, torch.float16, 48, 9),
+        (True, torch.bfloat16, 48, 9),
+        (True, torch.float32, 16, 31),
+        (True, torch.float32, 32, 31),
+        (True, torch.float32, 80, 24),
+    ):
+        shape = {"head_dim": head_dim, "page_tokens": page_tokens}
+        problem = paged_problem([[0, 1, 2], [40, 41, 200]], int4=int4, dtype=dtype, **shape)
+        arguments = (problem.queries, problem.block, problem.batch, head_dim**-0.5, 90)
         tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
         expected = paged_attention_reference(*arguments)
         torch.testing.assert_close(paged_attention(*arguments), expected, atol=tolerance, rtol=tolerance)
