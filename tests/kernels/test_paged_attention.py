@@ -63,7 +63,9 @@ def exact_attention(problem: Any, scale: float, window: int | None) -> torch.Ten
 
 def error(out: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
     """How far each token's heads are off, as a share of their norm: [tokens, heads]."""
-    return (out.double() - exact).norm(dim=-1) / exact.norm(dim=-1)
+    away: torch.Tensor = torch.linalg.vector_norm(out.double() - exact, dim=-1)
+    whole: torch.Tensor = torch.linalg.vector_norm(exact, dim=-1)
+    return away.div(whole)
 
 
 def tensors(block: KVBlock) -> list[torch.Tensor]:
