@@ -12,7 +12,7 @@ from exeunt.compression.linear import FullLinear
 from exeunt.compression.linear_block import LinearBlock
 from exeunt.compression.native_matrix import NotNativeError, native_address, native_matrix
 from exeunt.compression.norm import Norm
-from exeunt.kernels.blocks import BlockParts, BlockShape, NativeBlocks, NormWeights
+from exeunt.kernels.blocks import OWN_ROWS_WORK, BlockParts, BlockShape, NativeBlocks, NormWeights
 from exeunt.kernels.blocks.native import ACTIVATION_CODES
 from exeunt.kernels.native.library import DTYPE_CODES, native_library
 
@@ -56,6 +56,7 @@ def _shape(spec: Architecture, widest: int) -> BlockShape:
         layer_norm=int(spec.norm == "layer"),
         eps=spec.norm_eps,
         widest=widest,
+        own_rows=OWN_ROWS_WORK,
     )
 
 

@@ -1,6 +1,7 @@
 """Consecutive transformer blocks in one native call."""
 
 from exeunt.kernels.blocks.native import (
+    OWN_ROWS_WORK,
     TILE_TOKENS,
     BlockParts,
     BlockShape,
@@ -9,4 +10,12 @@ from exeunt.kernels.blocks.native import (
     PageRange,
 )
 
-__all__ = ["TILE_TOKENS", "BlockParts", "BlockShape", "NativeBlocks", "NormWeights", "PageRange"]
+__all__ = [
+    "OWN_ROWS_WORK",
+    "TILE_TOKENS",
+    "BlockParts",
+    "BlockShape",
+    "NativeBlocks",
+    "NormWeights",
+    "PageRange",
+]

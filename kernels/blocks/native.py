@@ -21,6 +21,9 @@ ACTIVATION_CODES = {"silu": 0, "gelu_new": 1, "gelu_pytorch_tanh": 1, "gelu": 2,
 TILE_TOKENS = 256
 """Tokens that pass a part of a block together: what lies between its operations then stays in the caches."""
 
+OWN_ROWS_WORK = 1 << 22
+"""Multiplications of a run of blocks, some 50 µs of one thread, from which threads may take rows by themselves."""
+
 _pointer, _long = ctypes.c_void_p, ctypes.c_int64
 
 
@@ -61,6 +64,7 @@ class BlockShape(ctypes.Structure):
         ("layer_norm", _long),
         ("eps", ctypes.c_double),
         ("widest", _long),
+        ("own_rows", _long),
     )
 
 

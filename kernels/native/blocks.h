@@ -34,7 +34,8 @@ enum Activation : int64_t { SILU, GELU_TANH, GELU, RELU };
 struct BlockShape {
   int64_t hidden, heads, kv_heads, head_dim, inner, gated, activation, layer_norm;
   double eps;
-  int64_t widest;  // values per token of the widest projection
+  int64_t widest;     // values per token of the widest projection
+  int64_t own_rows;   // multiplications of a run of blocks from which threads may take rows by themselves
 
   int64_t queries() const { return heads * head_dim; }
   int64_t keys() const { return kv_heads * head_dim; }

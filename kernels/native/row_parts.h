@@ -8,6 +8,7 @@
 #include "blocks.h"
 #include "exit_gate.h"
 
+constexpr int64_t SHARED_GATE = 1 << 19;  // multiplications of a gate's screen from which threads may share its rows
 constexpr int64_t CACHED_PART_BYTES = 4 << 20;  // weights of a block, or a gate, that stay in the caches
 
 struct RowPart {
@@ -46,14 +47,16 @@ std::vector<RowPart> row_parts(const BlockRun<T>& whole, const BlockParts* block
   const std::vector<RowPart> one{{0, 0, tokens}};
   if (threads < 2 || whole.batch.rows < 2 || tokens > whole.tile) return one;
   bool all_short = true;
+  int64_t products = 0;
   for (const BlockParts* block = blocks; block < blocks + count; block++) {
     int64_t bytes = 0;
     for (const Matrix* m : {&block->qkv, &block->out, &block->up, &block->down}) {
-      bytes += weight_bytes<T>(*m);
+      bytes += weight_bytes<T>(*m), products += tokens * m->inputs * m->outputs;
       all_short = all_short && too_short_to_share(*m, tokens);
     }
     if (bytes > CACHED_PART_BYTES) return one;
   }
+  if (products < whole.shape.own_rows) return one;
   std::vector<RowPart> parts = cut_rows(whole.batch, threads);
   int64_t longest = 0;
   for (const RowPart& part : parts) longest = part.tokens > longest ? part.tokens : longest;
@@ -97,7 +100,8 @@ Counts shared_exit_gate(const Decisions& out, const T* x, const float* threshold
   const ExitWeights& weights = gate.weights;
   const int64_t n = weights.size, outputs = gate.output.outputs, listed = gate.shortlist.outputs;
   const int64_t most = rows < threads ? rows : threads;
-  if (most < 2 || weight_bytes<T>(gate.output) > CACHED_PART_BYTES)
+  const int64_t screen = rows * n * (n + weights.units + (listed ? listed : outputs));
+  if (most < 2 || screen < SHARED_GATE || weight_bytes<T>(gate.output) > CACHED_PART_BYTES)
     return exit_gate(out, x, thresholds, gate, rows, scratch, wide, threads);
   const int64_t product = std::is_same<T, float>::value ? 0 : outputs > listed ? outputs : listed;
   std::vector<Counts> found(static_cast<size_t>(most));

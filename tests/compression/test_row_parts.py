@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
+import exeunt.compression.native_blocks
 import exeunt.kernels.blocks.native
 from exeunt.compression.decoder import Decoder
 from exeunt.compression.variant import KVFormat
 from exeunt.kernels.blocks import NativeBlocks
+from exeunt.kernels.native.descriptors import Matrix
 from exeunt.kernels.native.library import native_library
 from tests.compression.paged_generation import Sequences
 from tests.compression.staged_pass import ALL, STEP, compared
@@ -26,6 +28,12 @@ LONG = (40, 1, 1, 1)
 LATE = (1, 1, 40, 1)
 TWO = (9, 4)
 MANY = (1, 3, 1, 1, 2, 1, 1, 5, 1, 1, 1)
+
+
+@pytest.fixture(autouse=True)
+def parts_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Passes of these small models are cut as those of larger ones are."""
+    monkeypatch.setattr(exeunt.compression.native_blocks, "OWN_ROWS_WORK", 0)
 
 
 @contextmanager
@@ -164,6 +172,21 @@ def test_long_passes_are_cut_where_all_threads_get_as_much(scratch: list[Tensor]
     assert parts(full, (90, 30), 2, scratch) == [0]
     assert parts(int4, (60, 60), 3, scratch) == [0, 60]
     assert parts(int4, (90, 30), 2, scratch) == [0, 90]
+
+
+def test_passes_that_are_over_at_once_are_not_cut(
+    scratch: list[Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = 2 * sum(block.inputs * block.outputs for block in _matrices(load_other(tmp_path / "any")))
+    for least, firsts in ((work, [0, 1]), (work + 1, [0])):
+        monkeypatch.setattr(exeunt.compression.native_blocks, "OWN_ROWS_WORK", least)
+        assert parts(load_other(tmp_path / str(least)), (1, 1), 2, scratch) == firsts
+
+
+def _matrices(decoder: Decoder) -> list[Matrix]:
+    blocks = decoder.native_blocks
+    assert blocks is not None
+    return [matrix for part in blocks.parts for matrix in (part.qkv, part.out, part.up, part.down)]
 
 
 def test_passes_of_several_tiles_are_not_cut(

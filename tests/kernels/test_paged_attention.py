@@ -163,7 +163,7 @@ def test_contexts_of_several_spans(
     for window in (None, 37, 150):
         out = paged_attention(problem.queries, problem.block, problem.batch, scale, window)
         exact = exact_attention(problem, scale, window)
-        assert float(error(out, exact).max()) < {torch.float32: 1e-5, torch.bfloat16: 4e-3}[dtype]
+        assert float(error(out, exact).max()) < {torch.float32: 2e-5, torch.bfloat16: 4e-3}[dtype]
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -207,7 +207,7 @@ def test_values_of_very_different_sizes(paged_problem: Make, int4: bool, window:
         values.mul_(10 ** (torch.rand(*values.shape[:2], 1) * 8 - 4))
     write_again(problem)
     out = paged_attention(problem.queries, problem.block, problem.batch, 0.3, window)
-    assert float(error(out, exact_attention(problem, 0.3, window)).max()) < 1e-5
+    assert float(error(out, exact_attention(problem, 0.3, window)).max()) < 2e-5
 
 
 @pytest.mark.usefixtures("one_thread")
