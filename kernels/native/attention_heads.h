@@ -129,4 +129,5 @@ inline void find_block(const Pages& pages, KeyPlace from, int64_t head, int64_t 
   };
   read_params(pairs(pages.key_params), there, &block.key_scale, &block.key_minimum);
   read_params(pairs(pages.value_params), there, &block.value_scale, &block.value_minimum);
+  block.value_minimum = fused(block.value_scale, splat(8.0f), block.value_minimum);  // their codes count from -8 on
 }

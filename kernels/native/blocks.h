@@ -101,7 +101,7 @@ struct Tile {  // tokens that pass a part of a block together
 
 // A pass over a long text goes through a block in tiles of `tile` tokens, so that what lies between its operations
 // stays in the caches: first norm, projection and keys and values of all tiles, so that a token may attend to those of
-// any other in the pass, then the rest of the block. A row's bits do not depend on its tile.
+// any other in its row, then the rest of the block. A row's bits do not depend on its tile.
 template <class T>
 struct BlockRun {
   const BlockShape& shape;

@@ -1,9 +1,10 @@
 // Attention over INT4 pages, in sums of integers.
 //
-// With k = c s + m,  q·k = s Σ q c + m Σ q  and  Σ p v = Σ (p s) c + Σ p m.  The codes c are 0 to 15. A head's query
-// and, span by span, its weights p s become whole numbers of 22 bits times a step, which are cut into three bytes: that
-// rounds about as finely as float32 does. Sums of bytes times codes are exact, no code becomes a float, and the lanes of
-// a score are joined once a key.
+// With k = c s + m,  q·k = s Σ q c + m Σ q  and  Σ p v = Σ (p s) c + Σ p m.  A head's query and, span by span, its
+// weights p s become whole numbers of 22 bits times a step, which are cut into three bytes: that rounds about as finely
+// as float32 does. Sums of bytes times codes are exact, no code becomes a float, and the lanes of a score are joined
+// once a key. Codes are 0 to 15; those of values count from -8 on, so that what is rounded off small weights beside a
+// large one does not all point one way.
 //
 // Codes of even elements are in low nibbles, of odd ones in high nibbles: a chunk of LANES bytes of a key meets the query
 // as [even, odd] elements, and yields the values' [even, odd] ones, which are put back in order at the end.
@@ -147,7 +148,7 @@ struct Int4Pages {
       for (int k = 0; k < LANES; k += 8) {  // two fours of keys
         const vbytes first = interleaved(chunk_of(block.values + k, block.adjacent, c, count));
         const vbytes second = interleaved(chunk_of(block.values + k + 4, block.adjacent, c, count));
-        const vbytes even[2] = {first & 15, second & 15}, odd[2] = {first >> 4, second >> 4};
+        const vbytes even[2] = {(first & 15) - 8, (second & 15) - 8}, odd[2] = {(first >> 4) - 8, (second >> 4) - 8};
 #pragma GCC unroll 4
         for (int g = 0; g < GT; g++)
 #pragma GCC unroll 3

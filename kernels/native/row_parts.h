@@ -2,7 +2,8 @@
 //
 // Threads that share every product wait for each other behind each, and a small model's products of a few rows are over
 // in less time than that takes. A row's bits do not depend on its company, so they do not depend on this. Each thread
-// reads all weights: where these come from memory and not from the caches, sharing products reads them once.
+// reads all weights: where these come from memory and not from the caches, sharing products reads them once. No row may
+// read a page that another writes in the same pass.
 #pragma once
 
 #include "blocks.h"
@@ -27,17 +28,38 @@ inline bool too_short_to_share(const Matrix& m, int64_t tokens) {
   return tokens * m.inputs * m.outputs < (m.group_size ? SHARED_WORK : SHARED_PRODUCTS);
 }
 
-// Cuts a batch between rows into at most `most` parts of about as many tokens.
-inline std::vector<RowPart> cut_rows(const Batch& batch, int64_t most) {
-  std::vector<RowPart> parts;
-  const int64_t tokens = batch.query_starts[batch.rows];
-  for (int64_t row = 0; row < batch.rows; row++) {
-    const int64_t first = batch.query_starts[row], end = batch.query_starts[row + 1], begun = int64_t(parts.size());
-    // a part is full once it reaches its share of all tokens; the row that crosses the border goes where most of it lies
-    if (begun == 0 || (begun < most && (first + end) * most >= 2 * tokens * begun)) parts.push_back({row, first, 0});
-    parts.back().tokens += end - first;
+// What a row's tokens take in a run of blocks: so many multiplications by weights each, and those of attention.
+struct RowCosts {
+  const Batch& batch;
+  int64_t by_weights, by_key;
+
+  int64_t of(int64_t row) const {
+    int64_t cost = 0;
+    for (int64_t t = batch.query_starts[row]; t < batch.query_starts[row + 1]; t++)
+      cost += by_weights + by_key * (batch.positions[t] + 1);
+    return cost;
   }
-  return parts;
+};
+
+struct RowCut {
+  std::vector<RowPart> parts;
+  int64_t longest;  // what the dearest of them costs
+};
+
+// Cuts a batch between rows into at most `most` parts of about equal cost, `total` together.
+inline RowCut cut_rows(const RowCosts& costs, int64_t total, int64_t most) {
+  RowCut cut{{}, 0};
+  int64_t before = 0, part = 0;
+  for (int64_t row = 0; row < costs.batch.rows; row++) {
+    const int64_t cost = costs.of(row), begun = int64_t(cut.parts.size()), first = costs.batch.query_starts[row];
+    // a part is full once it reaches its share; the row that crosses the border goes where most of it lies
+    if (begun == 0 || (begun < most && (2 * before + cost) * most >= 2 * total * begun))
+      cut.parts.push_back({row, first, 0}), part = 0;
+    cut.parts.back().tokens += costs.batch.query_starts[row + 1] - first;
+    before += cost, part += cost;
+    cut.longest = part > cut.longest ? part : cut.longest;
+  }
+  return cut;
 }
 
 // The parts that a pass of these blocks is cut into; one where threads had better share its products.
@@ -47,22 +69,24 @@ std::vector<RowPart> row_parts(const BlockRun<T>& whole, const BlockParts* block
   const std::vector<RowPart> one{{0, 0, tokens}};
   if (threads < 2 || whole.batch.rows < 2 || tokens > whole.tile) return one;
   bool all_short = true;
-  int64_t products = 0;
+  RowCosts costs{whole.batch, 0, 0};
   for (const BlockParts* block = blocks; block < blocks + count; block++) {
     int64_t bytes = 0;
     for (const Matrix* m : {&block->qkv, &block->out, &block->up, &block->down}) {
-      bytes += weight_bytes<T>(*m), products += tokens * m->inputs * m->outputs;
+      bytes += weight_bytes<T>(*m), costs.by_weights += m->inputs * m->outputs;
       all_short = all_short && too_short_to_share(*m, tokens);
     }
     if (bytes > CACHED_PART_BYTES) return one;
+    if (!block->is_linear_map) costs.by_key += 2 * whole.queries();
   }
-  if (products < whole.shape.own_rows) return one;
-  std::vector<RowPart> parts = cut_rows(whole.batch, threads);
-  int64_t longest = 0;
-  for (const RowPart& part : parts) longest = part.tokens > longest ? part.tokens : longest;
-  const int64_t busy = int64_t(parts.size());
-  const bool even = 3 * longest * busy <= 4 * tokens, all_threads = busy == threads;
-  return busy > 1 && (all_short || (even && all_threads)) ? parts : one;
+  if (tokens * costs.by_weights < whole.shape.own_rows) return one;
+  int64_t total = 0;
+  for (int64_t row = 0; row < whole.batch.rows; row++) total += costs.of(row);
+  RowCut cut = cut_rows(costs, total, threads);
+  const int64_t busy = int64_t(cut.parts.size());
+  // products that are too short gain by any cut that halves little less than evenly, others by an even one alone
+  const bool gains = all_short ? 3 * cut.longest <= 2 * total : busy == threads && 3 * cut.longest * busy <= 4 * total;
+  return busy > 1 && gains ? cut.parts : one;
 }
 
 // Replaces `hidden` [tokens, hidden] by the state behind `count` blocks.

@@ -195,7 +195,7 @@ def test_many_weights_that_round_to_nothing(paged_problem: Make, int4: bool) -> 
     problem.keys[0][60] = towards * 16.1 / (0.125 * towards.square().sum())
     write_again(problem)
     out = paged_attention(problem.queries, problem.block, problem.batch, 0.125)
-    assert float(error(out, exact_attention(problem, 0.125, None)).max()) < (5e-5 if int4 else 1e-5)
+    assert float(error(out, exact_attention(problem, 0.125, None)).max()) < 1e-5
 
 
 @pytest.mark.usefixtures("one_thread")
