@@ -59,6 +59,7 @@ class Run:
     drafts_accepted: int = 0
     by_exit: Mapping[str, int] = field(default_factory=dict)
     stage_runs: Sequence[StageRun] = ()
+    answers: Sequence[Sequence[int]] = ()  # each prompt's new tokens
 
     @property
     def speed(self) -> float:
@@ -114,6 +115,7 @@ class EngineRuns:
             drafts_accepted=sum(trace.drafts_accepted for trace in traces),
             by_exit=dict(by_exit),
             stage_runs=tuple(self._stage_runs),
+            answers=[trace.ids for trace in traces],
         )
 
     def gaps(self, prompts: Prompts, variant: Variant, beside: Prompts = ()) -> list[float]:

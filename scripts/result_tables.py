@@ -14,7 +14,8 @@ RESULTS: Final = ROOT / "benchmarks" / "results"
 PAGES: Final = {
     "README.md": ("packaged-eval", "packaged-cpu"),
     "docs/performance.md": (
-        *("packaged-cpu", "packaged-parts", "packaged-adaptive", "packaged-whole", "packaged-gaps"),
+        *("packaged-cpu", "packaged-llama-cpp", "packaged-parts", "packaged-adaptive", "packaged-whole"),
+        "packaged-gaps",
         "gpu-check-nvidia-h200",
         "calibration-cost",
     ),
@@ -64,6 +65,19 @@ def speed_tables(record: Row) -> Iterator[str]:
         "target",
     )
     yield _table(headers, (row(*item) for item in record["results"].items()))
+
+
+def llama_cpp_tables(record: Row) -> Iterator[str]:
+    """The engine beside llama.cpp, and how much of our text in full precision each of them writes."""
+    rows = ((name, *_speeds(row), _ratio(row)) for name, row in record["results"].items())
+    yield _table(("beside llama.cpp", "tokens/s", "llama.cpp", "ratio (min to max)"), rows)
+    texts = (
+        (name, f"{row['tokens_equal']:.0%}", f"{row['equal_before_first_other']:g}")
+        for name, row in record["texts"].items()
+    )
+    yield _table(
+        ("text beside that of full weights", "tokens equal", "before the first other, median"), texts
+    )
 
 
 def eval_tables(record: Row) -> Iterator[str]:
@@ -224,6 +238,7 @@ def calibration_tables(record: Row) -> Iterator[str]:
 
 _TABLES: Final[Mapping[str, Callable[[Row], Iterator[str]]]] = {
     "packaged-cpu": speed_tables,
+    "packaged-llama-cpp": llama_cpp_tables,
     "packaged-eval": eval_tables,
     "packaged-parts": parts_tables,
     "packaged-adaptive": adaptive_tables,
