@@ -10,7 +10,7 @@ import torch
 
 # For ``scripts``, which is no part of the installed package. Last, so that it hides nothing.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-# Two, unless other workers of the run need the cores: threads of small models wait for each other longer than they work.
+# Two, unless other workers of the run need the cores: threads of a small model then wait longer than they work.
 torch.set_num_threads(
     max(1, min(2, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
 )
