@@ -56,7 +56,7 @@ def _shape(spec: Architecture, widest: int) -> BlockShape:
         layer_norm=int(spec.norm == "layer"),
         eps=spec.norm_eps,
         widest=widest,
-        own_rows=OWN_ROWS_WORK,
+        own_rows_work=OWN_ROWS_WORK,
     )
 
 

@@ -4,7 +4,7 @@ It needs the packages `llama-cpp-python` and `gguf`, which the project does not 
 ids and as many threads, and run in turn as in `scripts/bench.py`. That it is the same model is checked first: most of
 the first tokens must be the same in full precision.
 
-A llama.cpp that GCC 12 built for a processor with AMX ends in an illegal instruction (ggml-org/llama.cpp#26954):
+A llama.cpp that GCC 12 built for a processor with AMX ends in an illegal instruction (see ggml-org/llama.cpp#26954):
 `CMAKE_ARGS=-DCMAKE_CXX_FLAGS=-fno-dse pip install --no-binary llama-cpp-python llama-cpp-python` builds one that runs.
 """
 
@@ -82,7 +82,7 @@ class _Comparison:
         self._modes: dict[str, Any] = {}
 
     def check_the_model(self) -> None:
-        """Raise BenchError where llama.cpp's first tokens in float32 are not ours."""
+        """Raise BenchError where fewer than SAME_MODEL of llama.cpp's first tokens in float32 are ours."""
         prompts = self._ours.prompts(self._sizes.streams)
         with closing(self._runs(LlamaCppMode("F32", "F32"), len(prompts))) as theirs:
             answers = theirs.at_once(prompts).answers
@@ -143,7 +143,7 @@ def equal_before(answer: Sequence[int], wanted: Sequence[int]) -> int:
 
 
 def _pairs() -> Iterator[tuple[str, Mapping[str, Any], LlamaCppMode]]:
-    """Our variant, its exits, and what llama.cpp has beside it: nearest in precision, by default, and its fastest."""
+    """Our variant, its exits, llama.cpp's modes beside it; verified exits against its fastest keys and values."""
     for weights in ("F32", "F16"):
         for flash_attention in (True, False):
             yield FULL, OFF, LlamaCppMode(weights, weights, flash_attention)

@@ -64,7 +64,7 @@ class LinearCost:
 
     def of(self, tokens: float) -> float:
         """Seconds that a run of so many tokens is expected to take."""
-        slope = self.slope
+        slope = self.slope  # `base` would work it out again, and this is asked several times a tick
         return max(self.seconds - slope * self.tokens, 0.0) + slope * tokens
 
 

@@ -22,7 +22,10 @@ TILE_TOKENS = 256
 """Tokens that pass a part of a block together: what lies between its operations then stays in the caches."""
 
 OWN_ROWS_WORK = 1 << 22
-"""Multiplications of a run of blocks, some 50 µs of one thread, from which threads may take rows by themselves."""
+"""Multiplications by weights in a run of blocks from which threads may take rows by themselves.
+
+Of INT4 weights some 50 µs of a fast core's arithmetic, of full ones several times that.
+"""
 
 _pointer, _long = ctypes.c_void_p, ctypes.c_int64
 
@@ -64,7 +67,7 @@ class BlockShape(ctypes.Structure):
         ("layer_norm", _long),
         ("eps", ctypes.c_double),
         ("widest", _long),
-        ("own_rows", _long),
+        ("own_rows_work", _long),
     )
 
 

@@ -4,7 +4,7 @@
 #include "byte_dots.h"
 #include "pages.h"
 
-struct KeyBlock {  // keys first .. last - 1 of LANES; the others stand for some that may be read and count for nothing
+struct KeyBlock {  // keys first .. last - 1 of LANES are there; other places may be read and have weight 0
   const char* keys[LANES];
   const char* values[LANES];
   vf key_scale, key_minimum, value_scale, value_minimum;  // of INT4 pages; 0 for keys that are not there
@@ -106,8 +106,8 @@ struct KeyRuns {
   }
 };
 
-// The block of keys `first` to `last` - 1 that begins at position `start` of a row, which is at `from`. What lies on full
-// pages where no key is may be NaN, and NaN times its weight of 0 is no 0: a key that is there takes its place.
+// The block of keys `first` to `last` - 1 that begins at position `start` of a row, which is at `from`. Full pages may
+// hold NaN where no key was written, and 0 × NaN is NaN: there a key that is there stands in.
 inline void find_block(const Pages& pages, KeyPlace from, int64_t head, int64_t start, int64_t first, int64_t last,
                        KeyBlock* found) {
   KeyBlock& block = *found;

@@ -35,7 +35,7 @@ struct BlockShape {
   int64_t hidden, heads, kv_heads, head_dim, inner, gated, activation, layer_norm;
   double eps;
   int64_t widest;     // values per token of the widest projection
-  int64_t own_rows;   // multiplications of a run of blocks from which threads may take rows by themselves
+  int64_t own_rows_work;  // multiplications of a run from which threads may take rows by themselves; tests lower it
 
   int64_t queries() const { return heads * head_dim; }
   int64_t keys() const { return kv_heads * head_dim; }

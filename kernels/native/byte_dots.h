@@ -9,10 +9,6 @@ typedef uint8_t vbytes __attribute__((vector_size(LANES * 4)));
 inline vi dot4(vi sum, vbytes a, vbytes b) {
 #if defined(EXEUNT_AVX512) && defined(__AVX512VNNI__)
   return (vi)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
-#elif defined(EXEUNT_AVX512)
-  return sum + (vi)_mm512_madd_epi16(_mm512_maddubs_epi16((__m512i)a, (__m512i)b), _mm512_set1_epi16(1));
-#elif defined(__AVX2__)  // 16-bit sums stay below 2 × 15 × 255
-  return sum + (vi)_mm256_madd_epi16(_mm256_maddubs_epi16((__m256i)a, (__m256i)b), _mm256_set1_epi16(1));
 #else
   typedef int8_t vsigned __attribute__((vector_size(LANES * 4)));
   typedef int16_t vproducts __attribute__((vector_size(LANES * 8)));

@@ -1,7 +1,7 @@
 // Attention over INT4 pages, in sums of integers.
 //
 // With k = c s + m,  q·k = s Σ q c + m Σ q  and  Σ p v = Σ (p s) c + Σ p m.  A head's query and, span by span, its
-// weights p s become whole numbers of 22 bits times a step, which are cut into three bytes: that rounds about as finely
+// weights p s become whole numbers of 22 bits times a step, which are cut into three bytes: that rounds nearly as finely
 // as float32 does. Sums of bytes times codes are exact, no code becomes a float, and the lanes of a score are joined
 // once a key. Codes are 0 to 15; those of values count from -8 on, so that what is rounded off small weights beside a
 // large one does not all point one way.
@@ -19,7 +19,7 @@ constexpr int CUTS = 3;  // bytes of a whole number
 struct Int4Pages {
   static constexpr int UNIT = 2;  // vectors of values that one load yields
   static constexpr bool INT4 = true;
-  static constexpr int PARTS = CUTS * UNIT;  // of a chunk of a query: the lowest bytes of even, of odd elements, the next …
+  static constexpr int PARTS = CUTS * UNIT;  // of a chunk of a query: lowest bytes of even, of odd elements, the next …
 
   // Σ over the cuts, the lowest first. Each is below 2^21 in size.
   static inline vf joined(const vi (&sums)[CUTS]) {
@@ -27,7 +27,8 @@ struct Int4Pages {
                  __builtin_convertvector((sums[1] << 8) + sums[0], vf));
   }
 
-  // Writes what is left of x [chunks, 2] vectors, 0 past the head's end, to `codes` [chunks, PARTS].
+  // Rounds a query x [chunks, 2] vectors, 0 past the head's end, to whole numbers, writes their bytes to `codes`
+  // [chunks, PARTS], and sets the head's step and sum.
   static void round_query(const vf* x, int64_t chunks, vbytes* codes, Head* head) {
     constexpr float MOST = float((1 << 21) - 1);
     vi bits{};  // of |x|: as integers they order like floats, with NaN above everything

@@ -1,9 +1,9 @@
 // Softmax attention over pages in one pass: blocks of LANES keys at absolute positions 0, LANES, 2 LANES, …
 //
-// One task is one KV head and up to four query tokens of a row that stand close together: all their heads read a
-// span of blocks of keys and values in turn, four heads at a time. A block's scores lie in the lanes of one vector, and
-// the largest so far is brought up to date once a span. What is computed for a token depends on its position, its keys and values, and the model's shape alone: keys that only its
-// neighbours see have weight 0 for it and change nothing.
+// One task is one KV head and up to four query tokens of a row that stand close together: all their heads read a span of
+// blocks of keys and values in turn, four heads at a time. A block's scores lie in the lanes of one vector, and the
+// largest so far is brought up to date once a span. What is computed for a token depends on its position, its keys and
+// values, and the model's shape alone: keys that only its neighbours see have weight 0 for it and change nothing.
 //
 // What differs by the format of pages, scores and sums of values, is in full_attention.h and int4_attention.h.
 #pragma once
@@ -80,7 +80,7 @@ Head new_head(const Q* query, int64_t n, float scale, int64_t i, int64_t chunks,
   load_padded(x, query, n);
   if (KV::INT4) rotate(x, n);
   for (int64_t k = 0; k * LANES < n; k++) x[k] *= scale;
-  Head head{x, nullptr, scratch.mixed.data() + i * vectors, vf{}, vf{}, -INFINITY, 0, 0, 0, 0};
+  Head head{KV::INT4 ? nullptr : x, nullptr, scratch.mixed.data() + i * vectors, vf{}, vf{}, -INFINITY, 0, 0, 0, 0};
   if (KV::INT4) Int4Pages::round_query(x, chunks, scratch.codes.data() + i * chunks * Int4Pages::PARTS, &head);
   return head;
 }

@@ -9,7 +9,7 @@
 #include "blocks.h"
 #include "exit_gate.h"
 
-constexpr int64_t SHARED_GATE = 1 << 19;  // multiplications of a gate's screen from which threads may share its rows
+constexpr int64_t SHARED_GATE = 1 << 19;  // multiplications of a gate's first look from which threads may share its rows
 constexpr int64_t CACHED_PART_BYTES = 4 << 20;  // weights of a block, or a gate, that stay in the caches
 
 struct RowPart {
@@ -28,7 +28,8 @@ inline bool too_short_to_share(const Matrix& m, int64_t tokens) {
   return tokens * m.inputs * m.outputs < (m.group_size ? SHARED_WORK : SHARED_PRODUCTS);
 }
 
-// What a row's tokens take in a run of blocks: so many multiplications by weights each, and those of attention.
+// What a row's tokens take in a run of blocks: so many multiplications by weights each, and those of attention, as if
+// without a window.
 struct RowCosts {
   const Batch& batch;
   int64_t by_weights, by_key;
@@ -79,12 +80,13 @@ std::vector<RowPart> row_parts(const BlockRun<T>& whole, const BlockParts* block
     if (bytes > CACHED_PART_BYTES) return one;
     if (!block->is_linear_map) costs.by_key += 2 * whole.queries();
   }
-  if (tokens * costs.by_weights < whole.shape.own_rows) return one;
+  if (tokens * costs.by_weights < whole.shape.own_rows_work) return one;
   int64_t total = 0;
   for (int64_t row = 0; row < whole.batch.rows; row++) total += costs.of(row);
   RowCut cut = cut_rows(costs, total, threads);
   const int64_t busy = int64_t(cut.parts.size());
-  // products that are too short gain by any cut that halves little less than evenly, others by an even one alone
+  // where no product is long enough to share, any cut gains whose dearest part is at most two thirds; elsewhere threads
+  // would have shared: only one that busies all of them, at most a third above an even share
   const bool gains = all_short ? 3 * cut.longest <= 2 * total : busy == threads && 3 * cut.longest * busy <= 4 * total;
   return busy > 1 && gains ? cut.parts : one;
 }
@@ -124,8 +126,8 @@ Counts shared_exit_gate(const Decisions& out, const T* x, const float* threshold
   const ExitWeights& weights = gate.weights;
   const int64_t n = weights.size, outputs = gate.output.outputs, listed = gate.shortlist.outputs;
   const int64_t most = rows < threads ? rows : threads;
-  const int64_t screen = rows * n * (n + weights.units + (listed ? listed : outputs));
-  if (most < 2 || screen < SHARED_GATE || weight_bytes<T>(gate.output) > CACHED_PART_BYTES)
+  const int64_t first_look = rows * n * (n + weights.units + (listed ? listed : outputs));
+  if (most < 2 || first_look < SHARED_GATE || weight_bytes<T>(gate.output) > CACHED_PART_BYTES)
     return exit_gate(out, x, thresholds, gate, rows, scratch, wide, threads);
   const int64_t product = std::is_same<T, float>::value ? 0 : outputs > listed ? outputs : listed;
   std::vector<Counts> found(static_cast<size_t>(most));

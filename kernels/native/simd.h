@@ -148,19 +148,7 @@ inline vu8 load_u8(const void* p, int n) {
 #endif
 }
 
-inline vi widened(vu8 x) {  // GCC 12 takes the plain conversion apart byte by byte
-#if defined(EXEUNT_AVX512)
-  return (vi)_mm512_maskz_cvtepu8_epi32(__mmask16(-1), (__m128i)x);
-#elif defined(__AVX2__)
-  __m128i low{};
-  memcpy(&low, &x, sizeof x);
-  return (vi)_mm256_cvtepu8_epi32(low);
-#else
-  return __builtin_convertvector(x, vi);
-#endif
-}
-
-// The low halves and the low bytes of whole numbers: GCC 12 takes these conversions apart too.
+// The low halves and the low bytes of whole numbers: GCC 12 takes the plain conversions apart byte by byte.
 inline vu16 low_halves(vi x) {
 #if defined(EXEUNT_AVX512)
   return (vu16)_mm512_maskz_cvtepi32_epi16(__mmask16(-1), (__m512i)x);

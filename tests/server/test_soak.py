@@ -1,13 +1,16 @@
 """Hundreds of requests of every kind at once: every answer is the one that the same request gets alone."""
 
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
+import torch
 
 from exeunt.compression.model import LoadedModel
 from exeunt.compression.variant import Variant
+from exeunt.kernels.blocks import OWN_ROWS_WORK
 from exeunt.server.request import ExitPolicy, FinishEvent, ScoredToken, StepEvent
 from tests.server.engine_bench import (
     FULL,
@@ -109,29 +112,53 @@ def random_request(dice: random.Random, seed: int) -> Asked:
     )
 
 
-@pytest.mark.parametrize("run_through", [True, False])
-def test_every_answer_of_a_crowd_is_the_one_it_gets_alone(tiny_model: LoadedModel, run_through: bool) -> None:
-    """Weights in float32; greedy and seeded; pages are short, so that some are preempted and recomputed."""
+def soak(model: LoadedModel, run_through: bool, count: int) -> tuple[float, float, float]:
+    """Ask `count` requests alone, then all at once, and compare; returns preemptions, drafts and audited tokens."""
     dice = random.Random(20 + run_through)
-    requests = [random_request(dice, seed) for seed in range(REQUESTS)]
-    with running(tiny_model, max_num_seqs=3) as bench:
+    requests = [random_request(dice, seed) for seed in range(count)]
+    with running(model, max_num_seqs=3) as bench:
         alone = [answer_of(request.send(bench, alone=True).wait()) for request in requests]
     with running(
-        tiny_model,
+        model,
         16,
         run_through,
         lambda _: FixedDrafter(dice.choice((0.0, 0.4)), dice.choice((1, 4))),
         audit_share=0.3,
         max_num_seqs=24,
         max_num_batched_tokens=64,
-        max_num_queued_reqs=REQUESTS,
+        max_num_queued_reqs=count,
     ) as bench:
         asked = [request.send(bench) for request in requests]
         crowd = [answer_of(one.wait()) for one in asked]
-        preempted = bench.value("exeunt_preemptions_total")
-        drafts = bench.value("exeunt_drafts_total")
-        audits = bench.value("exeunt_audited_tokens_total")
+        counts = [bench.value(f"exeunt_{name}_total") for name in ("preemptions", "drafts", "audited_tokens")]
     for request, one, other in zip(requests, crowd, alone, strict=True):
         assert one == other, request
+    return counts[0], counts[1], counts[2]
+
+
+@pytest.mark.parametrize("run_through", [True, False])
+def test_every_answer_of_a_crowd_is_the_one_it_gets_alone(tiny_model: LoadedModel, run_through: bool) -> None:
+    """Weights in float32; greedy and seeded; pages are short, so that some are preempted and recomputed."""
+    preempted, drafts, audits = soak(tiny_model, run_through, REQUESTS)
     assert preempted >= 5
     assert min(drafts, audits) > 100
+
+
+@pytest.fixture
+def two_threads(tiny_model: LoadedModel) -> Iterator[None]:
+    """Two threads, which take rows by themselves however little there is to do."""
+    before = torch.get_num_threads()
+    blocks = [tiny_model.decoder(variant).native_blocks for variant in VARIANTS]
+    shapes = [each.shape for each in blocks if each is not None]
+    torch.set_num_threads(2)
+    for shape in shapes:
+        shape.own_rows_work = 0
+    yield
+    for shape in shapes:
+        shape.own_rows_work = OWN_ROWS_WORK
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_threads_that_take_rows_by_themselves_change_no_answer(tiny_model: LoadedModel) -> None:
+    soak(tiny_model, True, REQUESTS // 4)
