@@ -4,12 +4,11 @@
 #include "byte_dots.h"
 #include "pages.h"
 
-struct KeyBlock {  // keys first .. last - 1 of LANES are there; other places may be read and have weight 0
+struct KeyBlock {  // of LANES keys; places where none is may be read and have weight 0
   const char* keys[LANES];
   const char* values[LANES];
   vf key_scale, key_minimum, value_scale, value_minimum;  // of INT4 pages; 0 for keys that are not there
   int64_t start;  // position of lane 0
-  int first, last;
   bool adjacent;  // keys lie one behind the other, LANES bytes each, and so do values
 };
 
@@ -50,7 +49,7 @@ inline void read_params(vu pairs, vi there, vf* scale, vf* minimum) {
   *minimum = from_half(low_halves((vi)(pairs >> 16)));
 }
 
-struct KeyPlace {  // where the first key of a block lies, or would
+struct KeyPlace {  // where a key lies, or would
   const int32_t* page;  // in the row's page table
   int64_t place;        // on it
 
@@ -112,7 +111,7 @@ inline void find_block(const Pages& pages, KeyPlace from, int64_t head, int64_t 
                        KeyBlock* found) {
   KeyBlock& block = *found;
   const int begin = within_block(first, start), end = within_block(last, start);
-  block.start = start, block.first = begin, block.last = end;
+  block.start = start;
   const bool int4 = pages.int4();
   const bool one_page = from.place + LANES <= pages.page_tokens && (int4 || end - begin == LANES);
   const KeyRuns runs{head, pages.page_tokens, one_page ? from : from.after(begin, pages.page_tokens),

@@ -31,15 +31,9 @@ struct Int4Pages {
   // [chunks, PARTS], and sets the head's step and sum.
   static void round_query(const vf* x, int64_t chunks, vbytes* codes, Head* head) {
     constexpr float MOST = float((1 << 21) - 1);
-    vi bits{};  // of |x|: as integers they order like floats, with NaN above everything
-    for (int64_t i = 0; i < chunks * UNIT; i++) {
-      const vi size = (vi)x[i] & 0x7fffffff;
-      bits = size > bits ? size : bits;
-    }
-    int32_t top = 0;
-    for (int i = 0; i < LANES; i++) top = bits[i] > top ? bits[i] : top;
-    float size;
-    memcpy(&size, &top, 4);
+    vi sizes{};
+    for (int64_t i = 0; i < chunks * UNIT; i++) sizes = with_sizes(sizes, x[i]);
+    const float size = largest_size(sizes);
     const bool usable = size >= 1e-30f && size <= std::numeric_limits<float>::max();
     const float inverse = usable ? MOST / size : 0.0f;
     head->query_step = usable ? size * (1.0f / MOST) : size < 1e-30f ? 0.0f : NAN;

@@ -35,15 +35,9 @@ struct QuantisedRows {  // scratch that one thread keeps between calls
 
 template <class T>
 void quantise_group(const T* x, int64_t n, int8_t* codes, int64_t padded, float* scale, float* sum) {
-  vi bits{};  // of |x|: as integers they order like floats, with NaN above everything
-  for (int64_t i = 0; i < n; i += LANES) {
-    vi size = (vi)load(x + i, int(n - i < LANES ? n - i : LANES)) & 0x7fffffff;
-    bits = size > bits ? size : bits;
-  }
-  int32_t top = 0;
-  for (int i = 0; i < LANES; i++) top = bits[i] > top ? bits[i] : top;
-  float size;
-  memcpy(&size, &top, 4);
+  vi sizes{};
+  for (int64_t i = 0; i < n; i += LANES) sizes = with_sizes(sizes, load(x + i, int(n - i < LANES ? n - i : LANES)));
+  const float size = largest_size(sizes);
   memset(codes, 0, size_t(padded));
   if (!(size >= 1e-30f)) {  // nothing here, or NaN: which must come out as NaN
     *scale = *sum = size == size ? 0.0f : size;

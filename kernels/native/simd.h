@@ -251,6 +251,20 @@ inline V odds(V a, V b) {
 }
 #endif
 
+// The larger of `sizes` and |x| by lane, both as the bits of floats: as integers these order alike, NaN above everything.
+inline vi with_sizes(vi sizes, vf x) {
+  const vi size = (vi)x & 0x7fffffff;
+  return size > sizes ? size : sizes;
+}
+
+inline float largest_size(vi sizes) {
+  int32_t top = 0;
+  for (int i = 0; i < LANES; i++) top = sizes[i] > top ? sizes[i] : top;
+  float size;
+  memcpy(&size, &top, 4);
+  return size;
+}
+
 template <class V>
 inline V pair_sums(V a, V b) {  // [a0+a1, a2+a3, …, b0+b1, …]
   return evens(a, b) + odds(a, b);
