@@ -13,7 +13,7 @@ from torch import Tensor
 from exeunt.kernels.exit_gate.dispatch import ExitWeights, exit_state
 from exeunt.kernels.exit_gate.gate import GateRule
 from exeunt.kernels.exit_gate.reference import gate_confidence_reference
-from exeunt.kernels.gpu import triton_runs
+from exeunt.kernels.gpu import check_one_device, triton_runs
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,8 @@ def gate_decisions(
     """Return what is decided for rows of the logits that decide, and of those that confirm it where the rule asks them.
 
     `probe_logit` [T], `units` [T, units], `logits` [T, S], `thresholds` [T] and `whole` [T, V] are float32. NaN
-    anywhere in a row keeps it, and only it, from leaving. Raises ValueError where shapes do not fit.
+    anywhere in a row keeps it, and only it, from leaving. Raises ValueError where shapes do not fit, and for tensors of
+    several devices, the rule's among them.
     """
     rows = probe_logit.shape[0]
     if thresholds.shape != (rows,) or logits.dim() != 2 or logits.shape[0] != rows or logits.shape[1] < 2:
@@ -91,9 +92,20 @@ def gate_decisions(
                 f"{logits.shape[1]}"
             )
         confirmation.judge.check(units, rows, whole.shape[1])
+    check_one_device(
+        "probe logits, units, logits, thresholds, whole logits and the rule's tensors",
+        *(probe_logit, units, logits, thresholds, *(() if whole is None else (whole,)), *_tensors(rule)),
+    )
     if triton_runs(logits.device):
         return _decisions_on_gpu(probe_logit, units, logits, thresholds, rule, whole)
     return gate_decisions_reference(probe_logit, units, logits, thresholds, rule, whole)
+
+
+def _tensors(rule: GateRule) -> tuple[Tensor, ...]:
+    """All that a rule weighs with."""
+    judge, last = rule.judge, rule.confirmation
+    own = (rule.combine, *(() if judge is None else judge.parts))
+    return own if last is None else (*own, last.combine, *last.judge.parts)
 
 
 def _decisions_on_gpu(

@@ -16,7 +16,7 @@ from exeunt.kernels.exit_gate.reference import (
     gate_confidence_reference,
 )
 from exeunt.kernels.full_linear import full_linear
-from exeunt.kernels.gpu import triton_runs
+from exeunt.kernels.gpu import check_one_device, triton_runs
 from exeunt.kernels.native.library import DTYPE_CODES, NativeLibrary, native_library
 from exeunt.kernels.rows import layer_norm, rms_norm
 
@@ -38,7 +38,7 @@ class ExitStruct(ctypes.Structure):
 class ExitWeights:
     """An exit's weights: norm and adapter in the model's dtype, the probe in float32, all dense on one device.
 
-    Raises ValueError where the shapes do not fit each other.
+    Raises ValueError where the shapes do not fit each other, or the tensors are on several devices.
     """
 
     norm: Tensor  # [size]
@@ -70,6 +70,7 @@ class ExitWeights:
         for name, tensor, shape in expected:
             if tensor is not None and tensor.shape != shape:
                 raise ValueError(f"{name} is {list(tensor.shape)}, expected {list(shape)}")
+        check_one_device("the exit's weights", *(tensor for _, tensor, _ in expected if tensor is not None))
 
     def _described(self) -> ExitStruct | None:
         """The weights as the native library reads them, None where it does not take them."""
@@ -100,10 +101,11 @@ def exit_state(hidden: Tensor, weights: ExitWeights) -> tuple[Tensor, Tensor, Te
     """Return n + A n [tokens, size] of hidden [tokens, size], n its norm, the probe's logit [tokens] and its units.
 
     The units [tokens, units] are those before GELU; they and the logit are float32. Raises ValueError where hidden has
-    another width than the weights.
+    another width than the weights, or is on another device.
     """
     if hidden.dim() != 2 or hidden.shape[1] != weights.norm.shape[0]:
         raise ValueError(f"hidden is {list(hidden.shape)}, expected [tokens, {weights.norm.shape[0]}]")
+    check_one_device("hidden and the exit's weights", hidden, weights.norm)
     bias = () if weights.norm_bias is None else (weights.norm_bias,)
     own = (weights.norm, weights.adapter, *weights.probe, *bias)
     if _on_gpu(hidden, *own) and hidden.dtype == weights.norm.dtype and hidden.dtype in DTYPE_CODES:
@@ -157,7 +159,7 @@ def gate_confidence(
 
     `probe_logit` [K] and `logits` [K, V], V at least 2, are float32; `combine` [4] weighs the features and a constant.
     A judge reads the probe's `units` [K, units] float32 too, and needs as many logits as it looks at.
-    Raises ValueError for other shapes, TypeError for other dtypes.
+    Raises ValueError for other shapes and for tensors of several devices, TypeError for other dtypes.
     """
     tensors = (probe_logit, logits, combine, *(() if units is None else (units,)))
     rows = probe_logit.shape[0] if probe_logit.dim() == 1 else -1
@@ -171,6 +173,7 @@ def gate_confidence(
     if any(tensor.dtype != torch.float32 for tensor in tensors):
         raise TypeError(f"probe logits, logits, combine and units are {_dtypes(tensors)}, expected float32")
     parts = None if judge is None else judge.parts
+    check_one_device("probe logits, logits, combine, units and the judge's weights", *tensors, *(parts or ()))
     if _on_gpu(logits, *tensors, *(parts or ())):
         from exeunt.kernels.exit_gate.triton import gate_confidence_triton
 

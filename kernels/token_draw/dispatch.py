@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from exeunt.kernels.gpu import triton_runs
+from exeunt.kernels.gpu import check_one_device, triton_runs
 from exeunt.kernels.native.library import native_library
 from exeunt.kernels.token_draw.reference import draw_tokens_reference
 
@@ -17,7 +17,7 @@ def draw_tokens(
     token maximises scores / temperature + Gumbel noise of the row's `keys` [rows, 2] and the tokens' [vocab], int32.
     `temperatures` [rows] float32: at 0 the highest score is taken, the lowest id among equals. A log-probability is NaN
     where the row is not usable: NaN or an infinite value in it, or nothing left to choose from. Raises ValueError for
-    other shapes, TypeError for other dtypes.
+    other shapes and for tensors of several devices, TypeError for other dtypes.
     """
     tensors = (logits, scores, temperatures, keys, token_keys)
     rows, vocab = _checked(*tensors)
@@ -67,4 +67,7 @@ def _checked(
         )
     if not keys.dtype == token_keys.dtype == torch.int32:
         raise TypeError(f"keys and token keys are {keys.dtype} and {token_keys.dtype}, expected int32")
+    check_one_device(
+        "logits, scores, temperatures, keys and token keys", logits, scores, temperatures, keys, token_keys
+    )
     return rows, vocab

@@ -8,7 +8,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from exeunt.kernels.gpu import triton_runs
+from exeunt.kernels.gpu import check_one_device, triton_runs
 
 MASS_UNITS: Final = 1 << 40
 """Top-p adds probabilities up as integers of this unit: sums that no order of adding changes."""
@@ -22,7 +22,8 @@ def penalise_scores(
     Row r has seen the tokens history[starts[r] : starts[r + 1]], `history` [n] and `starts` [rows + 1] int32, in any
     order and any number of times: its `penalties` [rows] float32, 1 for none, divide their positive logits and multiply
     the others. Where `masks_eos` [rows] bool says so, `eos_ids` [ends] int32 are -infinity. Ids outside the vocabulary
-    are passed over on a GPU and an error elsewhere. Raises ValueError for other shapes, TypeError for other dtypes.
+    are passed over on a GPU and an error elsewhere. Raises ValueError for other shapes and for tensors of several
+    devices, TypeError for other dtypes.
     """
     rows = logits.shape[0]
     _check(
@@ -33,6 +34,10 @@ def penalise_scores(
         raise TypeError(
             f"penalties are {penalties.dtype} and masks_eos {masks_eos.dtype}, expected float32 and bool"
         )
+    check_one_device(
+        "logits, history, starts, penalties, eos_ids and masks_eos",
+        *(logits, history, starts, penalties, eos_ids, masks_eos),
+    )
     if triton_runs(logits.device):
         from exeunt.kernels.token_draw.scores_triton import (
             penalise_scores_triton,
@@ -49,8 +54,8 @@ def truncate_scores(scores: Tensor, temperatures: Tensor, top_k: Tensor, top_p: 
     and more, is no limit. `top_p` [rows] float32 or float64: of the rest the most probable stay until their mass
     reaches it, at least one, the lower id first among equals; 1 is no limit. Tokens whose probability is 0 in float32
     go too. Rows without a limit, and those of temperature 0 in `temperatures` [rows] float32, stay as they are; of a
-    row with a limit that holds NaN or +infinity nothing stays. Raises ValueError for other shapes, TypeError for other
-    dtypes.
+    row with a limit that holds NaN or +infinity nothing stays. Raises ValueError for other shapes and for tensors of
+    several devices, TypeError for other dtypes.
     """
     rows = scores.shape[0]
     _check(scores, {"temperatures": (temperatures, rows), "top_k": (top_k, rows), "top_p": (top_p, rows)})
@@ -59,6 +64,7 @@ def truncate_scores(scores: Tensor, temperatures: Tensor, top_k: Tensor, top_p: 
         raise TypeError(
             f"temperatures are {temperatures.dtype} and top_p {top_p.dtype}, expected float32 and float"
         )
+    check_one_device("scores, temperatures, top_k and top_p", scores, temperatures, top_k, top_p)
     if triton_runs(scores.device):
         from exeunt.kernels.token_draw.scores_triton import truncate_scores_triton
 
