@@ -12,6 +12,8 @@ from typing import Any, Final, Generic, TypeVar
 
 import torch
 
+from exeunt.kernels.gpu import check_answers
+
 ROWS: Final = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
 """Numbers of rows that graphs of row-wise functions are captured for."""
 TOKENS: Final = (*ROWS, 192, 256, 320, 384, 448, 512)
@@ -102,18 +104,32 @@ class GraphPool:
     def capture(
         self, name: str, before: Callable[[], object], run: Callable[[], Result]
     ) -> Captured[Result] | None:
-        """`run` captured, after one run of it that compiles what is new; None, and a warning, where that fails.
+        """`run` captured, after one run of it that compiles what is new; None where that fails, and a line in the log.
 
         `before` comes first and makes what `run` reads, which must stay where it is. `run` may wait for nothing and
-        copy nothing from the host. `name` says in the warning what it is: want of memory is what fails most often.
+        copy nothing from the host. `name` says in the log what it is. Want of memory, of registers, or of a way to
+        capture what `run` does is a warning; what else fails is an error with its traceback, after which the device
+        must still answer: raises RuntimeError where it does not.
         """
         began = time.perf_counter()
         try:
             before()
             captured = self._record(run)
         except _capture_errors() as error:
-            reason = str(error).split("\n", 1)[0]
-            _log.warning("A CUDA graph of %s cannot be captured, such passes run without: %s", name, reason)
+            cause = _cause(error)
+            reason = str(cause).split("\n", 1)[0]
+            if _is_want_of_room(cause) or _is_of_capturing(cause):
+                _log.warning(
+                    "A CUDA graph of %s cannot be captured, such passes run without: %s", name, reason
+                )
+            else:
+                _log.error(
+                    "Capturing a CUDA graph of %s met a fault, such passes run without: %s",
+                    name,
+                    f"{type(cause).__name__}: {reason}",
+                    exc_info=error,
+                )
+                check_answers(self.device)
             return None
         finally:
             self._seconds += time.perf_counter() - began
@@ -159,3 +175,21 @@ def _capture_errors() -> tuple[type[Exception], ...]:
     except ImportError:
         return (RuntimeError,)
     return RuntimeError, TritonError
+
+
+def _cause(error: Exception) -> Exception:
+    """What broke a capture: its end fails too then, and says no more than that something did before."""
+    before = error.__context__
+    return before if _is_of_capturing(error) and isinstance(before, Exception) else error
+
+
+def _is_want_of_room(error: Exception) -> bool:
+    """Whether memory ran out, in PyTorch, in Triton or in the driver, or what one program of a kernel may have."""
+    if isinstance(error, torch.OutOfMemoryError) or type(error).__name__ == "OutOfResources":
+        return True
+    return isinstance(error, RuntimeError) and "out of memory" in str(error).split("\n", 1)[0]
+
+
+def _is_of_capturing(error: Exception) -> bool:
+    """Whether the driver or PyTorch refuses to capture: their messages alone tell, all of which say so."""
+    return isinstance(error, RuntimeError) and "captur" in str(error).split("\n", 1)[0]

@@ -1,4 +1,4 @@
-"""What a capture that fails costs: a warning, whoever raised."""
+"""What a capture that fails costs: a warning where the GPU lacks room, an error where something is wrong."""
 
 import logging
 import sys
@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from exeunt.compression import graph_pool
 from exeunt.compression.graph_pool import Captured, GraphPool
 
 
@@ -48,3 +49,81 @@ def test_without_triton_torchs_errors_are_those_there_are(
     monkeypatch.setitem(sys.modules, "triton.errors", None)
     assert Failing(RuntimeError("out of memory")).capture("2 rows", _nothing, _nothing) is None
     assert len(caplog.messages) == 1
+
+
+def _of_capturing(context: BaseException | None) -> RuntimeError:
+    """What the end of a capture raises, in the course of `context`."""
+    error = RuntimeError("CUDA error: operation failed due to a previous error during capture\nmore")
+    error.__context__ = context
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), "CUDA out of memory. Tried"),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), "Triton Error [CUDA]: out of memory"),
+        (RuntimeError("CUDA error: operation not permitted when stream is capturing\n"), "CUDA error: operation not"),
+        (_of_capturing(None), "CUDA error: operation failed due to a previous error during capture"),
+        (_of_capturing(torch.OutOfMemoryError("CUDA out of memory.")), "CUDA out of memory."),
+    ],
+)  # fmt: skip
+def test_what_has_no_room_or_cannot_be_captured_is_a_warning(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, error: Exception, said: str
+) -> None:
+    monkeypatch.setattr(graph_pool, "check_answers", _unasked)
+    assert Failing(error).capture("2 rows", _nothing, _nothing) is None
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert record.getMessage().startswith(
+        f"A CUDA graph of 2 rows cannot be captured, such passes run without: {said}"
+    )
+
+
+def _unasked(device: torch.device) -> None:
+    raise AssertionError(f"{device} was asked")
+
+
+FAULTS = [
+    RuntimeError("CUDA error: an illegal memory access was encountered\nmore"),
+    RuntimeError("mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)"),
+]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("at_the_end", [False, True])
+def test_a_fault_is_an_error_with_its_traceback(
+    caplog: pytest.LogCaptureFixture, fault: Exception, at_the_end: bool
+) -> None:
+    error = _of_capturing(fault) if at_the_end else fault
+    assert Failing(error).capture("2 rows", _nothing, _nothing) is None
+    (record,) = caplog.records
+    assert record.levelno == logging.ERROR
+    assert record.getMessage() == (
+        "Capturing a CUDA graph of 2 rows met a fault, such passes run without: RuntimeError: "
+        + str(fault).split("\n")[0]
+    )
+    assert record.exc_info is not None
+    assert record.exc_info[1] is error
+
+
+def test_a_compiler_that_fails_is_a_fault(caplog: pytest.LogCaptureFixture) -> None:
+    errors = pytest.importorskip("triton.runtime.errors")
+    assert Failing(errors.PTXASError("no such option")).capture("2 rows", _nothing, _nothing) is None
+    (record,) = caplog.records
+    assert record.levelno == logging.ERROR
+    assert record.getMessage().endswith("run without: PTXASError: PTXAS error: no such option")
+
+
+def test_a_fault_that_takes_the_device_along_is_raised(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(device: torch.device) -> None:
+        raise RuntimeError(f"CUDA error: {device} is lost")
+
+    monkeypatch.setattr(graph_pool, "check_answers", lost)
+    pool = Failing(FAULTS[0])
+    with pytest.raises(RuntimeError, match="cpu is lost"):
+        pool.capture("2 rows", _nothing, _nothing)
+    assert [record.levelno for record in caplog.records] == [logging.ERROR]
+    assert pool.seconds > 0
