@@ -4,6 +4,7 @@ Status 2 is wrong usage: an option, a path or a text that was given cannot be wh
 fail again. Status 1 is everything else: damaged files, a network, a port or memory that others have, a bug.
 """
 
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any, Final
@@ -32,11 +33,36 @@ def told(error: Exception, arguments: Sequence[str]) -> tuple[str, int]:
         return "interrupted", _INTERRUPTED
     if isinstance(error, _usage_errors()):
         return str(error), USAGE_ERROR
+    if (failure := _device_failure(error)) is not None:
+        return failure, 1
     if isinstance(error, OSError | ValueError | RuntimeError) or type(error).__module__.startswith("exeunt."):
         return str(error) or type(error).__name__, 1
     return (
         f"{type(error).__name__}: {error} (a bug: run again with --log-level debug for the traceback)",
         1,
+    )
+
+
+def _device_failure(error: Exception) -> str | None:
+    """One line for what PyTorch says of a GPU in many, its advice to programmers left out; None for all else.
+
+    By name and words, too: PyTorch is not imported for a command that fails without it.
+    """
+    if not isinstance(error, RuntimeError):
+        return None
+    said = " ".join(str(error).split())
+    if type(error).__name__ == "OutOfMemoryError":
+        fact = re.split(r"[.] (?:Including|Of the allocated|Process \d|If reserved|See )", said)[0].rstrip(
+            "."
+        )
+        fact = re.sub(r"[.] (?=[A-Z])", "; ", fact)
+        return f"{fact or 'A device is out of memory'}: free some there, ask for less, or choose another --device."
+    first = str(error).strip().split("\n", 1)[0].rstrip(".")
+    if not first.startswith(("CUDA error: ", "Triton Error [CUDA]: ")):
+        return None
+    return (
+        f"{first}: the GPU or its driver failed, or this PyTorch has no code for it; `nvidia-smi` and the system's log "
+        "may say more, --device cpu does without."
     )
 
 

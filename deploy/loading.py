@@ -15,6 +15,7 @@ from exeunt.compression.memory import free_bytes, named
 from exeunt.compression.model import LoadedModel, load_bundle, load_plain_model
 from exeunt.compression.variant import Variant
 from exeunt.deploy.tuning import tune_launches
+from exeunt.deploy.weight_bytes import least_weight_bytes
 from exeunt.server.engine_config import EngineConfig
 from exeunt.server.settings import Settings
 
@@ -119,10 +120,48 @@ def load_model(source: Source, settings: Settings) -> LoadedModel:
 
 def _loaded(source: Source, settings: Settings) -> LoadedModel:
     device, dtype = resolve_device(settings.device), resolve_dtype(settings.dtype)
-    if source.is_bundle:
-        return load_bundle(source.path, device=device, dtype=dtype, weights=settings.weights)
-    check_plain(source, settings)
-    return load_plain_model(source.path, device=device, dtype=dtype)
+    if not source.is_bundle:
+        check_plain(source, settings)
+    free = _free_for_weights(source, settings, device, dtype)
+    try:
+        if source.is_bundle:
+            return load_bundle(source.path, device=device, dtype=dtype, weights=settings.weights)
+        return load_plain_model(source.path, device=device, dtype=dtype)
+    except torch.OutOfMemoryError as error:
+        raise SettingsError(
+            f"{source.path} does not fit {named(device)}, which had {free} bytes free before it was loaded: "
+            f"{_remedies(device, settings)}."
+        ) from error
+
+
+def _free_for_weights(
+    source: Source, settings: Settings, device: torch.device, dtype: torch.dtype | None
+) -> int:
+    """The device's free bytes. Raises SettingsError where a GPU has too few for the weights that will be loaded.
+
+    A CPU may have its weights where it can drop them again, in the cache of files.
+    """
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what PyTorch keeps of earlier work, calibration's say, is free too
+    free = free_bytes(device)
+    if device.type == "cuda":
+        needed = least_weight_bytes(Path(source.path), settings.weights, device, dtype)
+        if needed is not None and needed > free:
+            raise SettingsError(
+                f"{named(device)} has {free} bytes free, the weights of {source.path} need at least {needed}: "
+                f"{_remedies(device, settings)}."
+            )
+    return free
+
+
+def _remedies(device: torch.device, settings: Settings) -> str:
+    """What to do where a device has too little memory, whatever the reason."""
+    ways = ["free some there"]
+    if settings.weights != "int4":
+        ways.append("serve the INT4 weights of a bundle alone (--weights int4)")
+    if device.type == "cuda":
+        ways.append("choose another --device")
+    return ", or ".join(ways)
 
 
 def check_plain(source: Source, settings: Settings) -> None:
@@ -168,12 +207,21 @@ def engine_limits(shape: Shape, settings: Settings) -> EngineConfig:
     page_bytes = page_bytes_for(shape.spec, shape.dtype)
     layout = kv_layout(shape.spec, shape.default.kv_cache, shape.dtype, page_bytes, shape.linear_block)
     page_tokens = layout.page_tokens
-    cache = _cache_bytes(shape.device, settings, page_bytes * -(-wanted // page_tokens))
+    free = free_bytes(shape.device)
+    cache = _cache_bytes(shape.device, free, settings, page_bytes * -(-wanted // page_tokens))
     held = cache // page_bytes * page_tokens
-    if held < (settings.max_model_len or _FEWEST_TOKENS):
+    least = settings.max_model_len or _FEWEST_TOKENS
+    if held < least and settings.kv_cache_memory is not None:
         raise SettingsError(
             f"--kv-cache-memory is {cache} bytes, which hold {held} tokens; a sequence of {wanted} needs "
             f"{page_bytes * -(-wanted // page_tokens)} bytes, raise it or lower --max-model-len."
+        )
+    if held < least:
+        shorter = "" if settings.max_model_len is None else "lower --max-model-len, or "
+        raise SettingsError(
+            f"{named(shape.device)} has {free} bytes free, of which keys and values take {cache} at most, and a "
+            f"sequence of {least} tokens needs {page_bytes * -(-least // page_tokens)}: "
+            f"{shorter}{_remedies(shape.device, settings)}."
         )
     return EngineConfig(
         max_model_len=min(wanted, held),
@@ -215,9 +263,8 @@ def check_batch(settings: Settings) -> None:
         )
 
 
-def _cache_bytes(device: torch.device, settings: Settings, sequence_bytes: int) -> int:
-    """Bytes of the KV cache: as asked, else for every sequence at full length, within a share of free memory."""
-    free = free_bytes(device)
+def _cache_bytes(device: torch.device, free: int, settings: Settings, sequence_bytes: int) -> int:
+    """Bytes of the KV cache: as asked, else for every sequence at full length, within a share of `free` bytes."""
     if settings.kv_cache_memory is not None:
         if settings.kv_cache_memory > free:
             raise SettingsError(

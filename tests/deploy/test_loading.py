@@ -1,20 +1,24 @@
 """What the settings mean for a model: which one, on which device, under which limits."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from exeunt.compression.model import LoadedModel, load_bundle
+from exeunt.deploy import loading
 from exeunt.deploy.loading import (
     SettingsError,
     Source,
     engine_config,
+    engine_limits,
     find_source,
     load_model,
     resolve_device,
     resolve_dtype,
+    shape_of,
 )
 from exeunt.server.settings import load_settings
 from tests.deploy.server_process import CONTEXT, byte_bundle
@@ -133,3 +137,115 @@ def test_what_runs_on_a_gpu_is_as_asked(model: LoadedModel) -> None:
     assert (default.cuda_graphs, default.async_scheduling) == (True, True)
     changed = engine_config(model, load_settings({"enforce_eager": True, "async_scheduling": False}))
     assert (changed.cuda_graphs, changed.async_scheduling) == (False, False)
+
+
+CUDA = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def small_gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """A GPU with 1000 free bytes, which nothing is loaded onto."""
+    monkeypatch.setattr(loading, "find_device", lambda name: CUDA)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(loading, "free_bytes", lambda device: 1000)
+    for load in ("load_bundle", "load_plain_model"):
+        monkeypatch.setattr(loading, load, _loaded)
+    return monkeypatch
+
+
+def _loaded(*_: object, **__: object) -> LoadedModel:
+    raise AssertionError("was loaded")
+
+
+@pytest.mark.parametrize(
+    ("given", "remedies"),
+    [
+        (
+            {},
+            "free some there, or serve the INT4 weights of a bundle alone (--weights int4), or choose another",
+        ),
+        ({"weights": "int4"}, "free some there, or choose another"),
+    ],
+)
+def test_weights_that_do_not_fit_a_gpu_are_not_read(
+    small_gpu: pytest.MonkeyPatch, bundle: Path, given: dict[str, object], remedies: str
+) -> None:
+    with pytest.raises(SettingsError) as caught:
+        load_model(find_source(str(bundle)), load_settings(given))
+    line = str(caught.value)
+    assert re.match(rf"cuda:0 has 1000 bytes free, the weights of {bundle} need at least \d{{5,6}}: ", line)
+    assert line.endswith(f": {remedies} --device.")
+
+
+def test_a_checkpoint_that_does_not_fit_a_gpu_is_not_read(
+    small_gpu: pytest.MonkeyPatch, bundle: Path
+) -> None:
+    source = find_source(str(bundle.parent / "checkpoint"))
+    with pytest.raises(
+        SettingsError, match=r"^cuda:0 has 1000 bytes free, the weights of .*checkpoint need at"
+    ):
+        load_model(source, load_settings({}))
+
+
+def test_what_pytorch_keeps_for_later_is_given_back_before_free_bytes_are_counted(
+    small_gpu: pytest.MonkeyPatch, bundle: Path
+) -> None:
+    free = [1000]
+    small_gpu.setattr(torch.cuda, "empty_cache", lambda: free.append(2**30))
+    small_gpu.setattr(loading, "free_bytes", lambda device: free[-1])
+    with pytest.raises(AssertionError, match="was loaded"):
+        load_model(find_source(str(bundle)), load_settings({}))
+
+
+def test_memory_that_runs_out_while_loading_is_one_line(small_gpu: pytest.MonkeyPatch) -> None:
+    def out(*_: object, **__: object) -> LoadedModel:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. And much more")
+
+    small_gpu.setattr(loading, "load_plain_model", out)
+    with pytest.raises(SettingsError) as caught:
+        load_model(Source("owner/name", is_bundle=False), load_settings({}))
+    assert str(caught.value) == (
+        "owner/name does not fit cuda:0, which had 1000 bytes free before it was loaded: free some there, or serve "
+        "the INT4 weights of a bundle alone (--weights int4), or choose another --device."
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "least", "remedies"),
+    [
+        ({}, 2, "free some there, or serve the INT4"),
+        ({"weights": "int4"}, 2, "free some there, or choose"),
+        ({"max_model_len": 3000}, 3000, "lower --max-model-len, or free some there, or serve"),
+    ],
+)
+def test_a_gpu_without_room_for_a_sequence_is_named_and_no_flag_that_nobody_gave(
+    model: LoadedModel, small_gpu: pytest.MonkeyPatch, given: dict[str, object], least: int, remedies: str
+) -> None:
+    shape = replace(shape_of(model, load_settings({})), device=CUDA)
+    with pytest.raises(SettingsError) as caught:
+        engine_limits(shape, load_settings(given))
+    line = str(caught.value)
+    assert line.startswith(
+        "cuda:0 has 1000 bytes free, of which keys and values take 800 at most, and a sequence of "
+        f"{least} tokens needs "
+    )
+    assert f": {remedies}" in line
+    assert line.endswith("choose another --device.")
+    assert "--kv-cache-memory" not in line
+
+
+def test_a_cache_that_was_asked_for_is_blamed_on_a_gpu_too(
+    model: LoadedModel, small_gpu: pytest.MonkeyPatch
+) -> None:
+    shape = replace(shape_of(model, load_settings({})), device=CUDA)
+    with pytest.raises(SettingsError, match=r"^--kv-cache-memory is 500 bytes, which hold 0 tokens"):
+        engine_limits(shape, load_settings({"kv_cache_memory": "500"}))
+    with pytest.raises(SettingsError, match=r"cuda:0 has 1000 bytes free, ask for less"):
+        engine_limits(shape, load_settings({"kv_cache_memory": "2kB"}))
+
+
+def test_a_machine_without_memory_is_named_too(model: LoadedModel, small_gpu: pytest.MonkeyPatch) -> None:
+    with pytest.raises(
+        SettingsError, match=r"^this machine has 1000 bytes free, .* take 250 at most, .* alone \("
+    ):
+        engine_limits(shape_of(model, load_settings({})), load_settings({}))
