@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torch import Tensor
 
@@ -23,6 +24,7 @@ class ModelPass:
     native: NativePass
     _outputs: tuple[ExitOutput, ExitOutput]  # keep alive what the native head points into, and the gates
     _exits: tuple[ExitHead, ...]
+    _stages: tuple[tuple[int, int], ...]  # the first block of each and one past its last
 
     @classmethod
     def of(cls, decoder: Decoder, exits: Sequence[ExitHead]) -> "ModelPass | None":
@@ -42,7 +44,8 @@ class ModelPass:
         output = ExitOutput(decoder.output, decoder.dtype)
         head = _head(decoder.final_norm, output)
         native = NativePass(embedding, blocks, known, head, decoder.output.out_features)
-        return cls(decoder, native, (output, project), tuple(exits))
+        bounds = (0, *(depth for depth, _ in known), decoder.spec.blocks)
+        return cls(decoder, native, (output, project), tuple(exits), tuple(pairwise(bounds)))
 
     def takes(self, batch: PassBatch, pages: KVPages) -> bool:
         """Whether a batch can pass at once over these pages."""
@@ -69,15 +72,10 @@ class ModelPass:
 
     def _count(self, passed: Passed) -> None:
         """Count the calls of blocks as if stage after stage had been called."""
-        start = 0
-        for tokens, depth in zip(passed.tokens, (*self._depths, self.decoder.spec.blocks), strict=True):
+        calls = self.decoder.block_calls
+        for tokens, (start, stop) in zip(passed.tokens, self._stages, strict=True):
             if tokens:
-                self.decoder.block_calls.count(start, depth, tokens)
-            start = depth
-
-    @property
-    def _depths(self) -> tuple[int, ...]:
-        return tuple(depth for depth, _ in self.native.exits)
+                calls.count(start, stop, tokens)
 
 
 def _head(norm: Norm, output: ExitOutput) -> tuple[Tensor, Matrix] | None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Items
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,8 +32,7 @@ class _Comparison:
     full: Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class TickAudits:
+class TickAudits(NamedTuple):
     """What a tick's audits came to: what they found, and the blocks that were run for one of them alone."""
 
     found: list[tuple[Row, Audit]]

@@ -33,24 +33,26 @@ class BlockAccount:
 
     def ran(self, sequence: Sequence, pairs: int, passes: int, *, ended: bool) -> None:
         """A pass of the answer's sequence ran so many pairs, and took part in so many blocks; it may go on."""
-        totals = self._totals
-        totals.block_passes += passes
-        self._metrics.work(passes=passes)
+        self._totals.block_passes += passes
         self._open += pairs
         if sequence.preemptions and sequence.prefilling and sequence.left_at:
-            self.settle()
+            self._settle_pairs(0, passes)
         elif ended and sequence.exits.mode != "verified":
-            self._settle_pairs(self._open)
+            self._settle_pairs(self._open, passes)
+        else:
+            self._metrics.work(passes=passes)
 
     def beside(self, blocks: int) -> None:
         """So many blocks were run for one token and not for the answer: an audit, or a step that nobody needed."""
-        self._totals.blocks_wasted += blocks
-        self._totals.block_passes += blocks
-        self._metrics.work(wasted=blocks, passes=blocks)
+        if blocks:
+            self._totals.blocks_wasted += blocks
+            self._totals.block_passes += blocks
+            self._metrics.work(wasted=blocks, passes=blocks)
 
     def yielded(self) -> None:
         """What was run has yielded a token, though its pass may go on: it was not in vain."""
-        self._settle_pairs(self._open)
+        if self._open:
+            self._settle_pairs(self._open)
 
     def confirm(self) -> None:
         """One more token became certain by what was run since the last `settle`."""
@@ -63,15 +65,16 @@ class BlockAccount:
         """What was run and confirmed nothing was in vain."""
         self._settle_pairs(0)
 
-    def _settle_pairs(self, executed: int) -> None:
+    def _settle_pairs(self, executed: int, passes: int = 0) -> None:
+        """Of the open pairs so many were executed, the rest in vain; `passes` are told of along with them."""
         wasted, self._open = self._open - executed, 0
         self._totals.blocks_executed += executed
         self._totals.blocks_wasted += wasted
-        self._metrics.work(executed=executed, wasted=wasted)
+        self._metrics.work(executed=executed, wasted=wasted, passes=passes)
 
     def emitted(self, sequence: Sequence, depth: int) -> None:
         """A token left at `depth`; where keys and values are propagated, the blocks behind it are skipped for good."""
-        if sequence.replays_exits:
+        if sequence.replays_exits and depth < self._totals.blocks:
             self._skip(self._totals.blocks - depth)
 
     def _skip(self, pairs: int) -> None:

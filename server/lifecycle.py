@@ -200,7 +200,6 @@ class Lifecycle:
             if result.row.sequence.status is Status.RUNNING:
                 self._apply_or_fail(result)
         self._end_troubled()
-        self._metrics.flush()
 
     def _successor(self, tick: Tick) -> Tick | None:
         """The tick that follows one that runs: asked for only where the device works while the host goes on."""
@@ -208,10 +207,9 @@ class Lifecycle:
         return self._scheduler.tick_ahead(tick) if ahead else None
 
     def tell(self) -> None:
-        """Tell callers and metrics all that is known: due where no tick follows."""
+        """Tell callers all that is known: due where no tick follows. The metrics hear of it with the gauges."""
         self._teller.flush()
         self._end_troubled()
-        self._metrics.flush()
 
     def _end_troubled(self) -> None:
         """End the requests of callers that are gone, and of those whose tokens could not be told."""
@@ -236,15 +234,17 @@ class Lifecycle:
         if sequence.scoring:
             self._scores.note(result)
         else:
-            ended = result.waits_at is None and all(draw.error is None for draw in result.draws)
-            self._answers[sequence].account.ran(sequence, result.pairs, result.passes, ended=ended)
-            self._answers[sequence].account.beside(result.blocks_beside)
+            answer, ended = self._answers[sequence], result.waits_at is None
+            for draw in result.draws:
+                ended = ended and draw.error is None
+            answer.account.ran(sequence, result.pairs, result.passes, ended=ended)
+            answer.account.beside(result.blocks_beside)
             for audit in result.audits:
                 self._audits.note(sequence.exits, audit)
         if result.waits_at is None:
             sequence.computed = row.stop
         if result.draws:
-            self._take_draws(self._answers[sequence], result)
+            self._take_draws(answer, result)
         if sequence.status is not Status.RUNNING:
             return
         if result.waits_at is not None:
@@ -414,7 +414,7 @@ class Lifecycle:
                 log.error("request %s could not be let go", job.request.id, exc_info=error)
 
     def set_gauges(self, *, force: bool) -> None:
-        """Export what is running and held now; without `force` only where that was done some time ago."""
+        """Export what is running, held and counted; without `force` only where that was done some time ago."""
         self._gauges.set(force=force)
 
 

@@ -32,6 +32,7 @@ from exeunt.server.request import (
     GenerationRequest,
     ScoreRequest,
 )
+from exeunt.server.step_histogram import Observations, StepHistogram
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -75,7 +76,8 @@ def new_registry() -> CollectorRegistry:
 
 
 class Metrics:
-    """The server's counters, gauges and histograms. Every method may be called from any thread.
+    """The server's counters, gauges and histograms. Methods may be called from any thread, `step`,
+    `flush` and what waits for it (`token`, `work`, `drafts`, `audit`) from the engine's alone.
 
     Args:
         registry: where the metrics register themselves.
@@ -211,26 +213,24 @@ class Metrics:
 
     def _init_histograms(self, stages: Sequence[str]) -> None:
         self._ttft = self._histogram("time_to_first_token_seconds", "From arrival to the first token.")
-        self._inter_token = self._histogram(
-            "inter_token_latency_seconds", "Between two tokens of one answer."
+        self._inter_token = self._step_histogram(
+            "inter_token_latency_seconds", "Between two tokens of one answer.", _LATENCY_BUCKETS
         )
         self._e2e = self._histogram(
             "e2e_request_latency_seconds", "From arrival to the end of the last answer."
         )
         self._queue = self._histogram("request_queue_time_seconds", "From arrival to the first computation.")
-        durations = self._labelled_histogram(
-            "step_duration_seconds", "One run of a stage.", "stage", _STEP_BUCKETS
+        self._step_seconds = self._by_stage(
+            "step_duration_seconds", "One run of a stage.", stages, _STEP_BUCKETS
         )
-        sizes = self._labelled_histogram(
-            "step_batch_size", "Rows that entered a stage in one run of it.", "stage", _SIZE_BUCKETS
+        self._step_rows = self._by_stage(
+            "step_batch_size", "Rows that entered a stage in one run of it.", stages, _SIZE_BUCKETS
         )
-        self._step_seconds = [durations.labels(self._model_name, stage) for stage in stages]
-        self._step_rows = [sizes.labels(self._model_name, stage) for stage in stages]
         self._prompt_length = self._histogram("request_prompt_tokens", "Prompt length.", _LENGTH_BUCKETS)
         self._answer_length = self._histogram(
             "request_generation_tokens", "Tokens of a request's answers together.", _LENGTH_BUCKETS
         )
-        self._depth = self._histogram(
+        self._depth = self._step_histogram(
             "token_depth_ratio", "Depth of a token / blocks of the model.", _DEPTH_BUCKETS
         )
 
@@ -255,10 +255,19 @@ class Metrics:
         )
         return histogram.labels(self._model_name)
 
-    def _labelled_histogram(self, name: str, text: str, label: str, buckets: Sequence[float]) -> Histogram:
-        return Histogram(
-            f"exeunt_{name}", text, ("model_name", label), buckets=buckets, registry=self.registry
+    def _step_histogram(self, name: str, text: str, buckets: Sequence[float]) -> Observations:
+        own = (self._model_name,)
+        family = StepHistogram(f"exeunt_{name}", text, ("model_name",), [own], buckets, self.registry)
+        return family.child(*own)
+
+    def _by_stage(
+        self, name: str, text: str, stages: Sequence[str], buckets: Sequence[float]
+    ) -> list[Observations]:
+        children = [(self._model_name, stage) for stage in stages]
+        family = StepHistogram(
+            f"exeunt_{name}", text, ("model_name", "stage"), children, buckets, self.registry
         )
+        return [family.child(*each) for each in children]
 
     def step(self, stage: int, seconds: float, rows: int) -> None:
         """A stage was run once, which took `seconds`; `rows` rows entered it."""
@@ -266,7 +275,7 @@ class Metrics:
         self._step_rows[stage].observe(rows)
 
     def flush(self) -> None:
-        """Export what `token`, `work`, `drafts` and `audit` counted: due after a tick, and before an answer's end."""
+        """Export what `token`, `work`, `drafts` and `audit` counted: with the gauges, and before an answer ends."""
         pending = self._pending.copy()
         self._pending.clear()  # first: what cannot be counted is not tried again
         for counter, amount in pending.items():

@@ -14,6 +14,9 @@ from exeunt.server.tick import Tick
 from exeunt.server.tick_batch import Part
 
 _UNKNOWN: Final = 0  # of a token that only the device knows yet
+_NO_DRAW: Final = PlainDraw(0.0, 0, 0)  # of a token whose logits are not wanted, or that is drawn elsewhere
+
+_Draw = Callable[[Sequence, int], PlainDraw | None]
 
 
 @dataclass(slots=True)
@@ -21,7 +24,7 @@ class PassParts:
     """The tokens of a tick's rows, those among them that wait behind an exit, and what they do on their way."""
 
     # of the token behind a position: None where its logits are changed first; no function where draws are not asked for
-    draw: Callable[[Sequence, int], PlainDraw | None] | None = None
+    draw: _Draw | None = None
     parts: list[Part] = field(default_factory=list)
     tokens: PassTokens = field(default_factory=PassTokens)
     rows: PassRows = field(default_factory=PassRows)
@@ -49,35 +52,35 @@ class PassParts:
             stages = sorted(sequence.pending, reverse=True)
             entries = [stage for stage in stages for _ in sequence.pending[stage]] + entries
             positions = [position for stage in stages for position in sequence.pending[stage]] + positions
-        older = len(positions) - 1
-        to.positions += positions
-        to.slots += [table.slot(position) for position in positions]
-        known = sequence.tokens
-        to.ids += [known[position] if position < len(known) else _UNKNOWN for position in positions]
-        to.entries += entries
-        to.asks += [*([0] * older), 0 if threshold is None else asked]
-        to.thresholds += [*([math.inf] * older), math.inf if threshold is None else threshold]
-        self._add_draws(sequence, positions)
-        self.rows.tokens.append(len(positions))
-        self.rows.entries.append(row.stage)
-        self.rows.at_exits.append(_at_exit(row))
-        self.rows.pages.append(table.numbers[: positions[-1] // table.page_tokens + 1])
+        known, newest = sequence.tokens, positions[-1]
+        for position, entry in zip(positions, entries, strict=True):
+            may_leave = threshold is not None and position == newest
+            to.positions.append(position)
+            to.slots.append(table.slot(position))
+            to.ids.append(known[position] if position < len(known) else _UNKNOWN)
+            to.entries.append(entry)
+            to.asks.append(asked if may_leave else 0)
+            to.thresholds.append(threshold if may_leave and threshold is not None else math.inf)
+            self._add_draw(sequence, position, self.draw)
+        rows = self.rows
+        rows.tokens.append(len(positions))
+        rows.entries.append(row.stage)
+        rows.at_exits.append(_at_exit(row))
+        rows.pages.append(table.numbers[: newest // table.page_tokens + 1])
         self.parts.append(Part(row, positions))
 
-    def _add_draws(self, sequence: Sequence, positions: list[int]) -> None:
-        """Add whose logits are wanted, those of the last of these positions, and how their successors are drawn."""
-        to, wanted = self.tokens, [position for position in positions if sequence.wants_logits(position)]
-        others = len(positions) - len(wanted)
-        to.wants_logits += [*([False] * others), *([True] * len(wanted))]
-        if self.draw is None:
+    def _add_draw(self, sequence: Sequence, position: int, draw: _Draw | None) -> None:
+        """Add whether a position's logits are wanted, and how its successor is drawn."""
+        to, wanted = self.tokens, sequence.wants_logits(position)
+        to.wants_logits.append(wanted)
+        if draw is None:
             return
-        to.temperatures += [0.0] * others
-        to.keys += [0, 0] * others
-        for position in wanted:
-            found = self.draw(sequence, position) if self.draws else None
+        found = draw(sequence, position) if wanted and self.draws else None
+        if wanted:
             self.draws = found is not None
-            to.temperatures.append(0.0 if found is None else found.temperature)
-            to.keys += (0, 0) if found is None else (found.first_key, found.second_key)
+        temperature, *keys = found or _NO_DRAW
+        to.temperatures.append(temperature)
+        to.keys += keys
 
 
 def _at_exit(row: Row) -> AtExit:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from exeunt.compression.variant import SkippedKV, Variant
 
@@ -67,8 +67,7 @@ class GenerationRequest:
     deadline: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class EmittedToken:
+class EmittedToken(NamedTuple):
     """One generated token. `logprob` is in nats, of the raw logits of the head that emitted it."""
 
     id: int
@@ -105,8 +104,7 @@ class AnswerSummary:
     total_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class StepEvent:
+class StepEvent(NamedTuple):
     """New text and tokens of one choice. Text never ends inside a character or a possible stop string."""
 
     choice: int

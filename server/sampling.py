@@ -22,8 +22,8 @@ Equal scores in an argmax go to the lower id.
 
 import math
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -46,8 +46,7 @@ _CPU_CHUNK = 1 << 15
 _MASK64 = (1 << 64) - 1
 
 
-@dataclass(frozen=True, slots=True)
-class RowSampling:
+class RowSampling(NamedTuple):
     """What one row of logits needs for its draw.
 
     `position` is the token's place in its answer: 0 for the first generated token, whatever the prompt's
@@ -70,8 +69,7 @@ class RowSampling:
         return self.position < self.params.min_new_tokens and not self.params.ignore_eos
 
 
-@dataclass(frozen=True, slots=True)
-class SampledTokens:
+class SampledTokens(NamedTuple):
     """One token per row, on the host. A row with an error has id -1 and logprob nan and harms no other."""
 
     ids: tuple[int, ...]
@@ -79,8 +77,7 @@ class SampledTokens:
     errors: tuple[str | None, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class StartedDraws:
+class StartedDraws(NamedTuple):
     """Draws that a device was asked for, one a row. It knows the tokens before the host does.
 
     `ids` [rows] are on that device, of any dtype, and hold until the next draws are started there: ids of the
@@ -88,11 +85,11 @@ class StartedDraws:
     """
 
     ids: Tensor | None
-    _told: Callable[[], SampledTokens]
+    told: Callable[[], SampledTokens]  # waits for what comes to the host
 
     def wait(self) -> SampledTokens:
         """The tokens on the host; what the device was asked since is not waited for."""
-        return self._told()
+        return self.told()
 
 
 def sample(
@@ -201,8 +198,7 @@ def _sample_alone(logits: Tensor, row: RowSampling, eos_token_ids: Collection[in
         )
 
 
-@dataclass(frozen=True, slots=True)
-class PlainDraw:
+class PlainDraw(NamedTuple):
     """A draw from logits as they are: its temperature, 0 for the most likely token, and the two keys of its noise."""
 
     temperature: float
@@ -379,6 +375,8 @@ def _nucleus(probs: Tensor, mass: Tensor) -> Tensor:
 
 
 def _on_host(ids: Sequence[int], logprobs: Sequence[float]) -> SampledTokens:
+    if not any(map(math.isnan, logprobs)):
+        return SampledTokens(tuple(ids), tuple(logprobs), (None,) * len(ids))
     errors = tuple(
         "the model's logits for this token hold NaN or infinite values, so no token can be chosen"
         if math.isnan(logprob)

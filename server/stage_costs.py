@@ -35,7 +35,7 @@ class LinearCost:
         if not self._warm:  # a first run fills caches and tables
             self._warm = True
             return
-        if self.weight >= _KNOWN:
+        if self.weight >= _KNOWN and seconds > _OUTLIER * self._at_least(tokens):
             seconds = min(seconds, _OUTLIER * self.of(tokens))
         self.weight = self.weight * _MEMORY + 1.0
         off_tokens, off_seconds = tokens - self.tokens, seconds - self.seconds
@@ -43,6 +43,10 @@ class LinearCost:
         self.seconds += off_seconds / self.weight
         self._spread = self._spread * _MEMORY + off_tokens * (tokens - self.tokens)
         self._product = self._product * _MEMORY + off_tokens * (seconds - self.seconds)
+
+    def _at_least(self, tokens: int) -> float:
+        """What `of` does not fall below whatever the slope, told by less arithmetic: this is asked for every run."""
+        return self.seconds if tokens >= self.tokens else self.seconds * tokens / self.tokens
 
     @property
     def slope(self) -> float:

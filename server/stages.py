@@ -1,9 +1,8 @@
 """How a model's blocks are cut into stages at its exits: plain data, no torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
-from exeunt.server.drafting import LOOKUP
 from exeunt.server.request import FINAL_EXIT, LOOKUP_EXIT, ExitMode
 
 
@@ -18,11 +17,18 @@ class StagePlan:
     exit_blocks: tuple[int, ...]  # the block each exit follows, ascending, each before the last block
     certified: tuple[int, ...] | None = None  # stages that end in an exit for the approximate mode; None: all
     drafting: int | None = None  # the stage that ends in the exit that drafts; None: the first
+    last: int = field(init=False)  # the number of the last stage, which ends in the model's own head
+    _ends: tuple[tuple[int, str], ...] = field(
+        init=False, repr=False
+    )  # by stage depth and exit, LOOKUP's behind them
 
     def __post_init__(self) -> None:
         inner = self.exit_blocks
         if any(a >= b for a, b in pairwise(inner)) or any(not 0 <= e < self.blocks - 1 for e in inner):
             raise ValueError(f"exits {inner} must ascend and lie after blocks 0 to {self.blocks - 2}")
+        exits = [(block + 1, f"block_{block}") for block in inner]
+        object.__setattr__(self, "last", len(inner))
+        object.__setattr__(self, "_ends", (*exits, (self.blocks, FINAL_EXIT), (0, LOOKUP_EXIT)))
 
     def asks(self, mode: ExitMode, stage: int) -> bool:
         """Whether tokens of requests in this mode may leave at the end of `stage`."""
@@ -37,23 +43,14 @@ class StagePlan:
         """How many stages there are."""
         return len(self.exit_blocks) + 1
 
-    @property
-    def last(self) -> int:
-        """The number of the last stage, which ends in the model's own head."""
-        return len(self.exit_blocks)
-
     def start(self, stage: int) -> int:
         """The first block of a stage."""
         return self.exit_blocks[stage - 1] + 1 if stage else 0
 
     def stop(self, stage: int) -> int:
         """One past the last block of a stage: also the depth, in blocks, of a token that leaves at its end."""
-        if stage == LOOKUP:
-            return 0
-        return self.exit_blocks[stage] + 1 if stage < self.last else self.blocks
+        return self._ends[stage][0]
 
     def exit_name(self, stage: int) -> str:
         """The name of the head at the end of a stage."""
-        if stage == LOOKUP:
-            return LOOKUP_EXIT
-        return f"block_{self.exit_blocks[stage]}" if stage < self.last else FINAL_EXIT
+        return self._ends[stage][1]

@@ -51,11 +51,11 @@ class Teller:
         """
         now, before = time.monotonic(), answer.last_token
         answer.last_token = now
-        say = partial(self._say, answer, draw, now, None if before is None else now - before)
+        since_last = None if before is None else now - before
         if self._keeps_back and before is not None and not answer.detokenizer.may_stop:
-            self._owed.append(say)
+            self._owed.append(partial(self._say, answer, draw, now, since_last))
         else:
-            say()
+            self._say(answer, draw, now, since_last)
 
     def flush(self) -> None:
         """Tell all that is owed. A tick may be running."""

@@ -1,13 +1,12 @@
 """What the engine runs at once: a batch of rows. Plain data, no torch."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from exeunt.compression.variant import Variant
 from exeunt.server.row import Row
 
 
-@dataclass(frozen=True, slots=True)
-class Tick:
+class Tick(NamedTuple):
     """A batch of rows of one variant that run stages up to `last_stage` together, each from its own stage on."""
 
     variant: Variant

@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from operator import attrgetter
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -14,8 +15,7 @@ from exeunt.server.tick import Tick
 from exeunt.server.verification import Draw
 
 
-@dataclass(frozen=True, slots=True)
-class StageRun:
+class StageRun(NamedTuple):
     """Stages run in one piece: from where rows entered to the next gate or the tick's end.
 
     `seconds` hold the tick's set-up with the first and its draws with the last, and what was told meanwhile as far as
@@ -35,8 +35,7 @@ class StageRun:
     gate_seconds: float
 
 
-@dataclass(frozen=True, slots=True)
-class StageShare:
+class StageShare(NamedTuple):
     """A stage inside a device's pass: the rows and tokens that were in it, and its share of the time."""
 
     stage: int
@@ -75,8 +74,7 @@ class Piece:
         return [StageRun(variant, self.stages, seconds, self.rows, self.tokens, *of_gate)]
 
 
-@dataclass(frozen=True, slots=True)
-class Undrawn:
+class Undrawn(NamedTuple):
     """Logits [tokens, vocab] of tokens whose successors are to be drawn: of each its row, position and stage.
 
     A stage of None is that of a token that stopped on its way: what is drawn for it is nobody's.
@@ -150,7 +148,9 @@ class TickRun:
             if stage is not None:
                 found.setdefault(row, []).append(Draw(token, logprob, stage, position, error))
         for row, draws in found.items():
-            self.results[row].draws = tuple(sorted(draws, key=lambda draw: draw.position))
+            if len(draws) > 1:
+                draws.sort(key=attrgetter("position"))
+            self.results[row].draws = tuple(draws)
 
 
 Successor = Callable[[Tick], Tick | None]

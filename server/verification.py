@@ -1,11 +1,10 @@
 """Which drafts the full model confirms: plain data, no torch."""
 
 from collections.abc import Sequence as Items
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class Draw:
+class Draw(NamedTuple):
     """A sampled token: its id, its log-probability under the raw logits, and the stage at whose end it left.
 
     `position` is that of the pass it follows from: the token stands at `position` + 1.
@@ -29,7 +28,7 @@ def confirmed_draws(drafts: Items[int], stages: Items[int], truths: Items[Draw])
     certain: list[Draw] = []
     for index, truth in enumerate(truths):
         if index < len(drafts) and truth.token == drafts[index]:
-            certain.append(replace(truth, stage=stages[index]))
+            certain.append(truth._replace(stage=stages[index]))
         else:
             return [*certain, truth], index
     return certain, len(certain)

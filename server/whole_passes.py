@@ -1,8 +1,7 @@
 """Ticks that one native call takes through all blocks: which are such, and what is done for them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import get_args
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -67,8 +66,7 @@ class WholePasses:
         return self._passes[variant]
 
 
-@dataclass(frozen=True, slots=True)
-class WholePass:
+class WholePass(NamedTuple):
     """A tick that one call takes through all blocks."""
 
     plan: StagePlan

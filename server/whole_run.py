@@ -1,8 +1,8 @@
 """Where the tokens of a tick went that one call took through all blocks: native, or a device's graph."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from itertools import accumulate
+from typing import NamedTuple
 
 from exeunt.compression.decoder import Decoder
 from exeunt.compression.kv_format import KVPages
@@ -17,8 +17,7 @@ from exeunt.server.tick_batch import Part
 from exeunt.server.tick_run import Piece
 
 
-@dataclass(frozen=True, slots=True)
-class WholeRun:
+class WholeRun(NamedTuple):
     """What became of a tick's tokens."""
 
     plan: StagePlan

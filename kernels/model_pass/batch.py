@@ -6,12 +6,14 @@ from collections.abc import Sized
 from dataclasses import dataclass, field
 from enum import IntEnum
 from itertools import accumulate
+from operator import or_
 
 import numpy as np
 import torch
 from torch import Tensor
 
 _pointer, _long = ctypes.c_void_p, ctypes.c_int64
+_INT32 = np.dtype(np.int32)
 
 
 class AtExit(IntEnum):
@@ -89,7 +91,7 @@ class PassBatch:
         self.token_keys = token_keys
         _check(tokens, rows, token_keys)
         self.max_context = max(tokens.positions, default=-1) + 1
-        self.most_logits = sum(map(_may_have_logits, tokens.asks, tokens.wants_logits))
+        self.most_logits = sum(map(bool, map(or_, tokens.wants_logits, tokens.asks)))
         of_tokens = (*tokens.positions, *tokens.slots, *tokens.entries, *tokens.asks, *tokens.wants_logits)
         numbers = array("q", (*of_tokens, *tokens.ids, *rows.entries, *rows.at_exits))
         width = max(map(len, rows.pages), default=0)
@@ -105,26 +107,27 @@ class PassBatch:
         self.address = ctypes.addressof(self._struct)
 
 
-def _may_have_logits(asks: int, wanted: bool) -> bool:
-    return wanted or asks != 0
-
-
 def _check(tokens: PassTokens, rows: PassRows, token_keys: Tensor | None) -> None:
     """Raise ValueError where lists are of different lengths, TypeError where tables or keys are not int32."""
     count, row_count = len(tokens.positions), len(rows.tokens)
-    of_tokens: list[Sized] = [tokens.slots, tokens.entries, tokens.asks, tokens.wants_logits, tokens.ids]
-    of_tokens += [tokens.thresholds, tokens.temperatures]
-    of_rows: list[Sized] = [rows.entries, rows.at_exits, rows.pages]
-    lengths = [len(some) for some in of_tokens]
+    of_tokens: tuple[Sized, ...] = (
+        tokens.slots,
+        tokens.entries,
+        tokens.asks,
+        tokens.wants_logits,
+        tokens.ids,
+    )
+    of_rows: tuple[Sized, ...] = (rows.entries, rows.at_exits, rows.pages)
+    lengths = [*map(len, of_tokens), len(tokens.thresholds), len(tokens.temperatures)]
     if {*lengths, len(tokens.keys) / 2, sum(rows.tokens)} != {count}:
         raise ValueError(
             f"a pass of {count} tokens came with lists of {lengths}, {len(tokens.keys)} keys and rows of {rows.tokens} "
             "tokens"
         )
-    lengths = [len(some) for some in of_rows]
+    lengths = [*map(len, of_rows)]
     if {*lengths} != {row_count}:
         raise ValueError(f"a pass of {row_count} rows came with lists of {lengths} of them")
-    if not all(pages.dtype == np.int32 and len(pages) for pages in rows.pages):
+    if not all(pages.dtype == _INT32 and len(pages) for pages in rows.pages):
         raise TypeError(
             f"page tables are {[(p.dtype, p.shape) for p in rows.pages]}, expected int32, one page or more"
         )

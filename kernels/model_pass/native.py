@@ -79,7 +79,7 @@ class _Result(ctypes.Structure):
     )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class PassOutcome:
     """Where T tokens went on their way past E exits.
 
@@ -96,7 +96,7 @@ class PassOutcome:
     states: Tensor  # [T, hidden] where each stopped
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Passed(PassOutcome):
     """What else is known of a native call: without a head the logits behind the last block are not set.
 

@@ -1,8 +1,11 @@
 """Drafting by what it costs and brings: costs are learned, look-ups found, and what does not pay is left alone."""
 
 import random
+from copy import copy
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from exeunt.compression.variant import Variant
 from exeunt.server.drafting import LOOKUP, AdaptiveDrafter, ExitWorth, Proposal
@@ -28,6 +31,19 @@ def test_costs_follow_a_machine_that_changes() -> None:
         for i in range(400):
             cost.learn(1 + i % 3, seconds)
         assert cost.of(2) == pytest.approx(seconds, rel=0.02)
+
+
+@given(st.integers(0, 2**32), st.integers(1, 40), st.floats(1.0, 20.0))
+def test_a_run_that_was_held_up_counts_as_twice_what_was_expected(
+    seed: int, tokens: int, times: float
+) -> None:
+    dice, cost = random.Random(seed), LinearCost()
+    for _ in range(30):
+        cost.learn(dice.randint(1, 40), dice.uniform(1e-3, 2e-3))
+    clamped, seconds = copy(cost), times * cost.of(tokens)
+    cost.learn(tokens, seconds)
+    clamped.learn(tokens, min(seconds, 2 * clamped.of(tokens)))
+    assert cost == clamped
 
 
 def test_where_only_one_size_was_seen_more_tokens_are_taken_to_be_cheap() -> None:

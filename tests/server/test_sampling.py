@@ -128,7 +128,7 @@ def test_noise_is_the_same_in_every_release() -> None:
 
 
 def _noise(rows: Sequence[RowSampling], vocab_size: int, device: str = "cpu") -> Tensor:
-    rows = [replace(row, params=replace(row.params, temperature=1.0)) for row in rows]
+    rows = [row._replace(params=replace(row.params, temperature=1.0)) for row in rows]
     return exponential_noise(row_keys(rows).to(device), token_keys(vocab_size, torch.device(device)))
 
 
