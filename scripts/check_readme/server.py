@@ -14,14 +14,14 @@ START_TIMEOUT_S = 30 * 60  # the first start calibrates
 
 
 @contextmanager
-def running_server() -> Iterator[str]:
-    """`exeunt serve` with the packaged model on a free port; its URL, once it is ready."""
+def running_server(*given: str) -> Iterator[str]:
+    """`exeunt serve` on a free port, of the packaged model unless told otherwise; its URL, once it is ready."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
     program = Path(sys.executable).with_name("exeunt")
-    process = subprocess.Popen([str(program), "serve", "--port", str(port), "--log-level", "warning"])
+    process = subprocess.Popen([str(program), "serve", *given, "--port", str(port), "--log-level", "warning"])
     try:
         deadline = time.monotonic() + START_TIMEOUT_S
         while not _is_ready(url):
