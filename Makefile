@@ -36,8 +36,8 @@ bench: $(STAMP) ## measure the packaged model beside transformers, the parts of 
 	$(BIN)/python -m scripts.bench_whole
 	$(BIN)/python -m scripts.bench_gaps
 
-gpu-check: ## on a machine with a CUDA GPU: speeds, answers and tests in seven minutes; JSON, offline where PYTHON has it all
-	@if test ! -e $(STAMP) && $(PYTHON) -c 'import pydantic, torch, transformers, triton, typer; raise SystemExit(not torch.cuda.is_available())' 2>/dev/null; \
+gpu-check: ## on a machine with a CUDA GPU: answers, tests and speeds in eight minutes; JSON, offline where PYTHON has it all
+	@if test ! -e $(STAMP) && $(PYTHON) -m scripts.gpu_check.needs 2>/dev/null; \
 	then $(PYTHON) -m scripts.gpu_check; else $(MAKE) $(STAMP) && $(BIN)/python -m scripts.gpu_check; fi
 
 clean: ## remove the virtual environment, caches and build leftovers (no bundle)

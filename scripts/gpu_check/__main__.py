@@ -28,38 +28,46 @@ make_importable()
 import torch  # noqa: E402 - what stands above says where `exeunt` is
 
 from exeunt.kernels.tuned.files import slug  # noqa: E402
+from scripts.gpu_check.needs import SERVER, TESTS, missing  # noqa: E402
 from scripts.gpu_check.report import Clock, Context, Report  # noqa: E402
 from scripts.gpu_check.table import table  # noqa: E402
-from scripts.gpu_check.warming import GROUPS, PACKAGED, Warmers  # noqa: E402
+from scripts.gpu_check.warming import GROUPS, PACKAGED, Warmers, is_of_engine  # noqa: E402
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 _GRACE = 20.0  # seconds beyond its time after which a section counts as hanging
+_LATE = 10.0  # seconds left under which nothing is begun behind a section that was broken off
 
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A part of the run: its function as "module:name", and the most seconds it may take."""
+    """A part of the run: its function as "module:name", and the seconds that are kept for it."""
 
     function: str
     seconds: float
     least: float  # seconds under which it is not begun
+    needs: tuple[str, ...] = ()  # modules beside those of a bare machine
+    extra: bool = False  # run only where it is named
 
 
 SECTIONS = {
-    "machine": Section("machine:run", 15, 0),
+    "machine": Section("machine:run", 8, 0),
     "memory": Section("memory:run", 10, 0),
-    "correctness": Section("correctness:run", 60, 5),
+    "correctness": Section("correctness:run", 40, 5),
+    "tests": Section("kernel_tests:run", 100, 10, TESTS),
     "decode": Section("decode_speeds:run", 30, 8),
     "kernels": Section("kernel_speeds:run", 30, 5),
-    "end_to_end": Section("end_to_end:run", 130, 8),
-    "host": Section("host_times:run", 30, 10),
-    "exits": Section("exits:run", 70, 20),
-    "compiled": Section("end_to_end:compiled", 120, 45),
-    "float32": Section("correctness:float32", 60, 10),
-    "tuning": Section("tuning:run", 45, 10),
-    "tests": Section("kernel_tests:run", 180, 10),
+    "end_to_end": Section("end_to_end:run", 130, 8, SERVER),
+    "exits": Section("exits:run", 25, 15, SERVER),
+    "host": Section("host_times:run", 12, 6, SERVER),
+    "compiled": Section("end_to_end:compiled", 30, 20),
+    "float32": Section("correctness:float32", 60, 10, extra=True),
+    "tuning": Section("tuning:run", 45, 10, extra=True),
 }
-"""In the order of what their answers are worth: what the targets ask for lies in the first 200 seconds."""
+"""What must hold comes first, then speeds in the order of what they are worth. Each has its seconds for certain, and
+what the sections before it did not need."""
+DEFAULT = tuple(name for name, section in SECTIONS.items() if not section.extra)
+COMPILING = 45.0  # seconds kept for kernels that must stand compiled before the first answer
+SECONDS = COMPILING + sum(SECTIONS[name].seconds for name in DEFAULT)
 # their kernels are compiled beside what comes first
 _WARMED = ("correctness", "decode", "kernels", "end_to_end", "host", "exits")
 _FIRST = ("machine", "memory")  # done before anything runs beside
@@ -67,8 +75,8 @@ _FIRST = ("machine", "memory")  # done before anything runs beside
 
 def main(
     device: str = "cuda",
-    sections: Annotated[str, typer.Option(help="which, separated by commas")] = ",".join(SECTIONS),
-    seconds: Annotated[float, typer.Option(min=1, help="for all of them")] = 420.0,
+    sections: Annotated[str, typer.Option(help="which, separated by commas")] = ",".join(DEFAULT),
+    seconds: Annotated[float, typer.Option(min=1, help="for all of them")] = SECONDS,
     quick: Annotated[bool, typer.Option(help="toy sizes, to try the script itself")] = False,
     out: Annotated[
         Path | None, typer.Option(help="the JSON; None: by the GPU's name in benchmarks/results")
@@ -79,7 +87,7 @@ def main(
     resume: Annotated[bool, typer.Option(hidden=True)] = False,
     warm: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
-    """Check and measure on a GPU; exit status 1 where a check failed."""
+    """Check and measure on a GPU; exit status 1 where a check failed, or no time was left for the checks."""
     place = torch.device(device)
     if place.type == "cuda" and not torch.cuda.is_available():
         typer.echo(
@@ -131,6 +139,9 @@ class _Run:
                 if name not in _FIRST:
                     self._wait_for_warmers(name)
                 found = self._context.report.section(name)
+                if lacking := missing(SECTIONS[name].needs):
+                    found |= {"status": "needs", "needs": lacking}
+                    continue
                 if not self._context.fits(SECTIONS[name].least, name, found):
                     found["status"] = "left out"
                     continue
@@ -143,14 +154,18 @@ class _Run:
         """Start compiling where no section before did; wait for what this section needs compiled, or gone."""
         if self._warmers is None:
             wanted = not self._resumed and bool({name, *self._names}.intersection(_WARMED))
-            groups = GROUPS if wanted and self._context.cuda else ()
+            groups = self._groups() if wanted and self._context.cuda else ()
             self._warmers = Warmers(self._context, self._folder, groups)
         # answers may be computed while other processes compile; nothing is timed beside them
         self._warmers.wait(PACKAGED if name == "correctness" else None, self._context.report)
 
+    def _groups(self) -> Sequence[str]:
+        """The groups of kernels that can be compiled with what is installed."""
+        return [group for group in GROUPS if not (is_of_engine(group) and missing(SERVER))]
+
     def _one(self, name: str) -> None:
         section, report = SECTIONS[name], self._context.report
-        within = self._context.within(section.seconds)
+        within = self._context.within(self._seconds(section))
         found = report.section(name)
         found["status"] = "running"
         report.save()
@@ -174,6 +189,11 @@ class _Run:
         if found["status"] == "failed" and not _device_answers(self._context.device):
             self._go_on_afresh()
 
+    def _seconds(self, section: Section) -> float:
+        """What a section may take: its own seconds, or more where those behind it have theirs all the same."""
+        kept = sum(SECTIONS[name].seconds for name in self._names)
+        return max(section.seconds, self._context.clock.left() - kept)
+
     def _hung(self, name: str) -> None:
         """From a timer's thread: whatever the section waits for, it is not waited for any longer."""
         found = self._context.report.section(name)
@@ -185,12 +205,13 @@ class _Run:
         """Replace this process by one that runs the sections left."""
         if self._warmers is not None:
             self._warmers.stop()
-        data = self._context.report.data
-        data["seconds"] = data.get("seconds", 0.0) + self._context.clock.used()
-        self._context.report.save()
-        left = self._context.clock.left()
-        if left < 10:
+        report, left = self._context.report, self._context.clock.left()
+        report.data["seconds"] = report.data.get("seconds", 0.0) + self._context.clock.used()
+        if left < _LATE:
+            for name in self._names:
+                report.section(name)["status"] = "left out"
             self._names.clear()
+        report.save()
         said = [sys.executable, "-m", "scripts.gpu_check", "--device", str(self._context.device), "--resume"]
         said += ["--out", str(self._context.report.path), "--sections", ",".join(self._names)]
         said += ["--seconds", str(max(1.0, left)), *(["--quick"] if self._context.quick else [])]

@@ -1,25 +1,27 @@
 """The GPU tests in processes of their own, in whatever time the run has left for them."""
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from scripts.gpu_check.needs import SERVER, missing
 from scripts.gpu_check.report import Context, Found
 
-TESTS: Final = (
-    "tests/compression/gpu",
-    "tests/server/test_gpu_engine.py",
-    "tests/server/test_gate_timer.py",
-    "tests/kernels/triton",
-    "tests/server/test_sampling.py",
-)
+TESTS: Final[dict[str, tuple[str, ...]]] = {
+    "tests/compression/gpu": (),
+    "tests/server/test_gpu_engine.py": SERVER,
+    "tests/server/test_gate_timer.py": SERVER,
+    "tests/kernels/triton": (),
+    "tests/server/test_sampling.py": ("hypothesis",),
+}
+"""The tests, and the modules that they take beside pytest and those of a bare machine."""
 RECORD: Final = "EXEUNT_TEST_RECORD"
 CUT_SHORT: Final = 124  # what `timeout` says of tests that took too long: those that ran still count
-_QUICK: Final = ("tests/kernels/test_rows.py",)
+_QUICK: Final[dict[str, tuple[str, ...]]] = {"tests/kernels/test_rows.py": ()}
 _ROOT: Final = Path(__file__).resolve().parents[2]
 _PROCESSES: Final = 16
 _FIRST_LINES: Final = 25  # failures told in full
@@ -30,10 +32,13 @@ def run(context: Context, found: Found) -> None:
     records, log = (context.report.path.with_suffix(f".tests.{kind}") for kind in ("jsonl", "log"))
     records.unlink(missing_ok=True)
     seconds = max(10, int(context.clock.left()) - 2)
+    tests = _QUICK if context.quick else TESTS
+    if lacking := {name: lack for name, needs in tests.items() if (lack := missing(needs))}:
+        found["without"] = lacking
     try:
         with log.open("wb") as stream:
             found["exit_status"] = subprocess.run(
-                ["timeout", "-k", "3", str(seconds), *_pytest(context)],
+                ["timeout", "-k", "3", str(seconds), *_pytest(context, [*tests.keys() - lacking.keys()])],
                 cwd=_ROOT,
                 env=_around(records),
                 stdout=stream,
@@ -57,14 +62,14 @@ def _around(records: Path) -> dict[str, str]:
     return {**os.environ, RECORD: str(records), "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
 
 
-def _pytest(context: Context) -> list[str]:
-    wanted = [name for name in (_QUICK if context.quick else TESTS) if (_ROOT / name).exists()]
+def _pytest(context: Context, tests: Sequence[str]) -> list[str]:
     said = [sys.executable, "-m", "pytest", "-q", "--tb=line", "-p", "no:cacheprovider"]
-    # what a machine's own plug-ins and versions warn of is no failure of ours
-    said += ["-W", "default", "-p", "no:benchmark", "-p", "scripts.gpu_check.recorded_tests"]
-    if not context.quick and importlib.util.find_spec("xdist") is not None:
+    # what a machine's own plug-ins and versions warn of is no failure of ours, nor a setting of one that it has not
+    said += ["-W", "default", "-o", "addopts=--import-mode=importlib", "-p", "no:benchmark"]
+    said += ["-p", "scripts.gpu_check.recorded_tests"]
+    if not context.quick and not missing(["xdist"]):
         said += ["-n", str(min(_PROCESSES, os.cpu_count() or 1))]
-    return [*said, *wanted]
+    return [*said, *sorted(tests)]
 
 
 def outcomes(records: Path) -> Found:

@@ -1,6 +1,6 @@
 """The results as a short table of plain text, what matters most in it."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from scripts.gpu_check.report import Found, Report
@@ -41,8 +41,16 @@ def _machine(report: Report) -> Iterator[str]:
         f"{name} {each.get('status')} {each.get('seconds', 0):.0f} s" for name, each in sections
     )
     for name, each in sections:
+        if each["status"] == "needs":
+            yield f"  {name} needs {', '.join(each['needs'])}"
+        if "without" in each:
+            yield f"  {name} without {'; '.join(_lacking(*item) for item in each['without'].items())}"
         if isinstance(each.get("skipped"), list) and each["skipped"]:
             yield f"  {name} left out {len(each['skipped'])}: {each['skipped'][0]}"
+
+
+def _lacking(what: str, names: Sequence[str]) -> str:
+    return f"{what} (needs {', '.join(names)})"
 
 
 def _checks(report: Report) -> Iterator[str]:

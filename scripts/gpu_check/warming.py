@@ -9,22 +9,17 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Final
 
 import torch
 
-from exeunt.compression.model import LoadedModel
 from exeunt.compression.variant import Variant, WeightFormat
-from exeunt.deploy.bench_engine import engine_driver
 from scripts.gpu_check import decode_speeds, kernel_speeds
 from scripts.gpu_check.correctness import VARIANTS
-from scripts.gpu_check.end_to_end import packaged_model, random_model
-from scripts.gpu_check.engine_speeds import BACKFILLED, HALF, INT4, OFF, Sizes
-from scripts.gpu_check.models import MISTRAL, TOY, packaged_decoders
+from scripts.gpu_check.models import packaged_decoders
 from scripts.gpu_check.paged_rows import logits_of
 from scripts.gpu_check.report import Context, Found, Report
 
@@ -44,6 +39,11 @@ GROUPS: Final = (
 _TEXTS: Final = {"long": (600, 40), "short": (20, 1)}
 """Tokens of a call, apart by the tiles that they take: of 64 rows, or of 32 and 16."""
 _ROOT: Final = Path(__file__).resolve().parents[2]
+
+
+def is_of_engine(group: str) -> bool:
+    """Whether a group is compiled by running the engine."""
+    return group.startswith("exits")
 
 
 class Warmers:
@@ -115,30 +115,10 @@ def _jobs(context: Context, group: str) -> Iterator[Callable[[], None]]:
     if kind == "steps":
         return decode_speeds.warm_jobs(context, "int4" if what == "int4" else "full")
     if kind == "exits":
-        return _exits(context, packaged=what == "packaged")
+        from scripts.gpu_check.engine_warming import exit_jobs  # it takes the server and all that it needs
+
+        return exit_jobs(context, packaged=what == "packaged")
     return kernel_speeds.warm_jobs(context, linears=kind == "linears")
-
-
-def _exits(context: Context, *, packaged: bool) -> Iterator[Callable[[], None]]:
-    """Answers with approximate exits, by as many streams as are timed: their steps are graphs of other kernels."""
-    if packaged:
-        model = packaged_model(context)
-    else:
-        model = random_model(context, {}, TOY if context.quick else MISTRAL, blocks=2)
-    modes = (HALF, BACKFILLED) if model.exits else (OFF,)
-    for streams in (2,) if context.quick else (64, 16, 1):
-        yield partial(_answer, model, streams, modes)
-
-
-def _answer(model: LoadedModel, streams: int, modes: Sequence[Mapping[str, object]]) -> None:
-    sizes = Sizes((streams,), 16, 4)
-    driver = engine_driver(model, sizes.load(streams), spare=True)
-    try:
-        prompts = driver.prompts(streams, sizes.prompt)
-        for exits in modes:
-            driver.run(prompts, {**asdict(INT4), "early_exit": exits}, sizes.load(streams))
-    finally:
-        driver.close()
 
 
 def _packaged(

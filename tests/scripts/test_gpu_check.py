@@ -2,27 +2,38 @@
 
 import importlib
 import importlib.metadata
+import inspect
 import json
 import os
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 import pytest
 import torch
+from packaging.requirements import Requirement
 from torch import Tensor
 
 from exeunt.compression.decoder import Decoder
 from exeunt.kernels.int4_linear import quantize
 from exeunt.kernels.timing import L2_BYTES, copies, timed
-from scripts.gpu_check import correctness, end_to_end, engine_speeds, kernel_tests, source_tree, warming
+from scripts.gpu_check import (
+    correctness,
+    end_to_end,
+    engine_speeds,
+    kernel_tests,
+    needs,
+    source_tree,
+    warming,
+)
 from scripts.gpu_check.models import TOY, RandomWeights, random_decoders
 from scripts.gpu_check.paged_rows import PagedRows, greedy, logits_of
-from scripts.gpu_check.report import Clock, Context, Report
+from scripts.gpu_check.report import CHECKING, Clock, Context, Report
 from scripts.gpu_check.table import table
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,7 +56,7 @@ def _quick(*said: str) -> "subprocess.CompletedProcess[str]":
 @pytest.mark.slow
 def test_every_section_runs_on_a_cpu(tmp_path: Path) -> None:
     out = tmp_path / "gpu-check.json"
-    done = _quick("--out", str(out), "--seconds", "250")
+    done = _quick("--out", str(out), "--seconds", "250", "--sections", ",".join(check.SECTIONS))
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(out.read_text())
     assert {name: each["status"] for name, each in found["sections"].items()} == dict.fromkeys(
@@ -75,12 +86,153 @@ def test_every_section_runs_on_a_cpu(tmp_path: Path) -> None:
 
 def test_what_no_longer_fits_is_left_out_and_said_so(tmp_path: Path) -> None:
     out = tmp_path / "gpu-check.json"
-    done = _quick("--out", str(out), "--seconds", "1", "--sections", "machine,kernels,decode,compiled")
+    done = _quick("--out", str(out), "--seconds", "4", "--sections", "machine,kernels,decode,compiled")
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())["sections"]
     assert found["machine"]["status"] == "done"
     assert {found[name]["status"] for name in ("kernels", "decode", "compiled")} == {"left out"}
     assert found["kernels"]["skipped"] == ["kernels: no time left"]
+
+
+@pytest.mark.parametrize("name", ["correctness", "tests"])
+def test_a_run_without_time_for_its_checks_fails(tmp_path: Path, name: str) -> None:
+    out = tmp_path / "gpu-check.json"
+    done = _quick("--out", str(out), "--seconds", "4", "--sections", f"memory,{name}")
+    assert done.returncode == 1, done.stderr
+    assert json.loads(out.read_text())["sections"][name]["status"] == "left out"
+    assert f"FAILED section {name}: {{'error': 'left out'}}" in done.stdout
+
+
+def test_the_sections_that_run_by_themselves_have_room_in_eight_minutes() -> None:
+    kept = {name: section.seconds for name, section in check.SECTIONS.items() if not section.extra}
+    assert tuple(kept) == check.DEFAULT
+    assert check.SECONDS == check.COMPILING + sum(kept.values()) <= 8 * 60 - check._GRACE
+    checking = [name for name in check.SECTIONS if name in CHECKING]
+    assert list(check.SECTIONS)[:4] == ["machine", "memory", *checking]
+
+
+def test_a_section_gets_what_those_before_it_left_and_keeps_what_those_behind_it_need(
+    tmp_path: Path,
+) -> None:
+    behind = ["decode", "kernels"]
+    kept = sum(check.SECTIONS[name].seconds for name in behind)
+    tests = check.SECTIONS["tests"]
+    for seconds, wanted in (
+        (kept + 400, 400),
+        (kept + tests.seconds / 2, tests.seconds),  # it comes first, and may take theirs
+    ):
+        run = check._Run(_context(tmp_path, seconds), behind, tmp_path, resumed=False)
+        assert run._seconds(tests) == pytest.approx(wanted, abs=1)
+
+
+class _Without:
+    """A finder that finds no module of some names, whatever is installed."""
+
+    def __init__(self, finder: Any, names: Sequence[str]) -> None:
+        self._finder, self._names = finder, names
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        """What the finder finds."""
+        if name.partition(".")[0] in self._names:
+            return None
+        return self._finder.find_spec(name, path, target)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._finder, name)
+
+
+def _bare(names: Sequence[str], line: str) -> "subprocess.CompletedProcess[str]":
+    """What a process says in which no module of these names can be found; "" in `sys.argv` is its first argument."""
+    around = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    hide = f"class {inspect.getsource(_Without).partition('class ')[2]}"
+    code = "\n".join(
+        (
+            "from __future__ import annotations",
+            "import sys",
+            hide,
+            f"sys.meta_path[:] = [_Without(each, {list(names)}) for each in sys.meta_path]",
+            line,
+        )
+    )
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=around, capture_output=True, text=True, check=False
+    )
+
+
+def _requirements() -> set[str]:
+    """The modules of all packages that the project declares, for itself and for its developers."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lines = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    names = {Requirement(line).name.lower().replace("-", "_") for line in lines}
+    return names | {"starlette", "xdist"}
+
+
+_THEIRS: Final = {"httpx", "jinja2", "pyyaml", "setuptools", "packaging"}  # torch or transformers need them
+_BLOCKED: Final = sorted(_requirements() - {*needs.BARE, *_THEIRS})
+
+
+@pytest.mark.slow
+def test_a_bare_machine_checks_and_measures_all_but_the_engine(tmp_path: Path) -> None:
+    out = tmp_path / "gpu-check.json"
+    sections = [name for name in check.SECTIONS if name not in ("float32", "compiled")]
+    said = ["", "--device", "cpu", "--quick", "--out", str(out), "--sections", ",".join(sections)]
+    done = _bare(
+        _BLOCKED,
+        f"import runpy; sys.argv = {said}; runpy.run_module('scripts.gpu_check', run_name='__main__')",
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(out.read_text())
+    status = {name: each["status"] for name, each in found["sections"].items()}
+    engine = ("end_to_end", "exits", "host")
+    assert status == dict.fromkeys(sections, "done") | dict.fromkeys((*engine, "tests"), "needs")
+    assert all(found["sections"][name]["needs"] == [*needs.SERVER] for name in engine)
+    assert "end_to_end needs starlette, pydantic_settings" in done.stdout
+    assert "tests needs pytest" in done.stdout
+
+
+def test_what_the_engine_needs_is_what_is_said() -> None:
+    modules = ("end_to_end", "exits", "host_times", "engine_warming")
+    line = f"import {', '.join(f'scripts.gpu_check.{name}' for name in modules)}; "
+    line += f"print(all(name in sys.modules for name in {needs.SERVER}))"
+    done = _bare(sorted({*_BLOCKED} - {*needs.SERVER}), line)
+    assert done.stdout.strip() == "True", done.stderr
+
+
+def test_tests_that_lack_a_module_are_told_and_the_others_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tests = {**kernel_tests._QUICK, "tests/server/test_gate_timer.py": ("no_such_module",)}
+    monkeypatch.setattr(kernel_tests, "_QUICK", tests)
+    context = _context(tmp_path)
+    found = context.report.section("tests")
+    kernel_tests.run(context, found)
+    assert found["without"] == {"tests/server/test_gate_timer.py": ["no_such_module"]}
+    assert found["passed"] > 0
+    assert context.report.failures == []
+    found["status"] = "done"
+    assert "without tests/server/test_gate_timer.py (needs no_such_module)" in table(context.report)
+
+
+def test_the_probe_says_what_a_machine_lacks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert needs.main() == 0
+    monkeypatch.setattr(needs, "BARE", ("torch", "no_such_module"))
+    monkeypatch.setattr(needs, "version", lambda name: "2.4.1")
+    assert needs.main() == 1
+    assert (
+        "lacks no_such_module, torch 2.4.1 (needs 2.11), triton 2.4.1 (needs 3.6)" in capsys.readouterr().out
+    )
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lines = [*project["dependencies"], *project["optional-dependencies"]["gpu"]]
+    told = {f"{name}>={first}.{second}" for name, (first, second) in needs.LEAST.items()}
+    assert told <= {line.partition(";")[0] for line in lines}
+
+
+def test_the_makefile_asks_the_probe() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert "$(PYTHON) -m scripts.gpu_check.needs" in makefile
 
 
 def test_a_section_that_nobody_knows_is_refused() -> None:
@@ -144,7 +296,7 @@ def test_a_section_that_hangs_is_broken_off(
                 return
             check.time.sleep(0.05)
 
-    monkeypatch.setattr(check, "_GRACE", -14.0)  # of the section's 15 seconds one is left
+    monkeypatch.setattr(check, "_GRACE", -99.0)  # of the hundred seconds that there are one is left
     _run(monkeypatch, tmp_path, ["machine"], machine=hangs)
     assert len(replaced) == 1
 
@@ -176,7 +328,7 @@ def test_no_tests_are_no_success_and_a_failure_is_none(
     stands = f"import os, sys; print({record!r}, file=open(os.environ['{kernel_tests.RECORD}'], 'w')"
     stands += ") if sys.argv[1:] == ['x'] else 0"
     said = [sys.executable, "-c", stands, "x" if line else "y"]
-    monkeypatch.setattr(kernel_tests, "_pytest", lambda context: said)
+    monkeypatch.setattr(kernel_tests, "_pytest", lambda context, tests: said)
     context, found = _context(tmp_path), dict[str, Any]()
     kernel_tests.run(context, found)
     (made,) = context.report.data["checks"]

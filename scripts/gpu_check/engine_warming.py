@@ -1,0 +1,34 @@
+"""Compiles the kernels of the engine's steps by running it: apart from `warming`, which a machine without it runs."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+
+from exeunt.compression.model import LoadedModel
+from exeunt.deploy.bench_engine import engine_driver
+from scripts.gpu_check.end_to_end import packaged_model, random_model
+from scripts.gpu_check.engine_speeds import BACKFILLED, HALF, INT4, OFF, Sizes
+from scripts.gpu_check.models import MISTRAL, TOY
+from scripts.gpu_check.report import Context
+
+
+def exit_jobs(context: Context, *, packaged: bool) -> Iterator[Callable[[], None]]:
+    """Answers with approximate exits, by as many streams as are timed: their steps are graphs of other kernels."""
+    if packaged:
+        model = packaged_model(context)
+    else:
+        model = random_model(context, {}, TOY if context.quick else MISTRAL, blocks=2)
+    modes = (HALF, BACKFILLED) if model.exits else (OFF,)
+    for streams in (2,) if context.quick else (64, 16, 1):
+        yield partial(_answer, model, streams, modes)
+
+
+def _answer(model: LoadedModel, streams: int, modes: Sequence[Mapping[str, object]]) -> None:
+    sizes = Sizes((streams,), 16, 4)
+    driver = engine_driver(model, sizes.load(streams), spare=True)
+    try:
+        prompts = driver.prompts(streams, sizes.prompt)
+        for exits in modes:
+            driver.run(prompts, {**asdict(INT4), "early_exit": exits}, sizes.load(streams))
+    finally:
+        driver.close()
