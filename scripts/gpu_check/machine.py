@@ -1,22 +1,28 @@
-"""The machine: names, versions, and the rates that everything else is judged by.
+"""The machine: names, versions, which kernels are measured, and the rates that everything else is judged by.
 
 What a kernel could reach at most is the faster of two rates: an elementwise kernel that reads and writes, and a
 reduction that only reads, as decoding does. Both are kernels: a copy is left to other engines by some drivers where it
 is captured into a graph, and is then slower than any kernel that reads.
 """
 
+import hashlib
 import os
 import platform
 import subprocess
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from pathlib import Path
+from typing import Any, Final
 
 import torch
 
 from exeunt.kernels.timing import timed
+from exeunt.kernels.tuned.files import kernels_digest
 from scripts.gpu_check.report import Context, Found
 
+_ROOT: Final = Path(__file__).resolve().parents[2]
+_KERNELS: Final = _ROOT / "kernels"
+_SOURCES: Final = (".py", ".cpp", ".h")
 _NUMBERS = 10**9  # of four bytes: 4 GB read, and as many written
 _TRIES = 5
 
@@ -29,6 +35,10 @@ def run(context: Context, found: Found) -> None:
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         **{package: _version(package) for package in ("exeunt", "torch", "triton", "transformers")},
+        "commit": _git("rev-parse", "HEAD"),
+        "changed": None if (status := _git("status", "--porcelain", "-uno")) is None else bool(status),
+        "kernels": sources_digest(_KERNELS),
+        "linear_kernels": kernels_digest(),
     }
     if context.cuda:
         found |= _gpu(context.device)
@@ -37,6 +47,26 @@ def run(context: Context, found: Found) -> None:
     found |= _memory_rates(context)
     if context.cuda:
         found["clocks_under_load"] = _smi("clocks.sm,clocks.mem")
+
+
+def sources_digest(folder: Path) -> str:
+    """A digest of all sources in a folder, whatever else lies there: names and contents."""
+    digest = hashlib.sha256()
+    for path in sorted(each for each in folder.rglob("*") if each.suffix in _SOURCES):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(folder).as_posix()} {len(content)}\n".encode() + content)
+    return digest.hexdigest()[:12]
+
+
+def _git(*asked: str) -> str | None:
+    """What git says of this repository; None where there is no git, or this is no repository of its own."""
+    if not (_ROOT / ".git").exists():
+        return None
+    said = ["git", "-C", str(_ROOT), *asked]
+    try:
+        return subprocess.run(said, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def _version(package: str) -> str | None:

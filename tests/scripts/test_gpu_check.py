@@ -27,6 +27,7 @@ from scripts.gpu_check import (
     end_to_end,
     engine_speeds,
     kernel_tests,
+    machine,
     needs,
     source_tree,
     warming,
@@ -64,6 +65,7 @@ def test_every_section_runs_on_a_cpu(tmp_path: Path) -> None:
     )
     assert found["sections"]["machine"]["torch"] == importlib.metadata.version("torch")
     assert found["sections"]["machine"]["copy_bytes_per_s"] > 0
+    assert len(found["sections"]["machine"]["kernels"]) == len(found["sections"]["machine"]["linear_kernels"])
     assert found["sections"]["machine"]["read_bytes_per_s"] > 0
     assert found["sections"]["tests"]["passed"] > 0
     cases = found["sections"]["kernels"]["cases"]
@@ -392,6 +394,25 @@ def test_what_a_compiled_generate_compiles_is_not_timed(tmp_path: Path) -> None:
     late = end_to_end._generate(_context(tmp_path, -1.0), Model(), [[1, 2]], 8, cache_implementation="static")
     assert "tokens_per_s" not in late
     assert late["error"] == "no time left behind the warm-up"
+
+
+def test_the_machine_says_which_kernels_were_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    here = subprocess.run(
+        ["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    assert machine._git("rev-parse", "HEAD") == (here.stdout.strip() or None)
+    assert machine._git("no-such-command") is None
+    monkeypatch.setattr(machine, "_ROOT", tmp_path)
+    assert machine._git("rev-parse", "HEAD") is None
+    (tmp_path / "a.py").write_text("1")
+    (tmp_path / "notes.md").write_text("1")
+    first = machine.sources_digest(tmp_path)
+    (tmp_path / "notes.md").write_text("2")
+    assert machine.sources_digest(tmp_path) == first
+    (tmp_path / "a.py").rename(tmp_path / "b.py")
+    assert machine.sources_digest(tmp_path) != first
 
 
 def test_shares_are_of_the_faster_rate(tmp_path: Path) -> None:
