@@ -15,7 +15,8 @@ _VERSIONS: Final = ("torch", "triton", "transformers")
 
 
 def gpu_tables(record: Row) -> Iterator[Table]:
-    """Machine, targets, steps, what a step is made of, linears, attention, the engine, checks."""
+    """Machine, targets, steps, what a step is made of, linears and what one order of their sums costs, attention, the
+    engine, checks."""
     yield ("on a GPU", "measured on"), _machine(record)
     yield ("target on a GPU", "measured", "wanted", ""), _targets(record)
     yield (
@@ -26,6 +27,10 @@ def gpu_tables(record: Row) -> Iterator[Table]:
     rows = sorted({case["rows"] for case in _cases(record, "int4_linear")})
     columns = ("of the memory's rate at 1 row", *(f"{each} row{'s' * (each > 1)}" for each in rows))
     yield ("linear, µs: INT4 / full / PyTorch", *columns), _linears(record, rows)
+    yield (
+        ("a linear's time over that of one chosen by its rows", "against", *columns[1:]),
+        _order_costs(record),
+    )
     yield (
         ("attention of one block, sequences × context", "full, µs", "INT4, µs", "SDPA, µs", "full / INT4"),
         _attention(record),
@@ -65,6 +70,24 @@ def linear_times(record: Row, layer: str) -> dict[int, tuple[float, float, float
         key=lambda case: int(case["rows"]),
     )
     return {case["rows"]: (case["us"], case["full_linear"]["us"], case["torch"]["us"]) for case in own}
+
+
+def order_costs(record: Row) -> dict[str, dict[str, dict[int, float]]]:
+    """By layer with its weights, by what it is held against and by rows: our time over that of the other.
+
+    Our sums go in one order for any number of rows. PyTorch's product is chosen by their number; so are, where they
+    were searched for, tile and parts of our own kernel.
+    """
+    found: dict[str, dict[str, dict[int, float]]] = {}
+    for kind in ("full", "int4"):
+        for case in sorted(_cases(record, "int4_linear"), key=lambda each: int(each["rows"])):
+            ours = case["us"] if kind == "int4" else case["full_linear"]["us"]
+            against = {"PyTorch in bfloat16": case["torch"], "our kernel": case.get(f"{kind}_free", {})}
+            name = f"{case['layer']}, {'INT4' if kind == 'int4' else 'full weights'}"
+            for other, figures in against.items():
+                if "us" in figures:
+                    found.setdefault(name, {}).setdefault(other, {})[case["rows"]] = ours / figures["us"]
+    return found
 
 
 def linears_ms(record: Row, kind: str) -> float:
@@ -123,8 +146,7 @@ def _targets(record: Row) -> Iterator[Sequence[str]]:
             _verdict(share, wanted),
         )
     yield _times(f"{one}INT4 against our own bfloat16", full["ms"] / int4["ms"], 2.3)
-    ratio = token_bytes(record, "full") / token_bytes(record, "int4")
-    yield _times("sequences in the same memory, INT4 against full KV, by the bytes of a token", ratio, 3.5)
+    yield from _sequences(record)
     for sequences in (1, 16, 64):
         ratio = attention_us(record, "full", sequences, 16384) / attention_us(
             record, "int4", sequences, 16384
@@ -135,6 +157,26 @@ def _targets(record: Row) -> Iterator[Sequence[str]]:
         for variant in ("full/full", "int4/int4"):
             ratio = speed(record, f"engine {variant}", 64, model) / theirs
             yield _times(f"{called}, 64 streams, {variant} against `generate_batch`", ratio, 3.0)
+
+
+def _sequences(record: Row) -> Iterator[Sequence[str]]:
+    """Of each shape whose pages were counted; else of the large one by its decode steps."""
+    shapes = {
+        name: found
+        for name, found in record["sections"].get("memory", {}).items()
+        if isinstance(found, Mapping) and "sequences_in_the_same_memory" in found
+    }
+    for name, found in shapes.items():
+        yield _times(
+            f"sequences of {found['context']} tokens in the same memory, {name} shape, INT4 against full KV",
+            found["sequences_in_the_same_memory"],
+            found["wanted"],
+        )
+    if not shapes:
+        ratio = token_bytes(record, "full") / token_bytes(record, "int4")
+        yield _times(
+            "sequences in the same memory, INT4 against full KV, by the bytes of a token", ratio, 3.5
+        )
 
 
 def _times(name: str, ratio: float, wanted: float) -> Sequence[str]:
@@ -194,6 +236,13 @@ def _linears(record: Row, rows: Sequence[int]) -> Iterator[Sequence[str]]:
             for case in found
         )
         yield layer, " / ".join(f"{share:.0%}" for share in shares), *times
+
+
+def _order_costs(record: Row) -> Iterator[Sequence[str]]:
+    rows = sorted({case["rows"] for case in _cases(record, "int4_linear")})
+    for layer, others in order_costs(record).items():
+        for other, ratios in others.items():
+            yield layer, other, *(f"{ratios[each]:.2f}" if each in ratios else "" for each in rows)
 
 
 def _attention(record: Row) -> Iterator[Sequence[str]]:

@@ -92,3 +92,34 @@ def test_the_parts_of_a_step_add_up_to_it() -> None:
         rest = sum(float(cells[column]) for name, cells in parts.items() if name != "**whole step**")
         assert rest == pytest.approx(whole, abs=0.03)
     assert float(parts["norms and all else"][0]) > 0
+
+
+def test_sequences_are_those_that_their_pages_leave_room_for() -> None:
+    name = "sequences of 4096 tokens in the same memory, {} shape, INT4 against full KV"
+    targets = _rows("target on a GPU")
+    assert targets[name.format("mistral-7b")] == ["3.71×", "≥ 3.5×", "reached"]
+    assert targets[name.format("llama-1.1b")] == ["3.46×", "≥ 3.5×", "missed: 99% of it"]
+    other = deepcopy(H200)
+    del other["sections"]["memory"]
+    by_bytes = "sequences in the same memory, INT4 against full KV, by the bytes of a token"
+    assert _rows("target on a GPU", other)[by_bytes][0] == "3.76×"
+
+
+def test_what_one_order_of_summation_costs_is_told_for_every_number_of_rows() -> None:
+    costs = gpu_tables.order_costs(H200)
+    assert {tuple(ratios) for others in costs.values() for ratios in others.values()} == {(1, 4, 16, 64, 512)}
+    case = next(each for each in H200["sections"]["kernels"]["cases"] if each["op"] == "int4_linear")
+    name, rows = case["layer"], case["rows"]
+    assert costs[f"{name}, INT4"] == {"PyTorch in bfloat16": costs[f"{name}, INT4"]["PyTorch in bfloat16"]}
+    full = costs[f"{name}, full weights"]["PyTorch in bfloat16"][rows]
+    assert full == case["full_linear"]["us"] / case["torch"]["us"]
+    other = deepcopy(H200)
+    case = next(each for each in other["sections"]["kernels"]["cases"] if each["op"] == "int4_linear")
+    case["int4_free"] = {"us": case["us"] / 2}
+    assert gpu_tables.order_costs(other)[f"{name}, INT4"]["our kernel"] == {rows: 2.0}
+    headers, cells = next(
+        each for each in gpu_tables.gpu_tables(other) if each[0][0].startswith("a linear's time over")
+    )
+    (line,) = [row for row in cells if row[:2] == (f"{name}, INT4", "our kernel")]
+    assert len(line) == len(headers)
+    assert [cell for cell in line[2:] if cell] == ["2.00"]
