@@ -1,4 +1,4 @@
-"""The search for fast launches of a model's linear layers, when it is loaded on a GPU of which nothing is known."""
+"""The search for fast launches of a model's linear layers, when it is loaded on a GPU where some are not known."""
 
 import logging
 from collections.abc import Iterable
@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from exeunt.calibration.weights_int4 import Int4Plan
 from exeunt.compression.architecture import Architecture
 from exeunt.compression.checkpoint_names import linear_shapes
 from exeunt.compression.model import LoadedModel
 from exeunt.compression.variant import WeightFormat
 from exeunt.kernels.gpu import triton_runs
-from exeunt.kernels.tuned.files import cached_file, has_packaged, write_launches
+from exeunt.kernels.tuned.files import cached_file, write_launches
 from exeunt.kernels.tuned.launches import DTYPES, MEASURED_ROWS, add_launches, is_wanted, known_launches
 from exeunt.kernels.tuned.shape import LinearShape
 
@@ -26,8 +27,8 @@ def tune_launches(model: LoadedModel, seconds: float) -> None:
     """Search for so many seconds at most for launches of those calls of the model's linears that nothing is known of.
 
     What is found is used from then on, and kept in the user's cache for the next start, which goes on with the calls
-    that the time did not reach. Nothing is searched for where the package has a good file of that kind of GPU, and
-    where Triton does not run or has nothing to choose.
+    that the time did not reach. Known is what the package's file of that kind of GPU has, where there is one, and what
+    the cache has. Nothing is searched for where Triton does not run or has nothing to choose.
     """
     if seconds <= 0 or not is_wanted() or model.dtype not in DTYPES:
         return
@@ -36,9 +37,8 @@ def tune_launches(model: LoadedModel, seconds: float) -> None:
     index = model.device.index if model.device.index is not None else torch.cuda.current_device()
     gpu = torch.cuda.get_device_name(index)
     shapes, known = shapes_of(model), known_launches(index)
-    if all(shape.key(rows) in known for shape in shapes for rows in MEASURED_ROWS) or has_packaged(gpu):
-        return
-    _search(gpu, index, shapes, seconds)
+    if any(shape.key(rows) not in known for shape in shapes for rows in MEASURED_ROWS):
+        _search(gpu, index, shapes, seconds)
 
 
 def shapes_of(model: LoadedModel) -> list[LinearShape]:
@@ -51,14 +51,18 @@ def shapes_of(model: LoadedModel) -> list[LinearShape]:
 def linears_of(
     spec: Architecture, formats: Iterable[WeightFormat], dtype: torch.dtype, group_size: int | None
 ) -> list[LinearShape]:
-    """The linears of a model's blocks, those of keys and values by themselves, and the output matrix."""
+    """The linears of a model's blocks, those of keys and values by themselves, and the output matrix.
+
+    INT4 weights are in groups of `group_size`, None: of a calibration's own size.
+    """
+    groups = group_size or Int4Plan().group_size
     layers = {
         **linear_shapes(spec),
         "kv": (2 * spec.kv_size, spec.hidden_size),
         "output": (spec.vocab_size, spec.hidden_size),
     }
     return [
-        LinearShape(inputs, outputs, weights == "int4", name == "gate_up", group_size or 64, dtype)
+        LinearShape(inputs, outputs, weights == "int4", name == "gate_up", groups, dtype)
         for weights in formats
         for name, (outputs, inputs) in layers.items()
     ]

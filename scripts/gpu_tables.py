@@ -129,8 +129,16 @@ def _machine(record: Row) -> Iterator[Sequence[str]]:
     )
     versions = ", ".join(f"{name} {found[name]}" for name in _VERSIONS)
     yield "versions", f"Python {found['python']}, {versions}, CUDA {found['cuda']}"
+    if "int4_group_size" in found:
+        yield "INT4 weights", f"in groups of {found['int4_group_size']}"
+    if found.get("commit"):
+        yield "kernels", f"{found['kernels']}, of the commit {found['commit'][:12]}{_changed(found)}"
     yield "memory's rate", f"{memory_rate(record) / 1e12:.2f} TB/s, the fastest read of the run"
     yield "bfloat16 product of 8192 × 8192", f"{found['matmul_bf16_flop_per_s'] / 1e12:.0f} TFLOP/s"
+
+
+def _changed(machine: Row) -> str:
+    return " with changes" if machine.get("changed") else ""
 
 
 def _targets(record: Row) -> Iterator[Sequence[str]]:

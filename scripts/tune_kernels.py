@@ -16,6 +16,7 @@ make_importable()
 import torch  # noqa: E402 - what stands above says where `exeunt` is
 
 from exeunt.kernels.tuned.files import LaunchFileError, packaged_file, read_launches  # noqa: E402
+from scripts.gpu_check.models import GROUP_SIZE  # noqa: E402
 from scripts.gpu_check.tuning import default_shapes, model_shapes, parsed_shape, tuned  # noqa: E402
 
 Seconds = Annotated[float, typer.Option(min=1, help="How long to search.")]
@@ -39,7 +40,7 @@ def main(
     seconds: Seconds = 180.0,
     model: Models = None,
     shape: Shapes = None,
-    group_size: GroupSize = 64,
+    group_size: GroupSize = GROUP_SIZE,
     out: Out = None,
 ) -> None:
     """Search, as far as the time reaches, and add what is found to the file."""

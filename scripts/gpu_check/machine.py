@@ -18,6 +18,7 @@ import torch
 
 from exeunt.kernels.timing import timed
 from exeunt.kernels.tuned.files import kernels_digest
+from scripts.gpu_check.models import GROUP_SIZE
 from scripts.gpu_check.report import Context, Found
 
 _ROOT: Final = Path(__file__).resolve().parents[2]
@@ -39,6 +40,7 @@ def run(context: Context, found: Found) -> None:
         "changed": None if (status := _git("status", "--porcelain", "-uno")) is None else bool(status),
         "kernels": sources_digest(_KERNELS),
         "linear_kernels": kernels_digest(),
+        "int4_group_size": GROUP_SIZE,
     }
     if context.cuda:
         found |= _gpu(context.device)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from exeunt.calibration.weights_int4 import Int4Plan
 from exeunt.compression.architecture import Architecture, read_architecture
 from exeunt.compression.checkpoint import open_checkpoint
 from exeunt.compression.checkpoint_names import block_shapes, linear_names, linear_shapes, shared_shapes
@@ -17,8 +18,7 @@ from exeunt.compression.weights import LazyTensors, WeightSource
 from exeunt.deploy.packaged_model import path as packaged_checkpoint
 from exeunt.kernels.int4_linear import quantize
 
-GROUP_SIZE = 64
-PACKAGED_GROUP_SIZE = 32
+GROUP_SIZE = Int4Plan().group_size  # of INT4 weights: what a calibration makes unless it is told otherwise
 _SPREAD = 0.02  # standard deviation of random weights, transformers' own initializer_range
 Loaders = dict[str, Callable[[], Tensor]]
 Decoders = dict[tuple[WeightFormat, bool], Decoder]
@@ -181,10 +181,10 @@ def packaged_decoders(device: torch.device, dtype: torch.dtype) -> tuple[Archite
     full = Decoder.from_weights(spec, weights, device=device, dtype=dtype)
     int4 = Decoder.from_weights(
         spec,
-        QuantisedWeights(weights, spec, device, PACKAGED_GROUP_SIZE),
+        QuantisedWeights(weights, spec, device, GROUP_SIZE),
         device=device,
         dtype=dtype,
-        int4_group_size=PACKAGED_GROUP_SIZE,
+        int4_group_size=GROUP_SIZE,
         share_with=full,
     )
     return spec, {("full", False): full, ("int4", False): int4}

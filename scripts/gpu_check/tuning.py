@@ -14,7 +14,7 @@ from exeunt.deploy.tuning import linears_of
 from exeunt.kernels.tuned.files import entry_of, slug, write_launches
 from exeunt.kernels.tuned.shape import LinearShape
 from scripts.gpu_check.kernel_speeds import LAYERS
-from scripts.gpu_check.models import GROUP_SIZE, PACKAGED_GROUP_SIZE
+from scripts.gpu_check.models import GROUP_SIZE
 from scripts.gpu_check.report import Context, Found
 
 FORMATS: Final[tuple[WeightFormat, ...]] = ("int4", "full")
@@ -60,7 +60,7 @@ def tuned(
 
 def default_shapes() -> list[LinearShape]:
     """The layers of the kernels' own section and those of the packaged model."""
-    return [*layer_shapes(), *model_shapes(packaged_checkpoint(), PACKAGED_GROUP_SIZE)]
+    return [*layer_shapes(), *model_shapes(packaged_checkpoint(), GROUP_SIZE)]
 
 
 def layer_shapes() -> list[LinearShape]:
@@ -75,7 +75,7 @@ def layer_shapes() -> list[LinearShape]:
 def model_shapes(folder: Path, group_size: int | None = None) -> list[LinearShape]:
     """The layers of the bundle or checkpoint in a folder, in both formats. Raises what `load_architecture` raises.
 
-    A bundle says its groups' size itself; `group_size` is that of a checkpoint, None: the usual one.
+    A bundle says its groups' size itself; `group_size` is that of a checkpoint, None: a calibration's own.
     """
     own = (manifest_fields(folder) or {}).get("int4_group_size")
     if isinstance(own, int) and own > 0:

@@ -155,10 +155,36 @@ def test_nothing_is_searched_for_where_there_is_nothing_to_choose(
     assert machine.asked == []
 
 
-def test_a_kind_of_gpu_that_the_package_knows_is_not_measured(machine: Machine, model: LoadedModel) -> None:
-    write_launches(machine.packaged, GPU, [Finding(LinearShape(8, 8, int4=True).key(1), FAST, 1.0, 2.0)])
+def _known(shapes: Sequence[LinearShape]) -> list[Finding]:
+    """What a file says that knows all calls of these layers."""
+    keys = dict.fromkeys(shape.key(rows) for shape in shapes for rows in MEASURED_ROWS)
+    return [Finding(key, FAST, 1.0, 2.0) for key in keys]
+
+
+def test_what_the_package_knows_of_a_kind_of_gpu_is_not_measured(
+    machine: Machine, model: LoadedModel
+) -> None:
+    write_launches(machine.packaged, GPU, _known(shapes_of(model)))
     tune_launches(model, 20.0)
     assert machine.asked == []
+
+
+def test_calls_that_the_packages_file_lacks_are_searched_for_once_and_its_own_stay(
+    machine: Machine, model: LoadedModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, *others = _known(shapes_of(model))
+    write_launches(machine.packaged, GPU, others)
+    before = machine.packaged.read_bytes()
+    with caplog.at_level(logging.INFO, "exeunt"):
+        tune_launches(model, 12.5)
+    assert "Of 1 calls of these linear layers nothing was known" in caplog.text
+    assert [seconds for _, _, seconds in machine.asked] == [12.5]
+    assert machine.packaged.read_bytes() == before
+    assert read_launches(cached_file(GPU), GPU) == {first.key: FAST}
+    machine.restart()
+    tune_launches(model, 12.5)
+    assert len(machine.asked) == 1
+    assert known_launches(0) == {finding.key: FAST for finding in (first, *others)}
 
 
 def test_a_bad_file_of_the_package_keeps_no_search_away(machine: Machine, model: LoadedModel) -> None:

@@ -123,3 +123,12 @@ def test_what_one_order_of_summation_costs_is_told_for_every_number_of_rows() ->
     (line,) = [row for row in cells if row[:2] == (f"{name}, INT4", "our kernel")]
     assert len(line) == len(headers)
     assert [cell for cell in line[2:] if cell] == ["2.00"]
+
+
+def test_a_machine_says_its_kernels_and_groups_where_it_knows() -> None:
+    assert not {"kernels", "INT4 weights"} & _rows("on a GPU").keys()
+    other = deepcopy(H200)
+    machine = other["sections"]["machine"]
+    machine.update(commit="0123456789abcdef", changed=True, kernels="fedcba", int4_group_size=32)
+    assert _rows("on a GPU", other)["kernels"] == ["fedcba, of the commit 0123456789ab with changes"]
+    assert _rows("on a GPU", other)["INT4 weights"] == ["in groups of 32"]

@@ -1,9 +1,11 @@
 """The command and the section that search for fast launches, but for the search, which needs a GPU."""
 
+import inspect
 import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ import pytest
 import torch
 import typer
 
+from exeunt.calibration.options import CalibrationOptions
+from exeunt.deploy import calibrate_command
 from exeunt.kernels.linear_tiles import Tile
 from exeunt.kernels.tuned.files import Finding, read_launches, write_launches
 from exeunt.kernels.tuned.launches import TunedLaunch
@@ -18,6 +22,7 @@ from exeunt.kernels.tuned.shape import LinearShape
 from scripts import tune_kernels
 from scripts.gpu_check import tuning
 from scripts.gpu_check.kernel_speeds import LAYERS
+from scripts.gpu_check.models import GROUP_SIZE
 from scripts.gpu_check.report import Clock, Context, Report
 from scripts.gpu_check.table import table
 from scripts.gpu_check.tuning import default_shapes, layer_shapes, model_shapes, parsed_shape
@@ -114,6 +119,14 @@ def test_the_layers_are_those_of_known_models() -> None:
     packaged = set(default_shapes()) - set(shapes)
     assert {shape.int4 for shape in packaged} == {False, True}
     assert any(shape.gated for shape in packaged)
+
+
+def test_int4_groups_are_those_that_a_calibration_makes() -> None:
+    options = {field.name: field.default for field in fields(CalibrationOptions)}
+    command = inspect.signature(calibrate_command.calibrate).parameters["group_size"].default
+    assert GROUP_SIZE == options["group_size"] == command
+    assert {shape.group_size for shape in default_shapes()} == {GROUP_SIZE}
+    assert inspect.signature(tune_kernels.main).parameters["group_size"].default == GROUP_SIZE
 
 
 def test_a_shape_is_read_in_both_formats() -> None:
