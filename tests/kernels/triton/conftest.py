@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import exeunt.kernels.native.library
-from tests.kernels.triton.on_gpu import patch_language_once
+from tests.kernels.triton.on_gpu import patch_language_once, poison
 
 
 class NeedsTriton(pytest.Module):
@@ -32,6 +32,12 @@ def device(monkeypatch: pytest.MonkeyPatch) -> str:
     if not torch.cuda.is_available():
         patch_language_once(monkeypatch)
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is allocated and not written shows."""
+    poison(monkeypatch)
 
 
 @pytest.fixture(autouse=True)

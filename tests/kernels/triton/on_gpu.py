@@ -1,10 +1,11 @@
-"""What only a GPU runs of a test's many parameters, and Triton's interpreter made less slow where there is no GPU."""
+"""What only a GPU runs of many parameters, memory that shows who reads it, and an interpreter made less slow."""
 
 from collections.abc import Callable
 from typing import Any, Final
 
 import pytest
 import torch
+from torch import Tensor
 
 HERE: Final = torch.cuda.is_available()
 
@@ -15,6 +16,17 @@ def on_gpu_only(*values: object) -> Any:
         not HERE, reason="slow under Triton's interpreter, which runs others of its kind"
     )
     return pytest.param(*values, marks=slow)
+
+
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have what is allocated and not written show: it is NaN, or of other dtypes 1."""
+    empty = torch.empty
+
+    def filled(*size: object, **options: object) -> Tensor:
+        made: Tensor = empty(*size, **options)  # type: ignore[call-overload]
+        return made.fill_(torch.nan if made.is_floating_point() else 1)
+
+    monkeypatch.setattr(torch, "empty", filled)
 
 
 def patch_language_once(monkeypatch: pytest.MonkeyPatch) -> None:

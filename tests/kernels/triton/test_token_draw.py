@@ -1,6 +1,4 @@
-"""Draws, penalties and cuts in Triton: against PyTorch and the server's own steps, rows by themselves, odd rows."""
-
-from collections.abc import Sequence
+"""Draws, penalties and cuts in Triton: against PyTorch, rows by themselves, odd rows."""
 
 import pytest
 import torch
@@ -16,27 +14,14 @@ from exeunt.kernels.token_draw.scores import (
 )
 from exeunt.kernels.token_draw.scores_triton import penalise_scores_triton, truncate_scores_triton
 from exeunt.kernels.token_draw.triton import draw_tokens_triton
-from exeunt.server.request import SamplingParams
-from exeunt.server.sampling import RowSampling, processed_scores, sample
 from tests.kernels.triton.on_gpu import on_gpu_only
+from tests.kernels.triton.score_cuts import HARD, assert_cut_alike, limits_of
 
 # The interpreter computes with numpy, which warns of what kernels do on purpose: NaN and infinity in arithmetic.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.* encountered in :RuntimeWarning"),
     pytest.mark.usefixtures("seed", "poisoned"),
 ]
-
-
-@pytest.fixture
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is allocated and not written shows."""
-    empty = torch.empty
-
-    def filled(*size: object, **options: object) -> Tensor:
-        made: Tensor = empty(*size, **options)  # type: ignore[call-overload]
-        return made.fill_(torch.nan) if made.is_floating_point() else made.fill_(1 << 6)
-
-    monkeypatch.setattr(torch, "empty", filled)
 
 
 def _keys(*shape: int, device: str) -> Tensor:
@@ -145,59 +130,13 @@ class TestDraw:
             assert ids.dtype == torch.int64
 
 
-def _limits(limits: Sequence[tuple[float, int, float]], device: str) -> tuple[Tensor, Tensor, Tensor]:
-    temperatures, top_k, top_p = zip(*limits, strict=True)
-    return (
-        torch.tensor(temperatures, dtype=torch.float32, device=device),
-        torch.tensor(top_k, dtype=torch.int32, device=device),
-        torch.tensor(top_p, dtype=torch.float64, device=device),
-    )
-
-
-def _by_the_server(scores: Tensor, limits: Sequence[tuple[float, int, float]]) -> Tensor:
-    rows = [
-        RowSampling(SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, seed=1), 0, 0)
-        for temperature, top_k, top_p in limits
-    ]
-    return processed_scores(scores.cpu(), rows).to(scores.device)
-
-
-def _assert_cut_alike(
-    found: Tensor, expected: Tensor, scores: Tensor, limits: tuple[Tensor, Tensor, Tensor]
-) -> None:
-    """Alike but for the one token at the border of a nucleus, whose mass float32 may round to either side of it, and
-    for those whose probability is next to nothing."""
-    kept, wanted = found.isfinite(), expected.isfinite()
-    assert torch.equal(found[kept], scores[kept])
-    probs = (scores.double() / limits[0].clamp_min(1e-30)[:, None]).softmax(-1)
-    differ = ((kept != wanted) & (probs > 1e-30)).sum(1)
-    assert int(differ.max()) <= 1
-    assert not bool(differ[limits[2] >= 1].any())
-    assert int(differ.sum()) <= 2  # of ten rows
-
-
-HARD = [
-    (1.0, 0, 0.9),
-    (0.7, 5, 1.0),
-    (1.3, 40, 0.5),
-    (1.0, 0, 1.0),  # no limit
-    (0.0, 3, 0.5),  # greedy
-    (0.01, 0, 0.999),
-    (2.0, 1, 1.0),
-    (1.0, 10_000, 0.3),  # more than there are
-    (1.0, 0, 1e-9),
-    (100.0, 7, 0.999999),
-]
-
-
 class TestTruncation:
     @pytest.mark.parametrize("vocab", [1, 6, 300, 9001])
-    def test_cuts_what_the_server_cuts(self, device: str, vocab: int) -> None:
+    def test_cuts_what_pytorch_cuts(self, device: str, vocab: int) -> None:
         scores = torch.randn(len(HARD), vocab, device=device) * 3
-        limits = _limits(HARD, device)
+        limits = limits_of(HARD, device)
         found = truncate_scores_triton(scores, *limits)
-        _assert_cut_alike(found, truncate_scores_reference(scores, *limits), scores, limits)
-        _assert_cut_alike(found, _by_the_server(scores, HARD), scores, limits)
+        assert_cut_alike(found, truncate_scores_reference(scores, *limits), scores, limits)
         assert torch.equal(found[[3, 4]], scores[[3, 4]])
         assert bool(found.isfinite().any(1).all())
         for row in (0, 2, 9) if device == "cuda" else (2,):
@@ -218,7 +157,7 @@ class TestTruncation:
             ],
             device=device,
         )
-        limits = _limits(
+        limits = limits_of(
             [
                 (1.0, 0, 0.5),
                 (1.0, 3, 1.0),
@@ -239,20 +178,20 @@ class TestTruncation:
     def test_ties_in_a_large_nucleus_go_to_the_lower_ids(self, device: str) -> None:
         vocab = 16_384  # a power of two: each probability, and their sums, are exact
         scores = torch.full((2, vocab), 1.5, device=device)
-        found = truncate_scores_triton(scores, *_limits([(1.0, 0, 0.75), (1.0, 0, 1 / vocab)], device))
+        found = truncate_scores_triton(scores, *limits_of([(1.0, 0, 0.75), (1.0, 0, 1 / vocab)], device))
         assert found[0].isfinite().nonzero().flatten().tolist() == list(range(vocab * 3 // 4))
         assert found[1].isfinite().nonzero().flatten().tolist() == [0]
 
     def test_few_distinct_values(self, device: str) -> None:
         scores = torch.randint(-3, 3, (len(HARD), 700), device=device).float()
-        limits = _limits(HARD, device)
+        limits = limits_of(HARD, device)
         found, expected = truncate_scores_triton(scores, *limits), truncate_scores_reference(scores, *limits)
         # one token's mass may round to either side of the border
         assert int((found.isfinite() != expected.isfinite()).sum(1).max()) <= 1
 
     def test_rows_do_not_see_each_other(self, device: str) -> None:
         scores = torch.randn(20, 1030, device=device)
-        limits = _limits([HARD[index % len(HARD)] for index in range(20)], device)
+        limits = limits_of([HARD[index % len(HARD)] for index in range(20)], device)
         whole = truncate_scores_triton(scores, *limits)
         for count in (1, 2, 17) if device == "cuda" else (1, 2):
             part = truncate_scores_triton(scores[-count:], *(x[-count:] for x in limits))
@@ -265,7 +204,7 @@ class TestTruncation:
 
     def test_float32_limits_no_rows_views_and_shapes_without_data(self, device: str) -> None:
         scores = torch.randn(50, 4, device=device).T
-        temperatures, top_k, top_p = _limits(
+        temperatures, top_k, top_p = limits_of(
             [(1.0, 0, 0.5), (1.0, 4, 1.0), (1.0, 4, 0.5), (1.0, 0, 1.0)], device
         )
         found = truncate_scores_triton(scores, temperatures, top_k, top_p.float())
@@ -277,7 +216,7 @@ class TestTruncation:
             assert truncate_scores_triton(fake, fake[:, 0], limit, fake[:, 0]).shape == (4, 50)
 
     def test_what_does_not_fit_is_refused(self, device: str) -> None:
-        scores, limits = torch.zeros(2, 5, device=device), _limits(HARD[:2], device)
+        scores, limits = torch.zeros(2, 5, device=device), limits_of(HARD[:2], device)
         with pytest.raises(ValueError, match=r"temperatures is \[1\], expected \[2\]"):
             truncate_scores(scores, limits[0][:1], *limits[1:])
         with pytest.raises(ValueError, match=r"expected \[rows, vocab\]"):
@@ -291,12 +230,12 @@ class TestTruncation:
 
 
 class TestPenalties:
-    def test_agrees_with_pytorch_and_the_server(self, device: str) -> None:
+    def test_agrees_with_pytorch(self, device: str) -> None:
         vocab, ends = 3000, [7, 2999]
         logits = torch.randn(4, vocab, device=device) * 3
         logits[2, 5] = torch.nan
         histories = [[7, 5, 7, 1, 2999], [], torch.randint(0, vocab, (2500,)).tolist(), [5, 7, 9]]
-        penalties, least = (1.3, 2.0, 0.8, 1.0), (3, 3, 0, 0)
+        penalties = (1.3, 2.0, 0.8, 1.0)
         starts = torch.tensor([0, *(len(history) for history in histories)]).cumsum(0).int()
         arguments = (
             torch.tensor(
@@ -312,15 +251,9 @@ class TestPenalties:
         torch.testing.assert_close(logits, before, rtol=0, atol=0, equal_nan=True)
         expected = penalise_scores_reference(logits, *arguments)
         torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
-        rows = [
-            RowSampling(SamplingParams(seed=1, repetition_penalty=p, min_new_tokens=m), 0, 1, history)
-            for p, m, history in zip(penalties, least, histories, strict=True)
-        ]
-        served = processed_scores(logits.cpu(), rows, ends).to(device)
-        torch.testing.assert_close(found, served, rtol=0, atol=0, equal_nan=True)
         assert bool(found[:2, ends].isinf().all())
 
-    def test_nothing_seen_nothing_masked_and_no_rows(self, device: str) -> None:
+    def test_nothing_seen_nothing_masked_no_rows_and_shapes_without_data(self, device: str) -> None:
         logits = torch.randn(2, 50, device=device)
         none = torch.empty(0, dtype=torch.int32, device=device)
         starts = torch.zeros(3, dtype=torch.int32, device=device)
@@ -334,6 +267,11 @@ class TestPenalties:
         padded = torch.tensor([-1, 50, 1 << 30], dtype=torch.int32, device=device)
         outside = starts + torch.tensor([0, 0, 3], dtype=torch.int32, device=device)
         assert torch.equal(penalise_scores_triton(logits, padded, outside, penalties, none, masks), logits)
+        with FakeTensorMode():
+            fake, few = torch.empty(2, 50, device=device), torch.empty(3, dtype=torch.int32, device=device)
+            flags = torch.empty(2, dtype=torch.bool, device=device)
+            found = penalise_scores_triton(fake, few, few, fake[:, 0], few, flags)
+            assert (found.shape, found.dtype) == ((2, 50), torch.float32)
 
     def test_what_does_not_fit_is_refused(self, device: str) -> None:
         logits, none = torch.zeros(2, 5, device=device), torch.zeros(0, dtype=torch.int32, device=device)
@@ -345,28 +283,3 @@ class TestPenalties:
             penalise_scores(logits, none.long(), starts, penalties, none, masks)
         with pytest.raises(TypeError, match=r"masks_eos torch\.int8"):
             penalise_scores(logits, none, starts, penalties, none, masks.char())
-
-
-def test_the_server_goes_the_same_way_on_a_gpu(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    params = [
-        SamplingParams(
-            temperature=0.8, top_k=20, top_p=0.9, repetition_penalty=1.2, min_new_tokens=2, seed=3
-        ),
-        SamplingParams(temperature=0.0, repetition_penalty=0.9, seed=3),
-        SamplingParams(temperature=1.0, top_p=0.6, min_new_tokens=2, ignore_eos=True, seed=3),
-        SamplingParams(temperature=1.0, top_k=10_000, seed=3),
-    ]
-    histories: tuple[list[int], ...] = ([1, 2, 3, 1], [7], [], [4])
-    rows = [RowSampling(each, 0, 1, history) for each, history in zip(params, histories, strict=True)]
-    logits = torch.randn(4, 600, device=device) * 2
-    expected, drawn = processed_scores(logits.cpu(), rows, [5, 9]), sample(logits.cpu(), rows, [5, 9])
-    for module in ("server.sampling", "kernels.token_draw.scores", "kernels.token_draw.dispatch"):
-        monkeypatch.setattr(f"exeunt.{module}.triton_runs", lambda device: True)
-    found = processed_scores(logits, rows, [5, 9])
-    torch.testing.assert_close(found[[1, 3]].cpu(), expected[[1, 3]], rtol=0, atol=0)
-    kept = found.isfinite().cpu() & expected.isfinite()
-    assert torch.equal(found.cpu()[kept], expected[kept])
-    assert int((found.isfinite().cpu() != expected.isfinite()).sum()) <= 2
-    again = sample(logits, rows, [5, 9])
-    assert sum(a != b for a, b in zip(again.ids, drawn.ids, strict=True)) <= 1
-    assert again.errors == drawn.errors
