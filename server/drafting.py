@@ -8,7 +8,7 @@ how sure the exit is of this very token. None of it changes what is generated, o
 from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol
 
 from exeunt.server.lookup import LookUp
 from exeunt.server.stage_costs import DraftCosts
@@ -23,8 +23,7 @@ _ENOUGH_ASKS: Final = (1.0 - _MEMORY**_PATIENCE) / (1.0 - _MEMORY)  # what so ma
 _SURE_ENOUGH: Final = 0.99  # a gate that would have to be surer than this is not asked
 
 
-@dataclass(frozen=True, slots=True)
-class Proposal:
+class Proposal(NamedTuple):
     """What a drafter wants for the next step: tokens to try at once, or a gate to ask.
 
     `tokens` are drafts that no stage proposed. `threshold` is the confidence at which the drafting exit's token is a
