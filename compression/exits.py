@@ -85,6 +85,12 @@ class GateResult:
     whole: Tensor  # [W] int64, ascending: of these the rows that were projected onto the whole vocabulary
     logits: Tensor  # [L, V] float32, raw logits over the whole vocabulary of the rows that leave, ascending
 
+    def on_host(self) -> "GateResult":
+        """The same, but for its logits on the host."""
+        return GateResult(
+            self.confidence.cpu(), self.leaves.cpu(), self.looked.cpu(), self.whole.cpu(), self.logits
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class ExitHead:
@@ -265,7 +271,8 @@ class ExitHead:
         """
         if triton_runs(hidden.device):
             return GateResult(*self.steps.run(hidden, thresholds, project))
-        return self._native_gate(hidden, thresholds, project) or self._gate(hidden, thresholds, project)
+        found = self._native_gate(hidden, thresholds, project)
+        return found or self._gate(hidden, thresholds.to(hidden.device), project).on_host()
 
     @property
     def steps(self) -> GateSteps:

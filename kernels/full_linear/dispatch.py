@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from exeunt.kernels.full_linear.reference import full_linear_reference
-from exeunt.kernels.gpu import triton_runs
+from exeunt.kernels.gpu import check_one_device, triton_runs
 from exeunt.kernels.native.library import DTYPE_CODES, native_library
 
 
@@ -24,6 +24,7 @@ def full_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return full_linear_reference(x, weight, bias)
     if triton_runs(x.device) and dtype in DTYPE_CODES and all(tensor.dtype == dtype for tensor in tensors):
+        check_one_device("the input, the weight and the bias", *tensors)
         # Triton is there only where a GPU is
         from exeunt.kernels.full_linear.triton import full_linear_triton
 

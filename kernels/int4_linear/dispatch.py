@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from exeunt.kernels.gpu import triton_runs
+from exeunt.kernels.gpu import check_one_device, triton_runs
 from exeunt.kernels.int4_linear.native import PackedInt4, int4_linear_native, pack_panels, pick_outputs
 from exeunt.kernels.int4_linear.pairs import PairedInt4, pack_pairs
 from exeunt.kernels.int4_linear.reference import int4_linear_reference
@@ -46,6 +46,9 @@ def int4_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> 
     if isinstance(weight, PackedInt4):
         return int4_linear_native(x, weight, bias)
     if isinstance(weight, PairedInt4):
+        check_one_device(
+            "the input, the weight and the bias", x, weight.codes, *(() if bias is None else (bias,))
+        )
         # Triton is there only where a GPU is
         from exeunt.kernels.int4_linear.triton import int4_linear_triton
 

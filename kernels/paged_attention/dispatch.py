@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from exeunt.kernels.gpu import triton_runs
+from exeunt.kernels.gpu import check_one_device, triton_runs
 from exeunt.kernels.native.descriptors import native_batch, native_pages
 from exeunt.kernels.native.library import DTYPE_CODES, native_library
 from exeunt.kernels.paged_attention.reference import paged_attention_reference
@@ -63,6 +63,7 @@ def paged_attention(
 
 
 def _check(queries: Tensor, block: KVBlock, batch: PagedBatch, window: int | None) -> None:
+    check_one_device("queries, pages and the batch", queries, block.keys, batch.positions)
     tokens, heads, head_dim = queries.shape
     if tokens != batch.tokens:
         raise ValueError(f"there are {tokens} queries, the batch has {batch.tokens} tokens")

@@ -6,7 +6,7 @@ A row's result does not depend on the others. Where gradients are wanted PyTorch
 import torch
 from torch import Tensor
 
-from exeunt.kernels.gpu import triton_runs
+from exeunt.kernels.gpu import check_one_device, triton_runs
 from exeunt.kernels.native.library import DTYPE_CODES, native_library
 from exeunt.kernels.rows.reference import layer_norm_reference, rms_norm_reference
 
@@ -56,4 +56,5 @@ def _on_gpu(*tensors: Tensor) -> bool:
         return False
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return False
+    check_one_device("rows and their norm's weights", *tensors)
     return all(tensor.dtype == dtype for tensor in tensors)

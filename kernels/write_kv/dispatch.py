@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from exeunt.kernels.gpu import triton_runs
+from exeunt.kernels.gpu import check_one_device, triton_runs
 from exeunt.kernels.native.descriptors import native_pages
 from exeunt.kernels.native.library import DTYPE_CODES, native_library
 from exeunt.kernels.paged_batch import KVBlock
@@ -64,6 +64,7 @@ def triton_writes(x: Tensor, block: KVBlock) -> bool:
 
 
 def _check(keys: Tensor, values: Tensor, slots: Tensor, block: KVBlock) -> None:
+    check_one_device("keys, values, slots and the pages", keys, values, slots, block.keys)
     tokens, (_, kv_heads, _, width) = keys.shape[0], block.keys.shape
     expected = (tokens, kv_heads, width * 2 if block.is_int4 else width)
     if keys.shape != expected or values.shape != expected:

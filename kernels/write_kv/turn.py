@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from exeunt.kernels.gpu import triton_runs
+from exeunt.kernels.gpu import check_one_device, triton_runs
 from exeunt.kernels.paged_batch import KVBlock
 from exeunt.kernels.rows.reference import rms_norm_reference
 from exeunt.kernels.write_kv.dispatch import triton_writes
@@ -72,6 +72,10 @@ def _check(
     heads: int,
     head_norm: Tensor | None,
 ) -> None:
+    others = [tensor for tensor in (table, head_norm) if tensor is not None]
+    check_one_device(
+        "qkv, positions, slots, pages, table and norm", qkv, positions, slots, block.keys, *others
+    )
     tokens, all_heads, head_dim = qkv.shape
     _, kv_heads, _, width = block.keys.shape
     if block.is_int4:

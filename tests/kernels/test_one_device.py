@@ -11,8 +11,11 @@ from exeunt.kernels.exit_gate.decisions import gate_decisions
 from exeunt.kernels.exit_gate.dispatch import ExitWeights, exit_state, gate_confidence
 from exeunt.kernels.exit_gate.gate import Confirmation, GateRule
 from exeunt.kernels.exit_gate.judge import JudgeWeights
+from exeunt.kernels.paged_attention import paged_attention
+from exeunt.kernels.paged_batch import KVBlock, PagedBatch
 from exeunt.kernels.token_draw.dispatch import draw_tokens
 from exeunt.kernels.token_draw.scores import penalise_scores, truncate_scores
+from exeunt.kernels.write_kv import turn_and_write_kv, write_kv
 
 ROWS, VOCAB, UNITS, SIZE = 3, 8, 4, 6
 
@@ -27,7 +30,38 @@ def _integers(*size: int) -> Tensor:
     return torch.zeros(*size, dtype=torch.int32)
 
 
+def _pages() -> KVBlock:
+    return KVBlock(torch.zeros(1, 1, 8, SIZE), torch.zeros(1, 1, 8, SIZE))
+
+
+def _attended(queries: Tensor, positions: Tensor) -> Tensor:
+    starts, tables = torch.tensor([0, ROWS], dtype=torch.int32), _integers(1, 1)
+    return paged_attention(queries, _pages(), PagedBatch(positions, positions, starts, tables, ROWS), 1.0)
+
+
 CALLS: dict[str, tuple[Callable[..., Any], dict[str, Tensor]]] = {
+    "paged_attention": (
+        _attended,
+        {"queries": torch.zeros(ROWS, 2, SIZE), "positions": torch.arange(ROWS)},
+    ),
+    "write_kv": (
+        lambda **given: write_kv(**given, block=_pages()),
+        {
+            "keys": torch.zeros(ROWS, 1, SIZE),
+            "values": torch.zeros(ROWS, 1, SIZE),
+            "slots": torch.arange(ROWS),
+        },
+    ),
+    "turn_and_write_kv": (
+        lambda **given: turn_and_write_kv(**given, block=_pages(), heads=2),
+        {
+            "qkv": torch.zeros(ROWS, 4, SIZE),
+            "table": torch.zeros(ROWS, 2, SIZE),
+            "positions": torch.arange(ROWS),
+            "slots": torch.arange(ROWS),
+            "head_norm": torch.ones(3, SIZE),
+        },
+    ),
     "draw_tokens": (
         draw_tokens,
         {

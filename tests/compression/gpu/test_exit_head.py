@@ -110,3 +110,20 @@ def _gate_on_cpu(head: ExitHead, hidden: Tensor, thresholds: Tensor, matrix: Ten
     there = head.to("cpu", torch.float32)
     with mock.patch.object(exeunt.kernels.gpu, "interpreted", False):
         return there.gate(hidden.cpu(), thresholds.cpu(), lambda state: state @ matrix.cpu().T)
+
+
+@pytest.mark.gpu
+def test_without_triton_a_gpus_gate_takes_thresholds_from_the_host_and_decides_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    monkeypatch.setattr("exeunt.compression.exits.triton_runs", lambda _: False)
+    monkeypatch.setattr("exeunt.kernels.exit_gate.dispatch.triton_runs", lambda _: False)
+    there = torch.device("cuda")
+    head = _head(there, torch.float32, layer=False, judged=True, listed=True, confirmed=True)
+    matrix, hidden = torch.randn(300, 48, device=there) / 4, torch.randn(13, 48, device=there)
+    result = head.gate(hidden, torch.zeros(13), lambda state: state @ matrix.T)
+    assert bool(result.leaves.all())
+    assert result.logits.is_cuda
+    assert not any(part.is_cuda for part in (result.confidence, result.leaves, result.looked, result.whole))
