@@ -10,6 +10,11 @@ Row = Mapping[str, Any]
 Table = tuple[Sequence[str], Iterator[Sequence[str]]]
 
 _LARGE: Final = "mistral-7b"
+_MODELS: Final = {
+    "packaged": "packaged model",
+    _LARGE: f"{_LARGE} shape",
+    "llama-1.1b": "llama-1.1b shape",
+}
 _PARTS: Final = ("gate_up", "out", "down", "qkv")
 _VERSIONS: Final = ("torch", "triton", "transformers")
 
@@ -35,8 +40,9 @@ def gpu_tables(record: Row) -> Iterator[Table]:
         ("attention of one block, sequences × context", "full, µs", "INT4, µs", "SDPA, µs", "full / INT4"),
         _attention(record),
     )
-    for found, called in (("packaged", "packaged model"), (_LARGE, f"{_LARGE} shape")):
-        speeds = record["sections"]["end_to_end"][found]
+    for model, called in _MODELS.items():
+        if not (speeds := speeds_of(record, model)):
+            continue
         streams = _streams(speeds)
         columns = tuple(f"{each} stream{'s' * (each > 1)}" for each in streams)
         yield (f"{called}, tokens/s", *columns), _engine(speeds, streams)
@@ -44,8 +50,12 @@ def gpu_tables(record: Row) -> Iterator[Table]:
 
 
 def memory_rate(record: Row) -> float:
-    """Bytes per second of the kernel that read memory the fastest in the run."""
-    machine, cases = record["sections"]["machine"], record["sections"]["kernels"]["cases"]
+    """Bytes per second of the kernel that read memory the fastest in the run.
+
+    Of kernels whose data no cache holds: small ones may be read faster than memory is.
+    """
+    machine = record["sections"]["machine"]
+    cases = [case for op in ("int4_linear", "paged_attention") for case in _cases(record, op)]
     found = [machine[key] for key in ("copy_bytes_per_s", "read_bytes_per_s") if key in machine]
     for case in cases:
         found += [each["bytes_per_s"] for each in (case, *_inner(case)) if "bytes_per_s" in each]
@@ -116,8 +126,14 @@ def token_bytes(record: Row, kv: str) -> float:
 
 def speed(record: Row, what: str, streams: int, model: str = "packaged") -> float:
     """Tokens per second of a model."""
-    found = record["sections"]["end_to_end"][model]
-    return float(found[f"{what}, {streams} streams"]["tokens_per_s"])
+    return float(speeds_of(record, model)[f"{what}, {streams} streams"]["tokens_per_s"])
+
+
+def speeds_of(record: Row, model: str) -> Row:
+    """All that was timed of a model's texts, by name and streams; compiled `generate` is a section of its own."""
+    sections = record["sections"]
+    both = (sections.get(name, {}).get(model, {}) for name in ("end_to_end", "compiled"))
+    return {name: found for each in both for name, found in each.items()}
 
 
 def _machine(record: Row) -> Iterator[Sequence[str]]:
@@ -160,10 +176,13 @@ def _targets(record: Row) -> Iterator[Sequence[str]]:
             record, "int4", sequences, 16384
         )
         yield _times(f"attention at 16k, batch of {sequences}, INT4 against full KV", ratio, 2.0)
-    for model, called in (("packaged", "packaged model"), (_LARGE, f"{_LARGE} shape")):
-        theirs = speed(record, "transformers generate_batch", 64, model)
+    for model, called in _MODELS.items():
         for variant in ("full/full", "int4/int4"):
-            ratio = speed(record, f"engine {variant}", 64, model) / theirs
+            try:
+                theirs = speed(record, "transformers generate_batch", 64, model)
+                ratio = speed(record, f"engine {variant}", 64, model) / theirs
+            except KeyError:  # one of them is not in this run
+                continue
             yield _times(f"{called}, 64 streams, {variant} against `generate_batch`", ratio, 3.0)
 
 
@@ -269,12 +288,24 @@ def _streams(found: Row) -> list[int]:
 
 
 def _engine(found: Row, streams: Sequence[int]) -> Iterator[Sequence[str]]:
+    wanted = found.get("wanted_exit_rate")
     for name in dict.fromkeys(name.split(", ")[0] for name in found if ", " in name):
-        cells = (found.get(f"{name}, {each} streams", {}).get("tokens_per_s") for each in streams)
+        cells = [found.get(f"{name}, {each} streams", {}) for each in streams]
+        if not any("tokens_per_s" in cell for cell in cells):
+            continue
         shown = name.replace("transformers ", "`transformers` ").replace(
             "at 0.5", "at the threshold 0.5, approximate"
-        )  # the large shape's exit is synthetic, and says so
-        yield shown, *("" if cell is None else f"{cell:.0f}" for cell in cells)
+        )  # a random model's exit is synthetic, and says so
+        if wanted is not None and "at 0.5" in name:
+            shown = shown.replace("(synthetic)", f"(synthetic, {wanted:.0%} are to leave)")
+        yield shown, *(_speed(cell, leave="at 0.5" in name) for cell in cells)
+
+
+def _speed(cell: Row, *, leave: bool) -> str:
+    if "tokens_per_s" not in cell:
+        return ""
+    left = f" ({cell['exit_rate']:.0%} leave)" if leave else ""
+    return f"{cell['tokens_per_s']:.0f}{left}"
 
 
 def _checks(record: Row) -> Iterator[Sequence[str]]:

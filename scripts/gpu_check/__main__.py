@@ -56,10 +56,10 @@ SECTIONS = {
     "tests": Section("kernel_tests:run", 100, 10, TESTS),
     "decode": Section("decode_speeds:run", 30, 8),
     "kernels": Section("kernel_speeds:run", 30, 5),
-    "end_to_end": Section("end_to_end:run", 130, 8, SERVER),
-    "exits": Section("exits:run", 25, 15, SERVER),
-    "host": Section("host_times:run", 12, 6, SERVER),
-    "compiled": Section("end_to_end:compiled", 30, 20),
+    "end_to_end": Section("end_to_end:run", 140, 8, SERVER),
+    "exits": Section("exits:run", 20, 12, SERVER),
+    "host": Section("host_times:run", 10, 6, SERVER),
+    "compiled": Section("compiled:run", 27, 20, SERVER),
     "float32": Section("correctness:float32", 60, 10, extra=True),
     "tuning": Section("tuning:run", 45, 10, extra=True),
 }
@@ -192,7 +192,7 @@ class _Run:
     def _seconds(self, section: Section) -> float:
         """What a section may take: its own seconds, or more where those behind it have theirs all the same."""
         kept = sum(SECTIONS[name].seconds for name in self._names)
-        return max(section.seconds, self._context.clock.left() - kept)
+        return self._context.share(section.seconds, kept)
 
     def _hung(self, name: str) -> None:
         """From a timer's thread: whatever the section waits for, it is not waited for any longer."""

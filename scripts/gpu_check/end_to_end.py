@@ -2,66 +2,112 @@
 
 What is timed is warm: the engine has run the load until no further CUDA graph was captured, transformers once.
 
-The packaged model in every mode, and the Mistral-7B shape with random weights (speed only), there also with a
-synthetic exit in its middle at which about half the tokens leave. In the packaged model the engine's own answers are
-checked too: greedy ones against a plain decoding loop, drawn ones alone against the same in a crowd, and those of
-the verified mode against exits off.
+The packaged model in every mode, and the shapes of two known models with random weights (speed only), there also with
+a synthetic exit in their middle, which lets a stated share of the tokens leave. In the packaged model the engine's own
+answers are checked too: greedy ones against a plain decoding loop, drawn ones alone against the same in a crowd, and
+those of the verified mode against exits off.
+
+The parts come in the order of what they are worth. Each has its own seconds, and what does not fit is named.
 """
 
 import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import torch
 
-from exeunt.compression.exits import ExitHead, ExitProbe
+from exeunt.compression.exits import ExitHead
 from exeunt.compression.memory import free_bytes
 from exeunt.compression.model import LoadedModel, load_bundle, load_tokenizer
-from exeunt.compression.norm import Norm
 from exeunt.compression.variant import Variant
 from exeunt.deploy.bench_engine import EngineDriver, engine_driver
 from exeunt.deploy.bench_text import cut_prompts
 from exeunt.deploy.packaged_model import path as checkpoint
 from scripts.gpu_check.engine_speeds import (
-    FOR_TRANSFORMERS,
+    BACKFILLED,
     FULL,
     HALF,
     INT4,
     LEAST,
     OFF,
     VERIFIED,
+    Modes,
     Sizes,
     engine_speeds,
     free_memory,
 )
-from scripts.gpu_check.models import MISTRAL, TOY, Decoders, Shape, packaged_decoders, random_decoders
+from scripts.gpu_check.models import LLAMA, MISTRAL, TOY, Decoders, Shape, packaged_decoders, random_decoders
 from scripts.gpu_check.paged_rows import greedy
+from scripts.gpu_check.parts import Part, run_parts
 from scripts.gpu_check.report import Context, Found
+from scripts.gpu_check.synthetic_exit import WANTED, synthetic_exit, with_rate
 
 _CROWD = 17
 SYNTHETIC = "(synthetic)"
+PACKAGED_MODES: Modes = {
+    "full/full": (FULL, OFF),
+    "int4/int4": (INT4, OFF),
+    "int4/int4 verified": (INT4, VERIFIED),
+    "int4/int4 exits at 0.5": (INT4, HALF),
+}
+MORE_PACKAGED_MODES: Modes = {
+    "int4/int4 backfilled exits at 0.5": (INT4, BACKFILLED),
+    "full/full verified": (FULL, VERIFIED),
+    "full/int4": (Variant("full", "int4"), OFF),
+    "int4/full": (Variant("int4", "full"), OFF),
+}
+RANDOM_MODES: Modes = {
+    "int4/int4": (INT4, OFF),
+    f"int4/int4 exits at 0.5 {SYNTHETIC}": (INT4, HALF),
+    "full/full": (FULL, OFF),
+    f"int4/int4 verified {SYNTHETIC}": (INT4, VERIFIED),
+    f"int4/int4 backfilled exits at 0.5 {SYNTHETIC}": (INT4, BACKFILLED),
+}
+PACKAGED_SIZES, LARGE_SIZES, SMALL_SIZES = (
+    Sizes((64, 1, 16), 64, 64),
+    Sizes((64, 1, 16), 256, 64),
+    Sizes((16, 1, 64), 256, 64),
+)
+_QUICK_SIZES = (Sizes((2, 1), 16, 4), Sizes((1, 2), 16, 4), Sizes((2,), 16, 4))
 
 
 def run(context: Context, found: Found) -> None:
-    """The packaged model, then the large shape."""
-    packaged = Sizes((2, 1), 16, 4) if context.quick else Sizes((64, 1, 16), 64, 64)
-    if context.fits(8, "packaged model", found):
-        _packaged(context.within(0.6 * context.clock.left()), found.setdefault("packaged", {}), packaged)
-        free_memory(context)
-    large = Sizes((1, 2), 16, 4) if context.quick else Sizes((64, 1, 16), 256, 64)
-    shape = TOY if context.quick else MISTRAL
-    if context.fits(15, shape.name, found):
-        _random(context, found.setdefault(shape.name, {}), shape, large)
-        free_memory(context)
+    """Every part that fits."""
+    packaged, large, small = _QUICK_SIZES if context.quick else (PACKAGED_SIZES, LARGE_SIZES, SMALL_SIZES)
+    shapes = (TOY, replace(TOY, name="toy again")) if context.quick else (MISTRAL, LLAMA)
+    first, second = (shape.name for shape in shapes)
+    parts = (
+        Part("packaged model", "packaged", 24, 6, partial(_packaged, sizes=packaged)),
+        Part(
+            "transformers on the packaged model",
+            "packaged",
+            24,
+            5,
+            partial(_transformers_packaged, sizes=packaged),
+        ),
+        Part(first, first, 34, 10, partial(_random, shape=shapes[0], sizes=large)),
+        Part(
+            f"transformers on {first}",
+            first,
+            30,
+            10,
+            partial(_transformers_random, shape=shapes[0], sizes=large),
+        ),
+        Part(second, second, 14, 6, partial(_random, shape=shapes[1], sizes=small)),
+        Part("packaged model, more modes", "packaged", 14, 6, partial(_packaged_more, sizes=packaged)),
+    )
+    run_parts(context, found, parts)
 
 
 def _packaged(context: Context, found: Found, sizes: Sizes) -> None:
+    """The engine's answers and its speed in the modes that matter most."""
     model = packaged_model(context)
     found["gates"] = "calibrated" if model.exits else "no bundle: no exits"
     found["weights_sha256"] = hashlib.sha256((checkpoint() / "model.safetensors").read_bytes()).hexdigest()
-    prompts = _prompts(model, max(sizes.most, _CROWD), sizes.prompt)
+    prompts = prompts_of(model.tokenizer, max(sizes.most, _CROWD), sizes.prompt)
     with torch.inference_mode():  # in front of the engine, which has decoders run as graphs from then on
         loops = {
             each: greedy(model.decoder(each), each.kv_cache, prompts[0], sizes.answer)
@@ -70,27 +116,55 @@ def _packaged(context: Context, found: Found, sizes: Sizes) -> None:
     driver = engine_driver(model, sizes.load(len(prompts)))
     try:
         _same_answers(context, model, driver, prompts, loops, sizes)
-        modes = {"full/full": (FULL, OFF), "int4/int4": (INT4, OFF)}
-        if model.exits:
-            modes["int4/int4 verified"] = (INT4, VERIFIED)
-            modes["int4/int4 exits at 0.5"] = (INT4, HALF)
-        engine_speeds(context, found, model, driver, prompts, modes, sizes)
+        engine_speeds(context, found, model, driver, prompts, _offered(model, PACKAGED_MODES), sizes)
     finally:
         driver.close()
-    del driver
-    _in_turn(context, found, model, prompts, sizes)
-    del model
+        del driver, model
+        free_memory(context)
+
+
+def _packaged_more(context: Context, found: Found, sizes: Sizes) -> None:
+    """The engine in the other modes, and in turn: with no step begun before the host has the tokens in front."""
+    model = packaged_model(context)
+    prompts = prompts_of(model.tokenizer, sizes.most, sizes.prompt)
+    turns: Modes = {
+        "int4/int4 steps in turn": (INT4, OFF),
+        "full/full steps in turn": (FULL, OFF),
+    }
+    for modes, ahead in ((_offered(model, MORE_PACKAGED_MODES), True), (turns, False)):
+        if not context.fits(LEAST, ", ".join(modes), found):
+            continue
+        driver = engine_driver(model, sizes.load(sizes.most), async_scheduling=ahead)
+        try:
+            engine_speeds(context, found, model, driver, prompts, modes, sizes)
+        finally:
+            driver.close()
+            del driver
+            free_memory(context)
+
+
+def _offered(model: LoadedModel, modes: Modes) -> Modes:
+    """The modes that a model offers: without exits those that have none."""
+    return {name: mode for name, mode in modes.items() if model.exits or mode[1] is OFF}
+
+
+def _transformers_packaged(context: Context, found: Found, sizes: Sizes) -> None:
+    prompts = prompts_of(load_tokenizer(checkpoint()), sizes.most, sizes.prompt)
+    _transformers(context, found, packaged_of_transformers(context), prompts, sizes)
     free_memory(context)
-    if context.fits(5, "transformers on the packaged model", found):
-        from transformers import AutoModelForCausalLM
-
-        theirs = AutoModelForCausalLM.from_pretrained(checkpoint(), dtype=torch.bfloat16)
-        _transformers(context, found, theirs.to(context.device).eval(), prompts, sizes)
 
 
-def _prompts(model: LoadedModel, count: int, tokens: int) -> list[list[int]]:
+def packaged_of_transformers(context: Context) -> Any:
+    """The packaged model as transformers has it, in bfloat16."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(checkpoint(), dtype=torch.bfloat16)
+    return model.to(context.device).eval()
+
+
+def prompts_of(tokenizer: Any, count: int, tokens: int) -> list[list[int]]:
     """Passages of the packaged text."""
-    return cut_prompts(lambda text: list(model.tokenizer.encode(text, verbose=False)), count, tokens)
+    return cut_prompts(lambda text: list(tokenizer.encode(text, verbose=False)), count, tokens)
 
 
 def packaged_model(context: Context) -> LoadedModel:
@@ -152,40 +226,24 @@ def _alike(context: Context, name: str, ours: Sequence[int], wanted: Sequence[in
     )
 
 
-def _in_turn(
-    context: Context, found: Found, model: LoadedModel, prompts: Sequence[Sequence[int]], sizes: Sizes
-) -> None:
-    """What steps gain that are begun before the host has the tokens in front: the same where none is."""
-    called = "steps in turn"
-    # another engine captures its graphs anew
-    if not context.fits(LEAST if context.quick else 3 * LEAST + FOR_TRANSFORMERS, called, found):
-        return
-    driver = engine_driver(model, sizes.load(sizes.most), async_scheduling=False)
-    try:
-        modes = {f"int4/int4 {called}": (INT4, OFF), f"full/full {called}": (FULL, OFF)}
-        engine_speeds(context, found, model, driver, prompts, modes, sizes)
-    finally:
-        driver.close()
-
-
 def _transformers(
     context: Context, found: Found, model: Any, prompts: Sequence[Sequence[int]], sizes: Sizes
 ) -> None:
     """`generate_batch`, then `generate` on as many prompts at once; what raises is noted and is no failure of ours."""
     called = f"transformers generate_batch, {sizes.most} streams"
     if context.cuda and context.fits(8, called, found):
-        found[called] = _tried(lambda: _generate_batch(model, prompts[: sizes.most], sizes.answer))
+        found[called] = tried(lambda: _generate_batch(model, prompts[: sizes.most], sizes.answer))
         context.report.save()
     for streams in sizes.streams:
         called = f"transformers generate, {streams} streams"
         if context.fits(5, called, found):
-            found[called] = _tried(
-                lambda count=streams: _generate(context, model, prompts[:count], sizes.answer)
+            found[called] = tried(
+                lambda count=streams: generate_speed(context, model, prompts[:count], sizes.answer)
             )
             context.report.save()
 
 
-def _tried(measure: Any) -> Found:
+def tried(measure: Any) -> Found:
     try:
         found: Found = measure()
     except Exception as error:  # noqa: BLE001 - theirs, or too little memory for it: the rest goes on
@@ -194,7 +252,7 @@ def _tried(measure: Any) -> Found:
 
 
 @torch.inference_mode()
-def _generate(
+def generate_speed(
     context: Context, model: Any, prompts: Sequence[Sequence[int]], answer: int, **settings: Any
 ) -> Found:
     ids = torch.tensor([list(prompt) for prompt in prompts], device=context.device)
@@ -241,54 +299,43 @@ def _generate_batch(model: Any, prompts: Sequence[Sequence[int]], answer: int) -
     return {"tokens_per_s": made / took[1], "tokens": made, "seconds": took[1], "first_run_seconds": took[0]}
 
 
-def random_model(context: Context, found: Found, shape: Shape, blocks: int | None = None) -> LoadedModel:
-    """A shape with random weights and a synthetic exit half-way; `blocks` in place of its own number of them."""
+def random_model(
+    context: Context, found: Found, shape: Shape, blocks: int | None = None, rate: float | None = WANTED
+) -> LoadedModel:
+    """A shape with random weights and a synthetic exit half-way, which lets a share `rate` leave (None: any share).
+
+    `blocks` are in place of the shape's own number of them.
+    """
     spec = shape.spec() if blocks is None else shape.spec(blocks=blocks)
     decoders = random_decoders(spec, context.device, torch.bfloat16)
-    found["gates"] = (
-        f"synthetic, after block {spec.blocks // 2 - 1} of {spec.blocks}: about half the tokens leave"
-    )
+    head = synthetic_exit(spec, context.device)
+    found["gates"] = f"synthetic, after block {head.block} of {spec.blocks}"
+    if rate is not None:
+        prompts = prompts_of(load_tokenizer(checkpoint()), 16, 64)
+        head = with_rate(head, decoders["int4", False], "int4", prompts, rate)
+        found["wanted_exit_rate"] = rate
     free_memory(context)
     found["free_bytes"] = free_bytes(context.device)
-    return _loaded(context, shape.name, spec, decoders, (_synthetic_exit(context, spec),))
+    return _loaded(context, shape.name, spec, decoders, (head,))
 
 
 def _random(context: Context, found: Found, shape: Shape, sizes: Sizes) -> None:
-    """The large shape: INT4, full, INT4 with half the tokens leaving half-way."""
+    """A shape without exits, and with the synthetic one in every mode."""
     model = random_model(context, found, shape)
     driver = engine_driver(model, sizes.load(sizes.most))
     try:
         prompts = driver.prompts(sizes.most, sizes.prompt)
-        modes = {
-            "int4/int4": (INT4, OFF),
-            f"int4/int4 exits at 0.5 {SYNTHETIC}": (INT4, HALF),
-            "full/full": (FULL, OFF),
-        }
-        engine_speeds(context, found, model, driver, prompts, modes, sizes)
+        engine_speeds(context, found, model, driver, prompts, RANDOM_MODES, sizes)
     finally:
         driver.close()
-    del driver
-    _in_turn(context, found, model, prompts, sizes)
-    del model
+        del driver, model
+        free_memory(context)
+
+
+def _transformers_random(context: Context, found: Found, shape: Shape, sizes: Sizes) -> None:
+    prompts = prompts_of(load_tokenizer(checkpoint()), sizes.most, sizes.prompt)
+    _transformers(context, found, transformers_model(context, shape), prompts, sizes)
     free_memory(context)
-    if context.fits(15, f"transformers on {shape.name}", found):
-        _transformers(context, found, transformers_model(context, shape), prompts, sizes)
-
-
-def _synthetic_exit(context: Context, spec: Any) -> ExitHead:
-    """An exit half-way that passes the state on as it is; its gate is a random direction, so that half say yes."""
-    hidden, units = spec.hidden_size, 64
-    drawn = torch.Generator().manual_seed(3)
-    probe = ExitProbe(
-        torch.randn(units, hidden, generator=drawn) / hidden**0.5,
-        torch.zeros(units),
-        torch.randn(units, generator=drawn),
-        torch.zeros(()),
-    )
-    norm = Norm(spec.norm, torch.ones(hidden), None, spec.norm_eps)
-    combine = torch.tensor([1.0, 0.0, 0.0, 0.0])
-    head = ExitHead(spec.blocks // 2 - 1, norm, torch.zeros(hidden, hidden), probe, combine, 0.0)
-    return head.to(context.device, torch.bfloat16)
 
 
 def transformers_model(context: Context, shape: Shape) -> Any:
@@ -303,20 +350,6 @@ def transformers_model(context: Context, shape: Shape) -> Any:
     finally:
         torch.set_default_dtype(before)
     return model.eval()
-
-
-def compiled(context: Context, found: Found) -> None:
-    """`generate` with a static cache, which transformers compiles on a GPU: one stream, the large shape."""
-    shape = TOY if context.quick else MISTRAL
-    if not context.cuda:
-        found["skipped"] = ["transformers compiles its static cache on a GPU alone"]
-        return
-    model = transformers_model(context, shape)
-    prompt = [list(range(1, 513))]
-    found["generate static compiled, 1 stream"] = _tried(
-        lambda: _generate(context, model, prompt, 64, cache_implementation="static")
-    )
-    context.report.save()
 
 
 def _wait(context: Context) -> None:

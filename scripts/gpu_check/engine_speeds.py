@@ -20,8 +20,9 @@ VERIFIED: Mapping[str, Any] = {"mode": "verified"}
 HALF: Mapping[str, Any] = {"mode": "approximate", "threshold": 0.5, "skipped_kv": "propagate"}
 BACKFILLED: Mapping[str, Any] = {**HALF, "skipped_kv": "backfill"}
 _MOST_WARM_RUNS = 6
-# seconds left without which a mode is not begun: the first leave room for transformers at the largest load
-LEAST, FOR_TRANSFORMERS = 4.0, 25.0
+LEAST = 4.0  # seconds left without which a mode is not begun
+Modes = Mapping[str, tuple[Variant, Mapping[str, Any]]]
+"""By name, a variant and how it exits."""
 FULL, INT4 = Variant(), Variant("int4", "int4")
 
 
@@ -49,15 +50,14 @@ def engine_speeds(
     model: LoadedModel,
     driver: EngineDriver,
     prompts: Sequence[Sequence[int]],
-    modes: Mapping[str, tuple[Variant, Mapping[str, Any]]],
+    modes: Modes,
     sizes: Sizes,
 ) -> None:
     """Tokens per second of every number of streams and mode, once a load has captured all of its graphs."""
     for streams in sizes.streams:
         for name, (variant, exits) in modes.items():
             called = f"engine {name}, {streams} streams"
-            least = LEAST if exits is OFF else LEAST + FOR_TRANSFORMERS
-            if not context.fits(LEAST if context.quick else least, called, found):
+            if not context.fits(LEAST, called, found):
                 continue
             ask, load = {**asdict(variant), "early_exit": exits}, sizes.load(streams)
             warm = warmed(context, model, partial(driver.run, prompts[:streams], ask, load))

@@ -17,7 +17,7 @@ def exit_jobs(context: Context, *, packaged: bool) -> Iterator[Callable[[], None
     if packaged:
         model = packaged_model(context)
     else:
-        model = random_model(context, {}, TOY if context.quick else MISTRAL, blocks=2)
+        model = random_model(context, {}, TOY if context.quick else MISTRAL, blocks=2, rate=None)
     modes = (HALF, BACKFILLED) if model.exits else (OFF,)
     for streams in (2,) if context.quick else (64, 16, 1):
         yield partial(_answer, model, streams, modes)

@@ -95,6 +95,10 @@ class Context:
         """The same with at most so many seconds."""
         return replace(self, clock=Clock(min(seconds, self.clock.left())))
 
+    def share(self, seconds: float, kept: float) -> float:
+        """What a part may take that has `seconds` for certain: more where `kept` are left for those behind it."""
+        return max(seconds, self.clock.left() - kept)
+
     def fits(self, seconds: float, what: str, found: Found) -> bool:
         """Whether so many seconds are left; where not, `found` says what was left out."""
         if self.clock.left() >= seconds:

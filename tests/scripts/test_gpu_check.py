@@ -10,6 +10,7 @@ import sys
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar, Final
@@ -20,9 +21,11 @@ from packaging.requirements import Requirement
 from torch import Tensor
 
 from exeunt.compression.decoder import Decoder
+from exeunt.kernels.exit_gate import exit_state
 from exeunt.kernels.int4_linear import quantize
 from exeunt.kernels.timing import L2_BYTES, copies, timed
 from scripts.gpu_check import (
+    compiled,
     correctness,
     end_to_end,
     engine_speeds,
@@ -30,10 +33,12 @@ from scripts.gpu_check import (
     machine,
     needs,
     source_tree,
+    synthetic_exit,
     warming,
 )
 from scripts.gpu_check.models import TOY, RandomWeights, random_decoders
 from scripts.gpu_check.paged_rows import PagedRows, greedy, logits_of
+from scripts.gpu_check.parts import Part, run_parts
 from scripts.gpu_check.report import CHECKING, Clock, Context, Report
 from scripts.gpu_check.table import table
 
@@ -73,7 +78,10 @@ def test_every_section_runs_on_a_cpu(tmp_path: Path) -> None:
     assert all(case["us"] > 0 for case in cases)
     assert all(step["ms"] > 0 for step in found["sections"]["decode"]["steps"])
     ends = found["sections"]["end_to_end"]
-    assert 0 < ends["toy"]["engine int4/int4 exits at 0.5 (synthetic), 2 streams"]["exit_rate"] <= 1
+    assert 0 < ends["toy"]["engine int4/int4 exits at 0.5 (synthetic), 2 streams"]["exit_rate"] < 1
+    assert ends["toy"]["wanted_exit_rate"] == 0.5
+    modes = {name.split(", ")[0] for name in ends["toy again"] if ", " in name}
+    assert modes == {f"engine {name}" for name in end_to_end.RANDOM_MODES}
     assert ends["packaged"]["engine full/full, 2 streams"]["captured_while_timed"] == 0
     assert ends["packaged"]["transformers generate, 1 streams"]["tokens_per_s"] > 0
     host = found["sections"]["host"]["off, 2 streams"]
@@ -176,7 +184,7 @@ _BLOCKED: Final = sorted(_requirements() - {*needs.BARE, *_THEIRS})
 @pytest.mark.slow
 def test_a_bare_machine_checks_and_measures_all_but_the_engine(tmp_path: Path) -> None:
     out = tmp_path / "gpu-check.json"
-    sections = [name for name in check.SECTIONS if name not in ("float32", "compiled")]
+    sections = [name for name in check.SECTIONS if name != "float32"]
     said = ["", "--device", "cpu", "--quick", "--out", str(out), "--sections", ",".join(sections)]
     done = _bare(
         _BLOCKED,
@@ -185,7 +193,7 @@ def test_a_bare_machine_checks_and_measures_all_but_the_engine(tmp_path: Path) -
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(out.read_text())
     status = {name: each["status"] for name, each in found["sections"].items()}
-    engine = ("end_to_end", "exits", "host")
+    engine = ("end_to_end", "exits", "host", "compiled")
     assert status == dict.fromkeys(sections, "done") | dict.fromkeys((*engine, "tests"), "needs")
     assert all(found["sections"][name]["needs"] == [*needs.SERVER] for name in engine)
     assert "end_to_end needs starlette, pydantic_settings" in done.stdout
@@ -193,7 +201,7 @@ def test_a_bare_machine_checks_and_measures_all_but_the_engine(tmp_path: Path) -
 
 
 def test_what_the_engine_needs_is_what_is_said() -> None:
-    modules = ("end_to_end", "exits", "host_times", "engine_warming")
+    modules = ("end_to_end", "exits", "host_times", "engine_warming", "compiled")
     line = f"import {', '.join(f'scripts.gpu_check.{name}' for name in modules)}; "
     line += f"print(all(name in sys.modules for name in {needs.SERVER}))"
     done = _bare(sorted({*_BLOCKED} - {*needs.SERVER}), line)
@@ -381,6 +389,99 @@ def test_a_load_is_run_until_nothing_is_captured_any_more(tmp_path: Path, grow: 
     assert engine_speeds.warmed(_context(tmp_path), model, decoder.run) == decoder.runs == runs
 
 
+@pytest.mark.parametrize("rate", [0.25, 0.5, 0.8])
+def test_a_synthetic_exit_lets_the_wanted_share_of_the_models_own_tokens_leave(rate: float) -> None:
+    spec = TOY.spec()
+    decoder = random_decoders(spec, CPU, torch.bfloat16)["int4", False]
+    texts = [[(7 * row + place) % 200 + 1 for place in range(12)] for row in range(16)]
+    bare = synthetic_exit.synthetic_exit(spec, CPU)
+    head = synthetic_exit.with_rate(bare, decoder, "int4", texts, rate)
+    with torch.inference_mode():
+        states = synthetic_exit._states(decoder, "int4", texts, head.block)
+        assert {tuple(each.shape) for each in states} == {(16, spec.hidden_size)}
+        logits = torch.cat([exit_state(each, head.weights)[1] for each in states])
+    assert float((logits.sigmoid() >= 0.5).float().mean()) == pytest.approx(rate, abs=0.03)
+    assert torch.equal(bare.probe.output_bias, torch.zeros(()))
+
+
+def test_states_of_an_exit_are_those_of_the_greedy_answers() -> None:
+    decoder = random_decoders(TOY.spec(), CPU, torch.float32)["full", False]
+    with torch.inference_mode():
+        rows = PagedRows(decoder, "full", 1, 100)
+        answer = greedy(decoder, "full", [3, 5, 8], 4)
+        text = torch.tensor([3, 5, 8, *answer])
+        batch = rows.batch([0], [range(len(text))])
+        wanted = decoder.run_blocks(decoder.embed(text, batch.positions), batch, rows.pages, 0, 1)
+        found = synthetic_exit._states(decoder, "full", [[3, 5, 8], [1, 2]], 0)
+    for place, states in enumerate(found[:4]):
+        torch.testing.assert_close(states[0], wanted[2 + place], rtol=0, atol=1e-4)
+
+
+def _part(name: str, run: Callable[[Context, dict[str, Any]], None], seconds: float = 1.0) -> Part:
+    return Part(name, name, seconds, 5.0, run)
+
+
+def test_a_part_that_breaks_or_does_not_fit_leaves_the_others(tmp_path: Path) -> None:
+    left: list[float] = []
+
+    def runs(context: Context, found: dict[str, Any]) -> None:
+        left.append(context.clock.left())
+        found["done"] = True
+
+    context, found = _context(tmp_path), dict[str, Any]()
+    with pytest.raises(RuntimeError, match="out of luck"):
+        run_parts(context, found, [_part("a", _breaks), _part("b", runs), _part("c", runs, 30.0)])
+    assert (found["b"], found["c"]) == ({"done": True}, {"done": True})
+    assert found["broken"] == {"a": "RuntimeError: out of luck"}
+    assert left == [pytest.approx(70, abs=5), pytest.approx(100, abs=5)]
+    late: dict[str, Any] = {}
+    run_parts(_context(tmp_path, 4.0), late, [_part("a", _breaks)])
+    assert late == {"skipped": ["a: no time left"]}
+
+
+def test_the_parts_of_the_engines_speeds_have_room_in_their_section(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    taken: list[Part] = []
+    monkeypatch.setattr(end_to_end, "run_parts", lambda context, found, parts: taken.extend(parts))
+    end_to_end.run(replace(_context(tmp_path), quick=False), {})
+    assert sum(part.seconds for part in taken) <= check.SECTIONS["end_to_end"].seconds
+    assert [part.key for part in taken if part.key == "llama-1.1b"]
+
+
+@pytest.mark.parametrize("done", [True, False])
+def test_what_is_compiled_has_a_process_and_a_limit_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, done: bool
+) -> None:
+    said: list[list[str]] = []
+
+    def process(line: list[str], **rest: Any) -> SimpleNamespace:
+        said.append(line)
+        if done:
+            Path(line[line.index("--device") - 1]).write_text(json.dumps({"tokens_per_s": 7.0}))
+        return SimpleNamespace(returncode=0 if done else 124)
+
+    monkeypatch.setattr(subprocess, "run", process)
+    context = replace(_context(tmp_path, 60.0), device=torch.device("cuda"))
+    found: dict[str, Any] = {}
+    compiled.run(context, found)
+    assert said[0][:4] == ["timeout", "-k", "3", "58"]
+    (one,) = found["mistral-7b"].values()
+    assert one == ({"tokens_per_s": 7.0} if done else {"error": "not done in 58 s (exit status 124)"})
+    assert [*found["packaged"]] == [f"transformers generate compiled, {count} streams" for count in (1, 64)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json"]
+
+
+@pytest.mark.slow
+def test_a_compiled_generate_writes_what_it_found(tmp_path: Path) -> None:
+    out = tmp_path / "found.json"
+    line = [sys.executable, "-m", "scripts.gpu_check.compiled", "packaged", "1", str(out)]
+    subprocess.run(
+        [*line, "--device", "cpu", "--quick"], cwd=ROOT, check=True, capture_output=True, timeout=280
+    )
+    assert json.loads(out.read_text()).keys() >= {"warm_up_seconds"}
+
+
 def test_what_a_compiled_generate_compiles_is_not_timed(tmp_path: Path) -> None:
     class Model:
         asked: ClassVar[list[int]] = []
@@ -388,10 +489,12 @@ def test_what_a_compiled_generate_compiles_is_not_timed(tmp_path: Path) -> None:
         def generate(self, ids: Tensor, max_new_tokens: int, **rest: Any) -> None:
             self.asked.append(max_new_tokens)
 
-    found = end_to_end._generate(_context(tmp_path), Model(), [[1, 2]], 8, cache_implementation="static")
+    found = end_to_end.generate_speed(_context(tmp_path), Model(), [[1, 2]], 8, cache_implementation="static")
     assert Model.asked == [8, 8, 8]
     assert len(found["warm_up_seconds"]) == 2
-    late = end_to_end._generate(_context(tmp_path, -1.0), Model(), [[1, 2]], 8, cache_implementation="static")
+    late = end_to_end.generate_speed(
+        _context(tmp_path, -1.0), Model(), [[1, 2]], 8, cache_implementation="static"
+    )
     assert "tokens_per_s" not in late
     assert late["error"] == "no time left behind the warm-up"
 

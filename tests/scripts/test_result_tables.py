@@ -132,3 +132,37 @@ def test_a_machine_says_its_kernels_and_groups_where_it_knows() -> None:
     machine.update(commit="0123456789abcdef", changed=True, kernels="fedcba", int4_group_size=32)
     assert _rows("on a GPU", other)["kernels"] == ["fedcba, of the commit 0123456789ab with changes"]
     assert _rows("on a GPU", other)["INT4 weights"] == ["in groups of 32"]
+
+
+def test_the_engines_table_says_how_many_tokens_were_to_leave_and_did() -> None:
+    other = deepcopy(H200)
+    ends = other["sections"]["end_to_end"]
+    name = "int4/int4 exits at 0.5 (synthetic)"
+    shown = "engine int4/int4 exits at the threshold 0.5, approximate (synthetic{})"
+    assert _rows("mistral-7b shape, tokens/s")[shown.format("")][0] == "399 (80% leave)"
+    ends["mistral-7b"]["wanted_exit_rate"] = 0.5
+    ends["llama-1.1b"] = {f"engine {name}, 16 streams": {"tokens_per_s": 7.0, "exit_rate": 0.46}}
+    other["sections"]["compiled"] = {
+        "packaged": {
+            "transformers generate compiled, 1 streams": {"tokens_per_s": 321.0},
+            "transformers generate compiled, 64 streams": {"error": "not done in 30 s"},
+        }
+    }
+    wanted = shown.format(", 50% are to leave")
+    assert _rows("mistral-7b shape, tokens/s", other)[wanted][0] == "399 (80% leave)"
+    assert _rows("llama-1.1b shape, tokens/s", other) == {shown.format(""): ["7 (46% leave)"]}
+    assert _rows("packaged model, tokens/s", other)["`transformers` generate compiled"] == ["321", "", ""]
+    assert gpu_tables.speed(other, "transformers generate compiled", 1) == 321.0
+
+
+def test_what_a_run_had_no_time_for_is_in_no_table() -> None:
+    other = deepcopy(H200)
+    for model in ("packaged", "mistral-7b"):
+        for name in list(other["sections"]["end_to_end"][model]):
+            if "generate_batch" in name:
+                del other["sections"]["end_to_end"][model][name]
+    del other["sections"]["end_to_end"]["mistral-7b"]
+    headers = [headers[0] for headers, _ in gpu_tables.gpu_tables(other)]
+    assert "packaged model, tokens/s" in headers
+    assert "mistral-7b shape, tokens/s" not in headers
+    assert not [name for name in _rows("target on a GPU", other) if "generate_batch" in name]
