@@ -1,10 +1,10 @@
 """What the tests of both linear layers share: poisoned memory, the epilogue in separate operations, ways to run."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import ModuleType
-from typing import Any
+from typing import Any, Final, Literal
 
 import pytest
 import torch
@@ -12,13 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from exeunt.kernels.linear_parts import MOST_COUNTERS, Launch, launch_for
+from exeunt.kernels.linear_rule import tiles
 from exeunt.kernels.linear_tiles import Tile
 from exeunt.kernels.rows.norm import RowNorm
 from exeunt.kernels.rows.reference import rms_norm_reference
 from exeunt.kernels.tuned.launches import TunedLaunch, forced
+from tests.kernels.triton.covering import covering
 from tests.kernels.triton.on_gpu import on_gpu_only
 
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
     None: lambda x: x,
@@ -36,11 +38,37 @@ IEEE_WARNINGS = [
 ]
 
 
-def sizes_on(device: str) -> list[tuple[bool | None, list[int]]]:
-    """How programs are cut and the rows of the calls that a row's bits are compared in; the interpreter is slow."""
-    if device == "cpu":
-        return [(False, [17, 34]), (True, [2, 33])]
-    return [(split, [1, 2, 3, 16, 17, 33, 64, 70]) for split in (None, False, True)]
+GRAPH_SIZES: Final = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 320, 384, 448, 512)
+"""Rows of the calls that are captured as graphs, to which others are filled up."""
+
+
+ROW_CALLS: Final = [  # dtype, inputs, whether parts have programs of their own, and rows of the calls
+    (torch.bfloat16, 512, False, (17, 2, 8, 24, 48, 96)),
+    (torch.bfloat16, 512, True, (1, 4, 16, 32, 64, 128)),
+    (torch.float16, 512, True, (33, 2, 8, 24, 48, 96)),
+    (torch.float16, 256, False, (192, 256, 320, 384, 448, 512)),
+    (torch.float32, 546, False, (24, 96)),
+    (torch.float32, 546, True, (2, 33)),
+]
+"""What a row's bits are compared in under the interpreter, which is slow: a graph's numbers of rows once each."""
+
+
+def check_row_in_every_call(
+    monkeypatch: pytest.MonkeyPatch,
+    module: ModuleType,
+    linear: Callable[[Tensor], Tensor],
+    call: tuple[torch.dtype, int, bool, Sequence[int]],
+    device: str,
+) -> None:
+    """Five rows have the same bits alone and at every place of calls of every size; of more sizes on a GPU."""
+    dtype, inputs, split, sizes = call
+    x = torch.randn(5, inputs, device=device).to(dtype)
+    alone = torch.cat([linear(row) for row in x[:, None]])
+    for apart in (split,) if device == "cpu" else (None, split):
+        whole_programs(monkeypatch, module, apart)
+        for tokens in sizes if device == "cpu" else (*GRAPH_SIZES, 3, 17, 33, 70):
+            order = torch.randint(5, (tokens,), device=device)
+            assert torch.equal(linear(x[order]), alone[order]), (apart, tokens)
 
 
 def relative_error(out: Tensor, expected: Tensor) -> float:
@@ -93,6 +121,87 @@ def finished(product: Tensor, dtype: torch.dtype, activation: str | None, gated:
         return ACTIVATIONS[activation](rounded)
     half = rounded.shape[1] // 2
     return ACTIVATIONS[activation](rounded[:, :half]) * rounded[:, half:]
+
+
+@dataclass(frozen=True, slots=True)
+class LinearCall:
+    """A call of a linear layer with all that it may do in front of the sum and behind it."""
+
+    activation: str | None
+    gated: bool
+    dtype: torch.dtype
+    tokens: int
+    tile: Tile | None  # None: the rule's
+    inputs: int
+    norm: Literal["rms", "layer"] | None
+    biased: bool
+    added: bool
+    split: bool  # whether each part of the sum has a program of its own
+
+
+def linear_calls(wide: Tile, *others: list[Any]) -> list[Any]:
+    """Calls in which any two values of two of their parts, or of `others`, meet.
+
+    Their rows are on both sides of each tile's number; `wide` is the tile of 128 rows.
+    """
+    forms = [(None, False), ("relu", False), ("gelu", False), ("gelu_pytorch_tanh", False)]
+    forms += [("silu", True), ("gelu", True), ("gelu_new", True)]
+    rows = [(5, None), (17, None), (33, None), (70, wide)]
+    dtypes = [torch.bfloat16, torch.float16, torch.float32]
+    behind = [(False, False), (True, False), (False, True), (True, True)]
+    axes = (forms, rows, behind, dtypes, [512, 546, 214], [None, "rms", "layer"], [False, True])
+    calls = []
+    for form, (tokens, tile), (biased, added), dtype, inputs, norm, split, *more in covering(*axes, *others):
+        call = LinearCall(form[0], form[1], dtype, tokens, tile, inputs, norm, biased, added, split)
+        label = f"{call.activation}{'-gated' * call.gated}-{str(dtype).removeprefix('torch.')}"
+        label += "".join(f"-{each}" for each in (tokens, inputs, norm, *more))
+        label += "-bias" * biased + "-residual" * added + "-apart" * split
+        calls.append(pytest.param(call, *more, id=label))
+    return calls
+
+
+def check_linear_call(
+    monkeypatch: pytest.MonkeyPatch,
+    module: ModuleType,
+    linear: Callable[..., Tensor],
+    weight: Any,
+    wide_weight: Tensor,
+    call: LinearCall,
+    device: str,
+) -> None:
+    """`linear` of a `weight` [outputs, inputs] is what separate operations make of the same in float32.
+
+    Its sums are about 1, where activations bend.
+    """
+    outputs, dtype = wide_weight.shape[0], call.dtype
+    columns = outputs // 2 if call.gated else outputs
+    x = torch.randn(call.tokens, call.inputs, device=device).to(dtype)
+    bias = torch.randn(outputs, device=device).to(dtype) if call.biased else None
+    residual = None
+    if call.added:
+        residual = torch.randn(call.tokens, 2 * columns, device=device).to(dtype)[:, :columns]
+    norm = None
+    if call.norm is not None:
+        factors = torch.randn(2, call.inputs, device=device).to(dtype)
+        norm = RowNorm(call.norm, factors[0], factors[1] if call.norm == "layer" else None, 1e-5)
+    rows = x if norm is None else normed(x, norm)
+    product = rows.double() @ wide_weight.double().t()
+    expected = finished(
+        product if bias is None else product + bias.double(), dtype, call.activation, call.gated
+    )
+    expected = expected if residual is None else residual + expected
+    tile = call.tile if dtype != torch.float32 and tiles().most_warps > 2 else None
+    whole_programs(monkeypatch, module, call.split, tile)
+    with poisoned_memory(monkeypatch):
+        out = linear(
+            x, weight, bias, norm=norm, activation=call.activation, gated=call.gated, residual=residual
+        )
+    rounded_twice = (
+        2 if call.gated or norm is not None else 1
+    )  # and the interpreter truncates a norm's result
+    assert out.dtype == dtype
+    assert relative_error(out, expected) < TOLERANCE[dtype] * rounded_twice
+    assert residual is None or out is residual
 
 
 def captured(call: Callable[[], Tensor]) -> Tensor:

@@ -6,19 +6,20 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from exeunt.kernels.full_linear import triton as module
 from exeunt.kernels.full_linear.triton import full_linear_triton
-from exeunt.kernels.rows.norm import RowNorm
+from exeunt.kernels.linear_tiles import Tile
 from tests.kernels.triton.linear_checks import (
     IEEE_WARNINGS,
     MASKED_ROWS,
+    ROW_CALLS,
     TOLERANCE,
+    LinearCall,
     captured,
+    check_linear_call,
     check_masked_tiles,
-    finished,
-    normed,
+    check_row_in_every_call,
+    linear_calls,
     poisoned_memory,
     relative_error,
-    sizes_on,
-    whole_programs,
 )
 
 pytestmark = IEEE_WARNINGS
@@ -56,72 +57,24 @@ def test_result_is_pytorchs(
     assert relative_error(out, expected) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("split", [True, False])
-@pytest.mark.parametrize(
-    ("dtype", "activation", "gated", "added", "kind"),
-    [
-        (BF16, "silu", True, True, "rms"),
-        (FP32, "gelu", True, False, None),
-        (FP32, "gelu_new", False, True, "layer"),
-        (FP16, "relu", False, False, "rms"),
-    ],
-)
-def test_epilogues(
-    seed: int,
-    device: str,
-    monkeypatch: pytest.MonkeyPatch,
-    split: bool,
-    dtype: torch.dtype,
-    activation: str,
-    gated: bool,
-    added: bool,
-    kind: str | None,
-) -> None:
-    outputs, inputs, tokens = 72, 520, 4
-    weight = torch.randn(outputs, inputs, device=device).to(dtype) / 16
-    x = torch.randn(tokens, inputs, device=device).to(dtype)
-    bias = torch.randn(outputs, device=device).to(dtype)
-    columns = outputs // 2 if gated else outputs
-    residual = torch.randn(tokens, columns, device=device).to(dtype) if added else None
-    norm = None
-    if kind is not None:
-        factors = torch.randn(2, inputs, device=device).to(dtype)
-        norm = (
-            RowNorm("rms", factors[0], None, 1e-5)
-            if kind == "rms"
-            else RowNorm("layer", factors[0], factors[1], 1e-5)
-        )
-    rows = x if norm is None else normed(x, norm)
-    expected = finished(rows.float() @ weight.float().t() + bias.float(), dtype, activation, gated)
-    if residual is not None:
-        expected = residual + expected
-    whole_programs(monkeypatch, module, split)
-    with poisoned_memory(monkeypatch):
-        out = full_linear_triton(
-            x, weight, bias, norm=norm, activation=activation, gated=gated, residual=residual
-        )
-    rounded_twice = 2 if gated or norm is not None else 1  # and the interpreter truncates a norm's result
-    assert relative_error(out, expected) < TOLERANCE[dtype] * rounded_twice
+@pytest.mark.parametrize("call", linear_calls(Tile(128, 128, 4, 8)))
+def test_epilogues(seed: int, device: str, monkeypatch: pytest.MonkeyPatch, call: LinearCall) -> None:
+    weight = (torch.randn(50, call.inputs, device=device) / call.inputs**0.5).to(call.dtype)
+    check_linear_call(monkeypatch, module, full_linear_triton, weight, weight, call, device)
 
 
-@pytest.mark.parametrize("dtype", [BF16, FP32])
+@pytest.mark.parametrize("call", ROW_CALLS, ids=str)
 def test_row_has_the_same_bits_in_every_call(
-    seed: int, device: str, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+    seed: int, device: str, monkeypatch: pytest.MonkeyPatch, call: tuple[torch.dtype, int, bool, list[int]]
 ) -> None:
-    weight = torch.randn(70, 544, device=device).to(dtype)
-    x = torch.randn(70, 544, device=device).to(dtype)
-    alone = torch.cat([full_linear_triton(row, weight) for row in x[:3, None]])
-    for split, sizes in sizes_on(device):
-        whole_programs(monkeypatch, module, split)
-        for tokens in sizes:
-            order = torch.randperm(70, device=device)[:tokens]
-            places = torch.randperm(tokens, device=device)[:3]
-            order[places] = torch.arange(len(places), device=device)
-            out = full_linear_triton(x[order], weight)
-            assert torch.equal(out[places], alone[: len(places)]), (split, tokens)
-    assert torch.equal(
-        full_linear_triton(x[:2], weight[5:40]), alone[:2, 5:40]
-    )  # some outputs, the same bits
+    weight = torch.randn(40, call[1], device=device).to(call[0])
+    check_row_in_every_call(monkeypatch, module, lambda x: full_linear_triton(x, weight), call, device)
+
+
+def test_some_outputs_have_the_whole_layers_bits(seed: int, device: str) -> None:
+    weight, x = (torch.randn(rows, 544, device=device).bfloat16() for rows in (70, 2))
+    whole = full_linear_triton(x, weight)
+    assert torch.equal(full_linear_triton(x, weight[5:40]), whole[:, 5:40])
 
 
 @pytest.mark.parametrize(("tokens", "there"), MASKED_ROWS)

@@ -13,20 +13,22 @@ from exeunt.kernels.int4_linear.triton import int4_linear_triton
 from exeunt.kernels.int4_linear.weight import Int4Weight, dequantize, quantize
 from exeunt.kernels.linear_rule import tiles
 from exeunt.kernels.linear_tiles import Tile
-from exeunt.kernels.rows.norm import RowNorm
 from tests.kernels.triton.linear_checks import (
     IEEE_WARNINGS,
     MASKED_ROWS,
+    ROW_CALLS,
     TOLERANCE,
+    LinearCall,
     captured,
+    check_linear_call,
     check_masked_tiles,
-    finished,
-    normed,
+    check_row_in_every_call,
+    linear_calls,
     poisoned_memory,
     relative_error,
-    sizes_on,
     whole_programs,
 )
+from tests.kernels.triton.on_gpu import on_gpu_only
 
 pytestmark = IEEE_WARNINGS
 
@@ -71,14 +73,10 @@ def test_pairs_take_the_same_bytes(device: str) -> None:
 @pytest.mark.parametrize(
     ("dtype", "outputs", "inputs", "group", "tokens"),
     [
-        (BF16, 70, 324, 32, 1),
-        (BF16, 64, 512, 32, 33),
-        (FP16, 129, 600, 64, 3),
-        (FP32, 65, 578, 128, 17),
-        (FP32, 70, 324, 32, 2),
         (FP16, 31, 640, 256, 16),
         (BF16, 9, 40, 6, 5),
         (FP32, 40, 1030, 48, 1),
+        (FP16, 129, 600, 64, 3),
         (BF16, 1, 2, 2, 1),
     ],
 )
@@ -109,79 +107,39 @@ def test_result_is_the_references(
         assert relative_error(out, expected) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("split", [True, False])
+@pytest.mark.parametrize(("call", "group"), linear_calls(Tile(128, 64, 3, 4), [32, 64, 128, 48]))
+def test_epilogues(
+    seed: int, device: str, monkeypatch: pytest.MonkeyPatch, call: LinearCall, group: int
+) -> None:
+    weight = quantize(torch.randn(50, call.inputs, device=device) / call.inputs**0.5, group)
+    wide = dequantize(weight, FP32)
+    check_linear_call(monkeypatch, module, int4_linear_triton, weight, wide, call, device)
+
+
+@pytest.mark.parametrize("call", ROW_CALLS, ids=str)
+def test_row_has_the_same_bits_in_every_call(
+    seed: int, device: str, monkeypatch: pytest.MonkeyPatch, call: tuple[torch.dtype, int, bool, list[int]]
+) -> None:
+    weight = pack_pairs(make_weight(24, call[1], 32 if call[0] == FP32 else 64, device))
+
+    def linear(x: Tensor) -> Tensor:
+        return int4_linear_triton(x, weight, activation="silu", gated=True)
+
+    check_row_in_every_call(monkeypatch, module, linear, call, device)
+
+
 @pytest.mark.parametrize(
-    ("dtype", "activation", "gated", "added", "biased", "kind"),
+    ("dtype", "inputs", "group", "split", "tile"),
     [
-        (BF16, "silu", True, False, False, "rms"),
-        (FP32, "gelu_new", True, True, True, "layer"),
-        (FP32, "gelu", False, False, True, "layer"),
-        (FP16, "relu", False, True, False, None),
-        (FP32, "gelu_pytorch_tanh", False, False, False, "rms"),
-        (BF16, None, False, True, True, None),
+        (BF16, 1088, 64, True, Tile(64, 64, 3, 4)),
+        (FP16, 352, 32, False, Tile(64, 64, 3, 4)),
+        (BF16, 240, 48, False, Tile(128, 64, 3, 4)),
+        (BF16, 600, 128, True, Tile(128, 64, 3, 4)),
+        (FP16, 600, 48, True, Tile(64, 128, 3, 8)),
+        on_gpu_only(BF16, 1088, 64, False, Tile(64, 64, 3, 4)),
+        on_gpu_only(FP16, 1088, 128, True, Tile(64, 64, 3, 4)),
     ],
 )
-def test_epilogues(
-    seed: int,
-    device: str,
-    monkeypatch: pytest.MonkeyPatch,
-    split: bool,
-    dtype: torch.dtype,
-    activation: str | None,
-    gated: bool,
-    added: bool,
-    biased: bool,
-    kind: str | None,
-) -> None:
-    outputs, inputs, tokens = 90, 512, 5
-    weight = make_weight(outputs, inputs, 32, device)
-    x = torch.randn(tokens, inputs, device=device).to(dtype)
-    bias = torch.randn(outputs, device=device).to(dtype) if biased else None
-    columns = outputs // 2 if gated else outputs
-    residual = torch.randn(tokens, 2 * columns, device=device).to(dtype)[:, :columns] if added else None
-    norm = None
-    if kind == "rms":
-        norm = RowNorm("rms", torch.randn(inputs, device=device).to(dtype), None, 1e-5)
-    if kind == "layer":
-        factors = torch.randn(2, inputs, device=device).to(dtype)
-        norm = RowNorm("layer", factors[0], factors[1], 1e-5)
-    rows = x if norm is None else normed(x, norm)
-    product = int4_linear_reference(rows.float(), weight, None if bias is None else bias.float())
-    expected = finished(product, dtype, activation, gated)
-    if residual is not None:
-        expected = residual + expected
-    whole_programs(monkeypatch, module, split)
-    with poisoned_memory(monkeypatch):
-        out = int4_linear_triton(
-            x, weight, bias, norm=norm, activation=activation, gated=gated, residual=residual
-        )
-    rounded_twice = 2 if gated or norm is not None else 1  # and the interpreter truncates a norm's result
-    assert relative_error(out, expected) < TOLERANCE[dtype] * rounded_twice
-    if residual is not None:
-        assert out is residual
-
-
-@pytest.mark.parametrize("dtype", [BF16, FP32])
-def test_row_has_the_same_bits_in_every_call(
-    seed: int, device: str, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
-) -> None:
-    weight = pack_pairs(make_weight(64, 544, 32, device))
-    x = torch.randn(70, 544, device=device).to(dtype)
-    alone = torch.cat([int4_linear_triton(row, weight, activation="silu", gated=True) for row in x[:3, None]])
-    for split, sizes in sizes_on(device):
-        whole_programs(monkeypatch, module, split)
-        for tokens in sizes:
-            order = torch.randperm(70, device=device)[:tokens]
-            places = torch.randperm(tokens, device=device)[:3]
-            order[places] = torch.arange(len(places), device=device)
-            out = int4_linear_triton(x[order], weight, activation="silu", gated=True)
-            assert torch.equal(out[places], alone[: len(places)]), (split, tokens)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "inputs", "group"), [(BF16, 1088, 64), (FP16, 352, 32), (BF16, 240, 48), (BF16, 600, 128)]
-)
-@pytest.mark.parametrize("split", [True, False])
 def test_tiles_whose_inputs_are_put_in_order_have_the_same_bits(
     seed: int,
     device: str,
@@ -190,13 +148,14 @@ def test_tiles_whose_inputs_are_put_in_order_have_the_same_bits(
     inputs: int,
     group: int,
     split: bool,
+    tile: Tile,
 ) -> None:
     if device == "cuda" and tiles().most_warps == 2:
         pytest.skip("tiles of more than two warps are for Hopper")
-    weight = pack_pairs(make_weight(140, inputs, group, device))
-    x = torch.randn(70, inputs, device=device).to(dtype)
+    weight = pack_pairs(make_weight(70, inputs, group, device))
+    x = torch.randn(tile.rows + 6, inputs, device=device).to(dtype)
     alone = torch.cat([int4_linear_triton(row, weight) for row in x[:2, None]])
-    whole_programs(monkeypatch, module, split, Tile(64, 64, 3, 4))
+    whole_programs(monkeypatch, module, split, tile)
     with poisoned_memory(monkeypatch):
         assert torch.equal(int4_linear_triton(x, weight)[:2], alone)
 
@@ -297,3 +256,20 @@ def test_graph_replays_to_the_same_bits(seed: int, tokens: int) -> None:
     for _ in range(20):  # programs arrive in another order every time
         assert torch.equal(int4_linear_triton(x, weight), expected)
     assert torch.equal(captured(lambda: int4_linear_triton(x, weight)), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize(("inputs", "group"), [(4096, 64), (8000, 32), (14336, 128)])
+def test_a_prompts_rows_are_summed_as_a_decoded_one(
+    seed: int, dtype: torch.dtype, inputs: int, group: int
+) -> None:
+    """The widest tile against the narrowest. A bias of minus the rounded result lays the sums' low bits bare."""
+    weight = pack_pairs(make_weight(4096, inputs, group, "cuda"))
+    x = torch.randn(512, inputs, device="cuda").to(dtype)
+    bias = -int4_linear_triton(x[:1], weight)[0]
+    alone = torch.cat([int4_linear_triton(row, weight, bias) for row in x[:3, None]])
+    for rows in (16, 64, 130, 512):
+        assert torch.equal(int4_linear_triton(x[:rows], weight, bias)[:3], alone), rows
+    assert 0 < float(alone[0].abs().max()) < 0.01 * float(bias.abs().max())
