@@ -116,7 +116,7 @@ def _packaged(context: Context, found: Found, sizes: Sizes) -> None:
     driver = engine_driver(model, sizes.load(len(prompts)))
     try:
         _same_answers(context, model, driver, prompts, loops, sizes)
-        engine_speeds(context, found, model, driver, prompts, _offered(model, PACKAGED_MODES), sizes)
+        engine_speeds(context, found, model, driver, prompts, _offered(model, PACKAGED_MODES, found), sizes)
     finally:
         driver.close()
         del driver, model
@@ -131,7 +131,7 @@ def _packaged_more(context: Context, found: Found, sizes: Sizes) -> None:
         "int4/int4 steps in turn": (INT4, OFF),
         "full/full steps in turn": (FULL, OFF),
     }
-    for modes, ahead in ((_offered(model, MORE_PACKAGED_MODES), True), (turns, False)):
+    for modes, ahead in ((_offered(model, MORE_PACKAGED_MODES, found), True), (turns, False)):
         if not context.fits(LEAST, ", ".join(modes), found):
             continue
         driver = engine_driver(model, sizes.load(sizes.most), async_scheduling=ahead)
@@ -143,9 +143,13 @@ def _packaged_more(context: Context, found: Found, sizes: Sizes) -> None:
             free_memory(context)
 
 
-def _offered(model: LoadedModel, modes: Modes) -> Modes:
-    """The modes that a model offers: without exits those that have none."""
-    return {name: mode for name, mode in modes.items() if model.exits or mode[1] is OFF}
+def _offered(model: LoadedModel, modes: Modes, found: Found) -> Modes:
+    """The modes that a model offers: without exits those that have none, the others named in `found`."""
+    offered = {name: mode for name, mode in modes.items() if model.exits or mode[1] is OFF}
+    lacking = [f"engine {name}: there is no bundle, --bundle takes one" for name in modes.keys() - offered]
+    if lacking:
+        found.setdefault("skipped", []).extend(sorted(lacking))
+    return offered
 
 
 def _transformers_packaged(context: Context, found: Found, sizes: Sizes) -> None:

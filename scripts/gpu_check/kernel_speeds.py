@@ -1,11 +1,13 @@
 """Each kernel by itself at the shapes of known models: time, bytes per second, and what PyTorch takes for the same.
 
+Beside some linears stands what the same kernel takes with tile and parts chosen freely for that number of rows.
+
 Buffers take turns so that a last-level cache does not hold them. "share_of_memory" is the bytes that must be moved over
 the time taken, as a share of the memory's rate measured in the same run.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -14,15 +16,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from exeunt.compression.kv_format import KVPages, kv_layout, page_bytes_for
-from exeunt.compression.variant import KVFormat
+from exeunt.compression.variant import KVFormat, WeightFormat
 from exeunt.kernels.full_linear import full_linear
+from exeunt.kernels.gpu import triton_runs
 from exeunt.kernels.int4_linear import Int4Weight, int4_linear, pack
 from exeunt.kernels.paged_attention import paged_attention
 from exeunt.kernels.paged_batch import PagedBatch
 from exeunt.kernels.timing import Calls, copies, timed
 from exeunt.kernels.token_draw import draw_tokens
+from exeunt.kernels.tuned.shape import LinearShape
 from exeunt.kernels.write_kv import write_kv
+from scripts.gpu_check.kernel_case import Case, random_bf16
 from scripts.gpu_check.models import GROUP_SIZE, MISTRAL
+from scripts.gpu_check.other_kernels import other_cases
+from scripts.gpu_check.paged_steps import paged_steps
 from scripts.gpu_check.report import Context, Found
 
 ROWS = (1, 16, 64, 4, 512)
@@ -49,25 +56,12 @@ CONTEXTS = (
 )
 """Sequences and tokens of each."""
 DRAWS = ((1, 32000), (64, 32000), (16, 32000), (64, 128256), (1, 128256))
+LAYERS_TOY = {"toy up": (128, 64), "toy down": (64, 128)}
+FREE_LAYERS = ("mistral-7b gate_up", "mistral-7b out")
+"""Layers whose launches are chosen freely too: with many tiles, and with few."""
+_FORMATS: tuple[WeightFormat, ...] = ("full", "int4")
 _SECONDS_A_CASE = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    """One thing to time. `make` gives, by implementation, calls on buffers that take turns, given how many of these.
-
-    `nbytes` are what each implementation must move; the first is ours.
-    """
-
-    op: str
-    sizes: dict[str, Any]
-    nbytes: dict[str, int]
-    make: Callable[[int], dict[str, Calls]]
-
-    @property
-    def name(self) -> str:
-        """The operation and its sizes."""
-        return f"{self.op} {' '.join(f'{key}={value}' for key, value in self.sizes.items())}"
+_SECONDS_A_CHOICE = 1.5  # of a layer's weights in one format with one number of rows
 
 
 @torch.inference_mode()
@@ -89,6 +83,63 @@ def run(context: Context, found: Found) -> None:
             if context.cuda:
                 torch.cuda.synchronize()  # an error that no later call survives ends the section here
         context.report.save()
+    _choose_freely(context, found)
+
+
+def _choose_freely(context: Context, found: Found) -> None:
+    """Beside the times of some linears, those of the fastest way that their number of rows leaves open."""
+    if not triton_runs(context.device):
+        return
+    cases = [each for each in found["cases"] if each["op"] == "int4_linear"]
+    linears = {(each["layer"], each["rows"]): each for each in cases}
+    for layer, rows, weights in _free_choices(context):
+        name = f"{layer} {weights}, {rows} rows, chosen freely"
+        row = linears.get((layer, rows), {})
+        if "us" not in row or not context.fits(_SECONDS_A_CHOICE, name, found):
+            continue
+        try:
+            row[f"{weights}_free"] = _free(context, layer, rows, weights)
+        except Exception as error:  # noqa: BLE001 - it is no kernel that anybody runs
+            found.setdefault("skipped", []).append(f"{name}: {type(error).__name__}: {error}"[:300])
+        context.report.save()
+
+
+def _free_choices(context: Context) -> Iterator[tuple[str, int, WeightFormat]]:
+    layers = tuple(LAYERS_TOY)[:1] if context.quick else FREE_LAYERS
+    for rows in (1, 4) if context.quick else ROWS:
+        for layer in layers:
+            for weights in _FORMATS:
+                yield layer, rows, weights
+
+
+def _free(context: Context, layer: str, rows: int, weights: WeightFormat) -> Found:
+    from scripts.gpu_check.free_launches import fastest_free  # Triton is there only where a GPU is
+
+    outputs, inputs = (LAYERS_TOY if context.quick else LAYERS)[layer]
+    shape = LinearShape(inputs, outputs, weights == "int4", group_size=GROUP_SIZE)
+    calls = _linear(context.device, layer, outputs, inputs, rows).make(_buffers(context, shape.weight_bytes))
+    left = context.within(_SECONDS_A_CHOICE).clock.left
+    return fastest_free(calls[f"{weights}_linear"], shape, rows, context.device, left)
+
+
+def free_warm_jobs(context: Context, weights: WeightFormat) -> Iterator[Callable[[], None]]:
+    """Calls that run a layer once in every way that is tried for each number of rows: then all stand compiled."""
+    if triton_runs(context.device):
+        layer = tuple(LAYERS_TOY if context.quick else LAYERS)[1]
+        for rows in (1, 4) if context.quick else ROWS:
+            yield partial(_run_all_ways, context, layer, rows, weights)
+
+
+def _run_all_ways(context: Context, layer: str, rows: int, weights: WeightFormat) -> None:
+    from scripts.gpu_check.free_launches import chosen, free_launches
+
+    outputs, inputs = (LAYERS_TOY if context.quick else LAYERS)[layer]
+    shape = LinearShape(inputs, outputs, weights == "int4", group_size=GROUP_SIZE)
+    (call,) = _linear(context.device, layer, outputs, inputs, rows).make(1)[f"{weights}_linear"]
+    for way in free_launches(shape, rows):
+        if context.clock.left() > 0:
+            with suppress(Exception), chosen(way):  # the choice meets it again
+                call()
 
 
 def warm_jobs(context: Context, *, linears: bool) -> Iterator[Callable[[], None]]:
@@ -105,7 +156,7 @@ def _once(case: Case) -> None:
 def cases(context: Context) -> Iterator[Case]:
     """All cases, by how much their answers are wanted."""
     device, quick = context.device, context.quick
-    layers = {"toy up": (128, 64), "toy down": (64, 128)} if quick else LAYERS
+    layers = LAYERS_TOY if quick else LAYERS
     contexts = ((2, 40), (1, 70)) if quick else CONTEXTS
     rows = (1, 4) if quick else ROWS
     attention = [_attention(device, quick, *sizes, kv) for sizes in contexts for kv in ("full", "int4")]
@@ -119,6 +170,11 @@ def cases(context: Context) -> Iterator[Case]:
         for kv in ("full", "int4"):
             yield _write(device, quick, count, kv)
     yield from linears[len(layers) * 2 :]
+    yield from other_cases(device, quick)
+    if triton_runs(device):  # elsewhere no kernel does it in one
+        name, (outputs, inputs) = next(iter(layers.items()))
+        for count in rows:
+            yield _gated(device, name, outputs, inputs, count)
     yield from attention[8:]
 
 
@@ -127,7 +183,7 @@ def _timed(context: Context, case: Case) -> Found:
     smallest = min(case.nbytes.values())
     row: Found = {"op": case.op, **case.sizes}
     ours: float | None = None
-    for name, calls in case.make(copies(smallest) if context.cuda else 2).items():
+    for name, calls in case.make(_buffers(context, smallest)).items():
         took = timed(calls, context.device)
         rate = case.nbytes[name] / took.seconds
         figures: Found = {"us": took.seconds * 1e6, "bytes_per_s": rate, "method": took.method}
@@ -141,6 +197,11 @@ def _timed(context: Context, case: Case) -> Found:
     return row
 
 
+def _buffers(context: Context, nbytes: int) -> int:
+    """How many buffers of `nbytes` take turns."""
+    return copies(nbytes) if context.cuda else 2
+
+
 def _linear(device: torch.device, layer: str, outputs: int, inputs: int, rows: int) -> Case:
     """INT4, then full, then PyTorch's own product in bfloat16; the INT4 line is ours, full is beside it."""
     groups = -(-inputs // GROUP_SIZE)
@@ -150,7 +211,7 @@ def _linear(device: torch.device, layer: str, outputs: int, inputs: int, rows: i
     def make(count: int) -> dict[str, Calls]:
         x = torch.randn(rows, inputs, device=device).to(torch.bfloat16)
         fulls = max(1, min(count, copies(full)))
-        weights = [_random(outputs, inputs, device=device) for _ in range(fulls)]
+        weights = [random_bf16(outputs, inputs, device=device) for _ in range(fulls)]
         packed = [pack(_int4(outputs, inputs, groups, device)) for _ in range(count)]
         return {
             "int4_linear": [partial(int4_linear, x, weight) for weight in packed],
@@ -166,14 +227,41 @@ def _linear(device: torch.device, layer: str, outputs: int, inputs: int, rows: i
     return Case("int4_linear", {"layer": layer, "rows": rows}, nbytes, make)
 
 
+def _gated(device: torch.device, layer: str, outputs: int, inputs: int, rows: int) -> Case:
+    """Gate and up products with their activation, as a block runs them: INT4, full, and PyTorch one by one."""
+    from exeunt.kernels.full_linear.triton import full_linear_triton
+    from exeunt.kernels.int4_linear.triton import int4_linear_triton
+
+    plain = _linear(device, layer, outputs, inputs, rows)
+    x = random_bf16(rows, inputs, device=device)
+
+    def weights(calls: Calls) -> list[Any]:
+        return [call.args[1] for call in calls if isinstance(call, partial)]
+
+    def make(count: int) -> dict[str, Calls]:
+        made = plain.make(count)
+        int4 = partial(int4_linear_triton, activation="silu", gated=True)
+        full = partial(full_linear_triton, activation="silu", gated=True)
+        return {
+            "int4": [partial(int4, x, each) for each in weights(made["int4_linear"])],
+            "full": [partial(full, x, each) for each in weights(made["full_linear"])],
+            "torch": [partial(_gated_by_torch, x, each) for each in weights(made["torch"])],
+        }
+
+    names = {"int4": "int4_linear", "full": "full_linear", "torch": "torch"}
+    nbytes = {name: plain.nbytes[other] - rows * outputs for name, other in names.items()}
+    return Case("gated_linear", {"layer": layer, "rows": rows}, nbytes, make)
+
+
+def _gated_by_torch(x: Tensor, weight: Tensor) -> Tensor:
+    gate, up = F.linear(x, weight).chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
 def _int4(outputs: int, inputs: int, groups: int, device: torch.device) -> Int4Weight:
     codes = torch.randint(256, (outputs, inputs // 2), dtype=torch.uint8, device=device)
     scales = torch.rand(outputs, groups, device=device).half() / 100
     return Int4Weight(codes, scales, -7.5 * scales, GROUP_SIZE, inputs, outputs)
-
-
-def _random(*shape: int, device: torch.device) -> Tensor:
-    return torch.empty(shape, dtype=torch.bfloat16, device=device).normal_(0, 0.02)
 
 
 def _attention(device: torch.device, quick: bool, sequences: int, tokens: int, kv: KVFormat) -> Case:
@@ -192,7 +280,7 @@ def _attention(device: torch.device, quick: bool, sequences: int, tokens: int, k
         if kv == "full":
             shape = (sequences, kv_heads, tokens, head_dim)
             some = max(1, min(count, copies(full)))
-            pairs = [[_random(*shape, device=device) for _ in range(2)] for _ in range(some)]
+            pairs = [[random_bf16(*shape, device=device) for _ in range(2)] for _ in range(some)]
             q = queries[:, :, None]
             found["sdpa"] = [
                 partial(F.scaled_dot_product_attention, q, keys, values, enable_gqa=True)
@@ -212,20 +300,7 @@ def _paged(
     layout = kv_layout(spec, kv, torch.bfloat16, page_bytes_for(spec, torch.bfloat16))
     if quick:
         layout = type(layout)(kv, (0,), 2, 16, torch.bfloat16, 2048)
-    each = -(-tokens // layout.page_tokens)
-    arena = torch.empty(
-        count * sequences * each * layout.page_bytes // 2, dtype=torch.bfloat16, device=device
-    )
-    pages = KVPages(layout, arena.normal_().view(torch.uint8))
-    tables = torch.randperm(pages.num_pages, device=device).view(count, sequences, each).to(torch.int32)
-    at = torch.full((sequences,), tokens - 1, dtype=torch.int64, device=device)
-    starts = torch.arange(sequences + 1, dtype=torch.int32, device=device)
-    size = layout.page_tokens
-    batches = [
-        PagedBatch(at, table[:, -1].long() * size + (tokens - 1) % size, starts, table.contiguous(), tokens)
-        for table in tables
-    ]
-    return pages, batches
+    return paged_steps(layout, device, sequences, tokens, count)
 
 
 def _write(device: torch.device, quick: bool, tokens: int, kv: KVFormat) -> Case:

@@ -8,6 +8,7 @@ from scripts.gpu_check.report import Found, Report
 _MOST_LINES = 60
 _FAILURES = 12
 _LONGEST = 8
+_MOST_OTHERS = 16
 
 
 def table(report: Report) -> str:
@@ -45,8 +46,17 @@ def _machine(report: Report) -> Iterator[str]:
             yield f"  {name} needs {', '.join(each['needs'])}"
         if "without" in each:
             yield f"  {name} without {'; '.join(_lacking(*item) for item in each['without'].items())}"
-        if isinstance(each.get("skipped"), list) and each["skipped"]:
-            yield f"  {name} left out {len(each['skipped'])}: {each['skipped'][0]}"
+        if left_out := list(_left_out(each)):
+            yield f"  {name} left out {len(left_out)}: {left_out[0]}"
+
+
+def _left_out(found: Found) -> Iterator[str]:
+    """What a section or a part of it left out."""
+    for name, each in found.items():
+        if name == "skipped" and isinstance(each, list):  # of tests it is their number
+            yield from each
+        elif isinstance(each, dict):
+            yield from _left_out(each)
 
 
 def _lacking(what: str, names: Sequence[str]) -> str:
@@ -91,9 +101,14 @@ def _kernels(report: Report) -> Iterator[str]:
         times = [_time(full), _time(int4), _time(full.get("sdpa"))]
         ratio = f"{full['us'] / int4['us']:.2f}" if int4 else ""
         yield f"  {same[0]:>3} x {same[1]:<27}" + " ".join(f"{each:<15}" for each in times) + f" {ratio}"
-    rest = [case for case in cases if case["op"] in ("draw_tokens", "write_kv")]
-    if rest:
-        yield "  " + "; ".join(f"{_sizes(case)} {case['us']:.1f} us" for case in rest[:6])
+    free = [(case, kind) for case in linears for kind in ("full_free", "int4_free") if kind in case]
+    if free:
+        yield "chosen freely for its rows, us:"
+        yield from _wrapped(
+            f"{case['layer']} {case['rows']} {kind} {case[kind]['us']:.1f}" for case, kind in free
+        )
+    rest = [case for case in cases if case["op"] not in ("int4_linear", "paged_attention")]
+    yield from _wrapped(f"{_sizes(case)} {case['us']:.1f} us" for case in rest[:_MOST_OTHERS])
 
 
 def _tuning(report: Report) -> Iterator[str]:
@@ -145,7 +160,8 @@ def _wrapped(parts: Iterable[str]) -> Iterator[str]:
             yield line
             line = " "
         line += f" {part};"
-    yield line
+    if line.strip():
+        yield line
 
 
 def _is_speed(row: Any) -> bool:

@@ -33,6 +33,8 @@ GROUPS: Final = (
     "steps int4",
     "linears",
     "other kernels",
+    "free full",
+    "free int4",
     "exits packaged",
     "exits large",
 )
@@ -112,6 +114,8 @@ def _jobs(context: Context, group: str) -> Iterator[Callable[[], None]]:
     if kind == "packaged":
         weights, _, texts = what.partition(" ")
         return _packaged(context, "int4" if weights == "int4" else "full", _TEXTS[texts])
+    if kind == "free":
+        return kernel_speeds.free_warm_jobs(context, "int4" if what == "int4" else "full")
     if kind == "steps":
         return decode_speeds.warm_jobs(context, "int4" if what == "int4" else "full")
     if kind == "exits":

@@ -1,0 +1,162 @@
+"""What the GPU check compares, reads and times by itself: answers, texts over pages, calls."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from exeunt.compression.decoder import Decoder
+from exeunt.kernels.int4_linear import quantize
+from exeunt.kernels.timing import L2_BYTES, copies, timed
+from scripts.gpu_check import (
+    correctness,
+)
+from scripts.gpu_check.models import TOY, RandomWeights, random_decoders
+from scripts.gpu_check.paged_rows import PagedRows, greedy, logits_of
+from tests.scripts.toy_gpu_check import CPU, toy_context
+
+
+@pytest.fixture(scope="module")
+def decoder() -> Decoder:
+    return random_decoders(TOY.spec(), CPU, torch.float32)["full", False]
+
+
+def test_texts_read_in_chunks_are_those_read_in_one_piece(decoder: Decoder) -> None:
+    texts = [[3, 5, 8, 13, 21], [1, 2], [34, 55, 89, 144, 233, 377, 610]]
+    with torch.inference_mode():
+        whole = logits_of(decoder, "full", texts, [100])
+        cut = logits_of(decoder, "full", texts, [2, 1])
+        alone = [logits_of(decoder, "full", [text], [1])[0] for text in texts]
+    for one, other, third, text in zip(whole, cut, alone, texts, strict=True):
+        assert one.shape == (len(text), decoder.spec.vocab_size)
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
+        torch.testing.assert_close(one, third, rtol=0, atol=1e-4)
+    assert not torch.allclose(whole[0][0], whole[0][1])
+
+
+def test_a_greedy_answer_is_the_most_likely_token_each_time(decoder: Decoder) -> None:
+    with torch.inference_mode():
+        answer = greedy(decoder, "full", [3, 5, 8], 4)
+        logits = logits_of(decoder, "full", [[3, 5, 8, *answer]], [100])[0]
+    assert answer == logits[2:-1].argmax(-1).tolist()
+
+
+def test_pages_are_dealt_out_once(decoder: Decoder) -> None:
+    rows = PagedRows(decoder, "int4", 3, 100)
+    batch = rows.batch([2, 0], [[0, 1, 50], [7]])
+    size = rows.layout.page_tokens
+    assert batch.positions.tolist() == [0, 1, 50, 7]
+    assert batch.query_starts.tolist() == [0, 3, 4]
+    assert batch.max_context == 51
+    assert batch.slots.tolist() == [
+        int(rows.tables[row, p // size]) * size + p % size for row, p in ((2, 0), (2, 1), (2, 50), (0, 7))
+    ]
+    assert sorted(rows.tables.flatten().tolist()) == list(range(rows.pages.num_pages))
+
+
+@pytest.mark.parametrize("how", ["company", "nothing"])
+def test_results_that_depend_on_company_fail_the_check(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, decoder: Decoder, how: str
+) -> None:
+    def logits(
+        decoder: Decoder, kv: str, texts: Sequence[Sequence[int]], chunks: Sequence[int]
+    ) -> list[Tensor]:
+        found = [torch.tensor([[float(token), 1.0] for token in text]) for text in texts]
+        if how == "company" and len(texts) > 1:
+            found[0][3] += 1e-6
+        return found
+
+    monkeypatch.setattr(correctness, "logits_of", logits)
+    context = toy_context(tmp_path)
+    correctness._invariance(context, "toy", decoder, "full")
+    (made,) = context.report.data["checks"]
+    assert made["good"] == (how == "nothing")
+    assert ("among 2" in made["differ"]) == (how == "company")
+
+
+def test_a_token_that_is_not_the_others_choice_fails_the_check(tmp_path: Path) -> None:
+    logits = torch.tensor([[0.0, 5.0], [0.0, 5.0], [3.0, 2.9], [0.0, 0.0]])
+    for answer, tolerance, good in (([1, 0], 0.01, True), ([1, 1], 0.2, True), ([1, 1], 0.05, False)):
+        context = toy_context(tmp_path)
+        correctness._held(context, "toy", logits[1:], answer, tolerance)
+        assert context.report.data["checks"][0]["good"] == good
+
+
+def test_logits_that_are_not_numbers_fail_the_check(tmp_path: Path) -> None:
+    context = toy_context(tmp_path)
+    correctness._held(context, "toy", torch.full((3, 4), torch.nan), [1, 2], 0.1)
+    assert not context.report.data["checks"][0]["good"]
+
+
+def test_triton_is_off_inside_and_as_before_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EXEUNT_TRITON", "1")
+    with correctness.without_triton():
+        assert os.environ["EXEUNT_TRITON"] == "0"
+    assert os.environ["EXEUNT_TRITON"] == "1"
+
+
+def test_random_int4_weights_have_the_spread_of_full_ones() -> None:
+    spec = TOY.spec()
+    full = RandomWeights(spec, CPU, torch.float32, None).block(0)["gate_up.weight"]
+    block = RandomWeights(spec, CPU, torch.float32, 64).block(0)
+    codes = torch.stack((block["gate_up.codes"] & 15, block["gate_up.codes"] >> 4), -1).flatten(1).float()
+    int4 = codes * block["gate_up.scales"].float() + block["gate_up.offsets"].float()
+    assert int4.std() == pytest.approx(float(full.std()), rel=0.2)
+    assert quantize(full, 64).codes.shape == block["gate_up.codes"].shape
+
+
+def test_buffers_that_take_turns_do_not_fit_the_cache() -> None:
+    assert copies(2**20) == 48
+    assert copies(2**25) * 2**25 >= 3 * L2_BYTES
+    assert copies(2**40) == 1
+    calls: list[Callable[[], object]] = [lambda: None, lambda: None]
+    assert timed(calls, CPU).method == "clock"
+
+
+class _Graph:
+    """Stands for torch.cuda.CUDAGraph."""
+
+    def replay(self) -> None:
+        """Nothing: what was captured is not kept."""
+
+
+class _Event:
+    """Stands for torch.cuda.Event; two milliseconds lie between any two."""
+
+    def __init__(self, enable_timing: bool) -> None:
+        self.timed = enable_timing
+
+    def record(self) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def elapsed_time(self, other: "_Event") -> float:
+        return 2.0
+
+
+@pytest.mark.parametrize("captured", [True, False])
+def test_calls_that_no_graph_takes_are_timed_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, captured: bool
+) -> None:
+    @contextmanager
+    def graph(made: _Graph) -> Iterator[None]:
+        if not captured:
+            raise RuntimeError("not permitted when stream is capturing")
+        yield
+
+    for name, stands in {
+        "CUDAGraph": _Graph,
+        "Event": _Event,
+        "graph": graph,
+        "synchronize": lambda: None,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stands)
+    made: list[int] = []
+    took = timed([lambda: made.append(0), lambda: made.append(1)], torch.device("cuda"))
+    assert took.seconds == pytest.approx(1e-3)
+    assert took.method.startswith("graph" if captured else "events (RuntimeError: not permitted")
+    assert made[:4] == [0, 1, 0, 1]

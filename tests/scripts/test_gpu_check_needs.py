@@ -1,0 +1,153 @@
+"""What the GPU check takes of a machine: what a bare one runs, what is told of the rest, and who asks."""
+
+import inspect
+import json
+import os
+import subprocess
+import sys
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+import torch
+from packaging.requirements import Requirement
+
+from scripts.gpu_check import (
+    kernel_tests,
+    needs,
+    source_tree,
+)
+from scripts.gpu_check.table import table
+from tests.scripts.toy_gpu_check import ROOT, check, toy_context
+
+
+class _Without:
+    """A finder that finds no module of some names, whatever is installed."""
+
+    def __init__(self, finder: Any, names: Sequence[str]) -> None:
+        self._finder, self._names = finder, names
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        """What the finder finds."""
+        if name.partition(".")[0] in self._names:
+            return None
+        return self._finder.find_spec(name, path, target)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._finder, name)
+
+
+def _bare(names: Sequence[str], line: str) -> "subprocess.CompletedProcess[str]":
+    """What a process says in which no module of these names can be found; "" in `sys.argv` is its first argument."""
+    around = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    hide = f"class {inspect.getsource(_Without).partition('class ')[2]}"
+    code = "\n".join(
+        (
+            "from __future__ import annotations",
+            "import sys",
+            hide,
+            f"sys.meta_path[:] = [_Without(each, {list(names)}) for each in sys.meta_path]",
+            line,
+        )
+    )
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=around, capture_output=True, text=True, check=False
+    )
+
+
+def _requirements() -> set[str]:
+    """The modules of all packages that the project declares, for itself and for its developers."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lines = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    names = {Requirement(line).name.lower().replace("-", "_") for line in lines}
+    return names | {"starlette", "xdist"}
+
+
+_THEIRS: Final = {"httpx", "jinja2", "pyyaml", "setuptools", "packaging"}  # torch or transformers need them
+_BLOCKED: Final = sorted(_requirements() - {*needs.BARE, *_THEIRS})
+
+
+@pytest.mark.slow
+def test_a_bare_machine_checks_and_measures_all_but_the_engine(tmp_path: Path) -> None:
+    out = tmp_path / "gpu-check.json"
+    sections = [name for name in check.SECTIONS if name != "float32"]
+    said = ["", "--device", "cpu", "--quick", "--out", str(out), "--sections", ",".join(sections)]
+    done = _bare(
+        _BLOCKED,
+        f"import runpy; sys.argv = {said}; runpy.run_module('scripts.gpu_check', run_name='__main__')",
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(out.read_text())
+    status = {name: each["status"] for name, each in found["sections"].items()}
+    engine = ("end_to_end", "exits", "host", "compiled")
+    assert status == dict.fromkeys(sections, "done") | dict.fromkeys((*engine, "tests"), "needs")
+    assert all(found["sections"][name]["needs"] == [*needs.SERVER] for name in engine)
+    assert "end_to_end needs starlette, pydantic_settings" in done.stdout
+    assert "tests needs pytest" in done.stdout
+
+
+def test_what_the_engine_needs_is_what_is_said() -> None:
+    modules = ("end_to_end", "exits", "host_times", "engine_warming", "compiled")
+    line = f"import {', '.join(f'scripts.gpu_check.{name}' for name in modules)}; "
+    line += f"print(all(name in sys.modules for name in {needs.SERVER}))"
+    done = _bare(sorted({*_BLOCKED} - {*needs.SERVER}), line)
+    assert done.stdout.strip() == "True", done.stderr
+
+
+def test_tests_that_lack_a_module_are_told_and_the_others_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tests = {**kernel_tests._QUICK, "tests/server/test_gate_timer.py": ("no_such_module",)}
+    monkeypatch.setattr(kernel_tests, "_QUICK", tests)
+    context = toy_context(tmp_path)
+    found = context.report.section("tests")
+    kernel_tests.run(context, found)
+    assert found["without"] == {"tests/server/test_gate_timer.py": ["no_such_module"]}
+    assert found["passed"] > 0
+    assert context.report.failures == []
+    found["status"] = "done"
+    assert "without tests/server/test_gate_timer.py (needs no_such_module)" in table(context.report)
+
+
+def test_the_probe_says_what_a_machine_lacks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert needs.main() == 0
+    monkeypatch.setattr(needs, "BARE", ("torch", "no_such_module"))
+    monkeypatch.setattr(needs, "version", lambda name: "2.4.1")
+    assert needs.main() == 1
+    assert (
+        "lacks no_such_module, torch 2.4.1 (needs 2.11), triton 2.4.1 (needs 3.6)" in capsys.readouterr().out
+    )
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lines = [*project["dependencies"], *project["optional-dependencies"]["gpu"]]
+    told = {f"{name}>={first}.{second}" for name, (first, second) in needs.LEAST.items()}
+    assert told <= {line.partition(";")[0] for line in lines}
+
+
+def test_the_makefile_asks_the_probe() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert "$(PYTHON) -m scripts.gpu_check.needs" in makefile
+
+
+def test_a_source_tree_is_importable_without_installing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(source_tree, "_installed", lambda: False)
+    monkeypatch.setattr("tempfile.mkdtemp", lambda prefix: str(tmp_path))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setenv("PYTHONPATH", "/elsewhere")
+    source_tree.make_importable()
+    assert os.environ["PYTHONPATH"] == f"{tmp_path}{os.pathsep}/elsewhere"
+    line = (
+        "from importlib.metadata import version; from importlib.util import find_spec; "
+        "print(version('exeunt'), find_spec('exeunt.kernels.gpu').origin)"
+    )
+    bare = [sys.executable, "-S", "-c", line]  # without what is installed
+    said = subprocess.run(
+        bare, cwd="/", capture_output=True, text=True, timeout=120, check=True
+    ).stdout.split()
+    assert said[1] == str(tmp_path / "exeunt" / "kernels" / "gpu.py")
