@@ -16,12 +16,20 @@ _MODELS: Final = {
     "llama-1.1b": "llama-1.1b shape",
 }
 _PARTS: Final = ("gate_up", "out", "down", "qkv")
+_OTHERS: Final = {
+    "gated_linear": "gate and up with their activation, INT4",
+    "rms_norm": "RMS norm",
+    "turn_and_write_kv": "RoPE, rotation and writing",
+    "exit_gate": "an exit's gate without its projection",
+    "penalise_scores": "penalties",
+    "truncate_scores": "top-k and top-p",
+}
 _VERSIONS: Final = ("torch", "triton", "transformers")
 
 
 def gpu_tables(record: Row) -> Iterator[Table]:
-    """Machine, targets, steps, what a step is made of, linears and what one order of their sums costs, attention, the
-    engine, checks."""
+    """Machine, targets, steps, what a step is made of, linears and what one order of their sums costs, attention,
+    other kernels, the engine, checks."""
     yield ("on a GPU", "measured on"), _machine(record)
     yield ("target on a GPU", "measured", "wanted", ""), _targets(record)
     yield (
@@ -40,6 +48,8 @@ def gpu_tables(record: Row) -> Iterator[Table]:
         ("attention of one block, sequences × context", "full, µs", "INT4, µs", "SDPA, µs", "full / INT4"),
         _attention(record),
     )
+    if others := [case for op in _OTHERS for case in _cases(record, op)]:
+        yield ("other kernel of the mistral-7b shape", "µs", "PyTorch, µs"), map(_other, others)
     for model, called in _MODELS.items():
         if not (speeds := speeds_of(record, model)):
             continue
@@ -281,6 +291,18 @@ def _attention(record: Row) -> Iterator[Sequence[str]]:
         three = (case, int4, case["sdpa"])
         times = (f"{each['us']:.1f} ({each['bytes_per_s'] / rate:.0%})" for each in three)
         yield f"{case['sequences']} × {case['context']}", *times, f"{case['us'] / int4['us']:.2f}"
+
+
+def _other(case: Row) -> Sequence[str]:
+    """A kernel that stands around products and attention; of gate and up also that of full weights."""
+    rows = case.get("rows", case.get("tokens"))
+    name = f"{_OTHERS[case['op']]}, {rows} row{'s' * (rows > 1)}"
+    if "kv" in case:
+        name += f", {'INT4' if case['kv'] == 'int4' else 'full'} pages"
+    ours = f"{case['us']:.1f}"
+    if "full" in case:
+        name, ours = f"{name} / full", f"{ours} / {case['full']['us']:.1f}"
+    return name, ours, f"{case['torch']['us']:.1f}" if "torch" in case else ""
 
 
 def _streams(found: Row) -> list[int]:

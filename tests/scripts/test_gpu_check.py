@@ -150,6 +150,17 @@ def test_a_device_that_no_longer_answers_is_left_to_a_fresh_process(
     assert again.section("machine")["status"] == "failed"
 
 
+def test_checks_that_a_late_break_leaves_no_time_for_fail_the_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, replaced: list[list[str]]
+) -> None:
+    monkeypatch.setattr(check, "_device_answers", lambda device: False)
+    monkeypatch.setattr(check, "_LATE", 1e9)
+    report = _run(monkeypatch, tmp_path, ["memory", "tests"], memory=breaks)
+    assert replaced[0][replaced[0].index("--sections") + 1] == ""
+    again = Report(report.path, resume=True)
+    assert [one["name"] for one in again.failures] == ["section memory", "section tests"]
+
+
 def test_a_section_that_hangs_is_broken_off(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, replaced: list[list[str]]
 ) -> None:

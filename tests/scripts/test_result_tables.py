@@ -166,3 +166,19 @@ def test_what_a_run_had_no_time_for_is_in_no_table() -> None:
     assert "packaged model, tokens/s" in headers
     assert "mistral-7b shape, tokens/s" not in headers
     assert not [name for name in _rows("target on a GPU", other) if "generate_batch" in name]
+
+
+def test_other_kernels_have_a_table_where_they_were_timed() -> None:
+    header = "other kernel of the mistral-7b shape"
+    assert header not in [headers[0] for headers, _ in gpu_tables.gpu_tables(H200)]
+    other = deepcopy(H200)
+    other["sections"]["kernels"]["cases"] += [
+        {"op": "rms_norm", "rows": 64, "size": 4096, "us": 3.21, "torch": {"us": 6.0}},
+        {"op": "turn_and_write_kv", "kv": "int4", "tokens": 1, "us": 4.0},
+        {"op": "gated_linear", "rows": 1, "us": 28.0, "full": {"us": 60.0}, "torch": {"us": 59.0}},
+    ]
+    assert _rows(header, other) == {
+        "gate and up with their activation, INT4, 1 row / full": ["28.0 / 60.0", "59.0"],
+        "RMS norm, 64 rows": ["3.2", "6.0"],
+        "RoPE, rotation and writing, 1 row, INT4 pages": ["4.0", ""],
+    }
