@@ -119,7 +119,7 @@ class Settings(BaseSettings):
         default=20.0,
         ge=0,
         allow_inf_nan=False,
-        description="On a GPU of an unknown kind, seconds to search for its fastest launches at the start.",
+        description="On a GPU, seconds to search at the start for fast launches of what is not known yet.",
     )
     scheduling: SchedulingPolicy = Field(
         default="run-through",

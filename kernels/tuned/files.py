@@ -112,11 +112,6 @@ def read_known(gpu: str) -> Launches:
     return {**packaged.launches, **kept} if others else {**kept, **packaged.launches}
 
 
-def has_packaged(gpu: str) -> bool:
-    """Whether the package has launches of a kind of GPU, in a file that is good."""
-    return _there(packaged_file(gpu), gpu) is not None
-
-
 def read_launches(path: Path, gpu: str) -> Launches:
     """The launches in a file. Raises LaunchFileError where they are another GPU's or malformed, and OSError."""
     return _read(path, gpu).launches

@@ -16,7 +16,6 @@ from exeunt.kernels.tuned.files import (
     Finding,
     LaunchFileError,
     cached_file,
-    has_packaged,
     kernels_digest,
     packaged_file,
     read_known,
@@ -142,9 +141,6 @@ def test_a_bad_file_of_the_package_hides_no_good_one(
     write_launches(cached, GPU, findings())
     assert read_known(GPU) == EXPECTED
     assert len(caplog.messages) == 1
-    assert not has_packaged(GPU)
-    write_launches(packaged, GPU, findings())
-    assert has_packaged(GPU)
 
 
 def test_a_cached_file_is_of_these_kernels_and_this_compiler(
