@@ -127,8 +127,11 @@ def _confirmed(
 @pytest.mark.parametrize(("list_ratio", "screen_ratio"), [(0.0, 0.8), (0.9, 0.8), (1.0, 0.0)])
 @pytest.mark.usefixtures("dispatched")
 def test_confirmed_decisions(device: str, list_ratio: float, screen_ratio: float) -> None:
-    (probe, read, listed, thresholds, whole), rule = _confirmed(device, 33, list_ratio, screen_ratio)
-    expected = gate_decisions_reference(probe, read, listed, thresholds, rule, whole)
+    for _ in range(9):  # until some rows pass the list and are turned away by all logits
+        (probe, read, listed, thresholds, whole), rule = _confirmed(device, 33, list_ratio, screen_ratio)
+        expected = gate_decisions_reference(probe, read, listed, thresholds, rule, whole)
+        if int(expected[1].sum()) < int(expected[3].sum()):
+            break
     found = gate_decisions(probe, read, listed, thresholds, rule, whole)
     torch.testing.assert_close(found[0], expected[0], atol=1e-5, rtol=1e-4)
     for place in (1, 2, 3):
