@@ -1,12 +1,15 @@
 """Finding a Hugging Face checkpoint: a local directory, or a repository on the Hub."""
 
 import json
+import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from exeunt.compression.architecture import Architecture, load_architecture
 from exeunt.compression.weights import CheckpointWeights
+
+log = logging.getLogger("exeunt.checkpoint")
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -55,6 +58,9 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
         raise NoCheckpointError(
             f"{model} is neither a checkpoint directory nor a Hugging Face id like owner/name."
         )
+    # a name without an owner is more often a folder's, misspelt, and the Hub may take long to say so
+    level = logging.INFO if "/" in str(model) else logging.WARNING
+    log.log(level, "There is no folder %s here, the Hugging Face Hub is asked for a model of that id.", model)
     directory = _download(str(model), _SMALL_FILES)
     spec = load_architecture(directory)
     index = directory / _INDEX

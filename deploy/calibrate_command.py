@@ -9,7 +9,7 @@ from exeunt.deploy.arguments import block, numbers, one_of
 from exeunt.deploy.cli_options import DEVICE, LEVEL, count, log_from
 
 _CHECKPOINT = typer.Argument(metavar="MODEL", help="A checkpoint's directory or a Hugging Face id.")
-_OUT = typer.Option(help="Where the bundle goes.", show_default=False)
+_OUT = typer.Option(help="Where the bundle goes; one that is there already is replaced.", show_default=False)
 _TEXT = typer.Option(
     help="Text to calibrate on: a file (txt or JSONL), a folder, or hf:NAME[[:CONFIG]:SPLIT]. Needed, but for the "
     "packaged model, which has a text of its own."

@@ -68,9 +68,10 @@ class Savings:
     `linear_*` are the blocks' linear weights, `model_*` the whole model as served (embedding and norms stay full; a
     tied embedding stays beside its INT4 form as output matrix), both in the checkpoint's own dtype; None where the
     bundle has no INT4 weights. `kv_*` are one token's keys and values in all blocks; None for a format that the bundle
-    does not offer.
+    does not offer. `dtype` is the checkpoint's.
     """
 
+    dtype: str
     linear_full: int | None
     linear_int4: int | None
     model_full: int | None
@@ -105,7 +106,7 @@ def savings(bundle: Bundle) -> Savings:
     kv = {name: _kv_bytes(spec, name, dtype) for name in bundle.manifest.kv_cache}
     kv_full = _kv_bytes(spec, "full", dtype)
     if "int4" not in bundle.manifest.weights:
-        return Savings(None, None, None, None, kv_full, kv.get("int4"))
+        return Savings(_name(dtype), None, None, None, None, kv_full, kv.get("int4"))
     int4 = bundle.tensors(INT4_WEIGHTS)
     packed = {name: t for name, t in int4.items() if name.endswith((".codes", ".scales", ".offsets"))}
     linears = {name: t for name, t in packed.items() if name.startswith("blocks.")}
@@ -118,6 +119,7 @@ def savings(bundle: Bundle) -> Savings:
     else:
         rest = _bytes(weights) - _bytes(packed)
     return Savings(
+        _name(dtype),
         linear_full,
         linear_int4,
         linear_full + output_full + rest,
@@ -125,6 +127,10 @@ def savings(bundle: Bundle) -> Savings:
         kv_full,
         kv.get("int4"),
     )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _bytes(tensors: Mapping[str, Tensor]) -> int:
@@ -219,7 +225,7 @@ def _files_table(bundle: Bundle) -> Table:
     return table
 
 
-def _savings_table(saved: Savings) -> Table:
+def _savings_table(saved: Savings) -> RenderableType:
     table = _table("What INT4 saves", "part", right=("full", "INT4", "ratio"))
     rows = [
         ("linear weights of the blocks", saved.linear_full, saved.linear_int4),
@@ -234,7 +240,9 @@ def _savings_table(saved: Savings) -> Table:
                 "-" if int4 is None else _size(int4),
                 f"{full / int4:.2f}×" if int4 else "-",
             )
-    return table
+    wide = ", twice as many bytes of each full weight, key and value" if saved.dtype != "float32" else ""
+    held = f"Full ones in {saved.dtype}, the checkpoint's dtype; a CPU serves in float32 unless told otherwise{wide}."
+    return Group(table, _text(held))
 
 
 def _exits_table(manifest: Manifest) -> RenderableType:

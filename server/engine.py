@@ -45,7 +45,8 @@ class QueueFullError(Exception):
 
     def __init__(self, limit: int) -> None:
         super().__init__(
-            f"{limit} requests are waiting, the limit; try again later or raise --max-num-queued-reqs."
+            f"{limit} request{' is' if limit == 1 else 's are'} waiting, the limit; try again later or raise "
+            "--max-num-queued-reqs."
         )
         self.limit = limit
 

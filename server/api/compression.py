@@ -1,7 +1,8 @@
 """Turns a request's compression block, and the server's default for it, into what the engine runs."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from operator import eq
 from typing import Final
 
 from exeunt.compression.variant import SkippedKV, Variant
@@ -182,6 +183,9 @@ def _uncertified(
     other = next(each for each in RISKS if each != risk)
     if not there and (instead := _there(other, offer, variant)):
         hint = f"no target of it is certified; of {other} certified are {instead}"
+    elif not there and (others := [each for each in offer.variants if _there(risk, offer, each)]):
+        nearest = max(others, key=lambda each: sum(map(eq, astuple(each), astuple(variant))))
+        hint += f", or ask for {nearest}, of which {_there(risk, offer, nearest)} are certified"
     named = f" with skipped_kv={method}" if method else ""
     return NotOfferedError(
         f"{what} for {variant}{named}; {hint}.{_why_not(risk, target, offer, variant, method)}",

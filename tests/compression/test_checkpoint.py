@@ -231,6 +231,21 @@ def test_a_hub_id_brings_only_the_files_that_are_needed(
     assert not any("onnx" in name for name in hub.downloaded)
 
 
+@pytest.mark.parametrize(("name", "level"), [("owner/name", "INFO"), ("my-bundle", "WARNING")])
+def test_it_is_said_that_the_hub_is_asked(
+    name: str, level: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def offline(*asked: object, **how: object) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with caplog.at_level("INFO"), pytest.raises(CheckpointError):
+        open_checkpoint(name)
+    ((said, message),) = ((record.levelname, record.getMessage()) for record in caplog.records)
+    assert said == level
+    assert message == f"There is no folder {name} here, the Hugging Face Hub is asked for a model of that id."
+
+
 def test_an_unsupported_hub_model_is_refused_before_its_weights_are_downloaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -151,6 +151,12 @@ def _printed(bundle: Bundle, width: int = 150) -> str:
     return capture.get()
 
 
+def test_the_dtype_of_full_weights_is_named_for_a_cpu_has_another(bundle: Bundle) -> None:
+    assert savings(bundle).dtype == "bfloat16"
+    said = "Full ones in bfloat16, the checkpoint's dtype; a CPU serves in float32 unless told otherwise, twice as many"
+    assert said in _printed(bundle)
+
+
 def test_sizes_are_those_on_the_disk(bundle: Bundle) -> None:
     on_disk = {path.name: path.stat().st_size for path in bundle.path.iterdir()}
     assert {file.name: file.bytes for file in file_sizes(bundle)} == on_disk

@@ -214,15 +214,17 @@ def test_no_tests_are_no_success_and_a_failure_is_none(
 def test_kernels_are_compiled_in_processes_that_are_waited_for(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    quick = toy_context(tmp_path)
+    quick = toy_context(tmp_path, 400)  # cores may be busy
     warmers = warming.Warmers(quick, tmp_path, ["packaged int4 short", "linears"])
-    warmers.wait(["packaged int4 short"], quick.report)
-    said = quick.report.data["compiling"]["packaged int4 short"]
-    assert said["status"] == 0
-    assert said["says"].startswith("2 jobs, 0 failed []")
-    assert said["seconds"] > 0
-    warmers.wait(["packaged int4 short"], quick.report)
-    warmers.stop()
+    try:
+        warmers.wait(["packaged int4 short"], quick.report)
+        said = quick.report.data["compiling"]["packaged int4 short"]
+        assert said["status"] == 0
+        assert said["says"].startswith("2 jobs, 0 failed []")
+        assert said["seconds"] > 0
+        warmers.wait(["packaged int4 short"], quick.report)
+    finally:
+        warmers.stop()
     warmers.wait(None, quick.report)
     assert list(quick.report.data["compiling"]) == ["packaged int4 short"]
 

@@ -233,7 +233,10 @@ def test_server_defaults_fill_in_how_to_leave() -> None:
         (
             '{"linear_block": true, "early_exit": {"mode": "approximate"}}',
             "compression.early_exit.max_disagreement",
-            ["no target is certified", "threshold"],
+            [
+                "no target is certified, give a threshold instead, or ask for weights=int4 kv_cache=int4 "
+                "linear_block=false, of which 0.05",
+            ],
         ),
         (
             '{"early_exit": {"threshold": 0.5}}',
