@@ -10,6 +10,7 @@ import triton
 import typer
 
 from scripts.compile_kernels.in_processes import compile_all
+from scripts.compile_kernels.sources import source_digests
 
 RESULTS: Final = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "triton-registers.json"
 
@@ -19,10 +20,17 @@ Processes = Annotated[int, typer.Option(min=1, help="Processes that compile side
 
 
 def main(out: Out = RESULTS, tested: Tested = False, processes: Processes = 2) -> None:
-    """Compile, and write what a thread and a program of each kernel take in each case on each kind of GPU."""
+    """Compile, and write what a thread and a program of each kernel take in each case on each kind of GPU.
+
+    Raises RuntimeError where the kernels' sources change meanwhile.
+    """
+    sources = source_digests()
     rows = compile_all(processes, tested=tested)
+    if source_digests() != sources:
+        raise RuntimeError("the kernels changed while they were compiled: compile them again")
     made = {"triton": version("triton"), "ptxas": _ptxas(), "torch": version("torch")}
-    out.write_text(json.dumps({"made": made, "kernels": rows}, indent=1) + "\n", encoding="utf-8")
+    document = {"made": made, "sources": sources, "kernels": rows}
+    out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     spilling = sum(row["spill_store_bytes"] + row["spill_load_bytes"] > 0 for row in rows)
     print(f"{len(rows)} compiled, {spilling} of them with spills; written to {out}")
 

@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction, MockTensor
 
-from exeunt.kernels.tuned.launches import forced
+from exeunt.kernels.tuned.launches import TunedLaunch, forced
 
 _PREFIX = "exeunt.kernels."
 _SAID = {
@@ -44,16 +44,13 @@ class Compiled:
     spill_load_bytes: int
     shared_bytes: int
 
-    @property
-    def spill_bytes(self) -> int:
-        """Bytes that a thread stores to memory and loads again for want of registers."""
-        return self.spill_store_bytes + self.spill_load_bytes
 
-
-def compile_launches(call: Callable[[], object], capability: int) -> list[Compiled]:
+def compile_launches(
+    call: Callable[[], object], capability: int, launch: TunedLaunch | None = None
+) -> list[Compiled]:
     """Compile what `call` would launch on a GPU, for its compute capability (90 is 9.0); it runs under fake tensors.
 
-    Raises RuntimeError where Triton interprets.
+    Linear layers run with `launch`, None: by the rule. Raises RuntimeError where Triton interprets.
     """
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise RuntimeError("nothing is compiled under Triton's interpreter: unset TRITON_INTERPRET")
@@ -71,7 +68,7 @@ def compile_launches(call: Callable[[], object], capability: int) -> list[Compil
     with (
         _no_device(capability),
         mock.patch.object(JITFunction, "__getitem__", launched),
-        forced(None),  # what was measured on a GPU that is here is not what another is compiled for
+        forced(launch),  # what was measured on a GPU that is here is not what another is compiled for
         FakeTensorMode(),
     ):
         call()

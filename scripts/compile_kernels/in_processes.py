@@ -38,9 +38,10 @@ def _compiled(capability: int, share: int, shares: int, tested: bool) -> list[di
     from scripts.compile_kernels.cases import all_cases
     from scripts.compile_kernels.compiling import compile_launches
 
-    cases = [case for case in all_cases() if case.tested or not tested]
+    wanted = [case for case in all_cases() if case.tested or not tested]
+    cases = [case for case in wanted if capability in case.capabilities]
     return [
         {"case": case.name, "tested": case.tested, "capability": capability, **asdict(found)}
         for case in cases[share::shares]
-        for found in compile_launches(case.call, capability)
+        for found in compile_launches(case.call, capability, case.launch)
     ]

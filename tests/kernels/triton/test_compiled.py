@@ -15,6 +15,7 @@ import torch
 import exeunt.kernels.gpu
 from scripts.compile_kernels.cases import all_cases
 from scripts.compile_kernels.in_processes import CAPABILITIES, key_of
+from scripts.compile_kernels.sources import KERNELS, digest_of, source_digests
 
 ROOT = Path(__file__).resolve().parents[3]
 RECORD = ROOT / "benchmarks" / "results" / "triton-registers.json"
@@ -72,8 +73,33 @@ def test_every_kernel_that_is_launched_is_compiled_for_every_gpu(compiled: Rows)
         assert {kernel for kernel, _, found in compiled if found == capability} == launched
 
 
-def test_the_record_has_all_cases(record: dict[str, Any]) -> None:
-    assert {row["case"] for row in record["kernels"]} == {case.name for case in all_cases()}
+def test_the_record_has_all_cases_for_all_their_gpus(record: dict[str, Any]) -> None:
+    found = {(row["case"], row["capability"]) for row in record["kernels"]}
+    assert found == {(case.name, capability) for case in all_cases() for capability in case.capabilities}
+
+
+def test_the_record_is_of_the_kernels_that_are_here(record: dict[str, Any]) -> None:
+    here, there = source_digests(), record["sources"]
+    changed = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
+    assert not changed, "compile them all with python -m scripts.compile_kernels"
+
+
+def test_a_digest_is_of_every_file_that_holds_a_kernel() -> None:
+    kernels = {
+        path.relative_to(KERNELS).as_posix()
+        for path in KERNELS.rglob("*.py")
+        if "@triton.jit" in path.read_text(encoding="utf-8")
+    }
+    assert len(kernels) > 8
+    assert kernels <= source_digests().keys()
+
+
+def test_a_digest_changes_with_the_code_alone() -> None:
+    text = '"""What it is."""\nX = 1  # why\n\n\ndef f():\n    """What."""\n    return "#"\n'
+    said = text.replace("What", "Which").replace("why", "wherefore").replace("\n\n\n", "\n")
+    assert digest_of(said) == digest_of(text)
+    for changed in (text.replace("X = 1", "X = 2"), text.replace('"#"', '"##"')):
+        assert digest_of(changed) != digest_of(text)
 
 
 def test_registers_and_spills_stay_within_the_record(compiled: Rows, record: dict[str, Any]) -> None:
