@@ -15,6 +15,7 @@ TESTS: Final[dict[str, tuple[str, ...]]] = {
     "tests/compression/gpu": (),
     "tests/server/test_gpu_engine.py": SERVER,
     "tests/server/test_gate_timer.py": SERVER,
+    "tests/server/test_sampling_on_gpu.py": SERVER,
     "tests/kernels/triton": (),
     "tests/server/test_sampling.py": ("hypothesis",),
 }
