@@ -32,20 +32,32 @@ def _rows(header: str, record: Any = H200) -> dict[str, list[str]]:
     return {first: list(rest) for first, *rest in found}
 
 
+def _cells(model: str, streams: int) -> str:
+    """A line of README's table of a GPU's speeds."""
+    found = H200["sections"]["end_to_end"][model]
+    columns = ("engine full/full", "engine int4/int4", "engine int4/int4 exits at 0.5 (synthetic)")
+    cells = []
+    for what in (*columns, "transformers generate_batch", "transformers generate"):
+        row = found.get(f"{what}, {streams} streams", {})
+        left = f" ({row['exit_rate']:.0%} leave)".replace("%", " %") if row.get("exit_rate") else ""
+        cells.append(f" {row['tokens_per_s']:.0f}{left} " if row else " ")
+    return "|".join(cells).strip()
+
+
 def test_what_the_pages_say_of_a_gpu_is_what_was_measured() -> None:
     rate = gpu_tables.memory_rate(H200)
     full, int4 = (gpu_tables.step_of(H200, each, each, 1, 512) for each in ("full", "int4"))
     share, floor = full["bytes_per_s"] / rate, full["bytes"] / rate * 1e3
-    batch, generate = (
-        gpu_tables.speed(H200, f"transformers {each}", 64) for each in ("generate_batch", "generate")
-    )
+    generate = gpu_tables.speed(H200, "transformers generate", 64)
     ours = gpu_tables.speed(H200, "engine int4/int4", 64)
     linears = {kind: gpu_tables.linears_ms(H200, kind) for kind in ("int4", "full_linear", "torch")}
     said = {
         "README.md": (
             f"of one stream takes {full['ms']:.2f} ms in bfloat16, {share:.0%} of".replace("%", " %"),
             f"INT4 weights and KV make it {full['ms'] / int4['ms']:.2f} times as fast",
-            f"INT4, makes {ours:.0f}, `generate_batch` {batch:.0f}.",
+            "Mistral-7B shape, 1 stream | " + _cells("mistral-7b", 1),
+            "Mistral-7B shape, 64 streams | " + _cells("mistral-7b", 64),
+            "packaged model, 64 streams | " + _cells("packaged", 64),
         ),
         "docs/performance.md": (
             f"take {full['ms'] - floor:.2f} ms more than the floor",
