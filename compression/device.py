@@ -82,7 +82,8 @@ def _tell_unused() -> None:
 
     Whoever hides GPUs from CUDA, or has a PyTorch without it, has chosen the CPU.
     """
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1")
+    # CUDA sees the devices in front of the first name that is none: "-1" and "none" hide all of them
+    hidden = re.match(r"\s*(\d|GPU-|MIG-)", os.environ.get("CUDA_VISIBLE_DEVICES", "0")) is None
     if torch.version.cuda is None or hidden or not any(sign.exists() for sign in _NVIDIA_SIGNS):
         return
     _log.warning(

@@ -187,7 +187,8 @@ def _is_want_of_room(error: Exception) -> bool:
     """Whether memory ran out, in PyTorch, in Triton or in the driver, or what one program of a kernel may have."""
     if isinstance(error, torch.OutOfMemoryError) or type(error).__name__ == "OutOfResources":
         return True
-    return isinstance(error, RuntimeError) and "out of memory" in str(error).split("\n", 1)[0]
+    first = str(error).split("\n", 1)[0]
+    return isinstance(error, RuntimeError) and ("out of memory" in first or "ALLOC_FAILED" in first)
 
 
 def _is_of_capturing(error: Exception) -> bool:

@@ -60,6 +60,12 @@ def _device_failure(error: Exception) -> str | None:
     first = str(error).strip().split("\n", 1)[0].rstrip(".")
     if not first.startswith(("CUDA error: ", "Triton Error [CUDA]: ")):
         return None
+    if "out of memory" in first or "ALLOC_FAILED" in first:
+        return (
+            f"{first}: another process may hold the GPU's memory, free some there or choose another --device."
+        )
+    if "busy or unavailable" in first:
+        return f"{first}: another process has the GPU to itself, end that or choose another --device."
     return (
         f"{first}: the GPU or its driver failed, or this PyTorch has no code for it; `nvidia-smi` and the system's log "
         "may say more, --device cpu does without."

@@ -15,7 +15,7 @@ from exeunt.compression.memory import free_bytes, named
 from exeunt.compression.model import LoadedModel, load_bundle, load_plain_model
 from exeunt.compression.variant import Variant
 from exeunt.deploy.tuning import tune_launches
-from exeunt.deploy.weight_bytes import least_weight_bytes
+from exeunt.deploy.weight_bytes import held_weights, least_weight_bytes
 from exeunt.server.engine_config import EngineConfig
 from exeunt.server.settings import Settings
 
@@ -130,7 +130,7 @@ def _loaded(source: Source, settings: Settings) -> LoadedModel:
     except torch.OutOfMemoryError as error:
         raise SettingsError(
             f"{source.path} does not fit {named(device)}, which had {free} bytes free before it was loaded: "
-            f"{_remedies(device, settings)}."
+            f"{_remedies(device, int4_helps=_int4_helps(source, settings))}."
         ) from error
 
 
@@ -145,19 +145,26 @@ def _free_for_weights(
         torch.cuda.empty_cache()  # what PyTorch keeps of earlier work, calibration's say, is free too
     free = free_bytes(device)
     if device.type == "cuda":
-        needed = least_weight_bytes(Path(source.path), settings.weights, device, dtype)
+        where, weights = Path(source.path), settings.weights
+        needed = least_weight_bytes(where, weights, device, dtype, is_bundle=source.is_bundle)
         if needed is not None and needed > free:
             raise SettingsError(
                 f"{named(device)} has {free} bytes free, the weights of {source.path} need at least {needed}: "
-                f"{_remedies(device, settings)}."
+                f"{_remedies(device, int4_helps=_int4_helps(source, settings))}."
             )
     return free
 
 
-def _remedies(device: torch.device, settings: Settings) -> str:
+def _int4_helps(source: Source, settings: Settings) -> bool:
+    """Whether INT4 weights alone would be fewer bytes than what is loaded."""
+    held = held_weights(Path(source.path)) if source.is_bundle else None
+    return settings.weights != "int4" and held != ("int4",)
+
+
+def _remedies(device: torch.device, *, int4_helps: bool) -> str:
     """What to do where a device has too little memory, whatever the reason."""
     ways = ["free some there"]
-    if settings.weights != "int4":
+    if int4_helps:
         ways.append("serve the INT4 weights of a bundle alone (--weights int4)")
     if device.type == "cuda":
         ways.append("choose another --device")
@@ -221,7 +228,7 @@ def engine_limits(shape: Shape, settings: Settings) -> EngineConfig:
         raise SettingsError(
             f"{named(shape.device)} has {free} bytes free, of which keys and values take {cache} at most, and a "
             f"sequence of {least} tokens needs {page_bytes * -(-least // page_tokens)}: "
-            f"{shorter}{_remedies(shape.device, settings)}."
+            f"{shorter}{_remedies(shape.device, int4_helps=settings.weights != 'int4')}."
         )
     return EngineConfig(
         max_model_len=min(wanted, held),

@@ -1,4 +1,4 @@
-"""What is true of a server at this moment, exported from time to time: requests, rows, pages, bytes held, counts."""
+"""What is true of a server at this moment, exported from time to time: requests, rows, pages, bytes held."""
 
 import time
 from typing import Final
@@ -25,12 +25,11 @@ class Gauges:
         self._set_at = self._bytes_at = -_BYTES_INTERVAL_S
 
     def set(self, *, force: bool) -> None:
-        """Export what is true now, and what was counted since; without `force` only where that was some time ago."""
+        """Export what is true now; without `force` only where that was done some time ago."""
         now = time.monotonic()
         if not force and now - self._set_at < _INTERVAL_S:
             return
         self._set_at = now
-        self._metrics.flush()
         used = {"int4": 0, "full": 0}
         for sequence in self._scheduler.running_sequences():
             used[sequence.variant.kv_cache] += len(sequence.table.pages)

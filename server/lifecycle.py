@@ -207,7 +207,7 @@ class Lifecycle:
         return self._scheduler.tick_ahead(tick) if ahead else None
 
     def tell(self) -> None:
-        """Tell callers all that is known: due where no tick follows. The metrics hear of it with the gauges."""
+        """Tell callers and metrics all that is known: due where no tick follows."""
         self._teller.flush()
         self._end_troubled()
 
@@ -316,7 +316,6 @@ class Lifecycle:
         if job.running == 0:
             tokens = sum(other.sequence.generated for other in job.answers)
             self._metrics.finished(tokens, summary.total_s)
-        self._metrics.flush()  # whoever has the answer finds it counted
         job.over = job.running == 0
         self._teller.tell(job, FinishEvent(answer.choice, text, summary))
         if job.over:
@@ -382,7 +381,6 @@ class Lifecycle:
             for answer in job.answers:
                 if answer.sequence.status is not Status.FINISHED:
                     self._close_account(answer)
-            self._metrics.flush()
         except Exception as error:
             log.error("what request %s has cost is not counted in full", job.request.id, exc_info=error)
 
@@ -414,7 +412,7 @@ class Lifecycle:
                 log.error("request %s could not be let go", job.request.id, exc_info=error)
 
     def set_gauges(self, *, force: bool) -> None:
-        """Export what is running, held and counted; without `force` only where that was done some time ago."""
+        """Export what is running and held now; without `force` only where that was done some time ago."""
         self._gauges.set(force=force)
 
 

@@ -4,7 +4,6 @@ All children exist from the start, so that rates and ratios are defined before t
 are closed: no label ever takes a value from a request. No torch.
 """
 
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from platform import python_version
@@ -32,6 +31,7 @@ from exeunt.server.request import (
     GenerationRequest,
     ScoreRequest,
 )
+from exeunt.server.step_counter import Count, StepCounter
 from exeunt.server.step_histogram import Observations, StepHistogram
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
@@ -76,8 +76,8 @@ def new_registry() -> CollectorRegistry:
 
 
 class Metrics:
-    """The server's counters, gauges and histograms. Methods may be called from any thread, `step`,
-    `flush` and what waits for it (`token`, `work`, `drafts`, `audit`) from the engine's alone.
+    """The server's counters, gauges and histograms. Methods may be called from any thread, but `step`,
+    `token`, `work`, `drafts` and `audit` from the engine's alone.
 
     Args:
         registry: where the metrics register themselves.
@@ -98,9 +98,6 @@ class Metrics:
         disable_created_metrics()  # type: ignore[no-untyped-call] # its `_created` gauges would double every series, and nobody asks for them
         self.registry = registry
         self._model_name = model_name
-        self._pending: defaultdict[Counter, float] = defaultdict(
-            float
-        )  # counted by `token`, not yet exported
         modes = get_args(ExitMode)
         self._init_gauges(stages, targets)
         self._init_token_counters(modes, tuple(dict.fromkeys((*exits, FINAL_EXIT, LOOKUP_EXIT))))
@@ -142,40 +139,38 @@ class Metrics:
 
     def _init_token_counters(self, modes: Sequence[str], exits: Sequence[str]) -> None:
         self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of started requests.")
-        self._generation_tokens = self._by_label("generation_tokens", "Generated tokens.", "mode", modes)
-        exit_tokens = Counter(
+        self._generation_tokens = self._count_by_mode("generation_tokens", "Generated tokens.", modes)
+        own = self._model_name
+        exit_tokens = StepCounter(
             "exeunt_exit_tokens",
             "Generated tokens by the exit that emitted them, drafts by what proposed them (lookup: the text).",
             ("model_name", "exit", "mode"),
-            registry=self.registry,
+            [(own, name, mode) for mode in modes for name in exits],
+            self.registry,
         )
         self._exit_tokens = {
-            (mode, name): exit_tokens.labels(self._model_name, name, mode) for mode in modes for name in exits
+            (mode, name): exit_tokens.child(own, name, mode) for mode in modes for name in exits
         }
-        self._executed = self._counter(
-            "blocks_executed", "Block x token pairs computed for generated tokens."
-        )
-        self._skipped = self._counter("blocks_skipped", "Block x token pairs never computed.")
-        self._wasted = self._counter("blocks_wasted", "Block x token pairs that no answer used.")
-        self._passes = self._counter("block_passes", "Block x pass pairs of generating requests.")
-        self._drafts = self._counter(
+        self._executed = self._count("blocks_executed", "Block x token pairs computed for generated tokens.")
+        self._skipped = self._count("blocks_skipped", "Block x token pairs never computed.")
+        self._wasted = self._count("blocks_wasted", "Block x token pairs that no answer used.")
+        self._passes = self._count("block_passes", "Block x pass pairs of generating requests.")
+        self._drafts = self._count(
             "drafts", "Tokens that an early exit or a look-up proposed for confirmation."
         )
-        self._drafts_accepted = self._counter(
+        self._drafts_accepted = self._count(
             "drafts_accepted", "Proposed tokens that the full model confirmed."
         )
-        self._nll = self._by_label(
-            "token_nll", "Sum of -logprob of the generated tokens, nats.", "mode", modes
-        )
-        self._audited = self._counter("audited_tokens", "Early tokens compared with the full model's logits.")
-        self._audit_agreements = self._counter(
+        self._nll = self._count_by_mode("token_nll", "Sum of -logprob of the generated tokens, nats.", modes)
+        self._audited = self._count("audited_tokens", "Early tokens compared with the full model's logits.")
+        self._audit_agreements = self._count(
             "audit_agreements", "Audited tokens at which exit and full model have the same most likely token."
         )
-        self._audit_kl = self._counter("audit_kl", "Sum of KL(full || exit) over the audited tokens, nats.")
-        self._audit_nll_full = self._counter(
+        self._audit_kl = self._count("audit_kl", "Sum of KL(full || exit) over the audited tokens, nats.")
+        self._audit_nll_full = self._count(
             "audit_nll_full", "Sum of the full model's -logprob, audited tokens."
         )
-        self._audit_nll_exit = self._counter("audit_nll_exit", "Sum of the exit's -logprob, audited tokens.")
+        self._audit_nll_exit = self._count("audit_nll_exit", "Sum of the exit's -logprob, audited tokens.")
 
     def _init_request_counters(self) -> None:
         self._success = self._by_label(
@@ -245,6 +240,17 @@ class Metrics:
             self._model_name
         )
 
+    def _count(self, name: str, text: str) -> Count:
+        own = (self._model_name,)
+        return StepCounter(f"exeunt_{name}", text, ("model_name",), [own], self.registry).child(*own)
+
+    def _count_by_mode(self, name: str, text: str, modes: Sequence[str]) -> dict[str, Count]:
+        children = {mode: (self._model_name, mode) for mode in modes}
+        family = StepCounter(
+            f"exeunt_{name}", text, ("model_name", "mode"), children.values(), self.registry
+        )
+        return {mode: family.child(*child) for mode, child in children.items()}
+
     def _by_label(self, name: str, text: str, label: str, values: Iterable[str]) -> dict[str, Counter]:
         counter = Counter(f"exeunt_{name}", text, ("model_name", label), registry=self.registry)
         return {value: counter.labels(self._model_name, value) for value in values}
@@ -274,15 +280,8 @@ class Metrics:
         self._step_seconds[stage].observe(seconds)
         self._step_rows[stage].observe(rows)
 
-    def flush(self) -> None:
-        """Export what `token`, `work`, `drafts` and `audit` counted: with the gauges, and before an answer ends."""
-        pending = self._pending.copy()
-        self._pending.clear()  # first: what cannot be counted is not tried again
-        for counter, amount in pending.items():
-            counter.inc(amount)
-
     def token(self, mode: ExitMode, token: EmittedToken, blocks: int, since_last_s: float | None) -> None:
-        """One token was emitted. Its counts are exported by the next `flush`: one lock for a batch, not for each token.
+        """One token was emitted.
 
         Args:
             mode: the early-exit mode of its request.
@@ -290,34 +289,32 @@ class Metrics:
             blocks: blocks of the model.
             since_last_s: seconds since the answer's token before it; None for the first.
         """
-        pending = self._pending
-        pending[self._generation_tokens[mode]] += 1
-        pending[self._exit_tokens[mode, token.exit]] += 1
+        self._generation_tokens[mode].add(1)
+        self._exit_tokens[mode, token.exit].add(1)
         # rounding can make a certain token's logprob a hair positive
-        pending[self._nll[mode]] += max(0.0, -token.logprob)
+        self._nll[mode].add(max(0.0, -token.logprob))
         self._depth.observe(token.depth / blocks)
         if since_last_s is not None:
             self._inter_token.observe(since_last_s)
 
     def work(self, *, executed: int = 0, skipped: int = 0, wasted: int = 0, passes: int = 0) -> None:
-        """Block × token pairs run for tokens, never run, or run in vain, and block × pass pairs; see `flush`."""
-        pending = self._pending  # asked twice for every token, of which most counts are 0
-        if executed:
-            pending[self._executed] += executed
+        """Block × token pairs run for tokens, never run, or run in vain, and block × pass pairs."""
+        if executed:  # asked for every token, of whose counts most are 0
+            self._executed.add(executed)
         if skipped:
-            pending[self._skipped] += skipped
+            self._skipped.add(skipped)
         if wasted:
-            pending[self._wasted] += wasted
+            self._wasted.add(wasted)
         if passes:
-            pending[self._passes] += passes
+            self._passes.add(passes)
 
     def drafts(self, proposed: int, accepted: int) -> None:
-        """Exits and look-ups proposed so many tokens, of which the full model confirmed some; see `flush`."""
-        self._pending[self._drafts] += proposed
-        self._pending[self._drafts_accepted] += accepted
+        """Exits and look-ups proposed so many tokens, of which the full model confirmed some."""
+        self._drafts.add(proposed)
+        self._drafts_accepted.add(accepted)
 
     def audit(self, agreed: bool, kl: float, nll_full: float, nll_exit: float) -> None:
-        """An early token was compared with the full model's logits; see `flush`.
+        """An early token was compared with the full model's logits.
 
         Args:
             agreed: exit and full model have the same most likely token.
@@ -325,12 +322,11 @@ class Metrics:
             nll_full: -logprob of the emitted token under the full model, nats, not negative.
             nll_exit: the same under the exit.
         """
-        pending = self._pending
-        pending[self._audited] += 1
-        pending[self._audit_agreements] += int(agreed)
-        pending[self._audit_kl] += kl
-        pending[self._audit_nll_full] += nll_full
-        pending[self._audit_nll_exit] += nll_exit
+        self._audited.add(1)
+        self._audit_agreements.add(int(agreed))
+        self._audit_kl.add(kl)
+        self._audit_nll_full.add(nll_full)
+        self._audit_nll_exit.add(nll_exit)
 
     def started(self, queue_s: float, prompt_tokens: int) -> None:
         """A request left the queue after `queue_s` seconds."""

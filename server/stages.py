@@ -1,8 +1,10 @@
 """How a model's blocks are cut into stages at its exits: plain data, no torch."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 
+from exeunt.server.drafting import LOOKUP
 from exeunt.server.request import FINAL_EXIT, LOOKUP_EXIT, ExitMode
 
 
@@ -17,18 +19,20 @@ class StagePlan:
     exit_blocks: tuple[int, ...]  # the block each exit follows, ascending, each before the last block
     certified: tuple[int, ...] | None = None  # stages that end in an exit for the approximate mode; None: all
     drafting: int | None = None  # the stage that ends in the exit that drafts; None: the first
-    last: int = field(init=False)  # the number of the last stage, which ends in the model's own head
-    _ends: tuple[tuple[int, str], ...] = field(
-        init=False, repr=False
-    )  # by stage depth and exit, LOOKUP's behind them
+    last: int = field(
+        init=False, compare=False
+    )  # the number of the last stage, which ends in the model's own head
+    _ends: Mapping[int, tuple[int, str]] = field(
+        init=False, repr=False, compare=False
+    )  # by stage, depth and exit
 
     def __post_init__(self) -> None:
         inner = self.exit_blocks
         if any(a >= b for a, b in pairwise(inner)) or any(not 0 <= e < self.blocks - 1 for e in inner):
             raise ValueError(f"exits {inner} must ascend and lie after blocks 0 to {self.blocks - 2}")
-        exits = [(block + 1, f"block_{block}") for block in inner]
+        exits = [*((block + 1, f"block_{block}") for block in inner), (self.blocks, FINAL_EXIT)]
         object.__setattr__(self, "last", len(inner))
-        object.__setattr__(self, "_ends", (*exits, (self.blocks, FINAL_EXIT), (0, LOOKUP_EXIT)))
+        object.__setattr__(self, "_ends", {**dict(enumerate(exits)), LOOKUP: (0, LOOKUP_EXIT)})
 
     def asks(self, mode: ExitMode, stage: int) -> bool:
         """Whether tokens of requests in this mode may leave at the end of `stage`."""

@@ -130,7 +130,7 @@ def test_a_cpu_that_was_meant_is_no_news(
 ) -> None:
     _no_gpu(monkeypatch, "13.0", TOO_OLD)
     assert find_device("cpu") == torch.device("cpu")
-    for hidden in ("", "-1"):
+    for hidden in ("", "-1", "none", "NoDevFiles", "-1,0"):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
         assert find_device("auto") == torch.device("cpu")
         device._tell_unused.cache_clear()

@@ -49,6 +49,32 @@ def test_out_of_memory_without_a_word() -> None:
 
 
 @pytest.mark.parametrize(
+    ("first", "advice"),
+    [
+        (
+            "CUDA error: out of memory",
+            "another process may hold the GPU's memory, free some there or choose another",
+        ),
+        (
+            "Triton Error [CUDA]: out of memory",
+            "another process may hold the GPU's memory, free some there or choose another",
+        ),
+        (
+            "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling",
+            "another process may hold the GPU's memory, free some there or choose another",
+        ),
+        (
+            "CUDA error: all CUDA-capable devices are busy or unavailable",
+            "another process has the GPU to itself, end that or choose another",
+        ),
+    ],
+)
+def test_a_gpu_that_others_have_is_no_broken_one(first: str, advice: str) -> None:
+    error = RuntimeError(f"{first}\nCompile with `TORCH_USE_CUDA_DSA`.\n")
+    assert told(error, []) == (f"{first}: {advice} --device.", 1)
+
+
+@pytest.mark.parametrize(
     "first",
     [
         "CUDA error: no kernel image is available for execution on the device",

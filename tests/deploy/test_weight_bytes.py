@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from exeunt.compression.model import LoadedModel, WeightChoice, load_bundle, load_plain_model
-from exeunt.deploy.weight_bytes import least_weight_bytes
+from exeunt.deploy.weight_bytes import held_weights, least_weight_bytes
 from tests.compression.small_bundles import small_bundle, small_checkpoint
 from tests.deploy.server_process import byte_bundle
 
@@ -28,7 +28,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, None])
 @pytest.mark.parametrize("weights", ["int4", "full", "both"])
 def test_a_bundles_weights(bundle: Path, weights: WeightChoice, dtype: torch.dtype | None) -> None:
-    told = least_weight_bytes(bundle, weights, CPU, dtype)
+    told = least_weight_bytes(bundle, weights, CPU, dtype, is_bundle=True)
     taken = _weights(load_bundle(bundle, weights=weights, dtype=dtype))
     assert told is not None
     assert 0.8 * taken < told <= taken
@@ -39,7 +39,7 @@ def test_a_checkpoints_weights(tmp_path: Path, family: str) -> None:
     folder = small_checkpoint(tmp_path / "checkpoint", family)
     for dtype in (torch.float32, torch.bfloat16):
         taken = _weights(load_plain_model(folder, dtype=dtype))
-        told = least_weight_bytes(folder, "both", CPU, dtype)
+        told = least_weight_bytes(folder, "both", CPU, dtype, is_bundle=False)
         assert told is not None
         assert 0.98 * taken < told <= taken  # norms of queries and keys are repeated for every head
 
@@ -49,28 +49,27 @@ def test_a_bundle_of_int4_weights_alone(tmp_path: Path, family: str) -> None:
     bundle = small_bundle(
         tmp_path / "bundle", small_checkpoint(tmp_path / "checkpoint", family), ("int4",)
     ).path
-    told = least_weight_bytes(bundle, "both", CPU, torch.float32)
-    assert told == least_weight_bytes(bundle, "int4", CPU, torch.float32)
+    told = least_weight_bytes(bundle, "both", CPU, torch.float32, is_bundle=True)
+    assert told == least_weight_bytes(bundle, "int4", CPU, torch.float32, is_bundle=True)
     assert told is not None
     assert 0.8 * _weights(load_bundle(bundle, dtype=torch.float32)) < told
     assert told <= _weights(load_bundle(bundle, dtype=torch.float32))
-    assert least_weight_bytes(bundle, "full", CPU, None) is None  # loading says that it has none
+    assert (
+        least_weight_bytes(bundle, "full", CPU, None, is_bundle=True) is None
+    )  # loading says that it has none
 
 
 def test_what_cannot_be_told_is_left_to_loading(bundle: Path, tmp_path: Path) -> None:
-    assert least_weight_bytes(Path("owner/name"), "both", CPU, None) is None
-    assert least_weight_bytes(tmp_path, "both", CPU, None) is None
+    for is_bundle in (False, True):
+        for folder in (Path("owner/name"), tmp_path):
+            assert least_weight_bytes(folder, "both", CPU, None, is_bundle=is_bundle) is None
     (tmp_path / "config.json").write_bytes((bundle / "config.json").read_bytes())
-    fields = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
-    for broken in ({"weights": None}, {"weights": 4}):
-        (tmp_path / "manifest.json").write_text(json.dumps(fields | broken), encoding="utf-8")
-        assert least_weight_bytes(tmp_path, "int4", CPU, None) is None
-    for group in (None, 0, "32"):
-        (tmp_path / "manifest.json").write_text(
-            json.dumps(fields | {"int4_group_size": group}), encoding="utf-8"
-        )
-        told = least_weight_bytes(tmp_path, "int4", CPU, None)
-        whole = least_weight_bytes(bundle, "int4", CPU, None)
-        assert told is not None
-        assert whole is not None
-        assert told < whole
+    text = (bundle / "manifest.json").read_text(encoding="utf-8")
+    fields = json.loads(text)
+    altered = ({"weights": 4}, {"weights": [{"a": 1}]}, {"int4_group_size": 1}, {"format_version": 99})
+    for broken in (text[:100], "", *(json.dumps(fields | each) for each in altered)):
+        (tmp_path / "manifest.json").write_text(broken, encoding="utf-8")
+        assert held_weights(tmp_path) is None
+        assert least_weight_bytes(tmp_path, "int4", CPU, None, is_bundle=True) is None
+    (tmp_path / "manifest.json").write_text(text, encoding="utf-8")
+    assert held_weights(tmp_path) == held_weights(bundle) is not None

@@ -90,7 +90,6 @@ def test_a_token_counts_once_everywhere(metrics: Metrics) -> None:
     metrics.token("approximate", token(12, "final", -1.5), blocks=12, since_last_s=0.01)
     metrics.work(executed=15, skipped=9, passes=15)
     metrics.work(wasted=4, passes=2)
-    metrics.flush()
     assert value(metrics, "generation_tokens_total", mode="approximate") == 2
     assert value(metrics, "generation_tokens_total", mode="off") == 0
     assert value(metrics, "exit_tokens_total", exit="block_2", mode="approximate") == 1
@@ -107,7 +106,6 @@ def test_a_token_counts_once_everywhere(metrics: Metrics) -> None:
 
 def test_a_logprob_a_hair_above_zero_does_not_stop_the_count(metrics: Metrics) -> None:
     metrics.token("off", token(12, "final", 1e-9), blocks=12, since_last_s=None)
-    metrics.flush()
     assert value(metrics, "token_nll_total", mode="off") == 0
 
 
@@ -125,7 +123,6 @@ def test_requests_and_steps(metrics: Metrics) -> None:
     metrics.drafts(proposed=5, accepted=3)
     metrics.audit(True, 0.25, 1.0, 1.5)
     metrics.audit(False, 0.0, 2.0, 0.5)
-    metrics.flush()
     assert value(metrics, "step_batch_size_sum", stage="1") == 3
     assert value(metrics, "step_duration_seconds_count", stage="0") == 0
     assert value(metrics, "prompt_tokens_total") == 7

@@ -1,5 +1,7 @@
 """Which exits serve which mode."""
 
+import pytest
+
 from exeunt.server.drafting import LOOKUP
 from exeunt.server.stages import StagePlan
 
@@ -21,3 +23,16 @@ def test_without_more_said_all_exits_are_certified_and_the_first_drafts() -> Non
     assert [s for s in range(3) if plan.asks("approximate", s)] == [0, 1]
     assert [s for s in range(3) if plan.asks("verified", s)] == [0]
     assert (plan.stop(LOOKUP), plan.exit_name(LOOKUP)) == (0, "lookup")
+
+
+def test_a_stage_names_its_depth_and_exit_and_there_are_no_others() -> None:
+    plan = StagePlan(12, (2, 6))
+    assert [(plan.stop(s), plan.exit_name(s)) for s in range(plan.stages)] == [
+        (3, "block_2"),
+        (7, "block_6"),
+        (12, "final"),
+    ]
+    assert (plan.stop(LOOKUP), plan.exit_name(LOOKUP)) == (0, "lookup")
+    for other in (3, -2):
+        with pytest.raises(KeyError):
+            plan.stop(other)
