@@ -29,6 +29,7 @@ from exeunt.compression.variant import Variant
 from exeunt.deploy.bench import Load
 from exeunt.deploy.bench_engine import engine_driver
 from exeunt.deploy.packaged import packaged_bundle
+from exeunt.kernels.native.library import native_library
 from exeunt.server.lifecycle import Lifecycle
 from exeunt.server.tick import Tick
 
@@ -37,6 +38,8 @@ WATCHED = ("exeunt.server.", "exeunt.compression.", "exeunt.kernels.")
 _OUTSIDE = ("exeunt.server.api.", "exeunt.server.settings")
 _RUN = "server.lifecycle: Lifecycle.run"
 _SETTLING = 20  # ticks at the beginning that are left out: prompts, first captures
+
+console = Console(width=110)
 
 MODES: dict[str, dict[str, Any]] = {
     "off": {"mode": "off"},
@@ -129,6 +132,39 @@ def watching() -> Iterator[HostTime]:
             setattr(owner, name, function)
 
 
+@contextmanager
+def unwatched() -> Iterator[list[float]]:
+    """Of each tick until the end of the context the CPU seconds of the engine's thread outside native passes."""
+    ticks: list[float] = []
+    library, next_tick, began, inside = native_library(), Lifecycle.next_tick, 0.0, 0.0
+
+    def passing(*arguments: Any) -> Any:
+        nonlocal inside
+        entered = time.thread_time()
+        try:
+            return model_pass(*arguments)
+        finally:
+            inside += time.thread_time() - entered
+
+    def counted(self: Lifecycle) -> Tick | None:
+        nonlocal began, inside
+        now = time.thread_time()
+        if began:
+            ticks.append(now - began - inside)
+        began, inside = now, 0.0
+        return next_tick(self)
+
+    Lifecycle.next_tick = counted  # type: ignore[method-assign]
+    if library is not None:
+        model_pass, library.model_pass = library.model_pass, passing
+    try:
+        yield ticks
+    finally:
+        Lifecycle.next_tick = next_tick  # type: ignore[method-assign]
+        if library is not None:
+            library.model_pass = model_pass
+
+
 def _is_watched(name: str) -> bool:
     return name.startswith(WATCHED) and not name.startswith(_OUTSIDE)
 
@@ -151,9 +187,11 @@ def main(
     new_tokens: Annotated[int, typer.Option(min=1)] = 192,
     device: str = "cpu",
     bundle: Annotated[Path | None, typer.Option(help="None: the packaged model's")] = None,
-    most: Annotated[int, typer.Option(min=1, help="functions to show")] = 30,
+    most: Annotated[
+        int, typer.Option(min=0, help="functions to show, 0: only what the host takes unwatched")
+    ] = 30,
 ) -> None:
-    """Run a load twice, watch the second, print the functions that took longest."""
+    """Run a load thrice: say what the host took of the second, and of the third which functions took longest."""
     if mode not in MODES or weights not in ("full", "int4"):
         raise typer.BadParameter(
             f"there is no mode {mode} with weights {weights}: modes are {', '.join(MODES)}, weights full or int4"
@@ -166,6 +204,12 @@ def main(
     try:
         prompts = driver.prompts(streams, load.prompt_tokens)
         driver.run(prompts, asked, load)
+        with unwatched() as ticks:
+            driver.run(prompts, asked, load)
+        host = statistics.median(ticks[_SETTLING:] or ticks)
+        console.print(f"unwatched, outside native passes: {host * 1e6:.0f} µs of CPU a tick")
+        if not most:
+            return
         with watching() as found:
             driver.run(prompts, asked, load)
     finally:
@@ -175,7 +219,7 @@ def main(
     shown = Table("function", "µs a tick", title=f"{whole * 1e6:.0f} µs a tick, {len(found.settled)} ticks")
     for name, seconds in list(medians.items())[:most]:
         shown.add_row(name, f"{seconds * 1e6:.1f}")
-    Console(width=110).print(shown)
+    console.print(shown)
 
 
 if __name__ == "__main__":

@@ -246,9 +246,7 @@ class Metrics:
 
     def _count_by_mode(self, name: str, text: str, modes: Sequence[str]) -> dict[str, Count]:
         children = {mode: (self._model_name, mode) for mode in modes}
-        family = StepCounter(
-            f"exeunt_{name}", text, ("model_name", "mode"), children.values(), self.registry
-        )
+        family = StepCounter(f"exeunt_{name}", text, ("model_name", "mode"), children.values(), self.registry)
         return {mode: family.child(*child) for mode, child in children.items()}
 
     def _by_label(self, name: str, text: str, label: str, values: Iterable[str]) -> dict[str, Counter]:

@@ -1,5 +1,6 @@
 """Where a tick's time goes: only the engine's thread is watched, every second counts once, nothing stays patched."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import typer
 from exeunt.compression.model import load_bundle
 from exeunt.deploy.bench import Load
 from exeunt.deploy.bench_engine import engine_driver
+from exeunt.kernels.native.library import native_library
 from exeunt.server.lifecycle import Lifecycle
 from exeunt.server.runner import Runner
 from scripts import host_time
@@ -46,6 +48,19 @@ def test_seconds_of_functions_add_up_to_the_tick_and_nothing_stays_watched(tmp_p
     assert next(iter(medians)) == ""
     assert {RUN, "server.runner: Runner.run"} <= medians.keys()
     assert not any("bench" in name for name in medians)
+
+
+def test_the_hosts_part_of_a_tick_is_told_and_nothing_stays_patched(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    library = native_library()
+    before = _functions(), None if library is None else library.model_pass
+    bundle = byte_bundle(tmp_path)
+    host_time.main(1, "off", "int4", 30, "cpu", bundle, 0)
+    found = re.search(r"outside native passes: (\d+) µs of CPU a tick", capsys.readouterr().out)
+    assert found is not None
+    assert int(found[1]) > 0
+    assert before == (_functions(), None if library is None else library.model_pass)
 
 
 def test_a_function_that_raises_is_counted_and_its_caller_goes_on() -> None:
