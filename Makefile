@@ -37,6 +37,7 @@ bench: $(STAMP) ## measure the packaged model beside transformers, the parts of 
 	$(BIN)/python -m scripts.bench_adaptive
 	$(BIN)/python -m scripts.bench_whole
 	$(BIN)/python -m scripts.bench_gaps
+	$(BIN)/python -m scripts.bench_server
 
 gpu-check: ## on a machine with a CUDA GPU: answers, tests and speeds in eight minutes; JSON, offline where PYTHON has it all
 	@if test ! -e $(STAMP) && $(PYTHON) -m scripts.gpu_check.needs 2>/dev/null; \

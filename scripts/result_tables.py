@@ -15,7 +15,7 @@ PAGES: Final = {
     "README.md": ("packaged-eval", "packaged-cpu"),
     "docs/performance.md": (
         *("packaged-cpu", "packaged-llama-cpp", "packaged-parts", "packaged-adaptive", "packaged-whole"),
-        "packaged-gaps",
+        *("packaged-gaps", "packaged-server"),
         "gpu-check-nvidia-h200",
         "calibration-cost",
     ),
@@ -205,6 +205,12 @@ def gaps_tables(record: Row) -> Iterator[str]:
     yield _table(headers, (row(*item) for item in record["results"].items()))
 
 
+def server_tables(record: Row) -> Iterator[str]:
+    """The server beside its engine."""
+    rows = ((name, *_speeds(row), _ratio(row), "≥ 0.95") for name, row in record["results"].items())
+    yield _table(("over HTTP", "tokens/s", "the engine alone", "ratio (min to max)", "target"), rows)
+
+
 def calibration_tables(record: Row) -> Iterator[str]:
     """Peak memory on models that grow, and time against tokens."""
 
@@ -244,6 +250,7 @@ _TABLES: Final[Mapping[str, Callable[[Row], Iterator[str]]]] = {
     "packaged-adaptive": adaptive_tables,
     "packaged-whole": whole_tables,
     "packaged-gaps": gaps_tables,
+    "packaged-server": server_tables,
     "calibration-cost": calibration_tables,
     "gpu-check-nvidia-h200": lambda record: (_table(*each) for each in gpu_tables(record)),
 }
