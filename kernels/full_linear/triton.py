@@ -108,6 +108,13 @@ def _full_linear(
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    """A program is ROWS rows (axis 0) of BLOCK outputs (axis 1), or where SPLIT one part of their inputs (axis 2).
+
+    A part's sum waits in `scratch` until the last of its tile's to arrive, by `counters`, adds them in order.
+
+    `out` [tokens, width] in x's dtype, `weight` [outputs, inputs]. ADDED says that `out` holds the residual; MASKED
+    that `positions` below 0 are tokens that are not there.
+    """
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     if MASKED:
         # all programs of these rows find the same: none of them counts the parts that arrived

@@ -61,6 +61,13 @@ def attention_kernel(
     VP_HEAD: tl.constexpr,
     VP_TOKEN: tl.constexpr,
 ):
+    """A program is up to BLOCK_TOKENS neighbouring tokens of a row (axis 0) with the GROUP query heads of a KV head.
+
+    KV heads are axis 1; where SHARED, programs of axis 2 share a row's splits of SPLIT keys.
+
+    Writes `out` [tokens, heads, HEAD_DIM], or where SHARED each split's sums [tokens, heads, splits, HEAD_DIM] and its
+    largest score and sum of exponentials [tokens, heads, splits, 2], float32, for the fold.
+    """
     block = tl.program_id(0)
     kv_head = tl.program_id(1)
     row = _row_of(query_starts, block, rows, BLOCK_TOKENS)

@@ -47,6 +47,7 @@ def write_kernel(
     DIMS: tl.constexpr,
     ROTATION_STEPS: tl.constexpr,
 ):
+    """A program writes TOGETHER heads (axis 1) of a token (axis 0), keys or values by axis 2, nothing at slot -1."""
     token = tl.program_id(0).to(tl.int64)
     heads = tl.program_id(1) * TOGETHER + tl.arange(0, TOGETHER)
     slot = tl.load(slots + token * slot_stride).to(tl.int64)
@@ -113,6 +114,11 @@ def turn_kernel(
     DIMS: tl.constexpr,
     ROTATION_STEPS: tl.constexpr,
 ):
+    """A program takes TOGETHER heads of a token (axis 0) through norm, RoPE and rotation.
+
+    Axis 1 are the queries' heads, which go to `queries` [tokens, HEADS, HEAD_DIM], then keys and values, which are
+    written to the token's slot, none where that is -1.
+    """
     token = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     row = qkv + token * token_stride
@@ -177,6 +183,7 @@ def rotate_kernel(
     DIMS: tl.constexpr,
     ROTATION_STEPS: tl.constexpr,
 ):
+    """A program rotates TOGETHER heads (axis 1) of a token (axis 0) into `out` [tokens, HEADS, HEAD_DIM]."""
     token = tl.program_id(0).to(tl.int64)
     heads = tl.program_id(1) * TOGETHER + tl.arange(0, TOGETHER)
     dims = tl.arange(0, DIMS)
