@@ -20,6 +20,7 @@ from scripts.gpu_check import (
     warming,
 )
 from scripts.gpu_check.report import CHECKING, Context, Report
+from scripts.gpu_check.synthetic_exit import WANTED
 from scripts.gpu_check.table import table
 from tests.scripts.toy_gpu_check import ROOT, breaks, check, quick_run, toy_context
 
@@ -46,7 +47,9 @@ def test_every_section_runs_on_a_cpu(tmp_path: Path) -> None:
     assert all(case["us"] > 0 for case in cases)
     assert all(step["ms"] > 0 for step in found["sections"]["decode"]["steps"])
     ends = found["sections"]["end_to_end"]
-    assert 0 < ends["toy"]["engine int4/int4 exits at 0.5 (synthetic), 2 streams"]["exit_rate"] < 1
+    left = ends["toy"]["engine int4/int4 exits at 0.5 (synthetic), 2 streams"]
+    assert 0 <= left["exit_rate"] <= 1  # of a few tokens: all or none may be on one side
+    assert ends["toy"]["wanted_exit_rate"] == WANTED
     assert ends["toy"]["wanted_exit_rate"] == 0.5
     modes = {name.split(", ")[0] for name in ends["toy again"] if ", " in name}
     assert modes == {f"engine {name}" for name in end_to_end.RANDOM_MODES}
