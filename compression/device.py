@@ -55,9 +55,8 @@ def find_device(name: str) -> torch.device:
 def _cuda_devices() -> int:
     """How many CUDA devices PyTorch can use."""
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # PyTorch's own, of a driver that is too old: `_no_cuda` says it in place
+        # PyTorch's own, of a driver that is too old: `_no_cuda` says it in place
+        warnings.simplefilter("ignore")
         return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 

@@ -54,14 +54,14 @@ class PassParts:
             positions = [position for stage in stages for position in sequence.pending[stage]] + positions
         known, newest = sequence.tokens, positions[-1]
         for position, entry in zip(positions, entries, strict=True):
-            may_leave = threshold is not None and position == newest
+            needed = threshold if position == newest else None  # the confidence at which it leaves
             to.positions.append(position)
             to.slots.append(table.slot(position))
             to.ids.append(known[position] if position < len(known) else _UNKNOWN)
             to.entries.append(entry)
-            to.asks.append(asked if may_leave else 0)
-            to.thresholds.append(threshold if may_leave and threshold is not None else math.inf)
-            self._add_draw(sequence, position, self.draw)
+            to.asks.append(0 if needed is None else asked)
+            to.thresholds.append(math.inf if needed is None else needed)
+            self._add_draw(sequence, position)
         rows = self.rows
         rows.tokens.append(len(positions))
         rows.entries.append(row.stage)
@@ -69,13 +69,13 @@ class PassParts:
         rows.pages.append(table.numbers[: newest // table.page_tokens + 1])
         self.parts.append(Part(row, positions))
 
-    def _add_draw(self, sequence: Sequence, position: int, draw: _Draw | None) -> None:
+    def _add_draw(self, sequence: Sequence, position: int) -> None:
         """Add whether a position's logits are wanted, and how its successor is drawn."""
         to, wanted = self.tokens, sequence.wants_logits(position)
         to.wants_logits.append(wanted)
-        if draw is None:
+        if self.draw is None:
             return
-        found = draw(sequence, position) if wanted and self.draws else None
+        found = self.draw(sequence, position) if wanted and self.draws else None
         if wanted:
             self.draws = found is not None
         temperature, *keys = found or _NO_DRAW

@@ -19,12 +19,10 @@ class StagePlan:
     exit_blocks: tuple[int, ...]  # the block each exit follows, ascending, each before the last block
     certified: tuple[int, ...] | None = None  # stages that end in an exit for the approximate mode; None: all
     drafting: int | None = None  # the stage that ends in the exit that drafts; None: the first
-    last: int = field(
-        init=False, compare=False
-    )  # the number of the last stage, which ends in the model's own head
-    _ends: Mapping[int, tuple[int, str]] = field(
-        init=False, repr=False, compare=False
-    )  # by stage, depth and exit
+    # the number of the last stage, which ends in the model's own head
+    last: int = field(init=False, compare=False)
+    # by stage, and for LOOKUP, depth and exit
+    _ends: Mapping[int, tuple[int, str]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         inner = self.exit_blocks

@@ -1,7 +1,7 @@
 """Counters that the engine's thread adds to at every step and token, read when they are asked for.
 
-prometheus-client's own take a lock for every addition; gathering additions to be made now and then, as its users do,
-leaves a scrape behind by as long as a step takes.
+prometheus-client's own take a lock for every addition; gathering additions to make them now and then would leave a
+scrape behind by as long as a step takes.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

@@ -1,7 +1,7 @@
 """Histograms that the engine's thread observes at every step and token, where prometheus-client's own cost too much.
 
-Its `Histogram.observe` takes three locks and goes through the buckets: of the time around a step of eight rows a
-twelfth. What is exported is the same, by the library's interface for collectors of one's own.
+Its `Histogram.observe` takes locks and goes through the buckets. What is exported is the same, by the library's
+interface for collectors of one's own.
 """
 
 from bisect import bisect_left
