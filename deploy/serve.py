@@ -14,6 +14,7 @@ from types import FrameType
 from typing import Final
 
 import uvicorn
+import uvloop
 
 from exeunt.calibration.progress import ProgressReport, TerminalProgress
 from exeunt.compression.model import LoadedModel
@@ -126,11 +127,12 @@ class _Serving:
                 app,
                 log_config=None,
                 lifespan="off",
+                http="httptools",
                 timeout_keep_alive=_KEEP_ALIVE_S,
                 timeout_graceful_shutdown=_LAST_BYTES_S,
             )
         )
-        self._loop = asyncio.new_event_loop()
+        self._loop = uvloop.new_event_loop()
         self._http = threading.Thread(target=self._answer, name="exeunt-http", daemon=True)
         self._http_failure: BaseException | None = None
         self._interruption = Interruption()

@@ -2,19 +2,21 @@
 
 Whole answers and streamed ones, exits off, greedy. The server is `exeunt serve` on the same bundle, a process of its
 own. The clients are coroutines of this process that read and do not parse: on few cores they take time that the server
-would have, and that counts against it.
+would have, and that counts against it. So each side's CPU stands beside its speed: all threads of a process together,
+those too that wait in a loop for one another.
 """
 
 import asyncio
 import json
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
+import httpx
 import typer
 from rich.console import Console
 
@@ -34,6 +36,7 @@ from scripts.bench_runs import (
 from scripts.check_readme.server import running_server
 
 CLIENTS = 32
+_CPU_SECONDS = re.compile(r"^process_cpu_seconds_total ([0-9.e+-]+)$", re.MULTILINE)
 _COMPLETION_TOKENS = re.compile(rb'"completion_tokens": ?(\d+)')
 
 console = Console()
@@ -53,9 +56,16 @@ def main(out: Out = None, prompt_tokens: Count = 64, new_tokens: Count = 128, re
                     "stream": streamed,
                     "compression": {**asdict(variant), "early_exit": False},
                 }
+                served, clients, engine = CpuTime(server_cpu(url)), CpuTime(), CpuTime()
+                over = partial(over_http, url, prompts, asked)
                 row, _ = in_turn(
-                    partial(over_http, url, prompts, asked), partial(alone.at_once, prompts, variant), repeats
+                    served.of(clients.of(over)), engine.of(partial(alone.at_once, prompts, variant)), repeats
                 )
+                row["cpu_us_per_token"] = {
+                    "server": served.us_per_token,
+                    "clients": clients.us_per_token,
+                    "engine_alone": engine.us_per_token,
+                }
                 name = f"{CLIENTS} clients, {label}, {'streamed' if streamed else 'whole answers'}"
                 results[name] = row
                 shown = f"{row['ratio']:.2f} ({row['ratio_min']:.2f} to {row['ratio_max']:.2f})"
@@ -63,6 +73,45 @@ def main(out: Out = None, prompt_tokens: Count = 64, new_tokens: Count = 128, re
         path = out or RESULTS / "packaged-server.json"
         write_result(path, alone.model, sizes, results=results)
     console.print(f"written to {path}")
+
+
+class CpuTime:
+    """CPU that runs take of one process, all of its threads together.
+
+    Args:
+        clock: seconds of CPU so far; without one those of this process.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.process_time) -> None:
+        self._clock, self._seconds, self._tokens = clock, 0.0, 0
+
+    def of(self, run: Callable[[], Run]) -> Callable[[], Run]:
+        """The run, its CPU counted."""
+
+        def counted() -> Run:
+            before = self._clock()
+            done = run()
+            self._seconds += self._clock() - before
+            self._tokens += done.tokens
+            return done
+
+        return counted
+
+    @property
+    def us_per_token(self) -> float:
+        return 1e6 * self._seconds / self._tokens
+
+
+def server_cpu(url: str) -> Callable[[], float]:
+    """Reads the seconds of CPU that the server at `url` has taken, from its metrics."""
+
+    def clock() -> float:
+        found = _CPU_SECONDS.search(httpx.get(f"{url}/metrics").text)
+        if found is None:
+            raise RuntimeError(f"{url}/metrics has no process_cpu_seconds_total")
+        return float(found[1])
+
+    return clock
 
 
 def over_http(url: str, prompts: Prompts, asked: Mapping[str, Any]) -> Run:

@@ -206,9 +206,16 @@ def gaps_tables(record: Row) -> Iterator[str]:
 
 
 def server_tables(record: Row) -> Iterator[str]:
-    """The server beside its engine."""
-    rows = ((name, *_speeds(row), _ratio(row), "≥ 0.95") for name, row in record["results"].items())
+    """The server beside its engine: speed, and what CPU it takes."""
+    results = record["results"]
+    rows = ((name, *_speeds(row), _ratio(row), "≥ 0.95") for name, row in results.items())
     yield _table(("over HTTP", "tokens/s", "the engine alone", "ratio (min to max)", "target"), rows)
+
+    def cpu(name: str, us: Row) -> Sequence[str]:
+        return name, *(f"{us[side]:.0f}" for side in ("engine_alone", "server", "clients"))
+
+    headers = ("µs of CPU a token", "the engine alone", "the server", "its clients")
+    yield _table(headers, (cpu(name, row["cpu_us_per_token"]) for name, row in results.items()))
 
 
 def calibration_tables(record: Row) -> Iterator[str]:

@@ -1,6 +1,5 @@
 """`POST /generate`: a prompt goes to the engine, its answer comes back whole or as a stream of events."""
 
-import asyncio
 import time
 from collections.abc import AsyncIterator
 from typing import Annotated, Final
@@ -28,18 +27,12 @@ from exeunt.server.api.errors import (
     internal_error,
     log_bug,
 )
+from exeunt.server.api.inbox import Attendance, ClientGoneError, Inbox
 from exeunt.server.api.outcome import Outcome, outcome_of
-from exeunt.server.api.responses import Choice, GenerateResponse, StreamStep
+from exeunt.server.api.responses import Choice, GenerateResponse
 from exeunt.server.api.schemas import GenerateBody
 from exeunt.server.api.service import Service, serving_service
-from exeunt.server.api.streaming import (
-    DONE,
-    Attendance,
-    ClientGoneError,
-    EventStreamResponse,
-    Inbox,
-    event_bytes,
-)
+from exeunt.server.api.streaming import DONE, EventStreamResponse, event_bytes, plain_event_bytes
 from exeunt.server.request import (
     AnswerSummary,
     Event,
@@ -63,6 +56,11 @@ _GRAVEST_FIRST: Final = (
 )
 
 
+def patience_s(deadline: float | None) -> float | None:
+    """For how many seconds an answer is waited for, its engine's grace included; None: without end."""
+    return None if deadline is None else max(0.0, deadline - time.monotonic()) + GRACE_S
+
+
 class LiveGeneration:
     """One request while the engine works on it and its client waits."""
 
@@ -82,8 +80,8 @@ class LiveGeneration:
         admit(lambda: self.service.engine.submit(self.request, self._inbox.put), param="max_new_tokens")
 
     def attend(self, http: Request) -> Attendance:
-        """Notice from now on when the client leaves."""
-        return Attendance(http.receive, self._inbox)
+        """Notice from now on when the client leaves, or the time is over."""
+        return Attendance(http.receive, self._inbox, patience_s(self.request.deadline))
 
     @property
     def finished(self) -> bool:
@@ -112,10 +110,8 @@ class LiveGeneration:
         return events or await self.events()
 
     async def _next(self) -> list[Event]:
-        deadline = self.request.deadline or float("inf")
         try:
-            async with asyncio.timeout(max(0.0, deadline - time.monotonic()) + GRACE_S):
-                return await self._inbox.next()
+            return await self._inbox.next()
         except TimeoutError:
             raise timed_out() from None
 
@@ -169,8 +165,8 @@ class LiveGeneration:
         fields: dict[str, object] = {"id": self.request.id, "index": event.choice, "text": event.text}
         if self.body.details:
             tokens = event.tokens if isinstance(event, StepEvent) else ()
-            fields["tokens"] = [token_info(token) for token in tokens]
-        return event_bytes(StreamStep.model_construct(_fields_set=set(fields), **fields))
+            fields["tokens"] = [token._asdict() for token in tokens]
+        return plain_event_bytes(fields)
 
 
 @router.post(

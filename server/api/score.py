@@ -1,6 +1,5 @@
 """`POST /score`: the log-probabilities of a given text under a given compression."""
 
-import asyncio
 import time
 from collections import Counter
 from typing import Annotated
@@ -13,12 +12,12 @@ from exeunt.server.api.answers import applied, perplexity, score_depth
 from exeunt.server.api.body import StrictJSONRoute
 from exeunt.server.api.compression import AppliedCompression
 from exeunt.server.api.errors import CLIENT_CLOSED_REQUEST, documented
-from exeunt.server.api.generate import GRACE_S
+from exeunt.server.api.generate import patience_s
+from exeunt.server.api.inbox import Attendance, ClientGoneError, Inbox
 from exeunt.server.api.outcome import outcome_of
 from exeunt.server.api.responses import ScoredTokenInfo, ScoreResponse, ScoreUsage
 from exeunt.server.api.schemas import ScoreBody
 from exeunt.server.api.service import Service, serving_service
-from exeunt.server.api.streaming import Attendance, ClientGoneError, Inbox
 from exeunt.server.request import Event, FailureEvent, ScoredToken, ScoreRequest
 
 router = APIRouter(route_class=StrictJSONRoute)
@@ -45,8 +44,8 @@ async def score(
     inbox: Inbox[Outcome] = Inbox()
     admit(lambda: service.engine.score(request, inbox.put), param=text_field(body))
     try:
-        with Attendance(http.receive, inbox):
-            tokens = await _outcome(inbox, request)
+        with Attendance(http.receive, inbox, patience_s(request.deadline)):
+            tokens = await _outcome(inbox)
     except BaseException as error:
         service.engine.cancel(request.id)
         if not isinstance(error, ClientGoneError):
@@ -58,11 +57,9 @@ async def score(
     return Response(response, media_type="application/json")
 
 
-async def _outcome(inbox: Inbox[Outcome], request: ScoreRequest) -> list[ScoredToken]:
-    deadline = request.deadline or float("inf")
+async def _outcome(inbox: Inbox[Outcome]) -> list[ScoredToken]:
     try:
-        async with asyncio.timeout(max(0.0, deadline - time.monotonic()) + GRACE_S):
-            outcome = (await inbox.next())[0]
+        outcome = (await inbox.next())[0]
     except TimeoutError:
         raise timed_out() from None
     if isinstance(outcome, list):

@@ -32,7 +32,18 @@ def test_it_measures_whole_and_streamed_answers(tmp_path: Path, monkeypatch: pyt
     ]
     assert set(counted) == {4 * 6}  # every client's answer came whole
     assert all(row["tokens_per_s"] > 0 < row["against_tokens_per_s"] for row in record["results"].values())
+    cpu = [row["cpu_us_per_token"] for row in record["results"].values()]
+    assert all(set(each) == {"server", "clients", "engine_alone"} for each in cpu)
+    assert all(each["clients"] > 0 and each["engine_alone"] > 0 for each in cpu)
     assert record["model"]["name"] == "small"
+
+
+def test_cpu_is_that_of_the_runs_by_the_clock_given() -> None:
+    clock = iter((1.0, 3.0, 10.0, 11.0))
+    time = bench_server.CpuTime(lambda: next(clock))
+    run = time.of(lambda: bench_runs.Run(tokens=100, seconds=1.0))
+    assert [run().tokens, run().tokens] == [100, 100]
+    assert time.us_per_token == pytest.approx(3.0 / 200 * 1e6)
 
 
 class _Refuses(BaseHTTPRequestHandler):
@@ -47,7 +58,10 @@ def test_an_answer_that_is_none_is_an_error() -> None:
     with HTTPServer(("127.0.0.1", 0), _Refuses) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         try:
+            url = f"http://127.0.0.1:{server.server_port}"
+            with pytest.raises(RuntimeError, match="no process_cpu_seconds_total"):
+                bench_server.server_cpu(url)()
             with pytest.raises(RuntimeError, match="503"):
-                bench_server.over_http(f"http://127.0.0.1:{server.server_port}", [[1]], {"stream": False})
+                bench_server.over_http(url, [[1]], {"stream": False})
         finally:
             server.shutdown()

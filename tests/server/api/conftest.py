@@ -1,6 +1,5 @@
 """A real HTTP server in front of a scripted engine: the API without the cost of a model."""
 
-import asyncio
 import socket
 import threading
 import time
@@ -13,6 +12,7 @@ from typing import Any, ClassVar, cast
 import httpx
 import pytest
 import uvicorn
+import uvloop
 
 from exeunt.compression.variant import Variant
 from exeunt.server.api.app import create_app
@@ -193,9 +193,11 @@ def listening(availability: Availability, **options: Any) -> Iterator[httpx.Clie
     """The application on a free port and a client for it."""
     app = create_app(availability, **{"max_body_bytes": 2000, **options})
     with socket.create_server(("127.0.0.1", 0)) as sock:
-        config = uvicorn.Config(app, log_config=None, lifespan="off", timeout_graceful_shutdown=1)
+        config = uvicorn.Config(
+            app, log_config=None, lifespan="off", http="httptools", timeout_graceful_shutdown=1
+        )
         server = uvicorn.Server(config)
-        thread = threading.Thread(target=lambda: asyncio.run(server.serve([sock])), daemon=True)
+        thread = threading.Thread(target=lambda: uvloop.run(server.serve([sock])), daemon=True)
         thread.start()
         deadline = time.monotonic() + 10
         while not server.started and time.monotonic() < deadline:

@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
+from exeunt.server.api.responses import StreamStep
 from exeunt.server.engine import EngineStoppedError, QueueFullError, RequestTooLargeError
 from exeunt.server.request import FailureEvent
 
@@ -20,6 +21,19 @@ def events(response: httpx.Response) -> list[Any]:
     """The `data:` objects of a stream, its end mark as a string."""
     lines = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
     return [line if line == "[DONE]" else json.loads(line) for line in lines]
+
+
+def test_an_event_is_what_its_schema_would_write(client: httpx.Client) -> None:
+    """Events are written from plain values; the schema, which the documentation shows, must not drift from them."""
+    for details in (True, False):
+        body = {"prompt": "x", "stream": True, "details": details}
+        *steps, _, end = client.post("/generate", json=body).content.rstrip().split(b"\n\n")
+        assert steps
+        assert end == b"data: [DONE]"
+        for step in steps:
+            written = step.removeprefix(b"data: ")
+            read = StreamStep.model_validate_json(written, strict=True)
+            assert read.model_dump_json(exclude_unset=True).encode() == written
 
 
 def error_of(response: httpx.Response) -> dict[str, Any]:
