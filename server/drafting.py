@@ -5,6 +5,7 @@ pays is a question of the stages' costs on this machine, of how often drafts wer
 how sure the exit is of this very token. None of it changes what is generated, only when. Plain Python, no torch.
 """
 
+import math
 from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ _FIRST_PAUSE: Final = 64  # ticks until they are tried again; doubles each time 
 _LONGEST_PAUSE: Final = 1 << 13
 _MEMORY: Final = 0.95  # what the outcome of an ask is worth after each later one
 _ENOUGH_ASKS: Final = (1.0 - _MEMORY**_PATIENCE) / (1.0 - _MEMORY)  # what so many weigh together
+_UNASKED: Final = 64  # steps that may be begun ahead before the exit is asked again
 _SURE_ENOUGH: Final = 0.99  # a gate that would have to be surer than this is not asked
 
 
@@ -45,6 +47,14 @@ class Drafter(Protocol):
         """The model's end was reached: of the drafts of these stages, perhaps none, the first `accepted` were right."""
         ...
 
+    def at_stake(self, tokens: Items[int]) -> float:
+        """Seconds that drafts of the next step are expected to save, told before its token is known.
+
+        `tokens` are all certain, and one more is on its way. A step that is begun without waiting for that drafts
+        nothing: this is what it loses. Infinite where the drafts must be tried to tell.
+        """
+        ...
+
 
 @dataclass(slots=True)
 class ExitWorth:
@@ -67,12 +77,17 @@ class ExitWorth:
         """Whether the exit is to be asked at present."""
         return self._ticks >= self._silent_until
 
+    @property
+    def known(self) -> bool:
+        """Whether so many asks were judged that `gain` can be relied on."""
+        return self._asks >= _ENOUGH_ASKS
+
     def judged(self, asks: int, seconds: float) -> None:
         """What became of so many asks is known: together they saved so much, or cost it."""
         for _ in range(asks):
             self._asks = self._asks * _MEMORY + 1.0
             self.gain += (seconds / asks - self.gain) / self._asks
-        if self._asks < _ENOUGH_ASKS:
+        if not self.known:
             return
         if self.gain > 0.0:
             self._pause = _FIRST_PAUSE
@@ -98,20 +113,20 @@ class AdaptiveDrafter:
     _right: float = 0.0
     _judged: float = 0.0
     _open_asks: int = 0  # since drafts were judged last
+    _not_asked: int = 0  # steps since a proposal was last asked for
 
     def propose(self, tokens: Items[int], drafted: int, room: int) -> Proposal:
         """The look-up where that promises more than the exit, else the gate's threshold, else nothing (see `Drafter`).
 
         A gate that is asked counts as an open ask until `settled`; a first pass, whose costs are not known, goes deep.
         """
-        costs = self.costs()
+        self._not_asked, costs = 0, self.costs()
         if not costs.seen:  # a first pass goes all the way
             return Proposal()
         asks = self.worth.may_ask()
         found = self.looked_up.find(tokens, drafted, min(room, MOST_LOOKED_UP))
         if found:
-            each = costs.shallow_token + costs.token
-            length, gain = self.looked_up.best_length(len(found), _step(costs), each)
+            length, gain = self.looked_up.best_length(len(found), _step(costs), _each(costs))
             if length and gain > (self.worth.gain if asks else 0.0):
                 return Proposal(tokens=found[:length])
         threshold = self._threshold(costs)
@@ -136,6 +151,22 @@ class AdaptiveDrafter:
             self.worth.judged(self._open_asks, saved - self._open_asks * costs.gate)
             self._open_asks = 0
 
+    def at_stake(self, tokens: Items[int]) -> float:
+        """What the better of the two drafts is expected to save (see `Drafter`).
+
+        Look-ups are judged by the text as it comes, tried or not; the exit only where it is asked, which is therefore
+        to be done now and then.
+        """
+        self._not_asked, costs = self._not_asked + 1, self.costs()
+        if not costs.seen:
+            return math.inf
+        found = self.looked_up.promise(tokens, MOST_LOOKED_UP, _step(costs), _each(costs))
+        if not self.worth.may_ask() or self._threshold(costs) > _SURE_ENOUGH:
+            return found
+        if not self.worth.known or self._not_asked > _UNASKED:
+            return math.inf
+        return max(found, self.worth.gain)
+
     def _threshold(self, costs: DraftCosts) -> float:
         """The confidence to ask for: 1 - doubt, the doubt shrunk where this request's drafts fared worse than that."""
         balance = _break_even(costs)
@@ -148,6 +179,11 @@ class AdaptiveDrafter:
 def _step(costs: DraftCosts) -> float:
     """Seconds of a step that drafts nothing."""
     return costs.shallow + costs.deep + costs.token
+
+
+def _each(costs: DraftCosts) -> float:
+    """Seconds that one more token costs in a step that goes all the way."""
+    return costs.shallow_token + costs.token
 
 
 def _loss(costs: DraftCosts) -> float:

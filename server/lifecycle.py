@@ -149,11 +149,14 @@ class Lifecycle:
         return sequence
 
     def _foreseeable(self, sequence: Sequence, sampling: SamplingParams) -> bool:
-        """Whether its next step can be put together before the host knows the token in front, or where that left."""
+        """Whether its next step can be put together before the host knows the token in front, or where that left.
+
+        In the verified mode that is so of a step that drafts nothing.
+        """
         if sampling.repetition_penalty != 1.0:
             return False
         through = self._config.scheduling == "run-through" and self._runner.has_device_passes
-        return sequence.exits.mode == "off" or (sequence.replays_exits and through)
+        return sequence.exits.mode != "approximate" or (sequence.replays_exits and through)
 
     def note_scheduling(self) -> None:
         """Tell the metrics what the scheduler has just admitted and preempted."""

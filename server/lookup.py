@@ -22,6 +22,11 @@ class LookUp:
     _known: int = 0  # tokens indexed
     _right: float = 0.0
     _all: float = 0.0
+    _found: float = 0.0
+    _sought: float = 0.0
+    _foreseen: tuple[int, int] | None = (
+        None  # a place in the text and the token that a look-up would have put there
+    )
 
     @property
     def acceptance(self) -> float:
@@ -53,6 +58,21 @@ class LookUp:
             if gain > saved:
                 best, saved = count, gain
         return best, saved
+
+    def promise(self, tokens: Items[int], most: int, step: float, each: float) -> float:
+        """Seconds that looking up is expected to save behind a token that is still to come (see `best_length`).
+
+        What is found is not known yet: it is how often something was and how often that was right, were it tried or
+        not. So each call also notes what would follow `tokens`, all of them certain, and compares what it noted last.
+        """
+        if self._foreseen is not None and self._foreseen[0] == len(tokens) - 1:
+            self.judged(self._foreseen[1] == tokens[-1])
+        found = self.find(tokens, 0, 1)
+        self._foreseen = (len(tokens), found[0]) if found else None
+        self._found = self._found * _FORGETTING + bool(found)
+        self._sought = self._sought * _FORGETTING + 1.0
+        often = (self._found + _PRIOR_RIGHT) / (self._sought + _PRIOR_ALL)
+        return often * self.best_length(most, step, each)[1]
 
     def judged(self, right: bool) -> None:
         """A token that was looked up and tried was right, or wrong."""

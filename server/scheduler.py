@@ -184,7 +184,8 @@ class Scheduler:
     def tick_ahead(self, tick: Tick) -> Tick | None:
         """The tick behind `tick`, which runs: the next step of all its sequences but those that end by their length.
 
-        None where it must be known first which tokens the tick yields, or where another sequence has a turn before.
+        None where it must be known first which tokens the tick yields, or where another sequence has a turn before; and
+        where the drafts that it goes without are expected to save more than it gains, the time that surrounds a tick.
         Pages are allocated, and nobody is preempted for them. Whoever takes it calls `resume` when its turn has come.
         """
         if any(lane.deepest() is not None for lane in self._lanes.values()):
@@ -198,10 +199,19 @@ class Scheduler:
         steps = {row.sequence: len(row.sequence.tokens) for row in going if row.sequence.room > 1}
         if not steps or sum(s.table.missing(place + 1) for s, place in steps.items()) > self._pool.free:
             return None
+        at_stake = sum(s.drafter.at_stake(s.tokens) for s in steps if s.drafter is not None)
+        if at_stake and at_stake >= self._costs.around.of(len(going)):
+            return None
         for sequence, place in steps.items():
             sequence.table.ensure(place + 1)
         rows = tuple(
-            Row(sequence, [place], place + 1, threshold=sequence.exits.threshold)
+            Row(
+                sequence,
+                [place],
+                place + 1,
+                deep=sequence.drafter is not None,
+                threshold=sequence.exits.threshold,
+            )
             for sequence, place in steps.items()
         )
         return Tick(tick.variant, 0, self._plan.last, rows)
@@ -373,10 +383,15 @@ class Scheduler:
 def _foreseeable(row: Row) -> bool:
     """Whether a row that runs yields a token from which no more than its id is needed for the next step.
 
-    Rows that began deeper, with what waits there, are left aside: some carry a part of a prompt.
+    Rows that began deeper, with what waits there, are left aside: some carry a part of a prompt. So are those that
+    draft or confirm drafts: how many of them are right says where the next step stands.
     """
     sequence = row.sequence
-    return sequence.foreseeable and bool(row.positions) and sequence.yields_token(row.positions)
+    drafts = sequence.drafter is not None and (
+        row.threshold is not None or sequence.drafts or sequence.pending
+    )
+    known = bool(row.positions) and not drafts
+    return known and sequence.foreseeable and sequence.yields_token(row.positions)
 
 
 def _missing(sequence: Sequence) -> int:

@@ -38,7 +38,7 @@ class Sequence:
     limit: int = 1 << 62  # tokens it may grow to
     ends: frozenset[int] = frozenset()  # token ids that end it
     drafter: Drafter | None = None  # says when to draft; None where tokens are not drafted
-    foreseeable: bool = False  # of a token no more than its id matters to the next pass, whose rows are known
+    foreseeable: bool = False  # but for drafts, no more of a token than its id matters to the next pass
     status: Status = Status.WAITING
     computed: int = 0  # positions 0..computed - 1 have passed the first stage
     left_at: list[int] = field(default_factory=list)

@@ -38,6 +38,16 @@ class TolerantDrafter:
         except Exception as error:  # noqa: BLE001 - as above
             self._give_up(error)
 
+    def at_stake(self, tokens: Items[int]) -> float:
+        """What waiting for the next token is worth (see `Drafter`): nothing, once the drafter has failed."""
+        if self._drafter is None:
+            return 0.0
+        try:
+            return self._drafter.at_stake(tokens)
+        except Exception as error:  # noqa: BLE001 - as above
+            self._give_up(error)
+            return 0.0
+
     def _checked(self, proposal: Proposal) -> Proposal:
         """Raises ValueError where a token is none of the model's, TypeError where it is no proposal."""
         if not isinstance(proposal, Proposal):

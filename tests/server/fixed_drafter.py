@@ -1,5 +1,6 @@
 """A drafter that learns nothing."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,3 +20,7 @@ class FixedDrafter:
 
     def settled(self, stages: Sequence[int], accepted: int) -> None:
         """Nothing is learned."""
+
+    def at_stake(self, tokens: Sequence[int]) -> float:
+        """It is always to be asked."""
+        return math.inf

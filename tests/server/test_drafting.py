@@ -1,5 +1,6 @@
 """Drafting by what it costs and brings: costs are learned, look-ups found, and what does not pay is left alone."""
 
+import math
 import random
 from copy import copy
 
@@ -159,3 +160,61 @@ def test_wrong_drafts_are_given_up() -> None:
         worth.ticked()
         worth.judged(1, -1e-4)
     assert not worth.may_ask()
+
+
+def _told_as_it_comes(drafter: AdaptiveDrafter, text: list[int], prompt: int) -> list[float]:
+    """What is at stake before each token of a text whose steps are all begun ahead."""
+    return [drafter.at_stake(text[:end]) for end in range(prompt, len(text))]
+
+
+def _given_up(costs: DraftCosts) -> AdaptiveDrafter:
+    """A drafter that asks no exit for long."""
+    worth = ExitWorth()
+    worth.judged(64, -1.0)
+    assert not worth.may_ask()
+    return AdaptiveDrafter(lambda: costs, worth)
+
+
+def test_what_is_at_stake_follows_a_text_that_begins_to_repeat_itself() -> None:
+    """Nothing is tried meanwhile: what would have been found is compared with what comes."""
+    dice = random.Random(2)
+    novel = [dice.randrange(40) for _ in range(400)]  # whose pairs come again, but continue in other ways
+    drafter = _given_up(CHEAP_ROWS)
+    stakes = _told_as_it_comes(drafter, [*novel, *novel[:200]], 8)
+    step = CHEAP_ROWS.shallow + CHEAP_ROWS.deep + CHEAP_ROWS.token
+    assert max(stakes[300:390]) < 0.1 * step
+    assert min(stakes[-50:]) > step
+
+
+def test_what_would_be_found_counts_once_where_it_was_tried() -> None:
+    looked_up = LookUp()
+    text = [1, 2, 3, 4] * 5
+    for end in range(6, 12):
+        looked_up.promise(text[:end], 7, 1e-3, 1e-5)
+    before = looked_up.acceptance
+    looked_up.promise(
+        text[:15], 7, 1e-3, 1e-5
+    )  # three tokens came at once: they were drafts, and are judged as such
+    assert looked_up.acceptance == before
+    looked_up.promise(text[:16], 7, 1e-3, 1e-5)
+    assert looked_up.acceptance > before
+
+
+def test_an_exit_is_waited_for_until_it_is_known_what_it_brings_and_now_and_then_after() -> None:
+    worth = ExitWorth()
+    drafter = AdaptiveDrafter(lambda: CHEAP_ROWS, worth)
+    text = [*range(50)]
+    assert drafter.at_stake(text) == math.inf
+    worth.judged(64, 64 * 0.3e-3)
+    stakes = [drafter.at_stake(text[: 20 + i % 9]) for i in range(70)]
+    assert stakes[0] == pytest.approx(0.3e-3)
+    assert stakes[-1] == math.inf
+    drafter.propose(text, 0, 5)
+    assert drafter.at_stake(text) == pytest.approx(0.3e-3)
+
+
+def test_nothing_is_at_stake_where_nothing_pays() -> None:
+    drafter = _given_up(DEAR_ROWS)
+    stakes = _told_as_it_comes(drafter, [*range(200)], 8)
+    assert stakes == [0.0] * len(stakes)
+    assert AdaptiveDrafter(lambda: DraftCosts(seen=False)).at_stake([1, 2]) == math.inf

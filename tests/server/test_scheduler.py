@@ -1,17 +1,22 @@
 """The scheduler alone: random requests, exits, cancellations and page shortages, run by a runner made of dice."""
 
+import math
 import random
+from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from exeunt.compression.variant import Variant
+from exeunt.server.drafting import Proposal
 from exeunt.server.pages import PagePool, PageTable
 from exeunt.server.request import ExitPolicy
 from exeunt.server.row import Row
 from exeunt.server.scheduler import MAX_OVERTAKEN, Scheduler
 from exeunt.server.sequence import Sequence, Status
+from exeunt.server.stage_costs import StageCosts
 from exeunt.server.stages import StagePlan
 from exeunt.server.tick import Tick
 
@@ -30,6 +35,7 @@ class Stage:
     plan: StagePlan = field(default_factory=lambda: StagePlan(8, (1, 4)))
     seed: int = 0
     run_through: bool = False
+    costs: StageCosts | None = None
     ahead: bool = False  # begin ticks before their turn, where the scheduler knows them
     now: float = 0.0
 
@@ -41,6 +47,7 @@ class Stage:
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=self.budget,
             policy="run-through" if self.run_through else "queues",
+            costs=self.costs,
             clock=lambda: self.now,
         )
         self.dice = random.Random(self.seed)
@@ -350,6 +357,56 @@ def test_there_is_no_tick_ahead_of_tokens_that_must_be_known() -> None:
         tick = stage.step()
         assert tick is not None
         assert stage.scheduler.tick_ahead(tick) is None
+
+
+class Rests:
+    """A drafter for whose drafts so many seconds are at stake."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.told = seconds, list[int]()
+
+    def propose(self, tokens: Items[int], drafted: int, room: int) -> Proposal:
+        return Proposal()
+
+    def settled(self, stages: Items[int], accepted: int) -> None:
+        pass
+
+    def at_stake(self, tokens: Items[int]) -> float:
+        self.told.append(len(tokens))
+        return self.seconds
+
+
+def test_a_tick_ahead_drafts_nothing_where_that_loses_less_than_it_gains() -> None:
+    costs = StageCosts()
+    for rows in (1, 2, 3, 1, 2, 3):
+        costs.ticked(rows, 0.010)
+    for seconds, begins in ((0.0, True), (0.004, True), (0.006, False), (math.inf, False)):
+        stage, drafter = Stage(run_through=True, costs=costs), Rests(seconds)
+        for _ in range(2):
+            sequence = stage.add(4, 9, exits=ExitPolicy("verified"))
+            sequence.drafter, sequence.foreseeable = drafter, True
+        tick = stage.scheduler.next_tick()
+        assert tick is not None
+        ahead = stage.scheduler.tick_ahead(tick)
+        assert drafter.told == [4, 4]
+        assert (ahead is not None) == begins
+        assert ahead is None or all(row.deep and row.threshold is None for row in ahead.rows)
+
+
+@pytest.mark.parametrize("unsettled", ["a gate is asked", "drafts", "waiting tokens", "not foreseeable"])
+def test_there_is_no_tick_ahead_of_drafts(unsettled: str) -> None:
+    stage = Stage(run_through=True)
+    sequence = stage.add(4, 9, exits=ExitPolicy("verified"))
+    sequence.drafter, sequence.foreseeable = Rests(0.0), unsettled != "not foreseeable"
+    tick = stage.scheduler.next_tick()
+    assert tick is not None
+    if unsettled == "a gate is asked":
+        tick.rows[0].threshold = 0.5
+    elif unsettled == "drafts":
+        sequence.drafts.append(0)
+    elif unsettled == "waiting tokens":
+        sequence.pending[1] = [2]
+    assert stage.scheduler.tick_ahead(tick) is None
 
 
 def test_there_is_no_tick_ahead_of_who_has_a_turn_before() -> None:

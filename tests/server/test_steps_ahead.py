@@ -1,8 +1,10 @@
 """Steps begun before the host has the tokens of the step in front: the same answers, and nothing left of vain ones."""
 
 import logging
+import math
 import random
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +13,8 @@ import torch
 
 from exeunt.compression.decoder import Decoder
 from exeunt.compression.model import LoadedModel
-from exeunt.server.request import FailureEvent, FinishReason
+from exeunt.server.drafting import Proposal
+from exeunt.server.request import ExitPolicy, FailureEvent, FinishReason
 from exeunt.server.runner import Runner
 from exeunt.server.sampling import StartedDraws
 from exeunt.server.tick import Tick
@@ -32,6 +35,7 @@ from tests.server.engine_bench import (
     running,
     score,
 )
+from tests.server.fixed_drafter import FixedDrafter
 from tests.server.test_soak import Asked, answer_of, random_request
 
 
@@ -39,6 +43,22 @@ def _beside_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have ticks run as on a GPU, by stages."""
     monkeypatch.setattr(Runner, "has_graphs", property(lambda _: True))
     go_by_stages(monkeypatch)
+
+
+class Resting:
+    """Drafts nothing, and knows it."""
+
+    def __init__(self, at_stake: float = 0.0) -> None:
+        self._at_stake = at_stake
+
+    def propose(self, tokens: Sequence[int], drafted: int, room: int) -> Proposal:
+        return Proposal()
+
+    def settled(self, stages: Sequence[int], accepted: int) -> None:
+        assert (list(stages), accepted) == ([], 0)
+
+    def at_stake(self, tokens: Sequence[int]) -> float:
+        return self._at_stake
 
 
 @pytest.fixture
@@ -86,13 +106,52 @@ def test_steps_follow_each_other_where_nothing_works_beside_the_host(
 def test_what_hangs_on_a_token_waits_for_it(
     tiny_model: LoadedModel, begun: Begun, asked: dict[str, Any]
 ) -> None:
-    with running(tiny_model) as bench:
+    with running(tiny_model, new_drafter=lambda _: FixedDrafter()) as bench:
         with bench.held():
             both = [bench.ask(max_new_tokens=20), bench.ask(max_new_tokens=20, **asked)]
         for one in both:
             one.wait()
         score(bench, PROMPT, OFF)
     assert not begun.rows
+
+
+def test_a_step_that_drafts_nothing_is_begun_ahead(tiny_model: LoadedModel, begun: Begun) -> None:
+    with running(tiny_model, new_drafter=lambda _: Resting()) as bench:
+        off = bench.answer(max_new_tokens=24)
+        begun.rows.clear()
+        heard = bench.answer(max_new_tokens=24, exits=VERIFIED)
+        with bench.held():
+            both = [bench.ask(max_new_tokens=20, exits=exits) for exits in (OFF, VERIFIED)]
+        for one in both:
+            one.wait()
+    assert begun.rows == [*[1] * 23, *[2] * 19]
+    assert answer_of(heard) == answer_of(off)
+    depth = heard.finish.summary.depth
+    assert (depth.drafts, depth.blocks_wasted, depth.block_passes) == (0, 0, 24 * BLOCKS)
+
+
+@pytest.mark.parametrize(("at_stake", "begins"), [(1e-9, True), (1.0, False), (math.inf, False)])
+def test_a_step_whose_drafts_promise_more_than_a_head_start_waits_for_its_token(
+    tiny_model: LoadedModel, begun: Begun, at_stake: float, begins: bool
+) -> None:
+    with running(tiny_model, new_drafter=lambda _: Resting(at_stake)) as bench:
+        bench.answer(max_new_tokens=5, exits=VERIFIED)  # what surrounds a tick is known behind a few
+        begun.rows.clear()
+        bench.answer(max_new_tokens=24, exits=VERIFIED)
+    assert bool(begun.rows) == begins
+
+
+def test_a_drafter_that_has_failed_holds_up_no_step(
+    tiny_model: LoadedModel, begun: Begun, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def failing(*_: object) -> float:
+        raise ZeroDivisionError("at stake")
+
+    monkeypatch.setattr(Resting, "at_stake", failing)
+    with running(tiny_model, new_drafter=lambda _: Resting()) as bench:
+        bench.answer(max_new_tokens=24, exits=VERIFIED)
+    assert begun.rows == [1] * 23
+    assert caplog.text.count("is drafted for no more") == 1
 
 
 def test_the_device_has_the_next_step_before_the_host_waits_for_tokens(
@@ -133,14 +192,14 @@ KINDS: list[dict[str, Any]] = [
 ]
 
 
-def _answers(model: LoadedModel) -> tuple[list[Heard], dict[str, float]]:
+def _answers(model: LoadedModel, exits: ExitPolicy) -> tuple[list[Heard], dict[str, float]]:
     names = ("generation_tokens", "blocks_executed", "blocks_skipped", "blocks_wasted", "block_passes")
     calls = model.decoder(FULL).block_calls  # which serves both formats of the KV cache
     before = sum(calls.tokens)
-    with running(model, max_num_seqs=12) as bench:
-        text = bench.answer().text()
+    with running(model, new_drafter=lambda _: Resting(), max_num_seqs=12) as bench:
+        text = bench.answer(exits=exits).text()
         with bench.held():
-            asked = [bench.ask(**kind) for kind in (*KINDS, {"stop": (text[8:11],)})]
+            asked = [bench.ask(exits=exits, **kind) for kind in (*KINDS, {"stop": (text[8:11],)})]
         heard = [one.wait() for one in asked]
         assert bench.engine.wait_idle(WAIT_S)
         counted = {name: bench.value(f"exeunt_{name}_total") for name in names}
@@ -148,13 +207,14 @@ def _answers(model: LoadedModel) -> tuple[list[Heard], dict[str, float]]:
     return heard, counted
 
 
+@pytest.mark.parametrize("exits", [OFF, VERIFIED], ids=["off", "verified"])
 def test_answers_and_accounts_are_those_of_steps_that_follow_each_other(
-    tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+    tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch, exits: ExitPolicy
 ) -> None:
-    plain, counts = _answers(tiny_model)
+    plain, counts = _answers(tiny_model, OFF)
     monkeypatch.setattr(Runner, "has_graphs", property(lambda _: True))
     begun = Begun(monkeypatch)
-    ahead, counted = _answers(tiny_model)
+    ahead, counted = _answers(tiny_model, exits)
     assert max(begun.rows) > 3
     assert [answer_of(one) for one in ahead] == [answer_of(one) for one in plain]
     ended_by_a_token = [one.finish.summary.finish_reason is FinishReason.STOP for one in ahead]

@@ -16,6 +16,7 @@ from exeunt.server.answer import Answer
 from exeunt.server.drafting import LOOKUP, Drafter, Proposal
 from exeunt.server.lifecycle import Lifecycle
 from exeunt.server.request import ExitPolicy, GenerationRequest, StepEvent
+from exeunt.server.runner import Runner
 from exeunt.server.tick import Tick
 from exeunt.server.verification import Draw, confirmed_draws
 from tests.server.engine_bench import (
@@ -27,8 +28,10 @@ from tests.server.engine_bench import (
     OFF,
     PROMPT,
     VERIFIED,
+    Begun,
     Bench,
     Heard,
+    go_by_stages,
     running,
 )
 from tests.server.fixed_drafter import FixedDrafter
@@ -62,6 +65,9 @@ class WildDrafter:
         self.proposed += len(stages)
         self.accepted += accepted
 
+    def at_stake(self, tokens: Sequence[int]) -> float:
+        return self._dice.choice((0.0, 0.0, 0.0, 0.0, math.inf))
+
 
 class Oracle:
     """Drafts what the full model will say, but every few tokens, so that most drafts are confirmed."""
@@ -80,6 +86,9 @@ class Oracle:
 
     def settled(self, stages: Sequence[int], accepted: int) -> None:
         pass
+
+    def at_stake(self, tokens: Sequence[int]) -> float:
+        return math.inf
 
 
 def ask(bench: Bench, exits: ExitPolicy, seed: int) -> list[Heard]:
@@ -125,7 +134,9 @@ def wild(
     return new
 
 
-def check(model: LoadedModel, seed: int, run_through: bool, pages: int, budget: int) -> tuple[int, int]:
+def check(
+    model: LoadedModel, seed: int, run_through: bool, pages: int, budget: int, at_once: int = 8
+) -> tuple[int, int]:
     """Ask for answers with exits off, one by one, and then verified, in a crowd; return drafts proposed and right."""
     with running(model, max_num_seqs=1) as bench:
         plain = [heard.wait() for heard in ask(bench, OFF, seed)]
@@ -133,7 +144,7 @@ def check(model: LoadedModel, seed: int, run_through: bool, pages: int, budget: 
     drafters: list[WildDrafter] = []
     new_drafter = wild(drafters, seed, texts)
     with running(
-        model, pages, run_through, new_drafter, max_num_seqs=8, max_num_batched_tokens=budget
+        model, pages, run_through, new_drafter, max_num_seqs=at_once, max_num_batched_tokens=budget
     ) as bench:
         others = [bench.ask(exits=dice, seed=seed) for dice in (LEAVE, BACKFILL, OFF)]
         heard = [one.wait() for one in ask(bench, VERIFIED, seed)]
@@ -213,6 +224,20 @@ def test_stop_strings_and_the_end_of_text_count_only_when_confirmed(tiny_model: 
     for seed in range(6):
         with running(tiny_model, new_drafter=lambda _, s=seed: WildDrafter(s)) as bench:  # type: ignore[misc]
             assert told(bench.answer(exits=VERIFIED, max_new_tokens=40, stop=(stop,))) == expected
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+@pytest.mark.parametrize("seed", range(2))
+def test_steps_that_draft_nothing_are_begun_ahead_between_others(
+    tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch, seed: int, at_once: int
+) -> None:
+    """As beside CUDA graphs, with drafters that rest now and then."""
+    monkeypatch.setattr(Runner, "has_graphs", property(lambda _: True))
+    go_by_stages(monkeypatch)
+    begun = Begun(monkeypatch)
+    proposed, accepted = check(tiny_model, seed, True, 18, 128, at_once)
+    assert proposed > accepted > 0
+    assert len(begun.rows) > (5 if at_once == 1 else 0)
 
 
 def test_random_cancellations_of_drafting_answers_leave_nothing_behind(tiny_model: LoadedModel) -> None:
@@ -316,6 +341,10 @@ class Broken:
     def settled(self, stages: Sequence[int], accepted: int) -> None:
         self._use("settled")
         self._inner.settled(stages, accepted)
+
+    def at_stake(self, tokens: Sequence[int]) -> float:
+        self._use("at_stake")
+        return self._inner.at_stake(tokens)
 
 
 @pytest.mark.parametrize("nonsense", [None, Proposal(tokens=(5, 264)), Proposal(tokens=(-1,))])
