@@ -127,7 +127,7 @@ class _Serving:
                 app,
                 log_config=None,
                 lifespan="off",
-                http="httptools",
+                http="h11",
                 timeout_keep_alive=_KEEP_ALIVE_S,
                 timeout_graceful_shutdown=_LAST_BYTES_S,
             )

@@ -26,7 +26,8 @@ from exeunt.compression.model import LoadedModel
 from exeunt.compression.variant import Variant
 from exeunt.kernels.paged_batch import PagedBatch
 from exeunt.server.request import SamplingParams
-from exeunt.server.sampling import RowSampling, sample
+from exeunt.server.row_sampling import RowSampling
+from exeunt.server.sampling import sample
 from scripts.bench_runs import (
     OFF,
     RESULTS,

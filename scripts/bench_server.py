@@ -10,9 +10,11 @@ import asyncio
 import json
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -46,7 +48,8 @@ def main(out: Out = None, prompt_tokens: Count = 64, new_tokens: Count = 128, re
     """Measure, print, write JSON."""
     sizes = Sizes(prompt_tokens, new_tokens, repeats, CLIENTS // MANY)
     results: dict[str, Any] = {}
-    with packaged_runs(sizes) as alone, running_server(str(alone.bundle), "--weights", "both") as url:
+    with packaged_runs(sizes) as alone, ready(alone.bundle) as (url, seconds):
+        console.print(f"ready after {seconds:.1f} s")
         prompts = alone.prompts(CLIENTS)
         for label, variant in VARIANTS.items():
             for streamed in (False, True):
@@ -71,19 +74,27 @@ def main(out: Out = None, prompt_tokens: Count = 64, new_tokens: Count = 128, re
                 shown = f"{row['ratio']:.2f} ({row['ratio_min']:.2f} to {row['ratio_max']:.2f})"
                 console.print(f"{name}: {shown}")
         path = out or RESULTS / "packaged-server.json"
-        write_result(path, alone.model, sizes, results=results)
+        write_result(path, alone.model, sizes, start={"seconds_to_ready": seconds}, results=results)
     console.print(f"written to {path}")
 
 
+@contextmanager
+def ready(bundle: Path) -> Iterator[tuple[str, float]]:
+    """The server's URL, and the seconds from its command to `/ready`; the bundle's files were read before."""
+    began = time.perf_counter()
+    with running_server(str(bundle), "--weights", "both") as url:
+        yield url, time.perf_counter() - began
+
+
 class CpuTime:
-    """CPU that runs take of one process, all of its threads together.
+    """CPU that runs take of one process, all of its threads together. The first run, a warm-up, is not counted.
 
     Args:
         clock: seconds of CPU so far; without one those of this process.
     """
 
     def __init__(self, clock: Callable[[], float] = time.process_time) -> None:
-        self._clock, self._seconds, self._tokens = clock, 0.0, 0
+        self._clock, self._seconds, self._tokens, self._warm = clock, 0.0, 0, False
 
     def of(self, run: Callable[[], Run]) -> Callable[[], Run]:
         """The run, its CPU counted."""
@@ -91,8 +102,10 @@ class CpuTime:
         def counted() -> Run:
             before = self._clock()
             done = run()
-            self._seconds += self._clock() - before
-            self._tokens += done.tokens
+            if self._warm:
+                self._seconds += self._clock() - before
+                self._tokens += done.tokens
+            self._warm = True
             return done
 
         return counted

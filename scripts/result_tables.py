@@ -206,7 +206,7 @@ def gaps_tables(record: Row) -> Iterator[str]:
 
 
 def server_tables(record: Row) -> Iterator[str]:
-    """The server beside its engine: speed, and what CPU it takes."""
+    """The server beside its engine: speed, what CPU it takes, and how soon it is ready."""
     results = record["results"]
     rows = ((name, *_speeds(row), _ratio(row), "≥ 0.95") for name, row in results.items())
     yield _table(("over HTTP", "tokens/s", "the engine alone", "ratio (min to max)", "target"), rows)
@@ -216,6 +216,8 @@ def server_tables(record: Row) -> Iterator[str]:
 
     headers = ("µs of CPU a token", "the engine alone", "the server", "its clients")
     yield _table(headers, (cpu(name, row["cpu_us_per_token"]) for name, row in results.items()))
+    start = ("from `exeunt serve` to `/ready`", f"{record['start']['seconds_to_ready']:.1f}", "≤ 5")
+    yield _table(("start, with a bundle that was read before", "seconds", "target"), iter([start]))
 
 
 def calibration_tables(record: Row) -> Iterator[str]:

@@ -21,7 +21,9 @@ _FIRST_PAUSE: Final = 64  # ticks until they are tried again; doubles each time 
 _LONGEST_PAUSE: Final = 1 << 13
 _MEMORY: Final = 0.95  # what the outcome of an ask is worth after each later one
 _ENOUGH_ASKS: Final = (1.0 - _MEMORY**_PATIENCE) / (1.0 - _MEMORY)  # what so many weigh together
-_UNASKED: Final = 64  # steps that may be begun ahead before the exit is asked again
+_UNASKED: Final = (
+    64  # ticks after which an exit that has paid is asked again, however much a head start gains
+)
 _SURE_ENOUGH: Final = 0.99  # a gate that would have to be surer than this is not asked
 
 
@@ -48,10 +50,10 @@ class Drafter(Protocol):
         ...
 
     def at_stake(self, tokens: Items[int]) -> float:
-        """Seconds that drafts of the next step are expected to save, told before its token is known.
+        """Seconds that drafts are expected to save a step of this sequence, whatever its next token is.
 
-        `tokens` are all certain, and one more is on its way. A step that is begun without waiting for that drafts
-        nothing: this is what it loses. Infinite where the drafts must be tried to tell.
+        `tokens` are all certain. It is what a step loses that is begun ahead, before its token is known, and therefore
+        drafts nothing. Infinite where drafts must be tried to tell. Asked twice of the same tokens it says the same.
         """
         ...
 
@@ -66,6 +68,7 @@ class ExitWorth:
     gain: float = 0.0  # weighted mean of what an ask brought, seconds
     _asks: float = 0.0
     _ticks: int = 0
+    _last_ask: int = 0
     _silent_until: int = 0
     _pause: int = _FIRST_PAUSE
 
@@ -76,6 +79,15 @@ class ExitWorth:
     def may_ask(self) -> bool:
         """Whether the exit is to be asked at present."""
         return self._ticks >= self._silent_until
+
+    def asked(self) -> None:
+        """The exit is asked in this tick."""
+        self._last_ask = self._ticks
+
+    @property
+    def overdue(self) -> bool:
+        """Whether it was not asked for so long that what asks bring may have changed."""
+        return self._ticks - self._last_ask > _UNASKED
 
     @property
     def known(self) -> bool:
@@ -113,14 +125,14 @@ class AdaptiveDrafter:
     _right: float = 0.0
     _judged: float = 0.0
     _open_asks: int = 0  # since drafts were judged last
-    _not_asked: int = 0  # steps since a proposal was last asked for
+    _stake: tuple[int, float] = (0, 0.0)  # what was at stake last, and behind how many tokens
 
     def propose(self, tokens: Items[int], drafted: int, room: int) -> Proposal:
         """The look-up where that promises more than the exit, else the gate's threshold, else nothing (see `Drafter`).
 
         A gate that is asked counts as an open ask until `settled`; a first pass, whose costs are not known, goes deep.
         """
-        self._not_asked, costs = 0, self.costs()
+        costs = self.costs()
         if not costs.seen:  # a first pass goes all the way
             return Proposal()
         asks = self.worth.may_ask()
@@ -133,6 +145,7 @@ class AdaptiveDrafter:
         if not asks or threshold > _SURE_ENOUGH:
             return Proposal()
         self._open_asks += 1
+        self.worth.asked()
         return Proposal(threshold=threshold)
 
     def settled(self, stages: Items[int], accepted: int) -> None:
@@ -157,13 +170,17 @@ class AdaptiveDrafter:
         Look-ups are judged by the text as it comes, tried or not; the exit only where it is asked, which is therefore
         to be done now and then.
         """
-        self._not_asked, costs = self._not_asked + 1, self.costs()
-        if not costs.seen:
-            return math.inf
-        found = self.looked_up.promise(tokens, MOST_LOOKED_UP, _step(costs), _each(costs))
+        if self._stake[0] != len(tokens):
+            self._stake = (len(tokens), self._at_stake(tokens, self.costs()))
+        return self._stake[1]
+
+    def _at_stake(self, tokens: Items[int], costs: DraftCosts) -> float:
+        if not costs.seen:  # then nothing is proposed either
+            return 0.0
+        found = self.looked_up.promise(tokens, MOST_LOOKED_UP, costs.ahead, _each(costs))
         if not self.worth.may_ask() or self._threshold(costs) > _SURE_ENOUGH:
             return found
-        if not self.worth.known or self._not_asked > _UNASKED:
+        if not self.worth.known or self.worth.overdue:
             return math.inf
         return max(found, self.worth.gain)
 

@@ -35,6 +35,7 @@ from exeunt.server.runner import Runner
 from exeunt.server.scheduler import Scheduler
 from exeunt.server.stage_costs import DraftCosts, StageCosts
 from exeunt.server.stages import StagePlan
+from exeunt.server.tick import Tick
 from exeunt.server.tick_run import StageRun
 
 log = logging.getLogger("exeunt.engine")
@@ -294,12 +295,21 @@ class Engine:
         for stage in run.stages:
             share = (self.plan.stop(stage) - self.plan.start(stage)) / blocks
             self._metrics.step(stage, run.seconds * share, run.rows)
-            self._costs.ran(run.variant, stage, run.tokens, (run.seconds - run.gate_seconds) * share)
+            self._costs.ran(
+                run.variant, stage, run.tokens, (run.seconds - run.gate_seconds) * share, run.rows
+            )
         if run.gated:
             self._costs.asked(run.variant, run.stages[-1], run.gated, run.gate_seconds)
         self._stage_seconds += run.seconds
         if self._on_stages is not None:
             self._on_stages(run)
+
+    def _note_tick(self, tick: Tick, seconds: float, *, plain: bool, ahead: bool) -> None:
+        """Tell the costs of a tick; it was begun `ahead` or not, and was a `plain` step (see `Tick`) or not."""
+        if not ahead:  # else its stages began before this turn
+            self._costs.ticked(len(tick.rows), seconds - self._stage_seconds)
+        if plain and ahead == (self._runner.ahead is not None):  # else it began or ended a row of such steps
+            self._costs.stepped(tick.variant, len(tick.rows), seconds, ahead=ahead)
 
     def _clock(self) -> float:
         """Seconds, on a clock that stands still while CUDA graphs are captured."""
@@ -318,9 +328,9 @@ class Engine:
                 tick = self._lives.next_tick()
                 self._lives.note_scheduling()
                 if tick is not None:
+                    plain = self._runner.has_graphs and tick.plain
                     self._lives.run(tick)
-                    if not ahead:  # else its stages began before this turn
-                        self._costs.ticked(len(tick.rows), self._clock() - began - self._stage_seconds)
+                    self._note_tick(tick, self._clock() - began, plain=plain, ahead=ahead)
                     self._drafters.ticked()
                 else:
                     self._lives.tell()

@@ -180,7 +180,7 @@ class Lifecycle:
         """The tick to run now: the one that was begun ahead, or what the scheduler says; None when nothing is ready."""
         tick = self._runner.ahead
         if tick is None:
-            return self._scheduler.next_tick()
+            return self._scheduler.next_tick(ahead=self._goes_ahead)
         self._scheduler.resume(tick)
         return tick
 
@@ -206,8 +206,12 @@ class Lifecycle:
 
     def _successor(self, tick: Tick) -> Tick | None:
         """The tick that follows one that runs: asked for only where the device works while the host goes on."""
-        ahead = self._config.async_scheduling and self._runner.has_graphs
-        return self._scheduler.tick_ahead(tick) if ahead else None
+        return self._scheduler.tick_ahead(tick) if self._goes_ahead else None
+
+    @property
+    def _goes_ahead(self) -> bool:
+        """Whether steps may be begun before their turn."""
+        return self._config.async_scheduling and self._runner.goes_ahead
 
     def tell(self) -> None:
         """Tell callers and metrics all that is known: due where no tick follows."""

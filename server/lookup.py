@@ -49,10 +49,10 @@ class LookUp:
         A step takes `step` seconds and each token tried with it `each` more; n tokens of acceptance a bring
         1 + a + … + aⁿ (Leviathan, Kalman and Matias 2023, equation 1).
         """
-        best, saved = 0, 0.0
+        best, saved, acceptance = 0, 0.0, self.acceptance
         bring, power = 1.0, 1.0
         for count in range(1, available + 1):
-            power *= self.acceptance
+            power *= acceptance
             bring += power
             gain = bring * step - (step + count * each * _CAUTION)
             if gain > saved:
@@ -60,10 +60,10 @@ class LookUp:
         return best, saved
 
     def promise(self, tokens: Items[int], most: int, step: float, each: float) -> float:
-        """Seconds that looking up is expected to save behind a token that is still to come (see `best_length`).
+        """Seconds that looking up is expected to save a step of this text (see `best_length`).
 
-        What is found is not known yet: it is how often something was and how often that was right, were it tried or
-        not. So each call also notes what would follow `tokens`, all of them certain, and compares what it noted last.
+        It goes by how often something was found and how often that was right, were it tried or not: each call notes
+        what would follow `tokens`, all of them certain, and compares what the one before noted.
         """
         if self._foreseen is not None and self._foreseen[0] == len(tokens) - 1:
             self.judged(self._foreseen[1] == tokens[-1])

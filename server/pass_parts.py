@@ -7,7 +7,7 @@ from typing import Final
 
 from exeunt.kernels.model_pass import AtExit, PassRows, PassTokens
 from exeunt.server.row import Row
-from exeunt.server.sampling import PlainDraw
+from exeunt.server.row_sampling import PlainDraw
 from exeunt.server.sequence import Sequence
 from exeunt.server.stages import StagePlan
 from exeunt.server.tick import Tick

@@ -10,17 +10,20 @@ from exeunt.server.sequence import Sequence
 _GO_DEEP: Final = Proposal()
 
 
-def next_row(sequence: Sequence, most: int, *, max_owed: int, pool: PagePool) -> Row:
+def next_row(sequence: Sequence, most: int, *, max_owed: int, pool: PagePool, drafts: bool = True) -> Row:
     """The next pass of a sequence: up to `most` tokens of its prefill, or a decode step.
 
     Drafts that were looked up are added to the sequence; they take no more pages than `pool` has. A sequence that
-    has `max_owed` positions waiting in front of deeper stages goes deep and takes them along.
+    has `max_owed` positions waiting in front of deeper stages goes deep and takes them along; without `drafts` so does
+    every one of the verified mode.
     """
     if sequence.scoring or sequence.prefilling:
         positions = list(sequence.next_positions(most))
         threshold = sequence.exits.threshold if sequence.scoring else None
         return Row(sequence, positions, positions[-1] + 1, threshold=threshold)
     if sequence.drafter is not None:
+        if not drafts and sequence.room > 0:
+            return _row_of(sequence, _GO_DEEP)
         return _drafting_row(sequence, sequence.drafter, most, max_owed, pool)
     tokens = len(sequence.tokens)
     threshold = sequence.exits.threshold if tokens > sequence.prompt_tokens else None
@@ -35,7 +38,10 @@ def _drafting_row(sequence: Sequence, drafter: Drafter, most: int, max_owed: int
     """
     if sequence.room <= 0:  # nothing more can follow: what waits is to be confirmed
         return Row(sequence, [], sequence.computed, stage=min(sequence.pending), deep=True)
-    proposal = _proposal(sequence, drafter, most, max_owed, pool)
+    return _row_of(sequence, _proposal(sequence, drafter, most, max_owed, pool))
+
+
+def _row_of(sequence: Sequence, proposal: Proposal) -> Row:
     start = len(sequence.tokens) - 1
     sequence.tokens += proposal.tokens
     sequence.drafts += [LOOKUP] * len(proposal.tokens)

@@ -21,7 +21,8 @@ from exeunt.server.held_states import HeldStates
 from exeunt.server.request import SamplingParams
 from exeunt.server.row import Row
 from exeunt.server.row_result import RowResult
-from exeunt.server.sampling import RowSampling, finished_draws, start_each
+from exeunt.server.row_sampling import RowSampling
+from exeunt.server.sampling import finished_draws, start_each
 from exeunt.server.sequence import Sequence
 from exeunt.server.staged_passes import StagedPasses
 from exeunt.server.stages import StagePlan
@@ -102,6 +103,11 @@ class Runner:
     def has_graphs(self) -> bool:
         """Whether passes are replayed: the host is free then while the device works."""
         return self._graphs is not None
+
+    @property
+    def goes_ahead(self) -> bool:
+        """Whether a tick is begun before its turn where it is known: beside graphs, until one has failed."""
+        return self.has_graphs and self._goes_ahead
 
     @property
     def has_device_passes(self) -> bool:

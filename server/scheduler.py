@@ -172,20 +172,23 @@ class Scheduler:
         self._enter_lane(sequence)
         self._start_pass(sequence)
 
-    def next_tick(self) -> Tick | None:
-        """The rows to run now, their pages allocated; None when nothing is ready."""
+    def next_tick(self, *, ahead: bool = False) -> Tick | None:
+        """The rows to run now, their pages allocated; None when nothing is ready.
+
+        Where the one behind it may be begun `ahead`, and that gains more than drafts, nothing is drafted.
+        """
         self.admit()
-        tick = self._form_tick()
+        tick = self._form_tick(ahead)
         if tick is None and self._waiting and not self._running:  # what was ready has just been preempted
             self.admit()
-            tick = self._form_tick()
+            tick = self._form_tick(ahead)
         return tick
 
     def tick_ahead(self, tick: Tick) -> Tick | None:
         """The tick behind `tick`, which runs: the next step of all its sequences but those that end by their length.
 
         None where it must be known first which tokens the tick yields, or where another sequence has a turn before; and
-        where the drafts that it goes without are expected to save more than it gains, the time that surrounds a tick.
+        where the drafts that it goes without are expected to save more than a head start gains.
         Pages are allocated, and nobody is preempted for them. Whoever takes it calls `resume` when its turn has come.
         """
         if any(lane.deepest() is not None for lane in self._lanes.values()):
@@ -199,8 +202,7 @@ class Scheduler:
         steps = {row.sequence: len(row.sequence.tokens) for row in going if row.sequence.room > 1}
         if not steps or sum(s.table.missing(place + 1) for s, place in steps.items()) > self._pool.free:
             return None
-        at_stake = sum(s.drafter.at_stake(s.tokens) for s in steps if s.drafter is not None)
-        if at_stake and at_stake >= self._costs.around.of(len(going)):
+        if self._drafts_pay(tick.variant, list(steps)):
             return None
         for sequence, place in steps.items():
             sequence.table.ensure(place + 1)
@@ -221,14 +223,32 @@ class Scheduler:
         for row in tick.rows:
             self._lane(tick.variant).decoding.pop(row.sequence, None)
 
-    def _form_tick(self) -> Tick | None:
+    def _drafts_pay(self, variant: Variant, sequences: list[Sequence]) -> bool:
+        """Whether drafts are expected to save these sequences' step more than a head start does.
+
+        That is weighed for all together: one that drafts keeps the others' step waiting.
+        """
+        at_stake = 0.0
+        for sequence in sequences:
+            if sequence.drafter is not None and not sequence.drafts:
+                at_stake += sequence.drafter.at_stake(sequence.tokens)
+        return at_stake > 0.0 and at_stake >= self._costs.head_start(variant, len(sequences))
+
+    def _rests(self, variant: Variant, lane: Lane) -> bool:
+        """Whether the next step of a variant had better draft nothing, so that the one behind it is begun ahead."""
+        if lane.prefilling or any(lane.deeper) or not all(s.foreseeable for s in lane.decoding):
+            return False
+        return not self._drafts_pay(variant, list(lane.decoding))
+
+    def _form_tick(self, ahead: bool) -> Tick | None:
         ready = [variant for variant, lane in self._lanes.items() if lane.deepest() is not None]
         for variant in sorted(ready, key=self._served):
             lane = self._lanes[variant]
             if lane.deepest() is None:  # preempted meanwhile, for a variant tried before
                 continue
             stage = self._next_stage(variant, lane)
-            rows = self._take_deeper(lane, stage) if stage else self._take_ready(lane)
+            rests = ahead and not stage and len(ready) == 1 and self._rests(variant, lane)
+            rows = self._take_deeper(lane, stage) if stage else self._take_ready(lane, drafts=not rests)
             if rows:
                 return Tick(variant, stage, self._last_stage(stage, rows), tuple(rows))
         return None
@@ -292,7 +312,7 @@ class Scheduler:
             rows.append(waiting.pop(sequence))
         return rows
 
-    def _take_ready(self, lane: Lane) -> list[Row]:
+    def _take_ready(self, lane: Lane, *, drafts: bool) -> list[Row]:
         """Decode steps first, then chunks of prompts with what the token budget leaves (never nothing)."""
         rows: list[Row] = []
         taken: set[Sequence] = set()
@@ -305,7 +325,7 @@ class Scheduler:
                     break
                 if sequence not in ready:  # preempted while this tick was put together
                     continue
-                row = next_row(sequence, left, max_owed=self._max_owed, pool=self._pool)
+                row = next_row(sequence, left, max_owed=self._max_owed, pool=self._pool, drafts=drafts)
                 tokens = row.tokens
                 if rows and tokens > left:  # it takes others along; in the next tick it comes first
                     break

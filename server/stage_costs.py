@@ -1,17 +1,21 @@
 """What stages cost on this machine, learned as they run: seconds against tokens, by variant. Plain Python, no torch."""
 
+import math
 from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Final
 
 from exeunt.compression.variant import Variant
 
-PROMPT_TOKENS: Final = 48  # runs of more are prompts' chunks: a token costs there what arithmetic costs
+PROMPT_TOKENS: Final = (
+    48  # runs of more, and of far more than rows, hold a prompt's chunk: arithmetic decides there
+)
 _MEMORY: Final = 0.98  # what an observation is worth after each later one: some fifty count
 _PRIOR_TOKENS: Final = 0.5  # spread of token counts, in tokens², at which data outweighs the prior slope
 _PRIOR_SLOPE: Final = 0.25  # of a token's mean cost, as long as no prompt has shown what one more costs
 _OUTLIER: Final = 2.0  # a run that took so many times what was expected was held up by something else
 _KNOWN: Final = 8.0  # weight from which outliers are told
+_SHOWN: Final = 4.0  # weight from which steps begun ahead have shown what they take
 
 
 @dataclass(slots=True)
@@ -26,9 +30,9 @@ class LinearCost:
     _spread: float = 0.0  # weighted sums of centred products
     _product: float = 0.0
 
-    def learn(self, tokens: int, seconds: float) -> None:
-        """One run took so long."""
-        if tokens > PROMPT_TOKENS:
+    def learn(self, tokens: int, seconds: float, *, prompt: bool = False) -> None:
+        """One run took so long; of a `prompt` it tells what a token more costs, and nothing of a step."""
+        if prompt:
             each = seconds / tokens
             self.each = each if self.each is None else min(0.8 * self.each + 0.2 * each, _OUTLIER * self.each)
             return
@@ -77,7 +81,8 @@ class DraftCosts:
     """What a decode step of one sequence costs, its share of the batch's fixed costs included, in seconds.
 
     Known only when `seen`; `shallow` is the part up to the drafting exit with all that surrounds a tick, `deep` the
-    fixed cost of the part behind it, and `token` what one more token costs there.
+    fixed cost of the part behind it, and `token` what one more token costs there. `ahead` is what a step costs that
+    drafts nothing and is begun ahead.
     """
 
     seen: bool
@@ -86,19 +91,26 @@ class DraftCosts:
     deep: float = 0.0
     token: float = 0.0
     gate: float = 0.0
+    ahead: float = 0.0
 
 
 @dataclass(slots=True)
 class StageCosts:
-    """The costs of every stage of every variant, of gates, and of what surrounds a tick."""
+    """The costs of every stage of every variant, of gates, of what surrounds a tick, and of whole decode steps.
+
+    Those steps draft nothing. `waiting` are begun in their turn, `ahead` before it, one behind the other.
+    """
 
     stages: dict[tuple[Variant, int], LinearCost] = field(default_factory=lambda: defaultdict(LinearCost))
     gates: dict[tuple[Variant, int], LinearCost] = field(default_factory=lambda: defaultdict(LinearCost))
     around: LinearCost = field(default_factory=LinearCost)
+    waiting: dict[Variant, LinearCost] = field(default_factory=lambda: defaultdict(LinearCost))
+    ahead: dict[Variant, LinearCost] = field(default_factory=lambda: defaultdict(LinearCost))
 
-    def ran(self, variant: Variant, stage: int, tokens: int, seconds: float) -> None:
-        """A stage was run over so many tokens."""
-        self.stages[variant, stage].learn(tokens, seconds)
+    def ran(self, variant: Variant, stage: int, tokens: int, seconds: float, rows: int = 1) -> None:
+        """A stage was run over so many tokens of so many rows."""
+        prompt = tokens > PROMPT_TOKENS and tokens > 2 * rows
+        self.stages[variant, stage].learn(tokens, seconds, prompt=prompt)
 
     def asked(self, variant: Variant, stage: int, rows: int, seconds: float) -> None:
         """A gate was asked about so many rows."""
@@ -108,13 +120,29 @@ class StageCosts:
         """A tick of so many rows took so much time besides its stages and gates."""
         self.around.learn(rows, seconds)
 
+    def stepped(self, variant: Variant, rows: int, seconds: float, *, ahead: bool) -> None:
+        """A decode step of so many rows, which drafted nothing, took so long, all that surrounds it included."""
+        (self.ahead if ahead else self.waiting)[variant].learn(rows, seconds)
+
+    def head_start(self, variant: Variant, rows: int) -> float:
+        """Seconds that a decode step of so many rows gains where it is begun ahead.
+
+        Infinite until a few have shown what they take; what surrounds a tick until one that waited has.
+        """
+        ahead, waiting = self.ahead[variant], self.waiting[variant]
+        if ahead.weight < _SHOWN:
+            return math.inf
+        if not waiting.weight:
+            return self.around.of(rows)
+        return max(waiting.of(rows) - ahead.of(rows), 0.0)
+
     def drafting(self, variant: Variant, stage: int, last: int) -> DraftCosts:
         """The costs of drafting at the end of `stage` of stages 0 to `last`."""
         shallow = [self.stages[variant, s] for s in range(stage + 1)]
         deep = [self.stages[variant, s] for s in range(stage + 1, last + 1)]
         if any(cost.weight < 1.0 for cost in (*shallow, *deep)):
             return DraftCosts(seen=False)
-        gate = self.gates[variant, stage]
+        gate, ahead = self.gates[variant, stage], self.ahead[variant]
         return DraftCosts(
             seen=True,
             shallow=sum(_share(cost) for cost in (*shallow, self.around)),
@@ -122,6 +150,7 @@ class StageCosts:
             deep=sum(cost.base / max(cost.tokens, 1.0) for cost in deep),
             token=sum(cost.slope for cost in deep),
             gate=_share(gate) if gate.weight else 0.0,
+            ahead=_share(ahead) if ahead.weight else sum(_share(cost) for cost in (*shallow, *deep)),
         )
 
 

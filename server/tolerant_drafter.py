@@ -43,7 +43,7 @@ class TolerantDrafter:
         if self._drafter is None:
             return 0.0
         try:
-            return self._drafter.at_stake(tokens)
+            return _seconds(self._drafter.at_stake(tokens))
         except Exception as error:  # noqa: BLE001 - as above
             self._give_up(error)
             return 0.0
@@ -59,3 +59,10 @@ class TolerantDrafter:
     def _give_up(self, error: Exception) -> None:
         self._drafter = None
         log.error("%s is drafted for no more: its drafter has failed", self._name, exc_info=error)
+
+
+def _seconds(at_stake: float) -> float:
+    """Raises TypeError where that is no number, ValueError where it is none of seconds."""
+    if not at_stake >= 0.0:
+        raise ValueError(f"{at_stake!r} is said to be at stake, which is no number of seconds")
+    return at_stake

@@ -14,7 +14,7 @@ from exeunt.kernels.model_pass import PassBatch, Passed
 from exeunt.server.held_states import HeldStates
 from exeunt.server.pass_parts import PassParts, runs_whole
 from exeunt.server.request import ExitMode
-from exeunt.server.sampling import PlainDraw, RowSampling, plain_draw, token_keys
+from exeunt.server.row_sampling import PlainDraw, RowSampling, plain_draw, token_keys
 from exeunt.server.sequence import Sequence
 from exeunt.server.stages import StagePlan
 from exeunt.server.tick import Tick

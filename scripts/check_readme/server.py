@@ -29,7 +29,7 @@ def running_server(*given: str) -> Iterator[str]:
                 raise SystemExit(f"exeunt serve ended with status {process.returncode} before it was ready")
             if time.monotonic() > deadline:
                 raise SystemExit(f"exeunt serve was not ready within {START_TIMEOUT_S} s")
-            time.sleep(0.2)
+            time.sleep(0.05)
         yield url
     finally:
         process.terminate()

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable
 from types import TracebackType
 from typing import Final, Generic, Self, TypeVar
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 from starlette.types import Receive
 
@@ -80,7 +80,7 @@ class _Alarm:
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
+        self._loop = ref(loop)  # whose alarms are kept only as long as it is
         self._due: deque[asyncio.Event] = deque()
         self._called = False
 
@@ -90,8 +90,10 @@ class _Alarm:
         if self._called:
             return
         self._called = True
+        if (loop := self._loop()) is None:
+            return
         with contextlib.suppress(RuntimeError):  # the loop is closed: the server is going, nobody waits
-            self._loop.call_soon_threadsafe(self._set)
+            loop.call_soon_threadsafe(self._set)
 
     def _set(self) -> None:
         self._called = False  # before looking: what is rung from here on calls again

@@ -203,12 +203,14 @@ class Begun:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.rows: list[int] = []
+        self.drafting = 0  # rows of them that might have drafted
         begin = Runner._begin
 
         def counted(runner: Runner, ahead: TickRun, *given: Any) -> bool:
             done = begin(runner, ahead, *given)
             if done:
                 self.rows.append(len(ahead.tick.rows))
+                self.drafting += sum(row.sequence.drafter is not None for row in ahead.tick.rows)
             return done
 
         monkeypatch.setattr(Runner, "_begin", counted)

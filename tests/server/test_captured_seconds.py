@@ -14,7 +14,8 @@ from exeunt.compression.row_graphs import StepGraphs
 from exeunt.server import sampling
 from exeunt.server.auditor import Auditor
 from exeunt.server.request import SamplingParams
-from exeunt.server.sampling import RowSampling, sample
+from exeunt.server.row_sampling import RowSampling, row_keys
+from exeunt.server.sampling import sample
 from exeunt.server.scheduler import Scheduler
 from exeunt.server.tick_run import StageRun
 from tests.compression.fake_graphs import FakePool
@@ -91,7 +92,7 @@ def test_draws_that_travel_packed_are_the_same(
     expected = sample(logits, ROWS)
     temperatures = torch.tensor([row.params.temperature for row in ROWS]).numpy()
     for _ in range(2):
-        keys = sampling.row_keys(ROWS)
+        keys = row_keys(ROWS)
         started = sampling._start_there(logits, logits, temperatures, keys, graphs)
         found = started.wait()
         assert found.ids == expected.ids

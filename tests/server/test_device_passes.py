@@ -35,6 +35,7 @@ from tests.server.engine_bench import (
     go_by_stages,
     running,
 )
+from tests.server.fixed_drafter import RestingDrafter
 from tests.server.test_soak import Asked, answer_of, random_request
 
 
@@ -183,6 +184,32 @@ def test_every_step_of_an_answer_that_leaves_is_begun_ahead(
         if other.stages.start:
             assert other.seconds == pytest.approx(one.seconds)
     assert heard.finish.summary.depth.blocks_wasted == 0
+
+
+def test_verified_rows_that_draft_nothing_go_along_in_passes_begun_ahead(
+    tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests: list[dict[str, Any]] = [
+        {"exits": VERIFIED, "max_new_tokens": 40},
+        {"exits": LEAVE, "max_new_tokens": 40},
+        {"exits": LEAVE, "temperature": 1.0, "seed": 3, "max_new_tokens": 40},
+        {"exits": VERIFIED, "temperature": 1.0, "seed": 4, "max_new_tokens": 40},
+    ]
+
+    def answers() -> list[Any]:
+        with running(tiny_model, new_drafter=lambda _: RestingDrafter()) as bench:
+            with bench.held():
+                asked = [bench.ask(**one) for one in requests]
+            return [answer_of(one.wait()) for one in asked]
+
+    go_by_stages(monkeypatch)
+    wanted = answers()
+    beside_graphs(monkeypatch, tiny_model)
+    taken, begun = Taken(monkeypatch), Begun(monkeypatch)
+    assert answers() == wanted
+    assert begun.rows == [4] * 39
+    assert begun.drafting == 2 * 39
+    assert taken.rows == [(4, 2)] * 39
 
 
 @pytest.mark.parametrize("exits", [VERIFIED, OFF], ids=["verified", "off"])

@@ -13,7 +13,8 @@ from exeunt.compression.graph_pool import GraphPool
 from exeunt.compression.model import LoadedModel, load_plain_model
 from exeunt.compression.row_graphs import StepGraphs
 from exeunt.server.request import ExitPolicy, SamplingParams
-from exeunt.server.sampling import RowSampling, sample
+from exeunt.server.row_sampling import RowSampling
+from exeunt.server.sampling import sample
 from tests.server.conftest import VOCAB, random_exit
 from tests.server.engine_bench import (
     BACKFILL,

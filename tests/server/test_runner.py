@@ -11,7 +11,7 @@ from transformers import LlamaForCausalLM
 
 from exeunt.compression.model import LoadedModel
 from exeunt.compression.variant import Variant
-from exeunt.server import sampling
+from exeunt.server import row_sampling
 from exeunt.server.request import (
     ExitPolicy,
     FailureEvent,
@@ -209,16 +209,16 @@ def test_one_rows_nan_is_no_other_rows_trouble(
 def test_an_exception_in_one_rows_sampling_fails_that_request_alone(
     tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch, exits: ExitPolicy
 ) -> None:
-    row_key = sampling._row_key
+    row_key = row_sampling._row_key
 
-    def raises(row: sampling.RowSampling) -> tuple[int, int]:
+    def raises(row: row_sampling.RowSampling) -> tuple[int, int]:
         if row.params.seed == 1 and row.position > 4:
             raise OverflowError("a bug")
         return row_key(row)
 
     with running(tiny_model) as bench:
         clean = [bench.answer(max_new_tokens=30, temperature=0.9, seed=seed).ids() for seed in range(3)]
-    monkeypatch.setattr(sampling, "_row_key", raises)
+    monkeypatch.setattr(row_sampling, "_row_key", raises)
     with running(tiny_model, max_num_seqs=4) as bench:
         with bench.held():
             asked = [

@@ -20,16 +20,10 @@ from transformers import (
 )
 
 from exeunt.kernels.token_draw.reference import exponential_noise
+from exeunt.server.processed_scores import processed_scores
 from exeunt.server.request import SamplingParams
-from exeunt.server.sampling import (
-    RowSampling,
-    finished_draws,
-    plain_draw,
-    processed_scores,
-    row_keys,
-    sample,
-    token_keys,
-)
+from exeunt.server.row_sampling import RowSampling, plain_draw, row_keys, token_keys
+from exeunt.server.sampling import finished_draws, sample
 
 
 def _row(

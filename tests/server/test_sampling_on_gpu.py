@@ -8,8 +8,10 @@ from torch import Tensor
 
 import exeunt.kernels.gpu
 from exeunt.kernels.token_draw.scores import penalise_scores_reference, truncate_scores_reference
+from exeunt.server.processed_scores import processed_scores
 from exeunt.server.request import SamplingParams
-from exeunt.server.sampling import RowSampling, processed_scores, sample
+from exeunt.server.row_sampling import RowSampling
+from exeunt.server.sampling import sample
 from tests.kernels.triton.on_gpu import patch_language_once
 from tests.kernels.triton.score_cuts import HARD, assert_cut_alike, limits_of
 

@@ -2,7 +2,6 @@
 
 import math
 import random
-from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 
 import pytest
@@ -10,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from exeunt.compression.variant import Variant
-from exeunt.server.drafting import Proposal
 from exeunt.server.pages import PagePool, PageTable
 from exeunt.server.request import ExitPolicy
 from exeunt.server.row import Row
@@ -19,6 +17,7 @@ from exeunt.server.sequence import Sequence, Status
 from exeunt.server.stage_costs import StageCosts
 from exeunt.server.stages import StagePlan
 from exeunt.server.tick import Tick
+from tests.server.fixed_drafter import RestingDrafter
 
 FULL, SMALL = Variant(), Variant("int4", "int4")
 PAGE_TOKENS = {FULL: 4, SMALL: 12}
@@ -359,36 +358,21 @@ def test_there_is_no_tick_ahead_of_tokens_that_must_be_known() -> None:
         assert stage.scheduler.tick_ahead(tick) is None
 
 
-class Rests:
-    """A drafter for whose drafts so many seconds are at stake."""
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds, self.told = seconds, list[int]()
-
-    def propose(self, tokens: Items[int], drafted: int, room: int) -> Proposal:
-        return Proposal()
-
-    def settled(self, stages: Items[int], accepted: int) -> None:
-        pass
-
-    def at_stake(self, tokens: Items[int]) -> float:
-        self.told.append(len(tokens))
-        return self.seconds
-
-
 def test_a_tick_ahead_drafts_nothing_where_that_loses_less_than_it_gains() -> None:
     costs = StageCosts()
-    for rows in (1, 2, 3, 1, 2, 3):
-        costs.ticked(rows, 0.010)
+    for rows in (1, 2, 3) * 3:
+        costs.stepped(FULL, rows, 0.020, ahead=True)
+        costs.stepped(FULL, rows, 0.030, ahead=False)
     for seconds, begins in ((0.0, True), (0.004, True), (0.006, False), (math.inf, False)):
-        stage, drafter = Stage(run_through=True, costs=costs), Rests(seconds)
+        stage, drafter = Stage(run_through=True, costs=costs), RestingDrafter(seconds)
         for _ in range(2):
             sequence = stage.add(4, 9, exits=ExitPolicy("verified"))
             sequence.drafter, sequence.foreseeable = drafter, True
         tick = stage.scheduler.next_tick()
         assert tick is not None
+        assert not drafter.asked  # nothing is weighed where no step may be begun ahead
         ahead = stage.scheduler.tick_ahead(tick)
-        assert drafter.told == [4, 4]
+        assert drafter.asked == [4, 4]
         assert (ahead is not None) == begins
         assert ahead is None or all(row.deep and row.threshold is None for row in ahead.rows)
 
@@ -397,7 +381,7 @@ def test_a_tick_ahead_drafts_nothing_where_that_loses_less_than_it_gains() -> No
 def test_there_is_no_tick_ahead_of_drafts(unsettled: str) -> None:
     stage = Stage(run_through=True)
     sequence = stage.add(4, 9, exits=ExitPolicy("verified"))
-    sequence.drafter, sequence.foreseeable = Rests(0.0), unsettled != "not foreseeable"
+    sequence.drafter, sequence.foreseeable = RestingDrafter(0.0), unsettled != "not foreseeable"
     tick = stage.scheduler.next_tick()
     assert tick is not None
     if unsettled == "a gate is asked":

@@ -4,7 +4,6 @@ import logging
 import math
 import random
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +12,6 @@ import torch
 
 from exeunt.compression.decoder import Decoder
 from exeunt.compression.model import LoadedModel
-from exeunt.server.drafting import Proposal
 from exeunt.server.request import ExitPolicy, FailureEvent, FinishReason
 from exeunt.server.runner import Runner
 from exeunt.server.sampling import StartedDraws
@@ -35,7 +33,7 @@ from tests.server.engine_bench import (
     running,
     score,
 )
-from tests.server.fixed_drafter import FixedDrafter
+from tests.server.fixed_drafter import FixedDrafter, RestingDrafter
 from tests.server.test_soak import Asked, answer_of, random_request
 
 
@@ -43,22 +41,6 @@ def _beside_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have ticks run as on a GPU, by stages."""
     monkeypatch.setattr(Runner, "has_graphs", property(lambda _: True))
     go_by_stages(monkeypatch)
-
-
-class Resting:
-    """Drafts nothing, and knows it."""
-
-    def __init__(self, at_stake: float = 0.0) -> None:
-        self._at_stake = at_stake
-
-    def propose(self, tokens: Sequence[int], drafted: int, room: int) -> Proposal:
-        return Proposal()
-
-    def settled(self, stages: Sequence[int], accepted: int) -> None:
-        assert (list(stages), accepted) == ([], 0)
-
-    def at_stake(self, tokens: Sequence[int]) -> float:
-        return self._at_stake
 
 
 @pytest.fixture
@@ -116,7 +98,7 @@ def test_what_hangs_on_a_token_waits_for_it(
 
 
 def test_a_step_that_drafts_nothing_is_begun_ahead(tiny_model: LoadedModel, begun: Begun) -> None:
-    with running(tiny_model, new_drafter=lambda _: Resting()) as bench:
+    with running(tiny_model, new_drafter=lambda _: RestingDrafter()) as bench:
         off = bench.answer(max_new_tokens=24)
         begun.rows.clear()
         heard = bench.answer(max_new_tokens=24, exits=VERIFIED)
@@ -130,25 +112,36 @@ def test_a_step_that_drafts_nothing_is_begun_ahead(tiny_model: LoadedModel, begu
     assert (depth.drafts, depth.blocks_wasted, depth.block_passes) == (0, 0, 24 * BLOCKS)
 
 
-@pytest.mark.parametrize(("at_stake", "begins"), [(1e-9, True), (1.0, False), (math.inf, False)])
+@pytest.mark.parametrize(("at_stake", "begins"), [(1e-9, True), (60.0, False), (math.inf, False)])
 def test_a_step_whose_drafts_promise_more_than_a_head_start_waits_for_its_token(
     tiny_model: LoadedModel, begun: Begun, at_stake: float, begins: bool
 ) -> None:
-    with running(tiny_model, new_drafter=lambda _: Resting(at_stake)) as bench:
-        bench.answer(max_new_tokens=5, exits=VERIFIED)  # what surrounds a tick is known behind a few
+    drafter = RestingDrafter()
+    with running(tiny_model, new_drafter=lambda _: drafter) as bench:
+        bench.answer(
+            max_new_tokens=9, exits=VERIFIED
+        )  # behind a few steps it is known what a head start gains
         begun.rows.clear()
+        drafter.seconds = at_stake
         bench.answer(max_new_tokens=24, exits=VERIFIED)
     assert bool(begun.rows) == begins
 
 
+@pytest.mark.parametrize("said", [None, -1.0, math.nan, ZeroDivisionError("at stake")], ids=str)
 def test_a_drafter_that_has_failed_holds_up_no_step(
-    tiny_model: LoadedModel, begun: Begun, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tiny_model: LoadedModel,
+    begun: Begun,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    said: Any,
 ) -> None:
-    def failing(*_: object) -> float:
-        raise ZeroDivisionError("at stake")
+    def failing(*_: object) -> Any:
+        if isinstance(said, Exception):
+            raise said
+        return said
 
-    monkeypatch.setattr(Resting, "at_stake", failing)
-    with running(tiny_model, new_drafter=lambda _: Resting()) as bench:
+    monkeypatch.setattr(RestingDrafter, "at_stake", failing)
+    with running(tiny_model, new_drafter=lambda _: RestingDrafter()) as bench:
         bench.answer(max_new_tokens=24, exits=VERIFIED)
     assert begun.rows == [1] * 23
     assert caplog.text.count("is drafted for no more") == 1
@@ -196,7 +189,7 @@ def _answers(model: LoadedModel, exits: ExitPolicy) -> tuple[list[Heard], dict[s
     names = ("generation_tokens", "blocks_executed", "blocks_skipped", "blocks_wasted", "block_passes")
     calls = model.decoder(FULL).block_calls  # which serves both formats of the KV cache
     before = sum(calls.tokens)
-    with running(model, new_drafter=lambda _: Resting(), max_num_seqs=12) as bench:
+    with running(model, new_drafter=lambda _: RestingDrafter(), max_num_seqs=12) as bench:
         text = bench.answer(exits=exits).text()
         with bench.held():
             asked = [bench.ask(exits=exits, **kind) for kind in (*KINDS, {"stop": (text[8:11],)})]

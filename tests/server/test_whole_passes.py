@@ -9,7 +9,8 @@ from exeunt.compression.model import LoadedModel
 from exeunt.compression.variant import Variant
 from exeunt.server.auditor import Auditor
 from exeunt.server.request import ExitPolicy, FailureEvent, SamplingParams
-from exeunt.server.sampling import RowSampling, start_each
+from exeunt.server.row_sampling import RowSampling
+from exeunt.server.sampling import start_each
 from exeunt.server.stages import StagePlan
 from exeunt.server.tick import Tick
 from exeunt.server.tick_run import StageRun

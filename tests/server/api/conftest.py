@@ -193,9 +193,7 @@ def listening(availability: Availability, **options: Any) -> Iterator[httpx.Clie
     """The application on a free port and a client for it."""
     app = create_app(availability, **{"max_body_bytes": 2000, **options})
     with socket.create_server(("127.0.0.1", 0)) as sock:
-        config = uvicorn.Config(
-            app, log_config=None, lifespan="off", http="httptools", timeout_graceful_shutdown=1
-        )
+        config = uvicorn.Config(app, log_config=None, lifespan="off", http="h11", timeout_graceful_shutdown=1)
         server = uvicorn.Server(config)
         thread = threading.Thread(target=lambda: uvloop.run(server.serve([sock])), daemon=True)
         thread.start()

@@ -1,6 +1,7 @@
 """The inbox between the engine's thread and a request's coroutine, on the event loop that the server runs."""
 
 import asyncio
+import gc
 import threading
 import time
 from collections.abc import Awaitable, Callable
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import uvloop
 
-from exeunt.server.api.inbox import Attendance, ClientGoneError, Inbox
+from exeunt.server.api.inbox import Attendance, ClientGoneError, Inbox, _alarms
 
 
 @pytest.fixture(params=[asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
@@ -72,7 +73,9 @@ def test_the_loop_is_woken_once_for_what_gathers_while_it_is_busy(run: Run) -> N
                 calls.append(call)
                 waker(call)
 
-        inboxes[0]._alarm._loop = Counted()  # type: ignore[assignment] # all inboxes of a loop share it
+        assert len({id(inbox._alarm) for inbox in inboxes}) == 1
+        counted = Counted()
+        inboxes[0]._alarm._loop = lambda: counted  # type: ignore[assignment]
 
         def engine() -> None:
             for inbox in inboxes:
@@ -143,9 +146,13 @@ def test_a_client_that_leaves_ends_the_wait_whatever_has_come(run: Run) -> None:
     run(work())
 
 
-def test_a_loop_that_is_closed_is_no_trouble_of_the_engine() -> None:
+def test_a_loop_that_is_closed_is_no_trouble_of_the_engine_and_not_kept() -> None:
     async def make() -> Inbox[int]:
         return Inbox()
 
+    gc.collect()
+    before = len(_alarms)
     inbox = uvloop.run(make())
     inbox.put(1)
+    gc.collect()
+    assert len(_alarms) <= before
