@@ -136,13 +136,13 @@ class AdaptiveDrafter:
         if not costs.seen:  # a first pass goes all the way
             return Proposal()
         asks = self.worth.may_ask()
-        found = self.looked_up.find(tokens, drafted, min(room, MOST_LOOKED_UP))
-        if found:
-            length, gain = self.looked_up.best_length(len(found), _step(costs), _each(costs))
+        step, each = _step(costs), _each(costs)
+        if self.looked_up.pays(step, each):  # else it is not worth looking
+            found = self.looked_up.find(tokens, drafted, min(room, MOST_LOOKED_UP))
+            length, gain = self.looked_up.best_length(len(found), step, each)
             if length and gain > (self.worth.gain if asks else 0.0):
                 return Proposal(tokens=found[:length])
-        threshold = self._threshold(costs)
-        if not asks or threshold > _SURE_ENOUGH:
+        if not asks or (threshold := self._threshold(costs)) > _SURE_ENOUGH:
             return Proposal()
         self._open_asks += 1
         self.worth.asked()
@@ -150,6 +150,8 @@ class AdaptiveDrafter:
 
     def settled(self, stages: Items[int], accepted: int) -> None:
         """Learn from the drafts up to the first wrong one: how often each kind is right here, and what asks saved."""
+        if not stages and not self._open_asks:  # as most often
+            return
         costs = self.costs()
         saved = 0.0
         for index, stage in enumerate(stages[: accepted + 1]):

@@ -43,6 +43,10 @@ class LookUp:
                     return tuple(tokens[place : min(place + most, len(tokens) - drafted)])
         return ()
 
+    def pays(self, step: float, each: float) -> bool:
+        """Whether trying a token that is found saves more than it costs (see `best_length`)."""
+        return self.acceptance * step > each * _CAUTION
+
     def best_length(self, available: int, step: float, each: float) -> tuple[int, float]:
         """How many of the tokens found to try, and the seconds expected to be saved by it.
 

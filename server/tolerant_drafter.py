@@ -52,7 +52,7 @@ class TolerantDrafter:
         """Raises ValueError where a token is none of the model's, TypeError where it is no proposal."""
         if not isinstance(proposal, Proposal):
             raise TypeError(f"{proposal!r} was proposed, which is no Proposal")
-        if not all(0 <= token < self._vocab_size for token in proposal.tokens):
+        if proposal.tokens and not all(0 <= token < self._vocab_size for token in proposal.tokens):
             raise ValueError(f"tokens {proposal.tokens} were proposed, of a vocabulary of {self._vocab_size}")
         return proposal
 
