@@ -22,7 +22,9 @@ class AdaptiveDrafters:
         """A drafter for one answer of a request."""
         variant = request.variant
         worth = self._worth.setdefault(variant, ExitWorth())
-        return AdaptiveDrafter(lambda: self.costs(variant), worth)
+        return AdaptiveDrafter(
+            lambda: self.costs(variant), worth, lambda rows: self._costs.begun_ahead(variant, rows)
+        )
 
     def costs(self, variant: Variant) -> DraftCosts:
         """The costs of drafting as they stood within the last few ticks: they change slowly and are asked often."""

@@ -49,11 +49,12 @@ class Drafter(Protocol):
         """The model's end was reached: of the drafts of these stages, perhaps none, the first `accepted` were right."""
         ...
 
-    def at_stake(self, tokens: Items[int]) -> float:
-        """Seconds that drafts are expected to save a step of this sequence, whatever its next token is.
+    def at_stake(self, tokens: Items[int], drafted: int, rows: int) -> float:
+        """Seconds that drafts are expected to save this sequence in a step of so many `rows`, whatever comes next.
 
-        `tokens` are all certain. It is what a step loses that is begun ahead, before its token is known, and therefore
-        drafts nothing. Infinite where drafts must be tried to tell. Asked twice of the same tokens it says the same.
+        It is what a step loses that is begun ahead, before its token is known, and therefore drafts nothing. Infinite
+        where drafts must be tried to tell. `tokens` end in `drafted` drafts. Asked twice of the same tokens it says the
+        same.
         """
         ...
 
@@ -121,6 +122,9 @@ class AdaptiveDrafter:
 
     costs: Callable[[], DraftCosts]
     worth: ExitWorth = field(default_factory=ExitWorth)
+    ahead: Callable[[int], float | None] | None = (
+        None  # seconds, a row's share of a step of so many begun ahead
+    )
     looked_up: LookUp = field(default_factory=LookUp)
     _right: float = 0.0
     _judged: float = 0.0
@@ -141,6 +145,7 @@ class AdaptiveDrafter:
             found = self.looked_up.find(tokens, drafted, min(room, MOST_LOOKED_UP))
             length, gain = self.looked_up.best_length(len(found), step, each)
             if length and gain > (self.worth.gain if asks else 0.0):
+                self.looked_up.tried()
                 return Proposal(tokens=found[:length])
         if not asks or (threshold := self._threshold(costs)) > _SURE_ENOUGH:
             return Proposal()
@@ -166,20 +171,22 @@ class AdaptiveDrafter:
             self.worth.judged(self._open_asks, saved - self._open_asks * costs.gate)
             self._open_asks = 0
 
-    def at_stake(self, tokens: Items[int]) -> float:
-        """What the better of the two drafts is expected to save (see `Drafter`).
+    def at_stake(self, tokens: Items[int], drafted: int, rows: int) -> float:
+        """What the better of the two drafts is expected to save (see `Drafter`); behind drafts what it was before them.
 
         Look-ups are judged by the text as it comes, tried or not; the exit only where it is asked, which is therefore
         to be done now and then.
         """
-        if self._stake[0] != len(tokens):
-            self._stake = (len(tokens), self._at_stake(tokens, self.costs()))
+        if not drafted and self._stake[0] != len(tokens):
+            self._stake = (len(tokens), self._at_stake(tokens, rows, self.costs()))
         return self._stake[1]
 
-    def _at_stake(self, tokens: Items[int], costs: DraftCosts) -> float:
+    def _at_stake(self, tokens: Items[int], rows: int, costs: DraftCosts) -> float:
         if not costs.seen:  # then nothing is proposed either
             return 0.0
-        found = self.looked_up.promise(tokens, MOST_LOOKED_UP, costs.ahead, _each(costs))
+        ahead = None if self.ahead is None else self.ahead(rows)
+        step = _step(costs) if ahead is None else ahead
+        found = self.looked_up.promise(tokens, MOST_LOOKED_UP, step, _each(costs))
         if not self.worth.may_ask() or self._threshold(costs) > _SURE_ENOUGH:
             return found
         if not self.worth.known or self.worth.overdue:

@@ -78,6 +78,10 @@ class LookUp:
         often = (self._found + _PRIOR_RIGHT) / (self._sought + _PRIOR_ALL)
         return often * self.best_length(most, step, each)[1]
 
+    def tried(self) -> None:
+        """What was found is tried, and will be judged by what comes of it."""
+        self._foreseen = None
+
     def judged(self, right: bool) -> None:
         """A token that was looked up and tried was right, or wrong."""
         self._right = self._right * _FORGETTING + right

@@ -228,11 +228,11 @@ class Scheduler:
 
         That is weighed for all together: one that drafts keeps the others' step waiting.
         """
-        at_stake = 0.0
+        at_stake, rows = 0.0, len(sequences)
         for sequence in sequences:
-            if sequence.drafter is not None and not sequence.drafts:
-                at_stake += sequence.drafter.at_stake(sequence.tokens)
-        return at_stake > 0.0 and at_stake >= self._costs.head_start(variant, len(sequences))
+            if sequence.drafter is not None:
+                at_stake += sequence.drafter.at_stake(sequence.tokens, len(sequence.drafts), rows)
+        return at_stake > 0.0 and at_stake >= self._costs.head_start(variant, rows)
 
     def _rests(self, variant: Variant, lane: Lane) -> bool:
         """Whether the next step of a variant had better draft nothing, so that the one behind it is begun ahead."""

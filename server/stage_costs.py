@@ -15,7 +15,12 @@ _PRIOR_TOKENS: Final = 0.5  # spread of token counts, in tokens², at which data
 _PRIOR_SLOPE: Final = 0.25  # of a token's mean cost, as long as no prompt has shown what one more costs
 _OUTLIER: Final = 2.0  # a run that took so many times what was expected was held up by something else
 _KNOWN: Final = 8.0  # weight from which outliers are told
-_SHOWN: Final = 4.0  # weight from which steps begun ahead have shown what they take
+_SHOWN: Final = 4  # steps begun ahead that show what such steps take
+_STEP_SHARE: Final = 0.1  # of a mean of steps that is the last one's
+_FRESH: Final = 512  # ticks for which what they have shown counts
+_RARELY: Final = (
+    4096  # ticks for which what steps that wait have shown counts: beside steps begun ahead none are seen
+)
 
 
 @dataclass(slots=True)
@@ -76,13 +81,40 @@ class LinearCost:
         return max(self.seconds - slope * self.tokens, 0.0) + slope * tokens
 
 
+@dataclass(slots=True)
+class StepCost:
+    """What whole decode steps of about as many rows take: a weighted mean of what was seen within `fresh` ticks."""
+
+    fresh: int
+    _seconds: float = 0.0
+    _steps: int = 0
+    _last: int = 0
+
+    def learn(self, seconds: float, tick: int) -> None:
+        """A step took so long."""
+        if tick - self._last > self.fresh:
+            self._steps = 0
+        self._steps, self._last = self._steps + 1, tick
+        if self._steps <= 2:  # the first is held up by what is begun or ended with it
+            self._seconds = seconds
+        elif seconds < _OUTLIER * self._seconds:
+            self._seconds += _STEP_SHARE * (seconds - self._seconds)
+
+    def seconds(self, tick: int) -> float | None:
+        """Seconds of a step; None where too few were seen, or none for long."""
+        return self._seconds if self._steps > _SHOWN and tick - self._last <= self.fresh else None
+
+
+def _class_of(variant: Variant, rows: int) -> tuple[Variant, int]:
+    return variant, (rows - 1).bit_length()
+
+
 @dataclass(frozen=True, slots=True)
 class DraftCosts:
     """What a decode step of one sequence costs, its share of the batch's fixed costs included, in seconds.
 
     Known only when `seen`; `shallow` is the part up to the drafting exit with all that surrounds a tick, `deep` the
-    fixed cost of the part behind it, and `token` what one more token costs there. `ahead` is what a step costs that
-    drafts nothing and is begun ahead.
+    fixed cost of the part behind it, and `token` what one more token costs there.
     """
 
     seen: bool
@@ -91,21 +123,26 @@ class DraftCosts:
     deep: float = 0.0
     token: float = 0.0
     gate: float = 0.0
-    ahead: float = 0.0
 
 
 @dataclass(slots=True)
 class StageCosts:
     """The costs of every stage of every variant, of gates, of what surrounds a tick, and of whole decode steps.
 
-    Those steps draft nothing. `waiting` are begun in their turn, `ahead` before it, one behind the other.
+    Those steps draft nothing. `waiting` are begun in their turn, `ahead` before it, one behind the other. They are
+    known by variant and powers of two of rows: what one row takes says nothing of 32.
     """
 
     stages: dict[tuple[Variant, int], LinearCost] = field(default_factory=lambda: defaultdict(LinearCost))
     gates: dict[tuple[Variant, int], LinearCost] = field(default_factory=lambda: defaultdict(LinearCost))
     around: LinearCost = field(default_factory=LinearCost)
-    waiting: dict[Variant, LinearCost] = field(default_factory=lambda: defaultdict(LinearCost))
-    ahead: dict[Variant, LinearCost] = field(default_factory=lambda: defaultdict(LinearCost))
+    waiting: dict[tuple[Variant, int], StepCost] = field(
+        default_factory=lambda: defaultdict(lambda: StepCost(_RARELY))
+    )
+    ahead: dict[tuple[Variant, int], StepCost] = field(
+        default_factory=lambda: defaultdict(lambda: StepCost(_FRESH))
+    )
+    _ticks: int = 0
 
     def ran(self, variant: Variant, stage: int, tokens: int, seconds: float, rows: int = 1) -> None:
         """A stage was run over so many tokens of so many rows."""
@@ -117,24 +154,31 @@ class StageCosts:
         self.gates[variant, stage].learn(rows, seconds)
 
     def ticked(self, rows: int, seconds: float) -> None:
-        """A tick of so many rows took so much time besides its stages and gates."""
+        """A tick of so many rows, begun in its turn, took so much time besides its stages and gates."""
+        self._ticks += 1
         self.around.learn(rows, seconds)
 
     def stepped(self, variant: Variant, rows: int, seconds: float, *, ahead: bool) -> None:
         """A decode step of so many rows, which drafted nothing, took so long, all that surrounds it included."""
-        (self.ahead if ahead else self.waiting)[variant].learn(rows, seconds)
+        self._ticks += ahead  # the others are ticks in their turn
+        (self.ahead if ahead else self.waiting)[_class_of(variant, rows)].learn(seconds, self._ticks)
 
     def head_start(self, variant: Variant, rows: int) -> float:
         """Seconds that a decode step of so many rows gains where it is begun ahead.
 
-        Infinite until a few have shown what they take; what surrounds a tick until one that waited has.
+        Infinite where that is to be tried: until a few have shown what they take, and when that was long ago. What
+        surrounds a tick as long as too few are known that waited.
         """
-        ahead, waiting = self.ahead[variant], self.waiting[variant]
-        if ahead.weight < _SHOWN:
+        kind = _class_of(variant, rows)
+        ahead, waiting = self.ahead[kind].seconds(self._ticks), self.waiting[kind].seconds(self._ticks)
+        if ahead is None:
             return math.inf
-        if not waiting.weight:
-            return self.around.of(rows)
-        return max(waiting.of(rows) - ahead.of(rows), 0.0)
+        return self.around.seconds if waiting is None else max(waiting - ahead, 0.0)
+
+    def begun_ahead(self, variant: Variant, rows: int) -> float | None:
+        """A row's share of a step of so many rows that is begun ahead, in seconds; None where it is not known."""
+        seconds = self.ahead[_class_of(variant, rows)].seconds(self._ticks)
+        return None if seconds is None else seconds / rows
 
     def drafting(self, variant: Variant, stage: int, last: int) -> DraftCosts:
         """The costs of drafting at the end of `stage` of stages 0 to `last`."""
@@ -142,7 +186,7 @@ class StageCosts:
         deep = [self.stages[variant, s] for s in range(stage + 1, last + 1)]
         if any(cost.weight < 1.0 for cost in (*shallow, *deep)):
             return DraftCosts(seen=False)
-        gate, ahead = self.gates[variant, stage], self.ahead[variant]
+        gate = self.gates[variant, stage]
         return DraftCosts(
             seen=True,
             shallow=sum(_share(cost) for cost in (*shallow, self.around)),
@@ -150,7 +194,6 @@ class StageCosts:
             deep=sum(cost.base / max(cost.tokens, 1.0) for cost in deep),
             token=sum(cost.slope for cost in deep),
             gate=_share(gate) if gate.weight else 0.0,
-            ahead=_share(ahead) if ahead.weight else sum(_share(cost) for cost in (*shallow, *deep)),
         )
 
 

@@ -16,7 +16,7 @@ class Tick(NamedTuple):
 
     @property
     def plain(self) -> bool:
-        """Whether it is a decode step of every row that asks no exit and neither drafts nor confirms drafts."""
+        """Whether it is a decode step of every row, behind which the next could be begun ahead: none drafts."""
         return all(_is_plain(row) for row in self.rows)
 
     @property
@@ -27,5 +27,6 @@ class Tick(NamedTuple):
 
 def _is_plain(row: Row) -> bool:
     sequence = row.sequence
-    unsettled = sequence.prefilling or sequence.scoring or sequence.drafts or sequence.pending
-    return len(row.positions) == 1 and row.threshold is None and not unsettled
+    asks_to_draft = row.threshold is not None and sequence.drafter is not None
+    unsettled = asks_to_draft or sequence.drafts or sequence.pending or sequence.prefilling
+    return sequence.foreseeable and len(row.positions) == 1 and not unsettled

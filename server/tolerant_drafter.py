@@ -38,12 +38,12 @@ class TolerantDrafter:
         except Exception as error:  # noqa: BLE001 - as above
             self._give_up(error)
 
-    def at_stake(self, tokens: Items[int]) -> float:
+    def at_stake(self, tokens: Items[int], drafted: int, rows: int) -> float:
         """What waiting for the next token is worth (see `Drafter`): nothing, once the drafter has failed."""
         if self._drafter is None:
             return 0.0
         try:
-            return _seconds(self._drafter.at_stake(tokens))
+            return _seconds(self._drafter.at_stake(tokens, drafted, rows))
         except Exception as error:  # noqa: BLE001 - as above
             self._give_up(error)
             return 0.0
@@ -52,7 +52,7 @@ class TolerantDrafter:
         """Raises ValueError where a token is none of the model's, TypeError where it is no proposal."""
         if not isinstance(proposal, Proposal):
             raise TypeError(f"{proposal!r} was proposed, which is no Proposal")
-        if proposal.tokens and not all(0 <= token < self._vocab_size for token in proposal.tokens):
+        if not all(0 <= token < self._vocab_size for token in proposal.tokens):
             raise ValueError(f"tokens {proposal.tokens} were proposed, of a vocabulary of {self._vocab_size}")
         return proposal
 

@@ -1,10 +1,12 @@
 """How the server starts, refuses to start, drains and ends: real processes, real signals."""
 
 import json
+import select
 import shutil
 import signal
 import socket
 import threading
+from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -48,6 +50,23 @@ def test_sigterm_drains(bundle: Path, tmp_path: Path) -> None:
         assert answers[0].json()["usage"]["completion_tokens"] == 1500
         assert server.process.wait(timeout=30) == 0
     assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+def test_a_request_head_without_end_is_refused(bundle: Path, tmp_path: Path) -> None:
+    """Before a key is asked for: else anybody could fill the memory."""
+    with serving(str(bundle), "--api-key", "secret", log=tmp_path / "log") as server:
+        place = server.client.base_url
+        with socket.create_connection((place.host, place.port or 80), timeout=30) as connection:
+            connection.sendall(b"GET /info HTTP/1.1\r\nHost: here\r\nX-Long: ")
+            sent = 0
+            with suppress(BrokenPipeError, ConnectionResetError):
+                while sent < 1 << 23 and not select.select([connection], [], [], 0)[0]:
+                    connection.sendall(b"a" * 4096)
+                    sent += 4096
+            assert sent < 1 << 23
+            with suppress(ConnectionResetError):
+                assert connection.recv(4096).startswith(b"HTTP/1.1 400")
+        assert server.client.get("/health").status_code == 200
 
 
 def test_what_does_not_finish_in_time_is_told_so(bundle: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ class FixedDrafter:
     def settled(self, stages: Sequence[int], accepted: int) -> None:
         """Nothing is learned."""
 
-    def at_stake(self, tokens: Sequence[int]) -> float:
+    def at_stake(self, tokens: Sequence[int], drafted: int, rows: int) -> float:
         """It is always to be asked."""
         return math.inf
 
@@ -41,7 +41,7 @@ class RestingDrafter:
         """There is nothing to be settled."""
         assert (list(stages), accepted) == ([], 0)
 
-    def at_stake(self, tokens: Sequence[int]) -> float:
+    def at_stake(self, tokens: Sequence[int], drafted: int, rows: int) -> float:
         """As was set."""
         self.asked.append(len(tokens))
         return self.seconds

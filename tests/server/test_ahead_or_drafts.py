@@ -1,5 +1,6 @@
 """When steps are begun ahead and when they draft: whole answers on made-up costs, with the drafter that serves."""
 
+import math
 import random
 from dataclasses import dataclass, field
 
@@ -30,8 +31,11 @@ class GivenUp(ExitWorth):
 class PaysALittle(ExitWorth):
     """An exit of which it is known that asking it saves a microsecond."""
 
-    gain = 1e-6
     known = True
+
+    def __init__(self, gain: float = 1e-6) -> None:
+        super().__init__()
+        self.gain = gain
 
     def may_ask(self) -> bool:
         return True
@@ -49,12 +53,15 @@ class Timed:
     token: float = 4e-5  # more for each token
     host: float = 2e-3  # beside it, but for steps begun ahead
     worth: ExitWorth = field(default_factory=GivenUp)
+    costs: StageCosts = field(default_factory=StageCosts)
+    leaves: float = 0.0  # share of the tokens that asked and leave at the exit that drafts
     ahead: list[bool] = field(default_factory=list)  # of each decode step, whether it was begun ahead
     asks: int = 0
+    longest_chain: int = 0  # drafts of the exit that waited at once
     seconds: float = 0.0
 
     def __post_init__(self) -> None:
-        self.costs, self.plan, self.begun = StageCosts(), StagePlan(8, (1, 4)), None
+        self.plan, self.dice = StagePlan(8, (1, 4)), random.Random(5)
         pool = PagePool(64 * len(self.texts))
         self.scheduler = Scheduler(
             self.plan,
@@ -66,7 +73,11 @@ class Timed:
         )
         self.of: dict[Sequence, list[int]] = {}
         for number, text in enumerate(self.texts):
-            drafter = AdaptiveDrafter(lambda: self.costs.drafting(VARIANT, 1, 2), self.worth)
+            drafter = AdaptiveDrafter(
+                lambda: self.costs.drafting(VARIANT, 1, 2),
+                self.worth,
+                lambda rows: self.costs.begun_ahead(VARIANT, rows),
+            )
             sequence = Sequence(
                 f"s{number}", VARIANT, ExitPolicy("verified"), text[:PROMPT], PROMPT, PageTable(pool, 16)
             )
@@ -111,6 +122,15 @@ class Timed:
     def _settle(self, row: Row) -> None:
         sequence, text = row.sequence, self.of[row.sequence]
         assert sequence.drafter is not None
+        if row.threshold is not None and self.dice.random() < self.leaves:  # a draft, and always a right one
+            sequence.put_back(2, row.positions)
+            sequence.computed = row.stop
+            sequence.tokens.append(text[len(sequence.tokens)])
+            sequence.drafts.append(1)
+            self.longest_chain = max(self.longest_chain, len(sequence.drafts))
+            self.scheduler.finish_pass(sequence)
+            return
+        sequence.pending.clear()
         start, drafts = sequence.confirmed, sequence.tokens[sequence.confirmed :]
         pairs = zip(drafts, text[start:], strict=False)
         right = next((i for i, (one, other) in enumerate(pairs) if one != other), len(drafts))
@@ -174,10 +194,45 @@ def test_an_exit_that_pays_less_than_a_head_start_is_asked_now_and_then() -> Non
 
 
 def test_an_exit_that_pays_more_than_a_head_start_is_asked_always() -> None:
-    worth = PaysALittle()
-    worth.gain = 3e-3
-    timed = Timed(novels(1, 300), worth=worth).run()
+    timed = Timed(novels(1, 300), worth=PaysALittle(3e-3)).run()
     assert timed.asks > 0.8 * len(timed.ahead)
+
+
+@pytest.mark.parametrize("rows", [4, 8, 32, 64])
+def test_what_one_stream_has_shown_says_nothing_of_a_crowd(rows: int) -> None:
+    costs = StageCosts()
+    Timed(novels(1, 300), costs=costs).run()
+    timed = Timed(novels(rows), costs=costs).run()
+    assert sum(timed.ahead) > 0.9 * len(timed.ahead)
+
+
+def test_a_crowd_that_repeats_itself_is_drafted_after_one_stream_that_did_not() -> None:
+    costs = StageCosts()
+    Timed(novels(1, 300), costs=costs).run()
+    Timed(novels(32, 200), costs=costs).run()
+    timed = Timed(repetitive(32), costs=costs).run()
+    assert len(timed.ahead) < 0.35 * 392
+
+
+def test_a_head_start_that_has_gained_nothing_is_tried_again() -> None:
+    """The device was the slower one while the steps were learned, and the host is now."""
+    costs = StageCosts()
+    slow = Timed(half_repeated(8), costs=costs, device=2e-3, host=0.0).run()
+    assert sum(slow.ahead) < 0.5 * len(slow.ahead)
+    timed = Timed(novels(8, 1500), costs=costs, device=2e-3, host=4e-3).run()
+    assert sum(timed.ahead[600:]) > 0.9 * len(timed.ahead[600:])
+
+
+def half_repeated(count: int) -> list[list[int]]:
+    """Texts of which every second look-up is right, and then for some tokens."""
+    dice = random.Random(7)
+    words = [[dice.randrange(400) for _ in range(12)] for _ in range(20)]
+    return [[token for _ in range(50) for token in dice.choice(words)] for _ in range(count)]
+
+
+def test_drafts_of_the_exit_form_chains_where_the_exit_pays() -> None:
+    timed = Timed(novels(1, 300), worth=PaysALittle(3e-3), leaves=0.8).run()
+    assert timed.longest_chain > 4
 
 
 def test_how_long_a_step_takes_is_told_of_any_number_of_rows() -> None:
@@ -193,13 +248,21 @@ def test_how_long_a_step_takes_is_told_of_any_number_of_rows() -> None:
 
 def test_a_head_start_is_what_steps_have_shown_it_to_be() -> None:
     costs = StageCosts()
-    assert costs.head_start(VARIANT, 4) == float("inf")  # it is to be tried
+    assert costs.head_start(VARIANT, 4) == math.inf  # it is to be tried
+    assert costs.begun_ahead(VARIANT, 4) is None
     for _ in range(9):
         costs.stepped(VARIANT, 4, 2e-3, ahead=True)
+    assert costs.begun_ahead(VARIANT, 4) == pytest.approx(0.5e-3)
     assert costs.head_start(VARIANT, 4) == 0.0
+    assert costs.head_start(VARIANT, 5) == math.inf  # rows by powers of two
     for _ in range(9):
         costs.ticked(4, 1e-3)
     assert costs.head_start(VARIANT, 4) == pytest.approx(1e-3)
     for _ in range(9):
         costs.stepped(VARIANT, 4, 5e-3, ahead=False)
     assert costs.head_start(VARIANT, 4) == pytest.approx(3e-3)
+    costs.stepped(VARIANT, 4, 5e-1, ahead=False)  # held up by something else
+    assert costs.head_start(VARIANT, 4) == pytest.approx(3e-3)
+    for _ in range(513):
+        costs.ticked(4, 1e-3)
+    assert costs.head_start(VARIANT, 4) == math.inf  # long ago

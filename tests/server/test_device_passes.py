@@ -73,7 +73,7 @@ class LooksUp:
     def settled(self, stages: Sequence[int], accepted: int) -> None:
         """Learns nothing."""
 
-    def at_stake(self, tokens: Sequence[int]) -> float:
+    def at_stake(self, tokens: Sequence[int], drafted: int, rows: int) -> float:
         """Nothing, where it would propose nothing."""
         return math.inf if (len(tokens) + 1) % 3 == 0 else 0.0
 

@@ -13,12 +13,8 @@ from exeunt.server.drafting import LOOKUP, AdaptiveDrafter, ExitWorth, Proposal
 from exeunt.server.lookup import LookUp
 from exeunt.server.stage_costs import DraftCosts, LinearCost, StageCosts
 
-CHEAP_ROWS = DraftCosts(
-    True, shallow=0.2e-3, shallow_token=0.01e-3, deep=0.8e-3, token=0.04e-3, gate=0.02e-3, ahead=0.9e-3
-)
-DEAR_ROWS = DraftCosts(
-    True, shallow=0.2e-3, shallow_token=0.2e-3, deep=0.0, token=0.8e-3, gate=0.02e-3, ahead=0.9e-3
-)
+CHEAP_ROWS = DraftCosts(True, shallow=0.2e-3, shallow_token=0.01e-3, deep=0.8e-3, token=0.04e-3, gate=0.02e-3)
+DEAR_ROWS = DraftCosts(True, shallow=0.2e-3, shallow_token=0.2e-3, deep=0.0, token=0.8e-3, gate=0.02e-3)
 
 
 def test_costs_are_learned_from_runs_of_any_size() -> None:
@@ -168,7 +164,7 @@ def test_wrong_drafts_are_given_up() -> None:
 
 def _told_as_it_comes(drafter: AdaptiveDrafter, text: list[int], prompt: int) -> list[float]:
     """What is at stake before each token of a text whose steps are all begun ahead."""
-    return [drafter.at_stake(text[:end]) for end in range(prompt, len(text))]
+    return [drafter.at_stake(text[:end], 0, 1) for end in range(prompt, len(text))]
 
 
 def _given_up(costs: DraftCosts) -> AdaptiveDrafter:
@@ -185,8 +181,9 @@ def test_what_is_at_stake_follows_a_text_that_begins_to_repeat_itself() -> None:
     novel = [dice.randrange(40) for _ in range(400)]  # whose pairs come again, but continue in other ways
     drafter = _given_up(CHEAP_ROWS)
     stakes = _told_as_it_comes(drafter, [*novel, *novel[:200]], 8)
-    assert max(stakes[300:390]) < 0.1 * CHEAP_ROWS.ahead
-    assert min(stakes[-50:]) > CHEAP_ROWS.ahead
+    step = CHEAP_ROWS.shallow + CHEAP_ROWS.deep + CHEAP_ROWS.token
+    assert max(stakes[300:390]) < 0.1 * step
+    assert min(stakes[-50:]) > step
 
 
 def test_what_would_be_found_counts_once_where_it_was_tried() -> None:
@@ -207,19 +204,42 @@ def test_an_exit_is_waited_for_until_it_is_known_what_it_brings_and_now_and_then
     worth = ExitWorth()
     drafter = AdaptiveDrafter(lambda: CHEAP_ROWS, worth)
     text = [*range(50)]
-    assert drafter.at_stake(text) == math.inf
+    assert drafter.at_stake(text, 0, 1) == math.inf
     worth.judged(64, 64 * 0.3e-3)
-    assert drafter.at_stake(text) == math.inf, "of the same tokens the same"
-    assert drafter.at_stake(text[:20]) == pytest.approx(0.3e-3)
+    assert drafter.at_stake(text, 0, 1) == math.inf, "of the same tokens the same"
+    assert drafter.at_stake(text[:20], 0, 1) == pytest.approx(0.3e-3)
     for _ in range(65):
         worth.ticked()
-    assert drafter.at_stake(text[:21]) == math.inf
+    assert drafter.at_stake(text[:21], 0, 1) == math.inf
     assert drafter.propose(text[:21], 0, 5).threshold is not None
-    assert drafter.at_stake(text[:22]) == pytest.approx(0.3e-3)
+    assert drafter.at_stake(text[:22], 0, 1) == pytest.approx(0.3e-3)
 
 
 def test_nothing_is_at_stake_where_nothing_pays() -> None:
     drafter = _given_up(DEAR_ROWS)
     stakes = _told_as_it_comes(drafter, [*range(200)], 8)
     assert stakes == [0.0] * len(stakes)
-    assert AdaptiveDrafter(lambda: DraftCosts(seen=False)).at_stake([1, 2]) == 0.0
+    assert AdaptiveDrafter(lambda: DraftCosts(seen=False)).at_stake([1, 2], 0, 1) == 0.0
+
+
+def test_a_guess_that_was_tried_and_wrong_is_counted_once() -> None:
+    drafter = _given_up(CHEAP_ROWS)
+    text = [*range(20), *range(10)]
+    drafter.at_stake(text, 0, 1)
+    assert drafter.propose(text, 0, 10).tokens
+    before = drafter.looked_up.acceptance
+    drafter.settled([LOOKUP] * 3, 0)
+    once = drafter.looked_up.acceptance
+    assert once < before
+    drafter.at_stake([*text, 99], 0, 1)  # one token came, another than was guessed
+    assert drafter.looked_up.acceptance == once
+
+
+def test_what_is_at_stake_behind_drafts_is_what_it_was_before_them() -> None:
+    worth = ExitWorth()
+    worth.judged(64, 64 * 0.3e-3)
+    drafter = AdaptiveDrafter(lambda: CHEAP_ROWS, worth)
+    text = [*range(30)]
+    before = drafter.at_stake(text, 0, 1)
+    for drafted in (1, 2, 3):
+        assert drafter.at_stake([*text, *range(drafted)], drafted, 1) == before

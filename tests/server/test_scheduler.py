@@ -360,7 +360,7 @@ def test_there_is_no_tick_ahead_of_tokens_that_must_be_known() -> None:
 
 def test_a_tick_ahead_drafts_nothing_where_that_loses_less_than_it_gains() -> None:
     costs = StageCosts()
-    for rows in (1, 2, 3) * 3:
+    for rows in (1, 2, 3) * 6:
         costs.stepped(FULL, rows, 0.020, ahead=True)
         costs.stepped(FULL, rows, 0.030, ahead=False)
     for seconds, begins in ((0.0, True), (0.004, True), (0.006, False), (math.inf, False)):
@@ -375,6 +375,29 @@ def test_a_tick_ahead_drafts_nothing_where_that_loses_less_than_it_gains() -> No
         assert drafter.asked == [4, 4]
         assert (ahead is not None) == begins
         assert ahead is None or all(row.deep and row.threshold is None for row in ahead.rows)
+
+
+def test_a_step_is_plain_where_no_row_drafts() -> None:
+    stage = Stage(run_through=True)
+    leaving, drafting = stage.add(4, 9, exits=LEAVE), stage.add(4, 9, exits=ExitPolicy("verified"))
+    drafting.drafter = RestingDrafter()
+    for sequence in (leaving, drafting):
+        sequence.foreseeable, sequence.computed = True, 4
+        sequence.tokens.append(1)
+        sequence.left_at.append(2)
+
+    def plain(threshold: float | None = None, positions: tuple[int, ...] = (4,)) -> bool:
+        rows = Row(leaving, [4], 5, threshold=0.5), Row(drafting, list(positions), 5, threshold=threshold)
+        return Tick(FULL, 0, 2, rows).plain
+
+    assert plain()
+    assert not plain(threshold=0.5)  # the drafting exit is asked
+    assert not plain(positions=(4, 5))
+    for name, value in (("drafts", [1]), ("pending", {1: [4]}), ("foreseeable", False)):
+        usual = getattr(drafting, name)
+        setattr(drafting, name, value)
+        assert not plain(), name
+        setattr(drafting, name, usual)
 
 
 @pytest.mark.parametrize("unsettled", ["a gate is asked", "drafts", "waiting tokens", "not foreseeable"])

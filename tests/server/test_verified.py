@@ -66,7 +66,7 @@ class WildDrafter:
         self.proposed += len(stages)
         self.accepted += accepted
 
-    def at_stake(self, tokens: Sequence[int]) -> float:
+    def at_stake(self, tokens: Sequence[int], drafted: int, rows: int) -> float:
         return math.inf if len(tokens) % 16 < 8 else 0.0
 
 
@@ -88,7 +88,7 @@ class Oracle:
     def settled(self, stages: Sequence[int], accepted: int) -> None:
         pass
 
-    def at_stake(self, tokens: Sequence[int]) -> float:
+    def at_stake(self, tokens: Sequence[int], drafted: int, rows: int) -> float:
         return math.inf
 
 
@@ -233,11 +233,11 @@ def test_steps_that_draft_nothing_are_begun_ahead_between_others(
     """As beside CUDA graphs, with drafters that rest now and then."""
 
     def answers(bench: Bench, exits: ExitPolicy) -> list[Heard]:
-        kinds: Sequence[dict[str, Any]] = (
+        kinds: list[dict[str, Any]] = [
             {},
             {"temperature": 1.0},
             {"temperature": 1.2, "top_p": 0.9, "ignore_eos": False},
-        ) * 2
+        ]
         with bench.held():
             asked = [
                 bench.ask(prompt=PROMPT[i:], exits=exits, seed=i, max_new_tokens=40 - i, **kind)
@@ -363,12 +363,15 @@ class Broken:
         self._use("settled")
         self._inner.settled(stages, accepted)
 
-    def at_stake(self, tokens: Sequence[int]) -> float:
+    def at_stake(self, tokens: Sequence[int], drafted: int, rows: int) -> float:
         self._use("at_stake")
-        return self._inner.at_stake(tokens)
+        return self._inner.at_stake(tokens, drafted, rows)
 
 
-@pytest.mark.parametrize("nonsense", [None, Proposal(tokens=(5, 264)), Proposal(tokens=(-1,))])
+@pytest.mark.parametrize(
+    "nonsense",
+    [None, Proposal(tokens=(5, 264)), Proposal(tokens=(-1,)), Proposal(tokens=None)],  # type: ignore[arg-type]
+)
 def test_a_drafter_that_proposes_nonsense_is_asked_no_more(
     tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, nonsense: Any
 ) -> None:
