@@ -130,6 +130,7 @@ class AdaptiveDrafter:
     _judged: float = 0.0
     _open_asks: int = 0  # since drafts were judged last
     _stake: tuple[int, float] = (0, 0.0)  # what was at stake last, and behind how many tokens
+    _due: bool = False  # the exit is to be asked, whatever could be looked up
 
     def propose(self, tokens: Items[int], drafted: int, room: int) -> Proposal:
         """The look-up where that promises more than the exit, else the gate's threshold, else nothing (see `Drafter`).
@@ -140,8 +141,9 @@ class AdaptiveDrafter:
         if not costs.seen:  # a first pass goes all the way
             return Proposal()
         asks = self.worth.may_ask()
+        due, self._due = self._due and asks, False
         step, each = _step(costs), _each(costs)
-        if self.looked_up.pays(step, each):  # else it is not worth looking
+        if not due and self.looked_up.pays(step, each):  # else it is not worth looking
             found = self.looked_up.find(tokens, drafted, min(room, MOST_LOOKED_UP))
             length, gain = self.looked_up.best_length(len(found), step, each)
             if length and gain > (self.worth.gain if asks else 0.0):
@@ -179,7 +181,9 @@ class AdaptiveDrafter:
         """
         if not drafted and self._stake[0] != len(tokens):
             self._stake = (len(tokens), self._at_stake(tokens, rows, self.costs()))
-        return self._stake[1]
+        stake = self._stake[1]
+        tried = drafted and math.isinf(stake) and self.worth.known
+        return self._of_exit(rows) if tried else stake
 
     def _at_stake(self, tokens: Items[int], rows: int, costs: DraftCosts) -> float:
         if not costs.seen:  # then nothing is proposed either
@@ -190,8 +194,13 @@ class AdaptiveDrafter:
         if not self.worth.may_ask() or self._threshold(costs) > _SURE_ENOUGH:
             return found
         if not self.worth.known or self.worth.overdue:
+            self._due = True
             return math.inf
-        return max(found, self.worth.gain)
+        return max(found, self._of_exit(rows))
+
+    def _of_exit(self, rows: int) -> float:
+        """What asking the exit is expected to save: less in a batch, whose deep pass runs as long as one row stays."""
+        return self.worth.gain / rows
 
     def _threshold(self, costs: DraftCosts) -> float:
         """The confidence to ask for: 1 - doubt, the doubt shrunk where this request's drafts fared worse than that."""

@@ -97,8 +97,8 @@ class StepCost:
         self._steps, self._last = self._steps + 1, tick
         if self._steps <= 2:  # the first is held up by what is begun or ended with it
             self._seconds = seconds
-        elif seconds < _OUTLIER * self._seconds:
-            self._seconds += _STEP_SHARE * (seconds - self._seconds)
+        else:
+            self._seconds += _STEP_SHARE * (min(seconds, _OUTLIER * self._seconds) - self._seconds)
 
     def seconds(self, tick: int) -> float | None:
         """Seconds of a step; None where too few were seen, or none for long."""

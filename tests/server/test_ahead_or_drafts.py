@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 import pytest
 
 from exeunt.compression.variant import Variant
+from exeunt.server.drafters import AdaptiveDrafters
 from exeunt.server.drafting import AdaptiveDrafter, ExitWorth
 from exeunt.server.pages import PagePool, PageTable
-from exeunt.server.request import ExitPolicy
+from exeunt.server.request import ExitPolicy, GenerationRequest, SamplingParams
 from exeunt.server.row import Row
 from exeunt.server.scheduler import Scheduler
 from exeunt.server.sequence import Sequence
@@ -62,7 +63,7 @@ class Timed:
 
     def __post_init__(self) -> None:
         self.plan, self.dice = StagePlan(8, (1, 4)), random.Random(5)
-        pool = PagePool(64 * len(self.texts))
+        pool = PagePool(sum(len(text) // 16 + 2 for text in self.texts))
         self.scheduler = Scheduler(
             self.plan,
             pool,
@@ -215,24 +216,66 @@ def test_a_crowd_that_repeats_itself_is_drafted_after_one_stream_that_did_not() 
 
 
 def test_a_head_start_that_has_gained_nothing_is_tried_again() -> None:
-    """The device was the slower one while the steps were learned, and the host is now."""
+    """Steps begun ahead were slow once, as beside another process, and those that waited were not."""
     costs = StageCosts()
-    slow = Timed(half_repeated(8), costs=costs, device=2e-3, host=0.0).run()
-    assert sum(slow.ahead) < 0.5 * len(slow.ahead)
-    timed = Timed(novels(8, 1500), costs=costs, device=2e-3, host=4e-3).run()
+    for _ in range(9):
+        costs.ticked(8, 1e-3)
+        costs.stepped(VARIANT, 8, 1.0, ahead=True)
+        costs.stepped(VARIANT, 8, 2e-3, ahead=False)
+    timed = Timed(half_repeated(8, 2400, 4), costs=costs, device=2e-3, host=1.6e-2).run()
+    assert len(timed.ahead) > 1500
+    assert sum(timed.ahead[:400]) < 100
     assert sum(timed.ahead[600:]) > 0.9 * len(timed.ahead[600:])
 
 
-def half_repeated(count: int) -> list[list[int]]:
+@pytest.mark.parametrize("rows", [1, 8])
+def test_steps_that_become_slower_are_learned(rows: int) -> None:
+    """As where short contexts are followed by long ones: drafts pay then, and did not before."""
+    costs = StageCosts()
+    quick = Timed(half_repeated(rows), costs=costs, device=2e-3, host=4e-3).run()
+    assert sum(quick.ahead) > 0.5 * len(quick.ahead)
+    timed = Timed(half_repeated(rows), costs=costs, device=2e-2, host=2e-3).run()
+    fresh = Timed(half_repeated(rows), device=2e-2, host=2e-3).run()
+    assert timed.seconds < 1.3 * fresh.seconds
+
+
+@pytest.mark.parametrize("worth", [PaysALittle, ExitWorth])
+def test_an_exit_that_is_due_is_asked_before_anything_is_looked_up(worth: type[ExitWorth]) -> None:
+    """A text of few tokens, in which something is found nearly everywhere and is mostly wrong."""
+    dice = random.Random(3)
+    text = [dice.randrange(6) for _ in range(3000)]
+    timed = Timed([text], worth=worth()).run()
+    always_ahead = len(text) * (timed.device + timed.token)
+    assert timed.asks > 20
+    assert timed.seconds < 1.06 * always_ahead
+
+
+def test_exits_of_a_batch_keep_no_step_waiting_whose_deep_pass_runs_anyway() -> None:
+    timed = Timed(novels(8, 300), worth=PaysALittle(3e-4), leaves=0.7, host=2e-3).run()
+    assert sum(timed.ahead) > 0.85 * len(timed.ahead)
+
+
+def half_repeated(count: int, length: int = 600, word: int = 12) -> list[list[int]]:
     """Texts of which every second look-up is right, and then for some tokens."""
     dice = random.Random(7)
-    words = [[dice.randrange(400) for _ in range(12)] for _ in range(20)]
-    return [[token for _ in range(50) for token in dice.choice(words)] for _ in range(count)]
+    words = [[dice.randrange(400) for _ in range(word)] for _ in range(240 // word)]
+    return [[token for _ in range(length // word) for token in dice.choice(words)] for _ in range(count)]
 
 
 def test_drafts_of_the_exit_form_chains_where_the_exit_pays() -> None:
     timed = Timed(novels(1, 300), worth=PaysALittle(3e-3), leaves=0.8).run()
     assert timed.longest_chain > 4
+
+
+def test_the_drafters_that_serve_know_what_steps_begun_ahead_take() -> None:
+    costs = StageCosts()
+    for _ in range(9):
+        costs.stepped(VARIANT, 8, 4e-3, ahead=True)
+    request = GenerationRequest("r", (1,), SamplingParams(), VARIANT, ExitPolicy("verified"))
+    drafter = AdaptiveDrafters(StagePlan(8, (1, 4)), costs).new(request)
+    assert isinstance(drafter, AdaptiveDrafter)
+    assert drafter.ahead is not None
+    assert drafter.ahead(8) == pytest.approx(0.5e-3)
 
 
 def test_how_long_a_step_takes_is_told_of_any_number_of_rows() -> None:
@@ -261,8 +304,13 @@ def test_a_head_start_is_what_steps_have_shown_it_to_be() -> None:
     for _ in range(9):
         costs.stepped(VARIANT, 4, 5e-3, ahead=False)
     assert costs.head_start(VARIANT, 4) == pytest.approx(3e-3)
-    costs.stepped(VARIANT, 4, 5e-1, ahead=False)  # held up by something else
-    assert costs.head_start(VARIANT, 4) == pytest.approx(3e-3)
+    costs.stepped(
+        VARIANT, 4, 5e-1, ahead=False
+    )  # held up by something else: it counts as twice what was expected
+    assert costs.head_start(VARIANT, 4) == pytest.approx(3.5e-3)
+    for _ in range(40):
+        costs.stepped(VARIANT, 4, 2e-2, ahead=False)
+    assert costs.head_start(VARIANT, 4) == pytest.approx(1.8e-2, rel=0.1)
     for _ in range(513):
         costs.ticked(4, 1e-3)
     assert costs.head_start(VARIANT, 4) == math.inf  # long ago
