@@ -21,9 +21,7 @@ _FIRST_PAUSE: Final = 64  # ticks until they are tried again; doubles each time 
 _LONGEST_PAUSE: Final = 1 << 13
 _MEMORY: Final = 0.95  # what the outcome of an ask is worth after each later one
 _ENOUGH_ASKS: Final = (1.0 - _MEMORY**_PATIENCE) / (1.0 - _MEMORY)  # what so many weigh together
-_UNASKED: Final = (
-    64  # ticks after which an exit that has paid is asked again, however much a head start gains
-)
+_UNASKED: Final = 64  # ticks after which an exit that has paid is asked again, whatever a head start gains
 _SURE_ENOUGH: Final = 0.99  # a gate that would have to be surer than this is not asked
 
 
@@ -122,9 +120,7 @@ class AdaptiveDrafter:
 
     costs: Callable[[], DraftCosts]
     worth: ExitWorth = field(default_factory=ExitWorth)
-    ahead: Callable[[int], float | None] | None = (
-        None  # seconds, a row's share of a step of so many begun ahead
-    )
+    ahead: Callable[[int], float | None] | None = None  # a row's share of a step of so many, begun ahead
     looked_up: LookUp = field(default_factory=LookUp)
     _right: float = 0.0
     _judged: float = 0.0

@@ -24,9 +24,7 @@ class LookUp:
     _all: float = 0.0
     _found: float = 0.0
     _sought: float = 0.0
-    _foreseen: tuple[int, int] | None = (
-        None  # a place in the text and the token that a look-up would have put there
-    )
+    _foreseen: tuple[int, int] | None = None  # a place in the text, and what a look-up would have put there
 
     @property
     def acceptance(self) -> float:

@@ -407,11 +407,9 @@ def _foreseeable(row: Row) -> bool:
     draft or confirm drafts: how many of them are right says where the next step stands.
     """
     sequence = row.sequence
-    drafts = sequence.drafter is not None and (
-        row.threshold is not None or sequence.drafts or sequence.pending
-    )
-    known = bool(row.positions) and not drafts
-    return known and sequence.foreseeable and sequence.yields_token(row.positions)
+    drafts = sequence.drafts or sequence.pending or row.threshold is not None
+    known = row.positions and not (sequence.drafter is not None and drafts)
+    return bool(known) and sequence.foreseeable and sequence.yields_token(row.positions)
 
 
 def _missing(sequence: Sequence) -> int:

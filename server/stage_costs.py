@@ -7,9 +7,7 @@ from typing import Final
 
 from exeunt.compression.variant import Variant
 
-PROMPT_TOKENS: Final = (
-    48  # runs of more, and of far more than rows, hold a prompt's chunk: arithmetic decides there
-)
+PROMPT_TOKENS: Final = 48  # runs of more, where that is far more than rows, hold a prompt's chunk
 _MEMORY: Final = 0.98  # what an observation is worth after each later one: some fifty count
 _PRIOR_TOKENS: Final = 0.5  # spread of token counts, in tokens², at which data outweighs the prior slope
 _PRIOR_SLOPE: Final = 0.25  # of a token's mean cost, as long as no prompt has shown what one more costs
@@ -18,9 +16,7 @@ _KNOWN: Final = 8.0  # weight from which outliers are told
 _SHOWN: Final = 4  # steps begun ahead that show what such steps take
 _STEP_SHARE: Final = 0.1  # of a mean of steps that is the last one's
 _FRESH: Final = 512  # ticks for which what they have shown counts
-_RARELY: Final = (
-    4096  # ticks for which what steps that wait have shown counts: beside steps begun ahead none are seen
-)
+_RARELY: Final = 4096  # as _FRESH, of steps that wait: beside steps begun ahead none are seen
 
 
 @dataclass(slots=True)
