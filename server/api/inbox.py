@@ -121,7 +121,7 @@ class Attendance:
 
     def __init__(self, receive: Receive, inbox: Inbox[T], patience_s: float | None) -> None:
         self._task = asyncio.create_task(_watch(receive, inbox))
-        # one timer for all waits of a request: a time-out around each is a good part of what a streamed token costs
+        # one timer for all waits of a request: a time-out around each would be paid for every streamed token
         loop = asyncio.get_running_loop()
         self._timer = None if patience_s is None else loop.call_later(patience_s, inbox.expire)
 
