@@ -28,6 +28,7 @@ def bundle_contents(task: Task, learned: Learned, judged: Judged, studies: Studi
     manifest = build_manifest(
         task.checkpoint,
         sha256,
+        task.tokenizer,
         task.options,
         CorpusRecord(task.corpus, task.splits),
         learned.stack,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from exeunt.calibration.block_choice import BlockChoice
 from exeunt.calibration.certificates import CertifiedVariant, nll_risk_table
@@ -26,6 +27,7 @@ from exeunt.compression.manifest import (
     LinearBlockRecord,
     Manifest,
 )
+from exeunt.compression.tokenizer import tokenizer_class
 
 _PACKAGES = ("torch", "transformers", "safetensors", "numpy", "scipy")
 
@@ -41,6 +43,7 @@ class CorpusRecord:
 def build_manifest(
     checkpoint: Checkpoint,
     checkpoint_sha256: str,
+    tokenizer: Any,
     options: CalibrationOptions,
     text: CorpusRecord,
     stack: ModelStack,
@@ -70,6 +73,8 @@ def build_manifest(
         nll_risk_table=nll_risk_table(certified, options.confidence),
         evaluation=tuple(result.record() for result in table.results),
         calibration=_calibration(options, text),
+        architecture=spec,
+        tokenizer_class=tokenizer_class(tokenizer),
         versions={name: found for name in _PACKAGES if (found := _version(name))}
         | {"python": platform.python_version()},
     )

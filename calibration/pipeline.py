@@ -21,7 +21,7 @@ def calibrate(options: CalibrationOptions, progress: ProgressReport) -> Path:
     """Make the bundle that `options` asks for and return where it stands.
 
     Raises CalibrationError (OptionError for the options, CorpusError for the text), BundleError for the target, and
-    CheckpointError, ConfigError, UnsupportedModelError, WeightError or ModelLoadError for the model. Whatever is
+    CheckpointError, ConfigError, UnsupportedModelError, WeightError or TokenizerError for the model. Whatever is
     raised, KeyboardInterrupt included, leaves no bundle, and an older bundle at the target as it was.
     """
     target = check_target(options.out)

@@ -29,7 +29,8 @@ from exeunt.calibration.weight_check import check_weights
 from exeunt.calibration.weights_int4 import Int4Plan, check_group_size
 from exeunt.compression.architecture import Architecture
 from exeunt.compression.checkpoint import Checkpoint, open_checkpoint
-from exeunt.compression.model import default_dtype, load_tokenizer
+from exeunt.compression.model import default_dtype
+from exeunt.compression.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True, slots=True)

@@ -122,7 +122,7 @@ def read_architecture(config: Any, *, eos_token_id: object = None) -> Architectu
     family = _family(config.model_type)
     _refuse_quantised(getattr(config, "quantization_config", None))
     spec = _gpt2(config, eos_token_id) if family == "gpt2" else _llama_like(config, family, eos_token_id)
-    _check_sizes(spec)
+    check_architecture(spec)
     return spec
 
 
@@ -275,13 +275,18 @@ def _windows(config: Any, family: Family) -> tuple[int | None, ...]:
 def _activation(name: str) -> str:
     known = _ACTIVATION_ALIASES.get(name, name)
     if known not in SUPPORTED_ACTIVATIONS:
-        raise UnsupportedModelError(
-            f"Activation {name!r} is not supported; supported are {', '.join(SUPPORTED_ACTIVATIONS)}."
-        )
+        raise _unsupported_activation(name)
     return known
 
 
-def _check_sizes(spec: Architecture) -> None:
+def _unsupported_activation(name: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"Activation {name!r} is not supported; supported are {', '.join(SUPPORTED_ACTIVATIONS)}."
+    )
+
+
+def check_architecture(spec: Architecture) -> None:
+    """Raise ConfigError where the sizes of an architecture are none, or do not fit one another."""
     sizes = ("vocab_size", "hidden_size", "blocks", "heads", "kv_heads", "head_dim", "intermediate_size")
     for name in (*sizes, "max_position_embeddings"):
         if getattr(spec, name) < 1:
@@ -291,6 +296,15 @@ def _check_sizes(spec: Architecture) -> None:
     if any(window is not None and window < 1 for window in spec.windows):
         raise ConfigError(
             f"sliding_window is {min(w for w in spec.windows if w is not None)}; it must be at least 1."
+        )
+    if spec.activation not in SUPPORTED_ACTIVATIONS:
+        raise _unsupported_activation(spec.activation)
+    for name, per_block in (("windows", spec.windows), ("attention_scales", spec.attention_scales)):
+        if len(per_block) != spec.blocks:
+            raise ConfigError(f"{name} is about {len(per_block)} blocks; the model has {spec.blocks}.")
+    if spec.rope is not None and 2 * len(spec.rope.inverse_frequencies) != spec.head_dim:
+        raise ConfigError(
+            f"{len(spec.rope.inverse_frequencies)} RoPE frequencies do not turn heads of {spec.head_dim} values."
         )
 
 

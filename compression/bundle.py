@@ -15,6 +15,7 @@ from typing import Final
 
 from torch import Tensor
 
+from exeunt.compression.architecture import Architecture, load_architecture
 from exeunt.compression.exit_tensors import exits_from_tensors, format_version
 from exeunt.compression.exits import ExitHead, ExitHeadError
 from exeunt.compression.linear_block import LinearBlock, LinearBlockError, linear_block_from_tensors
@@ -59,6 +60,13 @@ class Bundle:
 
     path: Path
     manifest: Manifest
+
+    def architecture(self) -> Architecture:
+        """What the decoder is built by: as the manifest remembers it, else from config.json.
+
+        Raises ConfigError or UnsupportedModelError.
+        """
+        return self.manifest.architecture or load_architecture(self.path)
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The tensors of one of the bundle's files, mapped, on the CPU. Raises BundleError."""

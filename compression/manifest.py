@@ -14,6 +14,7 @@ from typing import Annotated, Final, Literal, Self
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from exeunt.compression.architecture import Architecture, check_architecture
 from exeunt.compression.variant import KVFormat, SkippedKV, Variant, WeightFormat
 
 FORMAT_VERSION: Final = 4
@@ -254,6 +255,10 @@ class Manifest(Record):
     nll_risk_table: tuple[NllRiskEntry, ...] = ()
     evaluation: tuple[EvaluationRow, ...] = ()
     calibration: CalibrationRecord | None = None
+    architecture: Architecture | None = (
+        None  # worked out of config.json; None in bundles made before it was kept
+    )
+    tokenizer_class: str | None = None  # of transformers; None: to be found by config.json
     versions: dict[str, str] = {}
     files: dict[str, FileRecord] = {}
 
@@ -268,6 +273,8 @@ class Manifest(Record):
                 raise ValueError(f"{name!r} is not the name of a file inside the bundle")
         if sum(record.drafting for record in self.exits) > 1:
             raise ValueError("more than one exit is the drafting one")
+        if self.architecture is not None:
+            check_architecture(self.architecture)
         return self
 
 

@@ -7,12 +7,7 @@ from typing import Any, Final, Literal
 
 import torch
 
-from exeunt.compression.architecture import (
-    Architecture,
-    ConfigError,
-    UnsupportedModelError,
-    load_architecture,
-)
+from exeunt.compression.architecture import Architecture, ConfigError, UnsupportedModelError
 from exeunt.compression.block_weights import read_int4_output
 from exeunt.compression.bundle import Bundle, BundleError, open_bundle
 from exeunt.compression.bundle_weights import full_source, int4_source
@@ -24,6 +19,7 @@ from exeunt.compression.kv_format import KVLayout, kv_layout
 from exeunt.compression.linear import Linear
 from exeunt.compression.manifest import ExitRecord, Manifest
 from exeunt.compression.row_graphs import StepGraphs
+from exeunt.compression.tokenizer import TokenizerError, load_tokenizer
 from exeunt.compression.variant import KVFormat, Variant, WeightFormat
 from exeunt.compression.weights import WeightError
 
@@ -176,13 +172,13 @@ def load_bundle(
     formats = manifest.weights if weights == "both" else (weights,)
     place = torch.device(device)
     try:
-        spec = load_architecture(bundle.path)
+        spec = bundle.architecture()
         dtype = dtype or default_dtype(spec, place)
         decoders = _bundle_decoders(bundle, spec, formats, place, dtype)
         exits = tuple(_fitting(head, spec).to(place, dtype) for head in bundle.exits())
         _pick_shortlists(exits, decoders.values())
-        tokenizer = load_tokenizer(bundle.path)
-    except (ConfigError, UnsupportedModelError, WeightError, ModelLoadError) as error:
+        tokenizer = load_tokenizer(bundle.path, manifest.tokenizer_class)
+    except (ConfigError, UnsupportedModelError, WeightError, ModelLoadError, TokenizerError) as error:
         raise BundleError(f"{bundle.path}: {error}") from error
     return LoadedModel(
         name=manifest.base_model.name,
@@ -277,7 +273,7 @@ def load_plain_model(
     """A Hugging Face checkpoint as it is, at full depth and full weights.
 
     Its KV cache may be INT4, which needs no calibration, where the head size is even. `dtype` as in
-    `load_bundle`. Raises CheckpointError, ConfigError, UnsupportedModelError, WeightError or ModelLoadError.
+    `load_bundle`. Raises CheckpointError, ConfigError, UnsupportedModelError, WeightError or TokenizerError.
     """
     checkpoint = open_checkpoint(model)
     spec, place = checkpoint.spec, torch.device(device)
@@ -303,14 +299,3 @@ def default_dtype(spec: Architecture, device: torch.device) -> torch.dtype:
         return torch.float32
     own: torch.dtype = getattr(torch, spec.dtype)
     return own
-
-
-def load_tokenizer(directory: Path) -> Any:
-    """The tokenizer of a checkpoint or bundle directory; raises ModelLoadError."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(directory)
-    except Exception as error:  # transformers raises many kinds here, all about the files
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelLoadError(f"{directory} has no tokenizer that transformers can load: {reason}") from error

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from exeunt.compression.architecture import Architecture, load_architecture
+from exeunt.compression.architecture import Architecture
 from exeunt.compression.bundle import (
     EXITS,
     FULL_WEIGHTS,
@@ -98,7 +98,7 @@ def kind_sizes(bundle: Bundle) -> dict[str, int]:
 
 def savings(bundle: Bundle) -> Savings:
     """What INT4 saves of this bundle's model; raises BundleError or ConfigError where its parts do not fit."""
-    spec = load_architecture(bundle.path)
+    spec = bundle.architecture()
     weights = bundle.tensors(FULL_WEIGHTS if "full" in bundle.manifest.weights else INT4_WEIGHTS)
     dtype = max(
         (t for t in weights.values() if t.is_floating_point()), key=lambda tensor: tensor.nbytes

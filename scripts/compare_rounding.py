@@ -34,7 +34,7 @@ from exeunt.compression.checkpoint import Checkpoint, open_checkpoint
 from exeunt.compression.checkpoint_names import linear_names
 from exeunt.compression.decoder import Decoder
 from exeunt.compression.linear import Int4Linear, Linear
-from exeunt.compression.model import load_tokenizer
+from exeunt.compression.tokenizer import load_tokenizer
 from exeunt.compression.variant import KVFormat
 
 CPU = torch.device("cpu")

@@ -13,7 +13,7 @@ from typing import Annotated, Final
 import torch
 import typer
 
-from exeunt.compression.model import load_tokenizer
+from exeunt.compression.tokenizer import load_tokenizer
 from exeunt.deploy.packaged_model import path as checkpoint
 from scripts.gpu_check.end_to_end import (
     LARGE_SIZES,

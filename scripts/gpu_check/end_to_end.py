@@ -21,7 +21,8 @@ import torch
 
 from exeunt.compression.exits import ExitHead
 from exeunt.compression.memory import free_bytes
-from exeunt.compression.model import LoadedModel, load_bundle, load_tokenizer
+from exeunt.compression.model import LoadedModel, load_bundle
+from exeunt.compression.tokenizer import load_tokenizer
 from exeunt.compression.variant import Variant
 from exeunt.deploy.bench_engine import EngineDriver, engine_driver
 from exeunt.deploy.bench_text import cut_prompts

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from exeunt.compression.bundle import Bundle, checkpoint_sha256
 from exeunt.compression.bundle_weights import checkpoint_tensors, int4_tensors, tensors_beside_int4
 from exeunt.compression.bundle_writer import BundleContents, write_bundle
-from exeunt.compression.checkpoint import open_checkpoint
+from exeunt.compression.checkpoint import Checkpoint, open_checkpoint
 from exeunt.compression.checkpoint_names import linear_names
 from exeunt.compression.exit_output import Shortlist
 from exeunt.compression.exits import ExitConfirmation, ExitHead, ExitJudge, ExitProbe
@@ -29,6 +29,7 @@ from exeunt.compression.manifest import (
     RiskTarget,
 )
 from exeunt.compression.norm import Norm
+from exeunt.compression.tokenizer import load_tokenizer, tokenizer_class
 from exeunt.compression.variant import SkippedKV, WeightFormat
 from exeunt.kernels.int4_linear import quantize
 from tests.compression.reference_models import build_model, save
@@ -76,7 +77,7 @@ def small_bundle(
     hidden = spec.hidden_size
     contents = BundleContents(
         checkpoint=checkpoint_directory,
-        manifest=_manifest(checkpoint_sha256(checkpoint.files), tuple(weights), hidden),
+        manifest=_manifest(checkpoint, tuple(weights)),
         full=full if "full" in weights else None,
         int4=(int4 if "full" in weights else int4 | dict(tensors_beside_int4(spec, source)))
         if "int4" in weights
@@ -111,7 +112,8 @@ def _risk_target(target: float, certified: Mapping[float, float]) -> RiskTarget:
     return RiskTarget(target=target, certified=False, reason="only 12 tokens left")
 
 
-def _manifest(sha256: str, weights: tuple[WeightFormat, ...], hidden: int) -> Manifest:
+def _manifest(checkpoint: Checkpoint, weights: tuple[WeightFormat, ...]) -> Manifest:
+    sha256, hidden = checkpoint_sha256(checkpoint.files), checkpoint.spec.hidden_size
     table = tuple(
         RiskEntry(
             weights=weights[0],
@@ -136,6 +138,8 @@ def _manifest(sha256: str, weights: tuple[WeightFormat, ...], hidden: int) -> Ma
         exits=(ExitRecord(block=1, name="block_1", agreement=0.5),),
         risk_table=table,
         nll_risk_table=tuple(_nll_entry(weights[0], method) for method in ("backfill", "propagate")),
+        architecture=checkpoint.spec,
+        tokenizer_class=tokenizer_class(load_tokenizer(checkpoint.directory)),
     )
 
 

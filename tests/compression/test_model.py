@@ -16,11 +16,11 @@ from exeunt.compression.kv_format import page_bytes_for
 from exeunt.compression.manifest import JUDGED_VERSION, PLAIN_VERSION, ExitRecord
 from exeunt.compression.model import (
     LoadedModel,
-    ModelLoadError,
     NotHeldError,
     load_bundle,
     load_plain_model,
 )
+from exeunt.compression.tokenizer import TokenizerError
 from exeunt.compression.variant import Variant
 from exeunt.kernels.int4_linear import dequantize, quantize
 from tests.compression.decoder_twin import block_linears, resident_blocks
@@ -219,17 +219,20 @@ def test_a_bundle_from_before_the_int4_output_matrix_loads_in_every_choice(
             assert decoder.output.format == "full"
 
 
-def test_a_bundle_that_contradicts_its_config_is_refused(bundle: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("remembered", [True, False])
+def test_a_bundle_that_contradicts_its_config_is_refused(
+    bundle: Path, tmp_path: Path, remembered: bool
+) -> None:
     wider = small_checkpoint(tmp_path / "wider", hidden_size=60)
     copy = small_bundle(tmp_path / "bundle", wider)
     # the parts of one bundle under the checksums of another: intact, and still wrong
     (copy.path / "config.json").write_bytes((bundle / "config.json").read_bytes())
-    _reseal(copy.path)
+    _reseal(copy.path, architecture=open_bundle(bundle).architecture() if remembered else None)
     with pytest.raises(BundleError, match="the config asks for"):
         load_bundle(copy.path)
 
 
-def _reseal(path: Path) -> None:
+def _reseal(path: Path, **changes: object) -> None:
     from exeunt.compression.bundle import file_sha256
     from exeunt.compression.manifest import FileRecord, manifest_json, read_manifest
 
@@ -238,7 +241,9 @@ def _reseal(path: Path) -> None:
         name: FileRecord(sha256=file_sha256(path / name), bytes=(path / name).stat().st_size)
         for name in manifest.files
     }
-    (path / "manifest.json").write_text(manifest_json(manifest.model_copy(update={"files": files})))
+    (path / "manifest.json").write_text(
+        manifest_json(manifest.model_copy(update={"files": files, **changes}))
+    )
     open_bundle(path)
 
 
@@ -264,7 +269,7 @@ def test_a_plain_model_runs_at_full_depth(checkpoint: Path) -> None:
 def test_a_model_without_a_tokenizer_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).write_bytes((checkpoint / name).read_bytes())
-    with pytest.raises(ModelLoadError, match="no tokenizer"):
+    with pytest.raises(TokenizerError, match="no tokenizer"):
         load_plain_model(tmp_path)
 
 

@@ -16,7 +16,7 @@ from exeunt.calibration.memory_plan import batch_token_bytes, block_bytes, full_
 from exeunt.calibration.weight_check import check_weights
 from exeunt.compression.checkpoint import open_checkpoint
 from exeunt.compression.checkpoint_names import linear_names
-from exeunt.compression.model import load_tokenizer
+from exeunt.compression.tokenizer import load_tokenizer
 from exeunt.deploy import packaged_model
 from exeunt.kernels.int4_linear import quantize
 from scripts.bench_calibration import __main__ as command
