@@ -51,7 +51,7 @@ def _penalised(logits: Tensor, rows: Sequence[RowSampling], eos_token_ids: Colle
     """Steps 1 and 2; `logits` itself when no row asks for them."""
     masked = [index for index, row in enumerate(rows) if row.masks_eos()] if eos_token_ids else []
     penalised = [
-        index for index, row in enumerate(rows) if row.params.repetition_penalty != 1.0 and row.history
+        index for index, row in enumerate(rows) if row.params.repetition_penalty != 1.0 and len(row.history)
     ]
     if not masked and not penalised:
         return logits
@@ -76,7 +76,7 @@ def _penalised_on_gpu(logits: Tensor, rows: Sequence[RowSampling], eos_token_ids
     """Steps 1 and 2 in one kernel, which nothing waits for."""
     seen = [row.history if row.params.repetition_penalty != 1.0 else () for row in rows]
     lengths = [len(history) for history in seen]
-    ids = [np.fromiter(history, np.int32, length) for history, length in zip(seen, lengths, strict=True)]
+    ids = [_ids(history) for history in seen]
     device = logits.device
     return penalise_scores(
         logits,
@@ -103,8 +103,17 @@ def _seen(rows: Sequence[RowSampling], penalised: list[int], device: torch.devic
     """(row, token id) of every token in the histories of the rows `penalised`."""
     histories = [rows[index].history for index in penalised]
     lengths = [len(history) for history in histories]
-    ids = np.concatenate([np.fromiter(history, np.int64, len(history)) for history in histories])
-    return torch.from_numpy(np.repeat(penalised, lengths)).to(device), torch.from_numpy(ids).to(device)
+    ids = np.concatenate([_ids(history) for history in histories])
+    return torch.from_numpy(np.repeat(penalised, lengths)).to(device), torch.from_numpy(
+        ids.astype(np.int64)
+    ).to(device)
+
+
+def _ids(history: Collection[int] | np.ndarray) -> np.ndarray:
+    """The ids as int32, without a copy where they are such an array."""
+    if isinstance(history, np.ndarray):
+        return history.astype(np.int32, copy=False)
+    return np.fromiter(history, np.int32, len(history))
 
 
 def _truncated_softmax(scores: Tensor, params: Sequence[SamplingParams]) -> Tensor:

@@ -19,13 +19,13 @@ class RowSampling(NamedTuple):
 
     `position` is the token's place in its answer: 0 for the first generated token, whatever the prompt's
     length. `history` holds the ids of prompt and generated tokens up to here (drafts included) in any order,
-    a set will do; it is read only when there is a repetition penalty.
+    a set or an array of integers will do; it is read only when there is a repetition penalty.
     """
 
     params: SamplingParams
     choice: int
     position: int
-    history: Collection[int] = ()
+    history: Collection[int] | np.ndarray = ()
 
     @property
     def greedy(self) -> bool:

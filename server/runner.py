@@ -6,8 +6,10 @@ It knows nothing of queues or of requests' lives: the scheduler says which rows 
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Final
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,6 +25,7 @@ from exeunt.server.row import Row
 from exeunt.server.row_result import RowResult
 from exeunt.server.row_sampling import RowSampling
 from exeunt.server.sampling import finished_draws, start_each
+from exeunt.server.seen_tokens import SeenTokens
 from exeunt.server.sequence import Sequence
 from exeunt.server.staged_passes import StagedPasses
 from exeunt.server.stages import StagePlan
@@ -39,6 +42,9 @@ from exeunt.server.whole_run import pieces
 log = logging.getLogger("exeunt.engine")
 
 
+_NOTHING_SEEN: Final = np.empty(0, np.int32)
+
+
 def _nothing() -> None:
     """What there is to be done while the device works, where there is nothing."""
 
@@ -53,6 +59,7 @@ class Sampler:
 
     params: SamplingParams
     choice: int
+    seen: SeenTokens = field(default_factory=SeenTokens)
 
 
 class Runner:
@@ -301,7 +308,7 @@ class Runner:
         """How the token behind `position` is drawn: from the history up to there, drafts included."""
         sampler, tokens = self._samplers[sequence], sequence.tokens
         if sampler.params.repetition_penalty == 1.0:
-            history = []
+            history = _NOTHING_SEEN
         else:
-            history = tokens if position == len(tokens) - 1 else tokens[: position + 1]
+            history = sampler.seen.up_to(tokens, position + 1, sequence.confirmed)
         return RowSampling(sampler.params, sampler.choice, position + 1 - sequence.prompt_tokens, history)
