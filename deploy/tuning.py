@@ -14,7 +14,7 @@ from exeunt.compression.model import LoadedModel
 from exeunt.compression.variant import WeightFormat
 from exeunt.kernels.gpu import triton_runs
 from exeunt.kernels.tuned.files import cached_file, write_launches
-from exeunt.kernels.tuned.launches import DTYPES, MEASURED_ROWS, add_launches, is_wanted, known_launches
+from exeunt.kernels.tuned.launches import DTYPES, MEASURED_ROWS, add_launches, is_wanted, settled_calls
 from exeunt.kernels.tuned.shape import LinearShape
 
 if TYPE_CHECKING:  # it imports Triton, which is there only where a GPU is
@@ -27,8 +27,9 @@ def tune_launches(model: LoadedModel, seconds: float) -> None:
     """Search for so many seconds at most for launches of those calls of the model's linears that nothing is known of.
 
     What is found is used from then on, and kept in the user's cache for the next start, which goes on with the calls
-    that the time did not reach. Known is what the package's file of that kind of GPU has, where there is one, and what
-    the cache has. Nothing is searched for where Triton does not run or has nothing to choose.
+    that the time did not reach. Known is what the package's file of that kind of GPU has, where there is one and it is
+    of these kernels under this compiler, and what the cache has. Nothing is searched for where Triton does not run or
+    has nothing to choose.
     """
     if seconds <= 0 or not is_wanted() or model.dtype not in DTYPES:
         return
@@ -36,8 +37,8 @@ def tune_launches(model: LoadedModel, seconds: float) -> None:
         return
     index = model.device.index if model.device.index is not None else torch.cuda.current_device()
     gpu = torch.cuda.get_device_name(index)
-    shapes, known = shapes_of(model), known_launches(index)
-    if any(shape.key(rows) not in known for shape in shapes for rows in MEASURED_ROWS):
+    shapes, settled = shapes_of(model), settled_calls(index)
+    if any(shape.key(rows) not in settled for shape in shapes for rows in MEASURED_ROWS):
         _search(gpu, index, shapes, seconds)
 
 
@@ -71,7 +72,7 @@ def linears_of(
 def _search(gpu: str, index: int, shapes: list[LinearShape], seconds: float) -> None:
     from exeunt.kernels.tuned.trials import search_on
 
-    found = search_on(torch.device("cuda", index), shapes, seconds, known_launches(index))
+    found = search_on(torch.device("cuda", index), shapes, seconds, settled_calls(index))
     add_launches(index, found.launches)
     logger.info("%s %s", _told(gpu, found), _kept(cached_file(gpu), gpu, found))
 
@@ -80,7 +81,7 @@ def _told(gpu: str, found: "Search") -> str:
     best = max((finding.speed_up for finding in found.faster), default=1.0)
     gain = f" (up to {best:.2f} times)" if found.faster else ""
     return (
-        f"Of {found.calls} calls of these linear layers nothing was known on {gpu}: "
+        f"Of {found.calls} calls of these linear layers the fastest launches were not known on {gpu}: "
         f"{len(found.findings)} were tried in {found.seconds:.1f} s, {len(found.faster)} are faster now{gain}."
     )
 

@@ -112,6 +112,16 @@ def read_known(gpu: str) -> Launches:
     return {**packaged.launches, **kept} if others else {**kept, **packaged.launches}
 
 
+def measured_calls(gpu: str) -> frozenset[Key]:
+    """The calls whose launches were measured on that kind of GPU with these kernels and this compiler.
+
+    Where some lines of the package's file are of others, none of it counts: which they are does not stand there.
+    """
+    packaged, cached = (_there(path, gpu) for path in (packaged_file(gpu), cached_file(gpu)))
+    calls = frozenset() if cached is None else frozenset(cached.launches)
+    return calls if packaged is None or _others(packaged.measured) else calls | packaged.launches.keys()
+
+
 def read_launches(path: Path, gpu: str) -> Launches:
     """The launches in a file. Raises LaunchFileError where they are another GPU's or malformed, and OSError."""
     return _read(path, gpu).launches

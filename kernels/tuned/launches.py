@@ -60,7 +60,8 @@ class _Forced(threading.local):
 
 _forced = _Forced()
 _known: dict[int, Launches] = {}  # by the number of the GPU; what is there is replaced, never changed
-_changing = threading.RLock()  # whoever changes `_known`, and reads what there is for that
+_added: dict[int, frozenset[Key]] = {}  # calls of each GPU that this process has found launches of
+_changing = threading.RLock()  # whoever changes either, and reads what there is for that
 
 
 def measured_rows(tokens: int) -> int:
@@ -110,6 +111,18 @@ def add_launches(index: int, launches: Launches) -> None:
     """Have the GPU numbered `index` run with `launches` too, from the next launch on."""
     with _changing:
         _known[index] = {**known_launches(index), **launches}
+        _added[index] = _added.get(index, frozenset()) | launches.keys()
+
+
+def settled_calls(index: int) -> frozenset[Key]:
+    """The calls on the GPU numbered `index` of which a search has nothing more to find.
+
+    Their launches are of these kernels under this compiler; others that are known are used, and may not be the fastest.
+    """
+    from exeunt.kernels.tuned.files import measured_calls
+
+    kept = measured_calls(torch.cuda.get_device_name(index)) if is_wanted() else frozenset()
+    return kept | _added.get(index, frozenset())
 
 
 def leave_to_rule(key: Key) -> bool:

@@ -23,6 +23,7 @@ from tests.deploy.server_process import byte_bundle
 
 GPU = "NVIDIA Q100"
 FAST = TunedLaunch(Tile(8, 64, 4), split=True)
+OTHER = TunedLaunch(Tile(16, 64, 4), split=True)
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +56,7 @@ class Machine:
     def restart(self) -> None:
         """Forget what a process knows."""
         self._patch.setattr(launches, "_known", {})
+        self._patch.setattr(launches, "_added", {})
 
     def _search(
         self, device: torch.device, shapes: Sequence[LinearShape], seconds: float, known: Container[Key]
@@ -88,7 +90,7 @@ def test_the_first_start_searches_and_the_next_one_knows(
     (line,) = caplog.messages
     calls = len({shape.key(rows) for shape in shapes for rows in MEASURED_ROWS})
     assert line.startswith(
-        f"Of {calls} calls of these linear layers nothing was known on {GPU}: {calls} were "
+        f"Of {calls} calls of these linear layers the fastest launches were not known on {GPU}: {calls} were "
     )
     assert "were tried in 3.2 s, 1 are faster" in line
     assert line.endswith(f"(up to 2.00 times). They are kept in {cached_file(GPU)}.")
@@ -177,7 +179,7 @@ def test_calls_that_the_packages_file_lacks_are_searched_for_once_and_its_own_st
     before = machine.packaged.read_bytes()
     with caplog.at_level(logging.INFO, "exeunt"):
         tune_launches(model, 12.5)
-    assert "Of 1 calls of these linear layers nothing was known" in caplog.text
+    assert "Of 1 calls of these linear layers the fastest launches were not known" in caplog.text
     assert [seconds for _, _, seconds in machine.asked] == [12.5]
     assert machine.packaged.read_bytes() == before
     assert read_launches(cached_file(GPU), GPU) == {first.key: FAST}
@@ -185,6 +187,26 @@ def test_calls_that_the_packages_file_lacks_are_searched_for_once_and_its_own_st
     tune_launches(model, 12.5)
     assert len(machine.asked) == 1
     assert known_launches(0) == {finding.key: FAST for finding in (first, *others)}
+
+
+def test_what_the_package_knows_of_other_kernels_is_used_until_a_start_has_measured_it(
+    machine: Machine, model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes = shapes_of(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "kernels_digest", lambda: "of another release")
+        write_launches(machine.packaged, GPU, [replace(each, launch=OTHER) for each in _known(shapes)])
+    assert set(known_launches(0).values()) == {OTHER}
+    machine.calls = 3
+    tune_launches(model, 20.0)
+    found = list(known_launches(0).values())
+    assert (found.count(FAST), found.count(None), found.count(OTHER)) == (1, 2, len(found) - 3)
+    machine.calls = 10_000
+    tune_launches(model, 20.0)
+    machine.restart()
+    tune_launches(model, 20.0)
+    assert len(machine.asked) == 2
+    assert OTHER not in known_launches(0).values()
 
 
 def test_a_bad_file_of_the_package_keeps_no_search_away(machine: Machine, model: LoadedModel) -> None:

@@ -128,6 +128,7 @@ def test_a_measured_launch_that_does_not_fit_is_left_for_the_rules(
     fits = TunedLaunch(Tile(16, 32, 4), split=False)
     known = {shape.key(1): large, shape.key(8): fits}
     monkeypatch.setattr(launches, "_known", {0: known})
+    monkeypatch.setattr(launches, "_added", {})
     monkeypatch.setattr(launches, "_has_gpu", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     with caplog.at_level(logging.WARNING):
@@ -198,6 +199,7 @@ def test_what_is_measured_is_run(seed: int, monkeypatch: pytest.MonkeyPatch) -> 
     by_rule = _with(None, x, weight)
     index = torch.cuda.current_device()
     monkeypatch.setattr(launches, "_known", {index: {}})
+    monkeypatch.setattr(launches, "_added", {})
     tuned = TunedLaunch(Tile(8, 128, 2), split=False)
     launches.add_launches(index, {shape.key(1): tuned})
     assert launches.tuned_launch(3, 2048, 2048, False, BF16, int4=False) == tuned

@@ -46,6 +46,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return KNOWN
 
     monkeypatch.setattr(launches, "_known", {})
+    monkeypatch.setattr(launches, "_added", {})
     monkeypatch.setattr(launches, "_has_gpu", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: GPU)
