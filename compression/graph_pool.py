@@ -24,6 +24,9 @@ Beyond that a pass keeps the device busy for about as long as the host takes to 
 SPARE_MEMORY: Final = 0.02
 """The share of the device's memory that captures leave free: passes without graphs need room too."""
 
+MOST_MEMORY: Final = 0.1
+"""The share of the device's memory that graphs may take: they keep it, whether they are met again or not."""
+
 Result = TypeVar("Result")
 
 _log = logging.getLogger(__name__)
@@ -86,6 +89,9 @@ class GraphPool:
             self._tell(f"no more than {most} of a kind are kept")
             return False
         free, total = self._memory()
+        if self._nbytes >= MOST_MEMORY * total:
+            self._tell(f"they take {self._nbytes} of {total} bytes")
+            return False
         if free < SPARE_MEMORY * total:
             self._tell(f"{free} of {total} bytes are free")
             return False

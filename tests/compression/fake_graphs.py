@@ -9,18 +9,19 @@ from torch import Tensor
 from exeunt.compression.graph_pool import Captured, GraphPool
 
 GROWN = 1000
+TOTAL = 1_000_000_000
 
 
 class FakePool(GraphPool):
-    """Captures on the CPU; `failing` captures fail, and `free` of 100 bytes are free."""
+    """Captures on the CPU; `failing` captures fail, and `free` of a gigabyte are free."""
 
     def __init__(self) -> None:
         super().__init__(torch.device("cpu"))
-        self.failing, self.free = False, 100
+        self.failing, self.free = False, TOTAL
         self.captures = 0
 
     def _memory(self) -> tuple[int, int]:
-        return self.free, 100
+        return self.free, TOTAL
 
     def _record(self, run: Callable[[], Any]) -> Captured[Any]:
         self.captures += 1

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from exeunt.compression.decode_graphs import TOKENS, DecodeGraphs, Inputs
+from exeunt.compression.decode_graphs import MOST_GRAPHS, TOKENS, DecodeGraphs, Inputs
 from exeunt.compression.device_pass import PassInputs, PassLayout, PassResults
 from exeunt.compression.kv_format import KVPages
 from exeunt.kernels.paged_batch import BatchLayout, PagedBatch
-from tests.compression.fake_graphs import GROWN, FakePool
+from tests.compression.fake_graphs import GROWN, TOTAL, FakePool
 from tests.compression.paged_generation import padded
 
 HIDDEN, PAGE_TOKENS = 6, 16
@@ -126,6 +126,16 @@ def test_what_fits_no_graph_runs_without() -> None:
     assert graphs.count == 0
 
 
+def test_a_decoders_graphs_have_a_bound() -> None:
+    pool, arena = FakePool(), pages()
+    graphs = DecodeGraphs(Blocks(), 600, pool)
+    for start in range(MOST_GRAPHS + 5):
+        found = graphs.run(torch.zeros(1, HIDDEN), batch_of([1]), arena, start, start + 1)
+        assert (found is None) == (start >= MOST_GRAPHS)
+    assert graphs.count == pool.captures == MOST_GRAPHS
+    assert graphs.run(torch.zeros(1, HIDDEN), batch_of([1]), arena, 0, 1) is not None  # what is there goes on
+
+
 def test_keys_and_values_are_projected_for_the_tokens_and_for_no_padding() -> None:
     pool, blocks, arena = FakePool(), Blocks(), pages()
     graphs = DecodeGraphs(blocks, 600, pool)
@@ -154,7 +164,7 @@ def test_a_pass_that_is_refused_leaves_nothing_behind() -> None:
     for _ in range(3):
         assert passed() is None
     assert (graphs.count, pool.nbytes, graphs._exits, graphs._numbers) == (0, 0, {}, {})
-    pool.free = 100
+    pool.free = TOTAL
     found = passed()
     assert found is not None
     assert torch.equal(found.states, 2.0 * batch.positions[:3, None].expand(3, HIDDEN))

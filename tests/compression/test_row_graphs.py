@@ -13,7 +13,7 @@ import exeunt.compression.gate_steps as gate_steps
 from exeunt.compression.decoder import Decoder
 from exeunt.compression.exit_output import ExitOutput, Shortlist
 from exeunt.compression.exits import ExitConfirmation
-from exeunt.compression.graph_pool import ROWS, SPARE_MEMORY, size_for
+from exeunt.compression.graph_pool import MOST_MEMORY, ROWS, SPARE_MEMORY, size_for
 from exeunt.compression.host_memory import fetched, integers_on_host, sent, staged
 from exeunt.compression.row_graphs import MOST_ROW_GRAPHS, StepGraphs
 from tests.compression.exit_heads import (
@@ -24,7 +24,7 @@ from tests.compression.exit_heads import (
     exit_judge,
     exit_outputs,
 )
-from tests.compression.fake_graphs import GROWN, FakePool
+from tests.compression.fake_graphs import GROWN, TOTAL, FakePool
 from tests.compression.reference_models import build_model, save
 
 KEY = ("doubling",)
@@ -123,16 +123,31 @@ def test_a_capture_that_fails_is_told_of_once_and_not_tried_again(
 
 
 def test_memory_is_left_free(graphs: StepGraphs, pool: FakePool, caplog: pytest.LogCaptureFixture) -> None:
-    pool.free = int(100 * SPARE_MEMORY)
+    pool.free = int(TOTAL * SPARE_MEMORY)
     assert graphs.run(KEY, Doubling(), *asked(1)) is not None
     pool.free -= 1
     with caplog.at_level(logging.WARNING):
         assert [graphs.run(KEY, Doubling(), *asked(2)) for _ in range(3)] == [None] * 3
     assert [record.message for record in caplog.records] == [
-        "1 CUDA graphs are captured and 1 of 100 bytes are free: passes of sizes not yet met run without"
+        f"1 CUDA graphs are captured and {pool.free} of {TOTAL} bytes are free: "
+        "passes of sizes not yet met run without"
     ]
     assert graphs.run(KEY, Doubling(), *asked(1)) is not None
-    pool.free = 100
+    pool.free = TOTAL
+    assert graphs.run(KEY, Doubling(), *asked(2)) is not None
+
+
+def test_graphs_take_a_share_of_the_memory_and_no_more(
+    graphs: StepGraphs, pool: FakePool, caplog: pytest.LogCaptureFixture
+) -> None:
+    pool.note(int(TOTAL * MOST_MEMORY) - GROWN)
+    with caplog.at_level(logging.WARNING):
+        assert graphs.run(KEY, Doubling(), *asked(1)) is not None
+        assert [graphs.run(KEY, Doubling(), *asked(2)) for _ in range(3)] == [None] * 3
+    (record,) = caplog.records
+    assert f"and they take {pool.nbytes} of {TOTAL} bytes: passes of sizes not yet met" in record.message
+    assert graphs.run(KEY, Doubling(), *asked(1)) is not None
+    graphs.release()
     assert graphs.run(KEY, Doubling(), *asked(2)) is not None
 
 
