@@ -7,6 +7,7 @@ overwrites. A server's graphs all run one after the other, on the stream of the 
 import logging
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final, Generic, TypeVar
 
@@ -26,6 +27,9 @@ SPARE_MEMORY: Final = 0.02
 
 MOST_MEMORY: Final = 0.1
 """The share of the device's memory that graphs may take: they keep it, whether they are met again or not."""
+ASKED_AGAIN: Final = 256
+"""Captures that are refused unseen after one for which there was no memory: asking the driver costs more than many a
+pass."""
 
 Result = TypeVar("Result")
 
@@ -55,6 +59,10 @@ class GraphPool:
         self._stream: Any = None  # a torch.cuda.Stream: memory is shared among captures on one stream
         self._handle: Any = None  # what `torch.cuda.graph_pool_handle` gives
         self._told = False  # that no more graphs are captured
+        self._broken = False  # a capture was cut off, and PyTorch's allocator may not take another
+        self._cut_off: list[Any] = []  # torch.cuda.CUDAGraph: the allocator may still point at them
+        self._refused = 0  # captures that are refused unseen
+        self._segments = 0  # bytes of the allocator's memory that no pass without a graph gets
         self._count = 0
         self._nbytes = 0
         self._seconds = 0.0
@@ -77,7 +85,8 @@ class GraphPool:
     def forget(self) -> None:
         """What was captured so far is let go of: what comes now counts anew, in memory of its own."""
         self._stream = self._handle = None
-        self._told, self._count, self._nbytes = False, 0, 0
+        self._told, self._count, self._nbytes = self._broken, 0, 0
+        self._refused = self._segments = 0
 
     def note(self, nbytes: int) -> None:
         """Count tensors that graphs read or leave, made outside of a capture."""
@@ -85,17 +94,26 @@ class GraphPool:
 
     def may_capture(self, kept: int, most: int) -> bool:
         """Whether whoever keeps `kept` graphs of at most `most` may have one more; a warning says when that is over."""
-        if kept >= most:  # asking the driver costs more than many a pass
+        if self._broken:
+            return False
+        if kept >= most:
             self._tell(f"no more than {most} of a kind are kept")
             return False
+        if self._refused:
+            self._refused -= 1
+            return False
+        lacking = self._lacking()
+        if lacking is not None:
+            self._refused = ASKED_AGAIN
+            self._tell(lacking)
+        return lacking is None
+
+    def _lacking(self) -> str | None:
+        """Why there is no memory for one more graph, None where there is."""
         free, total = self._memory()
         if self._nbytes >= MOST_MEMORY * total:
-            self._tell(f"they take {self._nbytes} of {total} bytes")
-            return False
-        if free < SPARE_MEMORY * total:
-            self._tell(f"{free} of {total} bytes are free")
-            return False
-        return True
+            return f"they take {self._nbytes} of {total} bytes"
+        return f"{free} of {total} bytes are free" if free < SPARE_MEMORY * total else None
 
     def _tell(self, why: str) -> None:
         """Say once that sizes not yet met run without graphs from now on."""
@@ -115,7 +133,8 @@ class GraphPool:
         `before` comes first and makes what `run` reads, which must stay where it is. `run` may wait for nothing and
         copy nothing from the host. `name` says in the log what it is. Want of memory, of registers, or of a way to
         capture what `run` does is a warning; what else fails is an error with its traceback, after which the device
-        must still answer: raises RuntimeError where it does not.
+        must still answer: raises RuntimeError where it does not. A capture that the driver cuts off is the last: not
+        every PyTorch can make another in that process.
         """
         began = time.perf_counter()
         try:
@@ -136,6 +155,8 @@ class GraphPool:
                     exc_info=error,
                 )
                 check_answers(self.device)
+            if _is_of_capturing(error):
+                self._give_up()
             return None
         finally:
             self._seconds += time.perf_counter() - began
@@ -143,14 +164,26 @@ class GraphPool:
         self._nbytes += captured.nbytes
         return captured
 
+    def _give_up(self) -> None:
+        """Capture no more: what a capture that was cut off left of itself in PyTorch's allocator stays there."""
+        self._broken = True
+        self._tell("the driver cut one off")
+        if self.device.type == "cuda" and self._handle is not None:
+            # else passes without graphs would not be given what the allocator keeps when memory runs out
+            with suppress(Exception):
+                torch._C._cuda_endAllocateToPool(self.device.index or 0, self._handle)
+
     def _memory(self) -> tuple[int, int]:
-        """Bytes of the device that are free, those that PyTorch keeps for later among them, and all of them."""
+        """Bytes of the device that are free for passes without graphs, what PyTorch keeps for them among it, and all.
+
+        What graphs' memory has free is theirs alone; that is not told apart from what they use of it.
+        """
         free, total = torch.cuda.mem_get_info(self.device)
         kept = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-        return free + kept, total
+        return free + max(0, kept - self._segments), total
 
     def _record(self, run: Callable[[], Result]) -> Captured[Result]:
-        """Run once, then once more into a graph."""
+        """Run once, then once more into a graph, and that once: what a first launch still takes must be there."""
         device = self.device
         with torch.inference_mode(), torch.cuda.device(device):
             if self._stream is None:
@@ -165,13 +198,25 @@ class GraphPool:
                 torch.cuda.empty_cache()  # a capture does it anyway, and would hide what it takes
                 before = torch.cuda.memory_reserved(device)
                 graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(
-                    graph, pool=self._handle, stream=self._stream, capture_error_mode="thread_local"
-                ):
-                    result = run()
+                try:
+                    with torch.cuda.graph(
+                        graph, pool=self._handle, stream=self._stream, capture_error_mode="thread_local"
+                    ):
+                        result = run()
+                    graph.replay()
+                    torch.cuda.synchronize(device)
+                except Exception:
+                    self._cut_off.append(graph)
+                    self._nbytes += self._grown(before)
+                    raise
             current.wait_stream(self._stream)
-            grown = max(0, torch.cuda.memory_reserved(device) - before)
-        return Captured(graph.replay, result, grown)
+        return Captured(graph.replay, result, self._grown(before))
+
+    def _grown(self, before: int) -> int:
+        """Bytes that a capture took, which had so many reserved before: they stay the graphs'."""
+        grown = max(0, torch.cuda.memory_reserved(self.device) - before)
+        self._segments += grown
+        return grown
 
 
 def _capture_errors() -> tuple[type[Exception], ...]:

@@ -164,7 +164,7 @@ def test_a_pass_that_is_refused_leaves_nothing_behind() -> None:
     for _ in range(3):
         assert passed() is None
     assert (graphs.count, pool.nbytes, graphs._exits, graphs._numbers) == (0, 0, {}, {})
-    pool.free = TOTAL
+    pool.free, pool._refused = TOTAL, 0
     found = passed()
     assert found is not None
     assert torch.equal(found.states, 2.0 * batch.positions[:3, None].expand(3, HIDDEN))

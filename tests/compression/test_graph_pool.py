@@ -73,11 +73,68 @@ def test_what_has_no_room_or_cannot_be_captured_is_a_warning(
 ) -> None:
     monkeypatch.setattr(graph_pool, "check_answers", _unasked)
     assert Failing(error).capture("2 rows", _nothing, _nothing) is None
-    (record,) = caplog.records
+    record = caplog.records[0]
     assert record.levelno == logging.WARNING
     assert record.getMessage().startswith(
         f"A CUDA graph of 2 rows cannot be captured, such passes run without: {said}"
     )
+
+
+@pytest.mark.parametrize(
+    ("error", "goes_on"),
+    [
+        (_of_capturing(None), False),
+        (_of_capturing(torch.OutOfMemoryError("CUDA out of memory.")), False),
+        (RuntimeError("CUDA error: operation not permitted when stream is capturing\n"), False),
+        (torch.OutOfMemoryError("CUDA out of memory."), True),
+        (RuntimeError("no room"), True),
+    ],
+)
+def test_a_capture_that_the_driver_cuts_off_is_the_last(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, error: Exception, goes_on: bool
+) -> None:
+    pool = Failing(error)
+    monkeypatch.setattr(pool, "_memory", lambda: (100, 100))
+    monkeypatch.setattr(graph_pool, "check_answers", lambda device: None)
+    assert pool.may_capture(0, 9)
+    pool.capture("2 rows", _nothing, _nothing)
+    assert pool.may_capture(0, 9) == goes_on
+    told = "0 CUDA graphs are captured and the driver cut one off: passes of sizes not yet met run without"
+    assert caplog.messages[1:] == ([] if goes_on else [told])
+    pool.forget()
+    assert pool.may_capture(0, 9) == goes_on
+
+
+def test_where_there_is_no_memory_the_driver_is_not_asked_at_every_pass(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pool, asked, free = Failing(RuntimeError()), [0], [0]
+
+    def memory() -> tuple[int, int]:
+        asked[0] += 1
+        return free[0], 100
+
+    monkeypatch.setattr(pool, "_memory", memory)
+    assert not any(pool.may_capture(0, 9) for _ in range(1 + graph_pool.ASKED_AGAIN))
+    assert asked == [1]
+    free[0] = 100
+    assert pool.may_capture(0, 9)
+    assert pool.may_capture(0, 9)
+    assert asked == [3]
+
+
+def test_what_graphs_hold_is_not_counted_as_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool, reserved = GraphPool(torch.device("cuda", 0)), [700]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (50, 1000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: reserved[0])
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 400)
+    assert pool._memory() == (350, 1000)
+    reserved[0] = 900
+    assert pool._grown(700) == 200
+    assert pool._memory() == (50 + 500 - 200, 1000)
+    reserved[0] = 500
+    assert pool._grown(700) == 0
+    assert pool._memory() == (50, 1000)
 
 
 def _unasked(device: torch.device) -> None:
@@ -97,7 +154,7 @@ def test_a_fault_is_an_error_with_its_traceback(
 ) -> None:
     error = _of_capturing(fault) if at_the_end else fault
     assert Failing(error).capture("2 rows", _nothing, _nothing) is None
-    (record,) = caplog.records
+    record = caplog.records[0]
     assert record.levelno == logging.ERROR
     assert record.getMessage() == (
         "Capturing a CUDA graph of 2 rows met a fault, such passes run without: RuntimeError: "

@@ -133,7 +133,7 @@ def test_memory_is_left_free(graphs: StepGraphs, pool: FakePool, caplog: pytest.
         "passes of sizes not yet met run without"
     ]
     assert graphs.run(KEY, Doubling(), *asked(1)) is not None
-    pool.free = TOTAL
+    pool.free, pool._refused = TOTAL, 0
     assert graphs.run(KEY, Doubling(), *asked(2)) is not None
 
 

@@ -133,9 +133,32 @@ def test_a_capture_that_fails_leaves_everything_as_it_was(
         return (twice,)
 
     x = torch.ones(3, 4, device="cuda")
+    reserved = torch.cuda.memory_reserved()
     assert graphs.run(("a failure",), fails, x) is None
+    assert graphs.pool.nbytes >= torch.cuda.memory_reserved() - reserved
     assert "of a failure of 4 rows cannot be captured, such passes run without: no room" in caplog.text
     assert torch.cuda.current_stream() == stream
     found = graphs.run(("twice",), lambda x: (2 * x,), x)
     assert found is not None
     assert torch.equal(found[0], 2 * x)
+
+
+def test_a_capture_that_the_driver_cuts_off_is_the_last_and_harms_no_graph(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    graphs = StepGraphs(GraphPool(torch.device("cuda")))
+    x = torch.ones(3, 4, device="cuda")
+
+    def waits(x: Tensor) -> tuple[Tensor]:
+        return (x * x.sum().item(),)
+
+    assert graphs.run(("twice",), lambda x: (2 * x,), x) is not None
+    assert graphs.run(("waits",), waits, x) is None
+    assert "the driver cut one off: passes of sizes not yet met run without" in caplog.text
+    assert graphs.run(("thrice",), lambda x: (3 * x,), x) is None
+    found = graphs.run(("twice",), lambda x: (2 * x,), 5 * x)
+    assert found is not None
+    assert torch.equal(found[0], 10 * x)
+    assert torch.equal(
+        torch.cat([x, x]).sum(), torch.tensor(24.0, device="cuda")
+    )  # passes without graphs go on
