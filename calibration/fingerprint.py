@@ -12,8 +12,8 @@ from exeunt.calibration.corpus import SHARES, Splits
 from exeunt.calibration.journal import file_state, fingerprint_of
 from exeunt.calibration.options import CalibrationOptions
 from exeunt.calibration.sources import source_files
+from exeunt.compression.bundle_format import FORMAT_VERSION
 from exeunt.compression.checkpoint import Checkpoint
-from exeunt.compression.manifest import FORMAT_VERSION
 from exeunt.kernels.native.build import processor
 
 _OF_NO_MOMENT: Final = frozenset({"out", "work", "model", "data", "costs", "stream_weights"})

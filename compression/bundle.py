@@ -11,23 +11,19 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from torch import Tensor
 
 from exeunt.compression.architecture import Architecture, load_architecture
+from exeunt.compression.bundle_format import BUNDLE_KIND, CONFIRMED_VERSION
 from exeunt.compression.exit_tensors import exits_from_tensors, format_version
 from exeunt.compression.exits import ExitHead, ExitHeadError
 from exeunt.compression.linear_block import LinearBlock, LinearBlockError, linear_block_from_tensors
-from exeunt.compression.manifest import (
-    BUNDLE_KIND,
-    CONFIRMED_VERSION,
-    FileRecord,
-    Manifest,
-    ManifestError,
-    read_manifest,
-)
 from exeunt.compression.tensor_file import TensorFileError, read_tensors
+
+if TYPE_CHECKING:  # it imports pydantic, which plain models do without
+    from exeunt.compression.manifest import FileRecord, Manifest
 
 MANIFEST: Final = "manifest.json"
 CONFIG: Final = "config.json"
@@ -59,7 +55,7 @@ class Bundle:
     """A verified bundle at `path`."""
 
     path: Path
-    manifest: Manifest
+    manifest: "Manifest"
 
     def architecture(self) -> Architecture:
         """What the decoder is built by: as the manifest remembers it, else from config.json.
@@ -130,6 +126,8 @@ def is_bundle(path: Path) -> bool:
 
 def open_bundle(path: Path | str) -> Bundle:
     """The bundle at `path`, every file of it verified. Raises BundleError."""
+    from exeunt.compression.manifest import ManifestError, read_manifest
+
     path = Path(path)
     if not os.path.exists(
         path
@@ -158,7 +156,7 @@ def open_bundle(path: Path | str) -> Bundle:
     return Bundle(path, manifest)
 
 
-def needed_files(manifest: Manifest) -> list[str]:
+def needed_files(manifest: "Manifest") -> list[str]:
     """The names of the files without which a bundle would not hold what `manifest` says it holds."""
     files = [CONFIG]
     if "full" in manifest.weights:
@@ -172,7 +170,7 @@ def needed_files(manifest: Manifest) -> list[str]:
     return files
 
 
-def _verify_files(path: Path, files: Mapping[str, FileRecord]) -> None:
+def _verify_files(path: Path, files: "Mapping[str, FileRecord]") -> None:
     for name, record in files.items():
         try:
             size = (path / name).stat().st_size

@@ -7,6 +7,7 @@ from typing import Final, TypeGuard
 import torch
 from torch import Tensor
 
+from exeunt.compression.bundle_format import CONFIRMED_VERSION, JUDGED_VERSION, PLAIN_VERSION
 from exeunt.compression.exit_output import Shortlist
 from exeunt.compression.exit_parts import (
     JUDGE_PARTS,
@@ -16,7 +17,6 @@ from exeunt.compression.exit_parts import (
     ExitProbe,
 )
 from exeunt.compression.exits import ExitHead
-from exeunt.compression.manifest import CONFIRMED_VERSION, JUDGED_VERSION, PLAIN_VERSION
 from exeunt.compression.norm import Norm
 
 METADATA_KEY: Final = "exits"

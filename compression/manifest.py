@@ -15,19 +15,10 @@ from typing import Annotated, Final, Literal, Self
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from exeunt.compression.architecture import Architecture, check_architecture
+from exeunt.compression.bundle_format import BUNDLE_KIND, FORMAT_VERSION, PLAIN_VERSION
 from exeunt.compression.variant import KVFormat, SkippedKV, Variant, WeightFormat
 
-FORMAT_VERSION: Final = 4
-"""The newest that is read. A bundle is written in the oldest that says all it holds, so that older readers take it."""
-CONFIRMED_VERSION: Final = 4
-"""Exits may confirm by all logits what a shortlist let pass. A reader of 3 would let go whoever that lets pass."""
-JUDGED_VERSION: Final = 3
-"""Exits may decide by a judge, and by the logits of a shortlist. A reader of 2 would overlook both, and weigh what
-their regression was not fitted to."""
-PLAIN_VERSION: Final = 2
-"""An exit may be there for drafts alone. A reader of 1 would let tokens of the approximate mode leave at it."""
 CHECKSUM_KEY: Final = "manifest_sha256"
-BUNDLE_KIND: Final = "exeunt-bundle"
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=0)]

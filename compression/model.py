@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import torch
 
@@ -17,11 +17,13 @@ from exeunt.compression.exits import ExitHead
 from exeunt.compression.graph_pool import GraphPool
 from exeunt.compression.kv_format import KVLayout, kv_layout
 from exeunt.compression.linear import Linear
-from exeunt.compression.manifest import ExitRecord, Manifest
 from exeunt.compression.row_graphs import StepGraphs
 from exeunt.compression.tokenizer import TokenizerError, load_tokenizer
 from exeunt.compression.variant import KVFormat, Variant, WeightFormat
 from exeunt.compression.weights import WeightError
+
+if TYPE_CHECKING:  # it imports pydantic, which plain models do without
+    from exeunt.compression.manifest import ExitRecord, Manifest
 
 WeightChoice = Literal["int4", "full", "both"]
 
@@ -54,7 +56,7 @@ class LoadedModel:
     decoders: dict[tuple[WeightFormat, bool], Decoder]
     kv_formats: tuple[KVFormat, ...]
     exits: tuple[ExitHead, ...]
-    manifest: Manifest | None
+    manifest: "Manifest | None"
     device: torch.device
     dtype: torch.dtype
     files: tuple[Path, ...] = ()
@@ -97,7 +99,7 @@ class LoadedModel:
         return next((place for place, head in enumerate(self.exits) if head.block in chosen), None)
 
     @property
-    def _exit_records(self) -> tuple[ExitRecord, ...]:
+    def _exit_records(self) -> "tuple[ExitRecord, ...]":
         return () if self.manifest is None else self.manifest.exits
 
     def decoder(self, variant: Variant) -> Decoder:

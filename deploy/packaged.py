@@ -15,7 +15,7 @@ from exeunt.calibration.errors import CalibrationError
 from exeunt.calibration.progress import ProgressReport, watched_progress
 from exeunt.calibration.sources import source_files
 from exeunt.compression.bundle import BundleError, open_bundle
-from exeunt.compression.manifest import FORMAT_VERSION
+from exeunt.compression.bundle_format import FORMAT_VERSION
 from exeunt.deploy import packaged_model
 from exeunt.deploy.bundle_cache import alone, note_opening, remove_superseded
 from exeunt.deploy.loading import SettingsError

@@ -18,9 +18,9 @@ from exeunt.server.audit import AuditBook, AuditTotals
 from exeunt.server.drafters import AdaptiveDrafters
 from exeunt.server.drafting import Drafter
 from exeunt.server.engine_config import EngineConfig
+from exeunt.server.engine_metrics import EngineMetrics
 from exeunt.server.exit_guard import ExitGuard
 from exeunt.server.lifecycle import Lifecycle
-from exeunt.server.metrics import Metrics
 from exeunt.server.pages import PagePool
 from exeunt.server.request import (
     Event,
@@ -91,7 +91,7 @@ class Engine:
         self,
         model: LoadedModel,
         config: EngineConfig,
-        metrics: Metrics,
+        metrics: EngineMetrics,
         *,
         new_drafter: Callable[[GenerationRequest], Drafter] | None = None,
         guard: ExitGuard | None = None,

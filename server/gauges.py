@@ -4,8 +4,8 @@ import time
 from typing import Final
 
 from exeunt.compression.model import LoadedModel
+from exeunt.server.engine_metrics import EngineMetrics
 from exeunt.server.jobs import Jobs
-from exeunt.server.metrics import Metrics
 from exeunt.server.pages import PagePool
 from exeunt.server.scheduler import Scheduler
 
@@ -18,7 +18,7 @@ class Gauges:
     """Sets the gauges of one engine, on its thread."""
 
     def __init__(
-        self, model: LoadedModel, metrics: Metrics, jobs: Jobs, scheduler: Scheduler, pool: PagePool
+        self, model: LoadedModel, metrics: EngineMetrics, jobs: Jobs, scheduler: Scheduler, pool: PagePool
     ) -> None:
         self._model, self._metrics, self._jobs = model, metrics, jobs
         self._scheduler, self._pool = scheduler, pool

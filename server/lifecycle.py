@@ -15,9 +15,9 @@ from exeunt.server.block_account import BlockAccount
 from exeunt.server.detokenizer import StreamDetokenizer, TokenPieces
 from exeunt.server.drafting import Drafter
 from exeunt.server.engine_config import EngineConfig
+from exeunt.server.engine_metrics import EngineMetrics
 from exeunt.server.gauges import Gauges
 from exeunt.server.jobs import Jobs
-from exeunt.server.metrics import Metrics
 from exeunt.server.pages import PagePool, PageTable
 from exeunt.server.request import (
     Event,
@@ -57,7 +57,7 @@ class Lifecycle:
         self,
         model: LoadedModel,
         config: EngineConfig,
-        metrics: Metrics,
+        metrics: EngineMetrics,
         plan: StagePlan,
         scheduler: Scheduler,
         runner: Runner,

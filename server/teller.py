@@ -7,7 +7,7 @@ from functools import partial
 
 from exeunt.server.answer import Answer, Job
 from exeunt.server.detokenizer import TokenPieces
-from exeunt.server.metrics import Metrics
+from exeunt.server.engine_metrics import EngineMetrics
 from exeunt.server.request import EmittedToken, Event, StepEvent
 from exeunt.server.stages import StagePlan
 from exeunt.server.verification import Draw
@@ -26,7 +26,7 @@ class Teller:
     def __init__(
         self,
         pieces: TokenPieces,
-        metrics: Metrics,
+        metrics: EngineMetrics,
         plan: StagePlan,
         eos_token_ids: tuple[int, ...],
         *,

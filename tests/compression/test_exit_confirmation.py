@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from exeunt.compression.bundle import open_bundle
+from exeunt.compression.bundle_format import CONFIRMED_VERSION, JUDGED_VERSION
 from exeunt.compression.exits import ExitHead, ExitHeadError, ExitJudge
-from exeunt.compression.manifest import CONFIRMED_VERSION, JUDGED_VERSION
 from exeunt.compression.model import load_bundle
 from exeunt.kernels.exit_gate.reference import gate_confidence_reference
 from exeunt.kernels.native.library import native_library

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from exeunt.compression.bundle_format import CONFIRMED_VERSION, JUDGED_VERSION, PLAIN_VERSION
 from exeunt.compression.exit_tensors import (
     exit_metadata,
     exit_tensors,
@@ -12,7 +13,6 @@ from exeunt.compression.exit_tensors import (
     format_version,
 )
 from exeunt.compression.exits import ExitHead, ExitHeadError
-from exeunt.compression.manifest import CONFIRMED_VERSION, JUDGED_VERSION, PLAIN_VERSION
 from tests.compression.exit_heads import (
     HIDDEN,
     SHORTLIST,

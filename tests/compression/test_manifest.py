@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from exeunt.compression.bundle_format import FORMAT_VERSION
 from exeunt.compression.manifest import (
     CHECKSUM_KEY,
-    FORMAT_VERSION,
     BaseModelRecord,
     DraftRecord,
     ExitRecord,

@@ -10,10 +10,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from exeunt.compression.bundle import BundleError, open_bundle
+from exeunt.compression.bundle_format import JUDGED_VERSION, PLAIN_VERSION
 from exeunt.compression.checkpoint_names import linear_shapes
 from exeunt.compression.decoder import Decoder
 from exeunt.compression.kv_format import page_bytes_for
-from exeunt.compression.manifest import JUDGED_VERSION, PLAIN_VERSION, ExitRecord
+from exeunt.compression.manifest import ExitRecord
 from exeunt.compression.model import (
     LoadedModel,
     NotHeldError,
