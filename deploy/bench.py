@@ -9,7 +9,7 @@ import os
 import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from itertools import groupby
 from typing import Any, Final, Literal, Protocol
@@ -19,28 +19,13 @@ import torch
 
 from exeunt.calibration.risk import percent
 from exeunt.compression.processor import processor_name
+from exeunt.deploy.bench_load import BenchError, Load, Trace
 from exeunt.deploy.measured_model import MeasuredModel
 from exeunt.server.api.offer import SKIPPED_KV, Offer
 
-TEMPERATURE: Final = 0.8
 INFORMATIVE: Final = 0.1  # where fewer of the tokens leave or are drafted, a ratio says nothing about exits
 _QUANTILES: Final = (0.5, 0.9, 0.99)
 _ROUNDS: Final = 4  # turns that compared modes take
-
-
-class BenchError(RuntimeError):
-    """The benchmark cannot go on; one sentence says why."""
-
-
-@dataclass(frozen=True, slots=True)
-class Load:
-    """What every mode is put through."""
-
-    concurrency: int = 8
-    prompt_tokens: int = 64
-    max_new_tokens: int = 64
-    requests: int = 32
-    temperature: float = TEMPERATURE
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,21 +35,6 @@ class BenchMode:
     name: str
     compression: Mapping[str, Any]
     against: str | None = None
-
-
-@dataclass(slots=True)
-class Trace:
-    """One answered request: when it was sent, when each token came (seconds, one clock), at which exit."""
-
-    sent: float
-    arrivals: list[float] = field(default_factory=list)
-    by_exit: dict[str, int] = field(default_factory=dict)
-    depths: float = 0.0  # sum over tokens, blocks
-    blocks: int = 0
-    block_passes: int = 0  # block × pass pairs, as in the answer's `depth`
-    drafts: int = 0
-    drafts_accepted: int = 0
-    ids: list[int] = field(default_factory=list)  # the tokens', where the engine tells them
 
 
 @dataclass(frozen=True, slots=True)

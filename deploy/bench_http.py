@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 
 from exeunt.compression.variant import Variant
-from exeunt.deploy.bench import BenchError, Load, Trace
+from exeunt.deploy.bench_load import BenchError, Load, Trace
 from exeunt.deploy.bench_text import cut_prompts
 from exeunt.deploy.measured_model import MeasuredModel, served_model
 from exeunt.server.api.offer import Certificate, Offer

@@ -3,7 +3,13 @@
 from collections.abc import Mapping, Sequence
 
 from exeunt.calibration.progress import watched_progress
-from exeunt.deploy.bench import BenchMode, Driver, Load, ModeSpeed, bench
+from exeunt.deploy.bench import (
+    BenchMode,
+    Driver,
+    ModeSpeed,
+    bench,
+)
+from exeunt.deploy.bench_load import Load
 from exeunt.deploy.figure_table import FigureColumn, FigureTable
 
 

@@ -5,16 +5,17 @@ from contextlib import contextmanager
 
 from exeunt.calibration.progress import watched_progress
 from exeunt.deploy.arguments import is_address
-from exeunt.deploy.bench import Driver, Load
+from exeunt.deploy.bench import Driver
 from exeunt.deploy.bench_engine import EngineDriver, engine_driver
 from exeunt.deploy.bench_http import HTTPDriver
+from exeunt.deploy.bench_load import Load
 from exeunt.deploy.preparation import load_to_measure
 from exeunt.deploy.signals import InterruptibleProgress, Interruption
 
 
 @contextmanager
 def driver(target: str, load: Load, device: str, interruption: Interruption) -> Iterator[Driver]:
-    """Sends requests to `target`. Raises what loading raises, and SettingsError where the load does not fit."""
+    """Sends requests to `target`. Raises what loading raises, and LoadError where the load does not fit."""
     if is_address(target):
         asked: HTTPDriver | EngineDriver = HTTPDriver(target, concurrency=load.concurrency)
     else:

@@ -12,7 +12,6 @@ from exeunt.compression.bundle_writer import check_target
 from exeunt.deploy import packaged_model
 from exeunt.deploy.arguments import UsageError
 from exeunt.deploy.loading import find_source
-from exeunt.deploy.packaged import CALIBRATION_TEXT
 from exeunt.deploy.signals import Interrupted, InterruptibleProgress, interruptible
 
 
@@ -62,4 +61,4 @@ def calibration_data(model: str, data: str | None) -> str:
         raise UsageError(
             f"Give --data: a text of the kind that {model} will serve (a file, a folder, hf:NAME)."
         )
-    return str(folder / CALIBRATION_TEXT)
+    return str(folder / packaged_model.CALIBRATION_TEXT)

@@ -17,6 +17,7 @@ USAGE_ERROR: Final = 2
 _INTERRUPTED: Final = 130
 _WRONG_USAGE: Final = (
     ("exeunt.deploy.loading", "SettingsError"),
+    ("exeunt.deploy.load_driver", "LoadError"),
     ("exeunt.compression.checkpoint", "NoCheckpointError"),
     ("exeunt.calibration.errors", "OptionError"),
     ("exeunt.calibration.errors", "CorpusError"),

@@ -32,7 +32,6 @@ CHECKPOINT_FILES: Final = (
     "tokenizer.json",
     "tokenizer_config.json",
 )
-CALIBRATION_TEXT: Final = "calibration.txt"
 _ORIGIN: Final = "written by the packaged model itself, see its MODEL_CARD.md"
 EVALUATION_TOKENS: Final = 2_000
 """Every mode is evaluated on so many tokens before the first start can serve; `exeunt calibrate` takes 5,000."""
@@ -82,7 +81,7 @@ def calibration_options(folder: Path, target: Path, device: str = "auto") -> "Ca
     """How the packaged model in `folder` is calibrated into `target`."""
     from exeunt.calibration.options import CalibrationOptions
 
-    data = str(folder / CALIBRATION_TEXT)
+    data = str(folder / packaged_model.CALIBRATION_TEXT)
     return CalibrationOptions(
         model=str(folder),
         out=target,
@@ -103,7 +102,7 @@ def content_key(folder: Path) -> str:
 
     That is the model with its tokenizer and text (not the card beside them), and the code that calibrates.
     """
-    wanted = (folder / name for name in (*CHECKPOINT_FILES, CALIBRATION_TEXT))
+    wanted = (folder / name for name in (*CHECKPOINT_FILES, packaged_model.CALIBRATION_TEXT))
     made_from = [path for path in wanted if path.exists()]
     made_from += source_files()
     digest = hashlib.sha256(f"{version('exeunt')} {FORMAT_VERSION}".encode())

@@ -21,7 +21,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from exeunt.deploy.bench import BenchError
+from exeunt.deploy.bench_load import BenchError
 from exeunt.deploy.packaged_model import path as checkpoint
 from scripts.bench_runs import (
     OFF,

@@ -17,8 +17,9 @@ import typer
 
 from exeunt.compression.model import LoadedModel, load_bundle
 from exeunt.compression.variant import SkippedKV, Variant
-from exeunt.deploy.bench import Load, machine
+from exeunt.deploy.bench import machine
 from exeunt.deploy.bench_engine import EngineDriver, engine_driver
+from exeunt.deploy.bench_load import Load
 from exeunt.deploy.measured_model import measured_model
 from exeunt.deploy.packaged import packaged_bundle
 from exeunt.server.engine_config import MAX_OWED

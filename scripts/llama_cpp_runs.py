@@ -11,7 +11,7 @@ import llama_cpp
 import numpy as np
 import torch
 
-from exeunt.deploy.bench import BenchError
+from exeunt.deploy.bench_load import BenchError
 from scripts.bench_runs import Prompts, Run
 from scripts.gguf_file import tensor_types, write_gguf
 

@@ -2,6 +2,10 @@
 
 from importlib.resources import files
 from pathlib import Path
+from typing import Final
+
+CALIBRATION_TEXT: Final = "calibration.txt"
+"""The name of the text that the model is calibrated on, in its folder."""
 
 
 def path() -> Path:

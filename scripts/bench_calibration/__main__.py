@@ -30,7 +30,6 @@ from exeunt.calibration.memory_plan import block_bytes
 from exeunt.compression.architecture import load_architecture
 from exeunt.deploy import packaged_model
 from exeunt.deploy.bench import machine
-from exeunt.deploy.packaged import CALIBRATION_TEXT
 from scripts.bench_calibration.arithmetic import SHAPES, int4_bytes, needs
 from scripts.bench_calibration.point import Point
 from scripts.bench_calibration.random_model import Size, write_model
@@ -195,7 +194,7 @@ def _time_points(plan: Plan, *, quick: bool) -> list[dict[str, Any]]:
 
 
 def _text() -> str:
-    return str(packaged_model.path() / CALIBRATION_TEXT)
+    return str(packaged_model.path() / packaged_model.CALIBRATION_TEXT)
 
 
 def memory_growth(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:

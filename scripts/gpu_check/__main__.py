@@ -13,13 +13,11 @@ import tempfile
 import threading
 import time
 import traceback
+from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
-
-import typer
 
 from scripts.gpu_check.source_tree import make_importable
 
@@ -28,10 +26,10 @@ make_importable()
 import torch  # noqa: E402 - what stands above says where `exeunt` is
 
 from exeunt.kernels.tuned.files import slug  # noqa: E402
-from scripts.gpu_check.needs import SERVER, TESTS, missing  # noqa: E402
+from scripts.gpu_check.needs import BUNDLE, METRICS, TESTS, missing  # noqa: E402
 from scripts.gpu_check.report import Clock, Context, Report  # noqa: E402
 from scripts.gpu_check.table import table  # noqa: E402
-from scripts.gpu_check.warming import GROUPS, PACKAGED, Warmers, is_of_engine  # noqa: E402
+from scripts.gpu_check.warming import GROUPS, PACKAGED, Warmers  # noqa: E402
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 _GRACE = 20.0  # seconds beyond its time after which a section counts as hanging
@@ -56,10 +54,10 @@ SECTIONS = {
     "tests": Section("kernel_tests:run", 100, 10, TESTS),
     "decode": Section("decode_speeds:run", 30, 8),
     "kernels": Section("kernel_speeds:run", 30, 5),
-    "end_to_end": Section("end_to_end:run", 140, 8, SERVER),
-    "exits": Section("exits:run", 20, 12, SERVER),
-    "host": Section("host_times:run", 10, 6, SERVER),
-    "compiled": Section("compiled:run", 27, 20, SERVER),
+    "end_to_end": Section("end_to_end:run", 140, 8),
+    "exits": Section("exits:run", 20, 12),
+    "host": Section("host_times:run", 10, 6),
+    "compiled": Section("compiled:run", 27, 20),
     "float32": Section("correctness:float32", 60, 10, extra=True),
     "tuning": Section("tuning:run", 45, 10, extra=True),
 }
@@ -73,55 +71,70 @@ _WARMED = ("correctness", "decode", "kernels", "end_to_end", "host", "exits")
 _FIRST = ("machine", "memory")  # done before anything runs beside
 
 
-def main(
-    device: str = "cuda",
-    sections: Annotated[str, typer.Option(help="which, separated by commas")] = ",".join(DEFAULT),
-    seconds: Annotated[float, typer.Option(min=1, help="for all of them")] = SECONDS,
-    quick: Annotated[bool, typer.Option(help="toy sizes, to try the script itself")] = False,
-    out: Annotated[
-        Path | None, typer.Option(help="the JSON; None: by the GPU's name in benchmarks/results")
-    ] = None,
-    bundle: Annotated[
-        Path | None, typer.Option(help="of the packaged model; None: the cached one, if any")
-    ] = None,
-    resume: Annotated[bool, typer.Option(hidden=True)] = False,
-    warm: Annotated[str | None, typer.Option(hidden=True)] = None,
-) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Check and measure on a GPU; exit status 1 where a check failed, or no time was left for the checks."""
-    place = torch.device(device)
+    asked = _asked(arguments)
+    place = torch.device(asked.device)
     if place.type == "cuda" and not torch.cuda.is_available():
-        typer.echo(
-            "There is no CUDA device that PyTorch can use; --device cpu --quick tries the script itself.",
-            err=True,
-        )
-        raise typer.Exit(2)
-    if warm is not None:
-        _warm(place, quick, Clock(seconds), warm, bundle)
-        return
-    wanted = [name.strip() for name in sections.split(",") if name.strip()]
-    if unknown := [name for name in wanted if name not in SECTIONS]:
-        raise typer.BadParameter(f"there is no section {unknown[0]}; there are {', '.join(SECTIONS)}")
+        said = "There is no CUDA device that PyTorch can use; --device cpu --quick tries the script itself."
+        print(said, file=sys.stderr)
+        return 2
+    bundle = _bundle(asked.bundle)
+    if asked.warm is not None:
+        _warm(place, asked.quick, Clock(asked.seconds), asked.warm, bundle)
+        return 0
     name = torch.cuda.get_device_name(place) if place.type == "cuda" else str(place)
-    path = out or RESULTS / f"gpu-check-{slug(name)}.json"
-    report = Report(path, resume=resume)
-    context = Context(place, quick, report, Clock(seconds), bundle or _cached_bundle())
-    if not resume:
+    path = asked.out or RESULTS / f"gpu-check-{slug(name)}.json"
+    report = Report(path, resume=asked.resume)
+    context = Context(place, asked.quick, report, Clock(asked.seconds), bundle)
+    if not asked.resume:
+        lacking = missing(METRICS)
         report.data |= {
             "started": time.strftime("%Y-%m-%dT%H:%M:%S"),
-            "seconds_given": seconds,
-            "quick": quick,
+            "seconds_given": asked.seconds,
+            "quick": asked.quick,
+            "metrics": f"not counted: {', '.join(lacking)} is not installed" if lacking else "counted",
         }
-    faulthandler.dump_traceback_later(seconds + 2 * _GRACE, exit=True)
+    faulthandler.dump_traceback_later(asked.seconds + 2 * _GRACE, exit=True)
     try:
         with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder:
-            _Run(context, [name for name in SECTIONS if name in wanted], Path(folder), resumed=resume).all()
+            names = [name for name in SECTIONS if name in asked.sections]
+            _Run(context, names, Path(folder), resumed=asked.resume).all()
     finally:
         faulthandler.cancel_dump_traceback_later()
     report.data["seconds"] = report.data.get("seconds", 0.0) + context.clock.used()
     report.save()
-    typer.echo(table(report))
-    typer.echo(f"written to {path}")
-    raise typer.Exit(1 if report.failures else 0)
+    print(table(report))
+    print(f"written to {path}")
+    return 1 if report.failures else 0
+
+
+def _asked(arguments: Sequence[str] | None) -> Namespace:
+    """The command line. By `argparse`: what typer brings along is not on every machine."""
+    parser = ArgumentParser(prog="python -m scripts.gpu_check", description=main.__doc__)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--sections", type=_sections, default=DEFAULT, help="which, separated by commas")
+    parser.add_argument("--seconds", type=_seconds, default=SECONDS, help="for all of them")
+    parser.add_argument("--quick", action="store_true", help="toy sizes, to try the script itself")
+    parser.add_argument("--out", type=Path, help="the JSON, else by the GPU's name in benchmarks/results")
+    parser.add_argument("--bundle", type=Path, help="of the packaged model, else the cached one, if any")
+    parser.add_argument("--resume", action="store_true", help=SUPPRESS)
+    parser.add_argument("--warm", help=SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+def _sections(said: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in said.split(",") if name.strip())
+    if unknown := [name for name in names if name not in SECTIONS]:
+        raise ArgumentTypeError(f"there is no section {unknown[0]}; there are {', '.join(SECTIONS)}")
+    return names
+
+
+def _seconds(said: str) -> float:
+    seconds = float(said)
+    if not seconds >= 1:
+        raise ArgumentTypeError(f"{said} is not at least 1")
+    return seconds
 
 
 class _Run:
@@ -154,14 +167,10 @@ class _Run:
         """Start compiling where no section before did; wait for what this section needs compiled, or gone."""
         if self._warmers is None:
             wanted = not self._resumed and bool({name, *self._names}.intersection(_WARMED))
-            groups = self._groups() if wanted and self._context.cuda else ()
+            groups = GROUPS if wanted and self._context.cuda else ()
             self._warmers = Warmers(self._context, self._folder, groups)
         # answers may be computed while other processes compile; nothing is timed beside them
         self._warmers.wait(PACKAGED if name == "correctness" else None, self._context.report)
-
-    def _groups(self) -> Sequence[str]:
-        """The groups of kernels that can be compiled with what is installed."""
-        return [group for group in GROUPS if not (is_of_engine(group) and missing(SERVER))]
 
     def _one(self, name: str) -> None:
         section, report = SECTIONS[name], self._context.report
@@ -169,7 +178,7 @@ class _Run:
         found = report.section(name)
         found["status"] = "running"
         report.save()
-        typer.echo(f"[{self._context.clock.left():.0f} s left] {name}", err=True)
+        print(f"[{self._context.clock.left():.0f} s left] {name}", file=sys.stderr)
         guard = threading.Timer(max(1.0, within.clock.left()) + _GRACE, self._hung, (name,))
         guard.daemon = True
         guard.start()
@@ -229,7 +238,7 @@ def _warm(device: torch.device, quick: bool, clock: Clock, group: str, bundle: P
 
     with tempfile.TemporaryDirectory() as folder:
         said = warm(Context(device, quick, Report(Path(folder) / "none.json"), clock, bundle), group)
-    typer.echo(f"{said}, {clock.left():.0f} s left")
+    print(f"{said}, {clock.left():.0f} s left")
 
 
 def _device_answers(device: torch.device) -> bool:
@@ -238,6 +247,14 @@ def _device_answers(device: torch.device) -> bool:
         return int(torch.ones(2, device=device).sum()) == 2
     except Exception:  # noqa: BLE001 - that is the answer
         return False
+
+
+def _bundle(given: Path | None) -> Path | None:
+    """The packaged model's bundle, else the cached one, if any; none where what opens one is not installed."""
+    if lacking := missing(BUNDLE):
+        print(f"No bundle is opened: {', '.join(lacking)} is not installed.", file=sys.stderr)
+        return None
+    return given or _cached_bundle()
 
 
 def _cached_bundle() -> Path | None:
@@ -252,4 +269,4 @@ def _cached_bundle() -> Path | None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    sys.exit(main())

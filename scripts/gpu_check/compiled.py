@@ -7,25 +7,23 @@ otherwise. One that does not get through in time is noted, and is no failure of 
 import json
 import subprocess
 import sys
+from argparse import ArgumentParser
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Final
 
 import torch
-import typer
 
-from exeunt.compression.tokenizer import load_tokenizer
-from exeunt.deploy.packaged_model import path as checkpoint
-from scripts.gpu_check.end_to_end import (
-    LARGE_SIZES,
-    PACKAGED_SIZES,
+from scripts.gpu_check.models import MISTRAL, TOY
+from scripts.gpu_check.prompts import packaged_prompts
+from scripts.gpu_check.report import Clock, Context, Found, Report
+from scripts.gpu_check.sizes import LARGE, PACKAGED
+from scripts.gpu_check.transformers_speeds import (
     generate_speed,
     packaged_of_transformers,
-    prompts_of,
     transformers_model,
     tried,
 )
-from scripts.gpu_check.models import MISTRAL, TOY
-from scripts.gpu_check.report import Clock, Context, Found, Report
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 JOBS: Final = (("packaged", 1), (MISTRAL.name, 1), ("packaged", 64))
@@ -62,26 +60,27 @@ def _apart(context: Context, model: str, streams: int) -> Found:
         path.unlink(missing_ok=True)
 
 
-def main(
-    model: str,
-    streams: int,
-    out: Path,
-    device: str = "cuda",
-    seconds: float = 60.0,
-    quick: Annotated[bool, typer.Option(help="toy sizes")] = False,
-) -> None:
-    """Compile and time one model, and write what was found to `out`."""
-    context = Context(torch.device(device), quick, Report(out), Clock(seconds))
-    sizes = PACKAGED_SIZES if model == "packaged" else LARGE_SIZES
-    prompt, answer = (16, 4) if quick else (sizes.prompt, sizes.answer)
-    prompts = prompts_of(load_tokenizer(checkpoint()), sizes.most, prompt)[:streams]
-    if model == "packaged":
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Compile and time one model, and write what was found."""
+    parser = ArgumentParser(prog="python -m scripts.gpu_check.compiled", description=main.__doc__)
+    parser.add_argument("model")
+    parser.add_argument("streams", type=int)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--quick", action="store_true", help="toy sizes")
+    asked = parser.parse_args(arguments)
+    context = Context(torch.device(asked.device), asked.quick, Report(asked.out), Clock(asked.seconds))
+    sizes = PACKAGED if asked.model == "packaged" else LARGE
+    prompt, answer = (16, 4) if asked.quick else (sizes.prompt, sizes.answer)
+    prompts = packaged_prompts(sizes.most, prompt)[: asked.streams]
+    if asked.model == "packaged":
         theirs = packaged_of_transformers(context)
     else:
-        theirs = transformers_model(context, TOY if quick else MISTRAL)
+        theirs = transformers_model(context, TOY if asked.quick else MISTRAL)
     found = tried(lambda: generate_speed(context, theirs, prompts, answer, cache_implementation="static"))
-    out.write_text(json.dumps(found), encoding="utf-8")
+    asked.out.write_text(json.dumps(found), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    main()

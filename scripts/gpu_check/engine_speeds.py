@@ -3,52 +3,48 @@
 import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
 
 import torch
 
 from exeunt.compression.model import LoadedModel
 from exeunt.compression.variant import Variant
-from exeunt.deploy.bench import Load
-from exeunt.deploy.bench_engine import EngineDriver
+from exeunt.deploy.bench_load import Load
+from exeunt.deploy.load_driver import LoadDriver, load_config, server_metrics
+from exeunt.server.engine_metrics import Uncounted
+from exeunt.server.request import ExitPolicy
+from exeunt.server.stage_choice import SchedulingPolicy
+from scripts.gpu_check.needs import METRICS, missing
 from scripts.gpu_check.report import Context, Found
+from scripts.gpu_check.sizes import Sizes
 
-OFF: Mapping[str, Any] = {"mode": "off"}
-VERIFIED: Mapping[str, Any] = {"mode": "verified"}
-HALF: Mapping[str, Any] = {"mode": "approximate", "threshold": 0.5, "skipped_kv": "propagate"}
-BACKFILLED: Mapping[str, Any] = {**HALF, "skipped_kv": "backfill"}
+OFF, VERIFIED = ExitPolicy(), ExitPolicy("verified")
+HALF = ExitPolicy("approximate", 0.5)
+BACKFILLED = ExitPolicy("approximate", 0.5, skipped_kv="backfill")
 _MOST_WARM_RUNS = 6
 LEAST = 4.0  # seconds left without which a mode is not begun
-Modes = Mapping[str, tuple[Variant, Mapping[str, Any]]]
+Modes = Mapping[str, tuple[Variant, ExitPolicy]]
 """By name, a variant and how it exits."""
 FULL, INT4 = Variant(), Variant("int4", "int4")
 
 
-@dataclass(frozen=True, slots=True)
-class Sizes:
-    """Streams at once, the most wanted number first, and tokens of each prompt and answer."""
-
-    streams: tuple[int, ...]
-    prompt: int
-    answer: int
-
-    @property
-    def most(self) -> int:
-        """The most streams."""
-        return max(self.streams)
-
-    def load(self, streams: int, answer: int | None = None, temperature: float = 0.0) -> Load:
-        """The load of so many streams."""
-        return Load(streams, self.prompt, answer or self.answer, streams, temperature)
+def engine_driver(
+    model: LoadedModel,
+    load: Load,
+    scheduling: SchedulingPolicy = "run-through",
+    *,
+    async_scheduling: bool = True,
+) -> LoadDriver:
+    """An engine with room for the load, which counts what it does where this machine can."""
+    config = load_config(model, load, scheduling, async_scheduling=async_scheduling)
+    return LoadDriver(model, config, Uncounted() if missing(METRICS) else server_metrics(model))
 
 
 def engine_speeds(
     context: Context,
     found: Found,
     model: LoadedModel,
-    driver: EngineDriver,
+    driver: LoadDriver,
     prompts: Sequence[Sequence[int]],
     modes: Modes,
     sizes: Sizes,
@@ -59,11 +55,11 @@ def engine_speeds(
             called = f"engine {name}, {streams} streams"
             if not context.fits(LEAST, called, found):
                 continue
-            ask, load = {**asdict(variant), "early_exit": exits}, sizes.load(streams)
-            warm = warmed(context, model, partial(driver.run, prompts[:streams], ask, load))
+            run = partial(driver.run, prompts[:streams], variant, exits, sizes.load(streams))
+            warm = warmed(context, model, run)
             captured = _captured(model)
             began = time.perf_counter()
-            traces = driver.run(prompts[:streams], ask, load)
+            traces = run()
             seconds = time.perf_counter() - began
             tokens = sum(len(trace.ids) for trace in traces)
             first = max(trace.arrivals[0] - trace.sent for trace in traces)

@@ -1,15 +1,15 @@
-"""Compiles the kernels of the engine's steps by running it: apart from `warming`, which a machine without it runs."""
+"""Compiles the kernels of the engine's steps by running it."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 from exeunt.compression.model import LoadedModel
-from exeunt.deploy.bench_engine import engine_driver
+from exeunt.server.request import ExitPolicy
 from scripts.gpu_check.end_to_end import packaged_model, random_model
-from scripts.gpu_check.engine_speeds import BACKFILLED, HALF, INT4, OFF, Sizes
+from scripts.gpu_check.engine_speeds import BACKFILLED, HALF, INT4, OFF, engine_driver
 from scripts.gpu_check.models import MISTRAL, TOY
 from scripts.gpu_check.report import Context
+from scripts.gpu_check.sizes import Sizes
 
 
 def exit_jobs(context: Context, *, packaged: bool) -> Iterator[Callable[[], None]]:
@@ -23,12 +23,12 @@ def exit_jobs(context: Context, *, packaged: bool) -> Iterator[Callable[[], None
         yield partial(_answer, model, streams, modes)
 
 
-def _answer(model: LoadedModel, streams: int, modes: Sequence[Mapping[str, object]]) -> None:
+def _answer(model: LoadedModel, streams: int, modes: Sequence[ExitPolicy]) -> None:
     sizes = Sizes((streams,), 16, 4)
-    driver = engine_driver(model, sizes.load(streams), spare=True)
+    driver = engine_driver(model, sizes.load(streams))
     try:
         prompts = driver.prompts(streams, sizes.prompt)
         for exits in modes:
-            driver.run(prompts, {**asdict(INT4), "early_exit": exits}, sizes.load(streams))
+            driver.run(prompts, INT4, exits, sizes.load(streams))
     finally:
         driver.close()

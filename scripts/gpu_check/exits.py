@@ -8,7 +8,6 @@ propagated and backfilled, one after the other.
 from typing import Final
 
 from exeunt.compression.model import LoadedModel
-from exeunt.deploy.bench_engine import engine_driver
 from exeunt.server.stage_choice import SchedulingPolicy
 from scripts.gpu_check.end_to_end import random_model
 from scripts.gpu_check.engine_speeds import (
@@ -16,12 +15,13 @@ from scripts.gpu_check.engine_speeds import (
     HALF,
     INT4,
     OFF,
-    Sizes,
+    engine_driver,
     engine_speeds,
     free_memory,
 )
 from scripts.gpu_check.models import MISTRAL, TOY
 from scripts.gpu_check.report import Context, Found
+from scripts.gpu_check.sizes import Sizes
 
 LOADS: Final[tuple[tuple[Sizes, SchedulingPolicy], ...]] = (
     (Sizes((16, 64), 256, 64), "queues"),

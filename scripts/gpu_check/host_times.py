@@ -1,15 +1,15 @@
 """Where the engine's thread spends a tick of the packaged model, by function: what the GPU waits for."""
 
-from dataclasses import asdict
 from functools import partial
+from typing import Final
 
-from exeunt.compression.variant import Variant
-from exeunt.deploy.bench_engine import engine_driver
 from scripts.gpu_check.end_to_end import packaged_model
-from scripts.gpu_check.engine_speeds import Sizes, warmed
+from scripts.gpu_check.engine_speeds import BACKFILLED, HALF, INT4, OFF, VERIFIED, engine_driver, warmed
 from scripts.gpu_check.report import Context, Found
-from scripts.host_time import MODES, watching
+from scripts.gpu_check.sizes import Sizes
+from scripts.tick_time import watching
 
+_MODES: Final = {"off": OFF, "verified": VERIFIED, "propagate": HALF, "backfill": BACKFILLED}
 _LEAST = 6.0  # seconds left without which a mode is not begun
 _FUNCTIONS = 25  # kept of each
 
@@ -22,12 +22,11 @@ def run(context: Context, found: Found) -> None:
     try:
         prompts = driver.prompts(sizes.most, sizes.prompt)
         for streams in sizes.streams:
-            for mode, asked in MODES.items():
+            for mode, exits in _MODES.items():
                 name = f"{mode}, {streams} streams"
-                if (mode != "off" and not model.exits) or not context.fits(_LEAST, name, found):
+                if (exits is not OFF and not model.exits) or not context.fits(_LEAST, name, found):
                     continue
-                ask = {**asdict(Variant("int4", "int4")), "early_exit": asked}
-                load = partial(driver.run, prompts[:streams], ask, sizes.load(streams))
+                load = partial(driver.run, prompts[:streams], INT4, exits, sizes.load(streams))
                 warmed(context, model, load)
                 with watching() as watched:
                     load()

@@ -8,16 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from scripts.gpu_check.needs import SERVER, missing
+from scripts.gpu_check.needs import METRICS, missing
 from scripts.gpu_check.report import Context, Found
 
 TESTS: Final[dict[str, tuple[str, ...]]] = {
     "tests/compression/gpu": (),
-    "tests/server/test_gpu_engine.py": SERVER,
-    "tests/server/test_gate_timer.py": SERVER,
-    "tests/server/test_sampling_on_gpu.py": SERVER,
+    "tests/server/test_gpu_engine.py": METRICS,
+    "tests/server/test_gate_timer.py": (),
+    "tests/server/test_sampling_on_gpu.py": (),
     "tests/kernels/triton": (),
-    "tests/server/test_sampling.py": ("hypothesis",),
+    "tests/server/test_sampling.py": ("hypothesis", "scipy"),
 }
 """The tests, and the modules that they take beside pytest and those of a bare machine."""
 RECORD: Final = "EXEUNT_TEST_RECORD"

@@ -12,11 +12,13 @@ from typing import Final
 
 LEAST: Final = {"torch": (2, 11), "triton": (3, 6), "transformers": (5, 12)}
 """Versions that the kernels and models are written for, those of pyproject.toml."""
-BARE: Final = (*LEAST, "pydantic", "typer", "safetensors", "numpy")
+BARE: Final = (*LEAST, "safetensors", "numpy")
 """Modules without which nothing runs; the last two come with transformers."""
-SERVER: Final = ("starlette", "pydantic_settings", "prometheus_client", "scipy", "rich")
-"""Modules that running the engine takes beside those."""
 TESTS: Final = ("pytest",)
+METRICS: Final = ("prometheus_client",)
+"""Without it engines count nothing: their speeds then lack what a server's metrics cost it."""
+BUNDLE: Final = ("pydantic",)
+"""Without it no bundle is opened, and the packaged model runs without exits."""
 
 
 def missing(names: Sequence[str]) -> list[str]:

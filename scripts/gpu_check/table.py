@@ -37,6 +37,8 @@ def _machine(report: Report) -> Iterator[str]:
     name = found.get("gpu", found.get("device"))
     yield f"{name}: copy {copy / 1e9:.0f} GB/s, read {read / 1e9:.0f} GB/s, bf16 {flops / 1e12:.0f} TFLOP/s"
     yield versions
+    if (metrics := report.data.get("metrics", "counted")) != "counted":
+        yield f"  engines' metrics {metrics}"
     sections = [(name, each) for name, each in report.data["sections"].items() if "status" in each]
     yield "sections: " + ", ".join(
         f"{name} {each.get('status')} {each.get('seconds', 0):.0f} s" for name, each in sections

@@ -43,11 +43,6 @@ _TEXTS: Final = {"long": (600, 40), "short": (20, 1)}
 _ROOT: Final = Path(__file__).resolve().parents[2]
 
 
-def is_of_engine(group: str) -> bool:
-    """Whether a group is compiled by running the engine."""
-    return group.startswith("exits")
-
-
 class Warmers:
     """Processes that compile, one a group; `timeout` ends those that take too long."""
 
@@ -119,7 +114,7 @@ def _jobs(context: Context, group: str) -> Iterator[Callable[[], None]]:
     if kind == "steps":
         return decode_speeds.warm_jobs(context, "int4" if what == "int4" else "full")
     if kind == "exits":
-        from scripts.gpu_check.engine_warming import exit_jobs  # it takes the server and all that it needs
+        from scripts.gpu_check.engine_warming import exit_jobs  # the engine, which no other group takes
 
         return exit_jobs(context, packaged=what == "packaged")
     return kernel_speeds.warm_jobs(context, linears=kind == "linears")

@@ -10,8 +10,13 @@ from rich.console import Console
 from exeunt.calibration.risk import percent
 from exeunt.compression.bundle import file_sha256, open_bundle
 from exeunt.compression.model import load_bundle
-from exeunt.deploy.bench import BenchError, BenchMode, Load, Trace, bench, modes_of
+from exeunt.deploy.bench import (
+    BenchMode,
+    bench,
+    modes_of,
+)
 from exeunt.deploy.bench_engine import engine_driver
+from exeunt.deploy.bench_load import BenchError, Load, Trace
 from exeunt.deploy.bench_table import speed_table
 from exeunt.deploy.bench_text import cut_prompts
 from exeunt.deploy.cli import run

@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from exeunt.deploy.packaged import CALIBRATION_TEXT
+from exeunt.deploy.packaged_model import CALIBRATION_TEXT
 from tests.calibration.conftest import some_text, tiny_checkpoint
 from tests.deploy.conftest import free_port, wait_for
 from tests.deploy.server_process import environment, eventually

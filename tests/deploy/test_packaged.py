@@ -15,16 +15,16 @@ from exeunt.calibration.options import CalibrationOptions
 from exeunt.calibration.progress import TerminalProgress
 from exeunt.compression.model import load_bundle
 from exeunt.deploy import packaged_model
-from exeunt.deploy.bench import Load
 from exeunt.deploy.bench_engine import EngineDriver, engine_driver
+from exeunt.deploy.bench_load import Load
 from exeunt.deploy.bundle_cache import KEPT_DAYS, alone, lock_of
 from exeunt.deploy.loading import SettingsError
 from exeunt.deploy.packaged import (
-    CALIBRATION_TEXT,
     cache_folder,
     content_key,
     packaged_bundle,
 )
+from exeunt.deploy.packaged_model import CALIBRATION_TEXT
 from tests.compression.small_bundles import small_bundle, small_checkpoint
 
 

@@ -19,6 +19,7 @@ from scripts.gpu_check import (
     end_to_end,
     engine_speeds,
     synthetic_exit,
+    transformers_speeds,
 )
 from scripts.gpu_check.models import TOY, random_decoders
 from scripts.gpu_check.paged_rows import PagedRows, greedy
@@ -160,12 +161,12 @@ def test_what_a_compiled_generate_compiles_is_not_timed(tmp_path: Path) -> None:
         def generate(self, ids: Tensor, max_new_tokens: int, **rest: Any) -> None:
             self.asked.append(max_new_tokens)
 
-    found = end_to_end.generate_speed(
+    found = transformers_speeds.generate_speed(
         toy_context(tmp_path), Model(), [[1, 2]], 8, cache_implementation="static"
     )
     assert Model.asked == [8, 8, 8]
     assert len(found["warm_up_seconds"]) == 2
-    late = end_to_end.generate_speed(
+    late = transformers_speeds.generate_speed(
         toy_context(tmp_path, -1.0), Model(), [[1, 2]], 8, cache_implementation="static"
     )
     assert "tokens_per_s" not in late

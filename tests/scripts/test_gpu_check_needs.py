@@ -41,7 +41,8 @@ class _Without:
 
 def _bare(names: Sequence[str], line: str) -> "subprocess.CompletedProcess[str]":
     """What a process says in which no module of these names can be found; "" in `sys.argv` is its first argument."""
-    around = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    around = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     hide = f"class {inspect.getsource(_Without).partition('class ')[2]}"
     code = "\n".join(
         (
@@ -62,7 +63,7 @@ def _requirements() -> set[str]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     lines = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
     names = {Requirement(line).name.lower().replace("-", "_") for line in lines}
-    return names | {"starlette", "xdist"}
+    return names | {"starlette", "pydantic_core", "xdist"}
 
 
 _THEIRS: Final = {"httpx", "jinja2", "pyyaml", "setuptools", "packaging"}  # torch or transformers need them
@@ -70,10 +71,11 @@ _BLOCKED: Final = sorted(_requirements() - {*needs.BARE, *_THEIRS})
 
 
 @pytest.mark.slow
-def test_a_bare_machine_checks_and_measures_all_but_the_engine(tmp_path: Path) -> None:
+def test_a_bare_machine_checks_and_measures_all_but_the_tests(tmp_path: Path) -> None:
     out = tmp_path / "gpu-check.json"
     sections = [name for name in check.SECTIONS if name != "float32"]
     said = ["", "--device", "cpu", "--quick", "--out", str(out), "--sections", ",".join(sections)]
+    said += ["--bundle", str(tmp_path)]
     done = _bare(
         _BLOCKED,
         f"import runpy; sys.argv = {said}; runpy.run_module('scripts.gpu_check', run_name='__main__')",
@@ -81,19 +83,33 @@ def test_a_bare_machine_checks_and_measures_all_but_the_engine(tmp_path: Path) -
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(out.read_text())
     status = {name: each["status"] for name, each in found["sections"].items()}
-    engine = ("end_to_end", "exits", "host", "compiled")
-    assert status == dict.fromkeys(sections, "done") | dict.fromkeys((*engine, "tests"), "needs")
-    assert all(found["sections"][name]["needs"] == [*needs.SERVER] for name in engine)
-    assert "end_to_end needs starlette, pydantic_settings" in done.stdout
+    assert status == dict.fromkeys(sections, "done") | {"tests": "needs"}
     assert "tests needs pytest" in done.stdout
+    assert found["metrics"] == "not counted: prometheus_client is not installed"
+    assert f"engines' metrics {found['metrics']}" in done.stdout
+    assert "No bundle is opened: pydantic is not installed." in done.stderr
+    packaged = found["sections"]["end_to_end"]["packaged"]
+    assert "engine int4/int4 verified: a bundle takes pydantic" in packaged["skipped"]
+    assert packaged["engine int4/int4, 2 streams"]["tokens_per_s"] > 0
 
 
-def test_what_the_engine_needs_is_what_is_said() -> None:
-    modules = ("end_to_end", "exits", "host_times", "engine_warming", "compiled")
-    line = f"import {', '.join(f'scripts.gpu_check.{name}' for name in modules)}; "
-    line += f"print(all(name in sys.modules for name in {needs.SERVER}))"
-    done = _bare(sorted({*_BLOCKED} - {*needs.SERVER}), line)
-    assert done.stdout.strip() == "True", done.stderr
+@pytest.mark.parametrize(
+    ("modules", "without"),
+    [
+        (["exeunt.compression.model", "exeunt.server.engine", "exeunt.deploy.load_driver"], []),
+        (["scripts.gpu_check.compiled"], ["exeunt.server.engine"]),
+    ],
+)
+def test_what_runs_on_a_bare_machine_imports_nothing_more(modules: list[str], without: list[str]) -> None:
+    line = f"import {', '.join(modules)}; print([name for name in {without} if name in sys.modules])"
+    done = _bare(_BLOCKED, line)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_opening_a_bundle_is_what_takes_pydantic() -> None:
+    line = "from exeunt.compression.model import load_bundle; load_bundle('nowhere')"
+    lacking = _bare(_BLOCKED, line).stderr.splitlines()[-1]
+    assert lacking == f"ModuleNotFoundError: No module named {needs.BUNDLE[0]!r}"
 
 
 def test_tests_that_lack_a_module_are_told_and_the_others_run(

@@ -9,13 +9,13 @@ import torch
 import typer
 
 from exeunt.compression.model import load_bundle
-from exeunt.deploy.bench import Load
 from exeunt.deploy.bench_engine import engine_driver
+from exeunt.deploy.bench_load import Load
 from exeunt.kernels.native.library import native_library
 from exeunt.server.lifecycle import Lifecycle
 from exeunt.server.runner import Runner
 from scripts import host_time
-from scripts.host_time import HostTime, watching
+from scripts.tick_time import HostTime, watching
 from tests.deploy.server_process import byte_bundle
 
 RUN = "server.lifecycle: Lifecycle.run"
