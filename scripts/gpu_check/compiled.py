@@ -17,7 +17,7 @@ import torch
 from scripts.gpu_check.models import MISTRAL, TOY
 from scripts.gpu_check.prompts import packaged_prompts
 from scripts.gpu_check.report import Clock, Context, Found, Report
-from scripts.gpu_check.sizes import LARGE, PACKAGED
+from scripts.gpu_check.sizes import LARGE_SIZES, PACKAGED_SIZES
 from scripts.gpu_check.transformers_speeds import (
     generate_speed,
     packaged_of_transformers,
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="toy sizes")
     asked = parser.parse_args(arguments)
     context = Context(torch.device(asked.device), asked.quick, Report(asked.out), Clock(asked.seconds))
-    sizes = PACKAGED if asked.model == "packaged" else LARGE
+    sizes = PACKAGED_SIZES if asked.model == "packaged" else LARGE_SIZES
     prompt, answer = (16, 4) if asked.quick else (sizes.prompt, sizes.answer)
     prompts = packaged_prompts(sizes.most, prompt)[: asked.streams]
     if asked.model == "packaged":

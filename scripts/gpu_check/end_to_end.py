@@ -44,7 +44,7 @@ from scripts.gpu_check.paged_rows import greedy
 from scripts.gpu_check.parts import Part, run_parts
 from scripts.gpu_check.prompts import packaged_prompts
 from scripts.gpu_check.report import Context, Found
-from scripts.gpu_check.sizes import LARGE, PACKAGED, QUICK, SMALL, Sizes
+from scripts.gpu_check.sizes import LARGE_SIZES, PACKAGED_SIZES, QUICK_SIZES, SMALL_SIZES, Sizes
 from scripts.gpu_check.synthetic_exit import WANTED, synthetic_exit, with_rate
 from scripts.gpu_check.transformers_speeds import (
     packaged_of_transformers,
@@ -77,7 +77,7 @@ RANDOM_MODES: Modes = {
 
 def run(context: Context, found: Found) -> None:
     """Every part that fits."""
-    packaged, large, small = QUICK if context.quick else (PACKAGED, LARGE, SMALL)
+    packaged, large, small = QUICK_SIZES if context.quick else (PACKAGED_SIZES, LARGE_SIZES, SMALL_SIZES)
     shapes = (TOY, replace(TOY, name="toy again")) if context.quick else (MISTRAL, LLAMA)
     first, second = (shape.name for shape in shapes)
     parts = (
@@ -148,7 +148,11 @@ def _offered(model: LoadedModel, modes: Modes, found: Found) -> Modes:
     """The modes that a model offers: without exits those that have none, the others named in `found`."""
     offered = {name: mode for name, mode in modes.items() if model.exits or mode[1] is OFF}
     without = missing(BUNDLE)
-    why = f"a bundle takes {', '.join(without)}" if without else "there is no bundle, --bundle takes one"
+    why = (
+        f"opening a bundle takes {', '.join(without)}"
+        if without
+        else "there is no bundle, --bundle takes one"
+    )
     if lacking := sorted(f"engine {name}: {why}" for name in modes.keys() - offered):
         found.setdefault("skipped", []).extend(lacking)
     return offered

@@ -23,11 +23,11 @@ class Sizes:
         return Load(streams, self.prompt, answer or self.answer, streams, temperature)
 
 
-PACKAGED, LARGE, SMALL = (
+PACKAGED_SIZES, LARGE_SIZES, SMALL_SIZES = (
     Sizes((64, 1, 16), 64, 64),
     Sizes((64, 1, 16), 256, 64),
     Sizes((16, 1, 64), 256, 64),
 )
 """Of the packaged model, and of a large and a small shape."""
-QUICK = (Sizes((2, 1), 16, 4), Sizes((1, 2), 16, 4), Sizes((2,), 16, 4))
+QUICK_SIZES = (Sizes((2, 1), 16, 4), Sizes((1, 2), 16, 4), Sizes((2,), 16, 4))
 """Toy sizes of the same."""

@@ -89,7 +89,7 @@ def test_a_bare_machine_checks_and_measures_all_but_the_tests(tmp_path: Path) ->
     assert f"engines' metrics {found['metrics']}" in done.stdout
     assert "No bundle is opened: pydantic is not installed." in done.stderr
     packaged = found["sections"]["end_to_end"]["packaged"]
-    assert "engine int4/int4 verified: a bundle takes pydantic" in packaged["skipped"]
+    assert "engine int4/int4 verified: opening a bundle takes pydantic" in packaged["skipped"]
     assert packaged["engine int4/int4, 2 streams"]["tokens_per_s"] > 0
 
 
