@@ -131,10 +131,10 @@ def _sections(said: str) -> tuple[str, ...]:
 
 
 def _seconds(said: str) -> float:
-    seconds = float(said)
-    if not seconds >= 1:
-        raise ArgumentTypeError(f"{said} is not at least 1")
-    return seconds
+    with suppress(ValueError):
+        if (seconds := float(said)) >= 1:
+            return seconds
+    raise ArgumentTypeError(f"{said} is not a number of at least 1")
 
 
 class _Run:

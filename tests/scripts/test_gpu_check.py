@@ -112,6 +112,13 @@ def test_a_section_that_nobody_knows_is_refused() -> None:
     assert "there is no section speed" in done.stderr
 
 
+@pytest.mark.parametrize("seconds", ["0.5", "nan", "long"])
+def test_seconds_that_are_none_are_refused(seconds: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        check.main(["--device", "cpu", "--seconds", seconds])
+    assert f"argument --seconds: {seconds} is not a number of at least 1" in capsys.readouterr().err
+
+
 def _run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, names: Sequence[str], **functions: Any) -> Report:
     """The report of sections that do what `functions` do."""
     for name, function in functions.items():
