@@ -23,8 +23,8 @@ class BlockAccount:
 
     In the verified mode what was run is open until the full model has judged the drafts: as many tokens count as
     executed as became certain. In the other modes all that is run is executed once its pass ends, unless it repeats
-    what a preemption dropped. What was never run of the tokens of an answer is skipped, known at the latest when it
-    ends.
+    what was run before a preemption dropped it. What was never run of the tokens of an answer is skipped, known at the
+    latest when it ends.
     """
 
     def __init__(self, totals: DepthTotals, metrics: WorkMetrics) -> None:
@@ -36,11 +36,19 @@ class BlockAccount:
         self._totals.block_passes += passes
         self._open += pairs
         if sequence.preemptions and sequence.prefilling and sequence.left_at:
-            self._settle_pairs(0, passes)
+            self._settle_pairs(min(self._open, self._owed(sequence)), passes)
         elif ended and sequence.exits.mode != "verified":
             self._settle_pairs(self._open, passes)
         else:
             self._metrics.work(passes=passes)
+
+    def _owed(self, sequence: Sequence) -> int:
+        """Pairs of the answer's tokens that have not been run yet, nor skipped for good.
+
+        Where a preemption came before tokens that left were caught up with, computing anew is what does it.
+        """
+        totals = self._totals
+        return max(0, sequence.generated * totals.blocks - totals.blocks_executed - totals.blocks_skipped)
 
     def beside(self, blocks: int) -> None:
         """So many blocks were run for one token and not for the answer: an audit, or a step that nobody needed."""

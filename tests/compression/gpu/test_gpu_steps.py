@@ -129,14 +129,12 @@ def test_a_capture_that_fails_leaves_everything_as_it_was(
     def fails(x: Tensor) -> tuple[Tensor]:
         twice = 2 * x
         if torch.cuda.is_current_stream_capturing():
-            raise RuntimeError("no room")
+            raise torch.OutOfMemoryError("CUDA out of memory: no room")
         return (twice,)
 
     x = torch.ones(3, 4, device="cuda")
-    reserved = torch.cuda.memory_reserved()
     assert graphs.run(("a failure",), fails, x) is None
-    assert graphs.pool.nbytes >= torch.cuda.memory_reserved() - reserved
-    assert "of a failure of 4 rows cannot be captured, such passes run without: no room" in caplog.text
+    assert "of a failure of 4 rows cannot be captured, such passes run without: CUDA out of" in caplog.text
     assert torch.cuda.current_stream() == stream
     found = graphs.run(("twice",), lambda x: (2 * x,), x)
     assert found is not None
