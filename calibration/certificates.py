@@ -250,7 +250,10 @@ def _untested_reason(effort: NllEffort, variant: Variant, deployed: Variant) -> 
     if effort.variants == "none":
         preset = "default" if variant == deployed else "thorough"
         return f"the bundle's preset does not test it, calibrate with --preset {preset}"
-    return f"it was tested only for {_in_words(deployed)}, ask for that or calibrate with --preset thorough"
+    tested = _in_words(deployed)
+    if variant.linear_block and not deployed.linear_block:
+        tested += " without the linear block"
+    return f"it was tested only for {tested}, ask for that or calibrate with --preset thorough"
 
 
 def _in_words(variant: Variant) -> str:

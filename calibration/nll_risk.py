@@ -31,7 +31,7 @@ from scipy import stats
 
 from exeunt.calibration.bootstrap import Measure
 from exeunt.calibration.fixed_sequence import FixedSequence
-from exeunt.calibration.risk import CONFIDENCE, LEAST_BLOCKS, NOTHING_TESTED, Counts, too_few
+from exeunt.calibration.risk import CONFIDENCE, LEAST_BLOCKS, NOTHING_TESTED, Counts, above, too_few
 
 CLIP: Final = 3.0
 """B, in nats: a token that a mode makes more than e³ = 20 times less (or more) likely counts as 20 times."""
@@ -161,7 +161,7 @@ def nll_sequence(
             unclipped=shift,
             perplexity=None if full is None or shift is None else float(np.exp(full + shift.value)),
             full_perplexity=None if full is None else float(np.exp(full)),
-            reason=None if passed else _why(threshold, counts, bound, confidence),
+            reason=None if passed else _why(threshold, counts, bound, target, confidence),
         )
 
     return FixedSequence(begin, judge, untested(target, NOTHING_TESTED))
@@ -172,10 +172,11 @@ def untested(target: float, reason: str) -> NllCertificate:
     return NllCertificate(target, None, 0, 0, None, None, None, None, None, reason)
 
 
-def _why(threshold: float, counts: NllCounts, bound: float | None, confidence: float) -> str:
+def _why(threshold: float, counts: NllCounts, bound: float | None, target: float, confidence: float) -> str:
     if bound is None:
         return too_few(threshold, counts.left, int((counts.exits > 0).sum()))
     return (
         f"at threshold {threshold:.3f}, where {counts.left} of {counts.total} tokens left, the mean increase of "
-        f"{counts.increase:.4f} nats may be as high as {bound:.4f} at {confidence:.0%} confidence"
+        f"{counts.increase:.4f} nats may be as high as {above(bound, target, 4, 'f')} at {confidence:.0%} "
+        "confidence"
     )

@@ -16,7 +16,7 @@ coverage is tested by simulation.
 """
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -172,20 +172,30 @@ def disagreement_sequence(
             tokens=counts.tokens,
             disagreement=counts.risk,
             upper_bound=bound,
-            reason=None if passed else _why(threshold, counts, bound, confidence),
+            reason=None if passed else _why(threshold, counts, bound, target, confidence),
         )
 
     return FixedSequence(begin, judge, Certificate(target, None, 0, 0, None, None, NOTHING_TESTED))
 
 
-def _why(threshold: float, counts: ExitCounts, bound: float, confidence: float) -> str:
+def _why(threshold: float, counts: ExitCounts, bound: float, target: float, confidence: float) -> str:
     blocks = int((counts.exits > 0).sum())
     if blocks < LEAST_BLOCKS:
         return too_few(threshold, counts.total, blocks)
     return (
         f"at threshold {threshold:.3f} {counts.wrong} of the {counts.total} tokens that left differ, so the "
-        f"disagreement may be as high as {bound:.1%} at {confidence:.0%} confidence"
+        f"disagreement may be as high as {above(bound, target, 1, '%')} at {confidence:.0%} confidence"
     )
+
+
+def above(bound: float, target: float, decimals: int, form: Literal["%", "f"]) -> str:
+    """`bound` with so many decimals, or as many more as it takes to show that it is above the target, if it is."""
+    for more in range(decimals, decimals + 9):
+        text = f"{bound:.{more}{form}}"
+        shown = float(text.removesuffix("%")) / (100 if form == "%" else 1)
+        if shown > target or bound <= target:
+            break
+    return text
 
 
 def too_few(threshold: float, exits: int, blocks: int) -> str:

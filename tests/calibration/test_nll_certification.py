@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from exeunt.calibration.certificates import (
     CertifiedVariant,
     NllEffort,
+    _untested_reason,
     certify_variants,
     certify_work,
     nll_risk_table,
@@ -393,3 +394,21 @@ def _figures(each: CertifiedVariant) -> tuple[Any, ...]:
         [(at, counts.exits.tolist(), counts.errors.tolist()) for at, counts in each.certification.tested],
         (nll.certificates, [(at, counts.clipped.tolist()) for at, counts in nll.tested]),
     )
+
+
+def test_what_was_tested_is_told_by_what_differs() -> None:
+    deployed, effort = Variant("int4", "int4", False), NllEffort(variants="deployed")
+    told = [
+        _untested_reason(effort, variant, deployed)
+        for variant in (
+            Variant("full", "int4", False),
+            Variant("int4", "int4", True),
+            Variant("full", "int4", True),
+        )
+    ]
+    words = "it was tested only for INT4 weights with INT4 keys and values"
+    assert [each.partition(", ask for that")[0] for each in told] == [
+        words,
+        f"{words} without the linear block",
+        f"{words} without the linear block",
+    ]

@@ -7,6 +7,7 @@ from scipy import stats
 from exeunt.calibration.risk import (
     LEAST_BLOCKS,
     ExitCounts,
+    above,
     design_effect,
     disagreement_sequence,
     error_correlation,
@@ -137,6 +138,14 @@ def test_a_sequence_that_fails_at_once_says_why() -> None:
     few = disagreement_sequence(0.05, begin=0.9, correlation=0.0)
     few.test(0.9, counts([3.0] * 5, [0.0] * 5))
     assert "only 15 tokens in 5 blocks" in str(few.certificate.reason)
+
+
+@pytest.mark.parametrize(
+    ("bound", "target", "said"),
+    [(0.034, 0.02, "3.4%"), (0.02003, 0.02, "2.003%"), (0.0204, 0.02, "2.04%"), (0.02, 0.02, "2.0%")],
+)
+def test_a_bound_that_is_too_high_is_seen_to_be(bound: float, target: float, said: str) -> None:
+    assert above(bound, target, 1, "%") == said
 
 
 def test_the_whole_sequence_rarely_certifies_a_threshold_whose_risk_is_above_the_target() -> None:
