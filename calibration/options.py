@@ -88,9 +88,7 @@ class CalibrationOptions:
         check_names({"MODEL": self.model, "--out": self.out, "--data": self.data, "--work": work})
         check_seed(self.seed)
         if self.tokens < self.least_tokens:
-            raise OptionError(
-                f"Calibration was allowed {self.tokens:,} tokens; it needs at least {self.least_tokens:,}."
-            )
+            raise OptionError(f"--tokens is {self.tokens}; a calibration needs at least {self.least_tokens}.")
         for target in self.risk:
             if not 0.0 < target < 1.0:
                 raise OptionError(f"The risk target {target} must be above 0 and below 1 (0.05 is 5 %).")

@@ -77,7 +77,9 @@ def misused(error: Any, arguments: Sequence[str]) -> str:
     command = f" {arguments[0]}" if arguments and not arguments[0].startswith("-") else ""
     if message.startswith("No such option"):
         message = f"There is no option {error.option_name}"
-        guess = next(iter(get_close_matches(error.option_name, error.possibilities or (), n=1, cutoff=0)), "")
+        guess = next(
+            iter(get_close_matches(error.option_name, error.possibilities or (), n=1, cutoff=0.7)), ""
+        )
     elif found := re.match(r"No such command '(.+?)'(?:\. Did you mean '(.+?)')?", message):
         message, guess, command = f"There is no command {found[1]}", found[2], ""
     meant = f"; did you mean {guess}?" if guess else ";"

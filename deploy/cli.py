@@ -102,12 +102,12 @@ def _complain(message: str, status: int) -> int:
     return status
 
 
-@app.command()
+@app.command(short_help="Serve a bundle or a model over HTTP.")
 def serve(
     model: Annotated[
         str | None,
         typer.Argument(
-            metavar="[BUNDLE|MODEL]",
+            metavar="BUNDLE|MODEL",
             help="A bundle, a checkpoint's directory or a Hugging Face id; without it the packaged model, "
             "calibrated on first use.",
             show_default=False,
@@ -189,7 +189,7 @@ def _settings(given: dict[str, Any]) -> Any:
         raise UsageError(invalid_setting(error)) from error
 
 
-@app.command()
+@app.command(short_help="Show what is inside a bundle.")
 def inspect(
     bundle: Annotated[Path, BUNDLE],
     json_file: Annotated[Path | None, JSON] = None,
@@ -219,11 +219,11 @@ def _check_bundle(path: Path) -> None:
         raise UsageError(f"{path} is a checkpoint; give the folder that `exeunt calibrate --out` wrote.")
 
 
-app.command()(calibrate)
-app.command(name="eval")(evaluate)
+app.command(short_help="Make a bundle from a model.")(calibrate)
+app.command(name="eval", short_help="Measure the quality of every mode.")(evaluate)
 
 
-@app.command()
+@app.command(short_help="Measure the speed of every mode.")
 def bench(
     target: Annotated[
         str,

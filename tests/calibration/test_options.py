@@ -66,7 +66,7 @@ def test_a_folder_that_is_no_bundle_is_not_overwritten(
         ({"risk": (0.0,)}, "risk target 0"),
         ({"risk": ()}, "at least one risk target"),
         ({"confidence": 1.0}, "confidence is 1"),
-        ({"tokens": 10}, "allowed 10 tokens"),
+        ({"tokens": 10}, "--tokens is 10; a calibration needs at least"),
         ({"row_tokens": 4}, "at least 16"),
         ({"group_size": 7}, "group size is 7"),
     ],

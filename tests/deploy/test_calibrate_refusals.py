@@ -129,7 +129,7 @@ def test_a_checkpoint_with_a_number_that_is_none(
         (("--risk", "1"), "risk target 1"),
         (("--risk", "0.05,nan"), "nan"),
         (("--risk", "-0.1"), "risk target -0.1"),
-        (("--tokens", "100"), "allowed 100 tokens"),
+        (("--tokens", "100"), "--tokens is 100; a calibration needs at least 6000"),
         (("--group-size", "3"), "group size is 3; it must be even"),
         (("--group-size", "3", "--weights", "full"), "group size is 3; it must be even"),
         (
