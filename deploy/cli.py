@@ -186,7 +186,7 @@ def _settings(given: dict[str, Any]) -> Any:
     try:
         return load_settings(given)
     except ValidationError as error:
-        raise UsageError(invalid_setting(error)) from error
+        raise UsageError(invalid_setting(error, given)) from error
 
 
 @app.command(short_help="Show what is inside a bundle.")

@@ -201,11 +201,16 @@ def unknown_variables(environment: Mapping[str, str]) -> list[str]:
     )
 
 
-def invalid_setting(error: ValidationError) -> str:
-    """One sentence for the first thing wrong with the settings: the flag, its value, what it must be."""
+def invalid_setting(error: ValidationError, given: Mapping[str, object]) -> str:
+    """One sentence for the first thing wrong with the settings: the flag, its value, what it must be.
+
+    Of a setting that was not `given` the environment's variable is named too: that is where it is to be mended.
+    """
     first = error.errors()[0]
     name, *inside = (str(part) for part in first["loc"])
     flag = f"--{name.replace('_', '-')}"
+    if name not in given:
+        flag = f"{ENV_PREFIX}{name.upper()} ({flag})"
     within = f" ({'.'.join(inside)})" if inside else ""
     value = "" if name == "api_key" else f" is {shown(first['input'])}"
     return f"{flag}{within}{value}; {_REQUIREMENTS.get(first['type']) or requirement(first)}."

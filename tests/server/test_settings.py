@@ -78,7 +78,17 @@ def test_the_key_is_not_printed() -> None:
 def test_what_is_wrong_is_one_sentence(given: dict[str, object], sentence: str) -> None:
     with pytest.raises(ValidationError) as caught:
         load_settings(given)
-    assert invalid_setting(caught.value).startswith(sentence)
+    assert invalid_setting(caught.value, given).startswith(sentence)
+
+
+def test_what_is_wrong_in_the_environment_is_named_as_it_stands_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("EXEUNT_MAX_NUM_SEQS", "0")
+    with pytest.raises(ValidationError) as caught:
+        load_settings({"port": "80"})
+    said = invalid_setting(caught.value, {"port": "80"})
+    assert said == 'EXEUNT_MAX_NUM_SEQS (--max-num-seqs) is "0"; it must be at least 1.'
 
 
 def test_misspelt_variables_are_noticed() -> None:
