@@ -40,7 +40,7 @@ def least_weight_bytes(
     if is_bundle and manifest is None:
         return None
     try:
-        spec = load_architecture(folder)
+        spec = (None if manifest is None else manifest.architecture) or load_architecture(folder)
     except (ConfigError, UnsupportedModelError):
         return None
     dense = spec.parameters * (dtype or default_dtype(spec, device)).itemsize
