@@ -70,7 +70,11 @@ def tiny_model(tiny_checkpoint: Path) -> LoadedModel:
 
     The first exit has a judge and looks at a shortlist, which all logits confirm; the second looks at all tokens.
     """
-    model = load_plain_model(tiny_checkpoint, device="cpu", dtype=torch.float32)
+    return with_exits(load_plain_model(tiny_checkpoint, device="cpu", dtype=torch.float32))
+
+
+def with_exits(model: LoadedModel) -> LoadedModel:
+    """The same with `tiny_model`'s exits and linear block, in the model's dtype."""
     g = torch.Generator().manual_seed(3)
     judge = ExitJudge(
         torch.randn(5, 8, generator=g) / 5, torch.zeros(8), torch.randn(8, generator=g), torch.zeros(())
@@ -87,5 +91,6 @@ def tiny_model(tiny_checkpoint: Path) -> LoadedModel:
         torch.zeros(HIDDEN),
     )
     decoder = model.decoders[("full", False)]
+    linear = linear.to(model.device, model.dtype)
     decoders_by_form = dict(model.decoders) | {("full", True): decoder.with_linear_block(linear)}
     return replace(model, exits=exits, decoders=decoders_by_form)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
+import torch
 from prometheus_client import CollectorRegistry
 
 from exeunt.compression.kv_format import page_bytes_for
@@ -41,7 +42,7 @@ OFF, LEAVE = ExitPolicy(), ExitPolicy("approximate", threshold=0.5)
 BACKFILL = ExitPolicy("approximate", threshold=0.5, skipped_kv="backfill")
 VERIFIED = ExitPolicy("verified")
 PROMPT = tuple(b"The stage is empty. They leave.")
-WAIT_S = 60
+WAIT_S = 300 if torch.cuda.is_available() else 60  # a GPU first compiles its kernels
 NATIVE = pytest.mark.skipif(
     native_library() is None, reason="needs the native kernels (a C++ compiler, and EXEUNT_NATIVE not 0)"
 )
