@@ -8,6 +8,7 @@ from exeunt.server.api.compression import AppliedCompression, NotOfferedError, r
 from exeunt.server.api.errors import ApiError, bad_request
 from exeunt.server.api.schemas import MAX_SEED, CompressionOptions, GenerateBody, ScoreBody
 from exeunt.server.api.service import Service, draining
+from exeunt.server.api.token_limits import check_ids, check_prompt, check_text, check_together
 from exeunt.server.engine import EngineStoppedError, QueueFullError, RequestTooLargeError
 from exeunt.server.request import FailureEvent, GenerationRequest, SamplingParams, ScoreRequest
 
@@ -18,7 +19,9 @@ async def generation_request(body: GenerateBody, service: Service) -> Generation
     _check_sampling(body, service)
     compression = applied_compression(body.compression, service)
     prompt = await _tokens(service, body.prompt, body.prompt_token_ids, "prompt", "prompt_token_ids")
-    _check_length(len(prompt), body.max_new_tokens, service.config.max_model_len, _prompt_field(body))
+    limit = service.config.max_model_len
+    check_prompt(len(prompt), limit, _prompt_field(body))
+    check_together(len(prompt), body.max_new_tokens, limit)
     return GenerationRequest(
         id=f"gen-{secrets.token_hex(12)}",
         prompt_token_ids=tuple(prompt),
@@ -46,13 +49,7 @@ async def score_request(body: ScoreBody, service: Service) -> ScoreRequest:
     deadline = time.monotonic() + service.request_timeout_s
     compression = applied_compression(body.compression, service)
     tokens = await _tokens(service, body.text, body.token_ids, "text", "token_ids")
-    limit = service.config.max_model_len
-    if len(tokens) > limit:
-        raise bad_request(
-            f"The text has {len(tokens)} tokens; the limit is {limit}, score it in parts.",
-            code="too_long",
-            param=text_field(body),
-        )
+    check_text(len(tokens), service.config.max_model_len, text_field(body))
     return ScoreRequest(
         f"score-{secrets.token_hex(12)}", tuple(tokens), compression.variant, compression.exits, deadline
     )
@@ -136,16 +133,6 @@ async def _tokens(
     return tokens
 
 
-def check_ids(ids: Sequence[int], vocab_size: int, name: str) -> None:
-    """Raise ApiError 400 for a token id beyond the vocabulary."""
-    for index, token_id in enumerate(ids):
-        if token_id >= vocab_size:
-            raise bad_request(
-                f"{name}[{index}] is {token_id}; the vocabulary has the ids 0 to {vocab_size - 1}.",
-                param=f"{name}[{index}]",
-            )
-
-
 def _prompt_field(body: GenerateBody) -> str:
     """The name of the field that holds the prompt."""
     return "prompt" if body.prompt_token_ids is None else "prompt_token_ids"
@@ -161,20 +148,4 @@ def _check_sampling(body: GenerateBody, service: Service) -> None:
         raise bad_request(
             f"n is {body.n}; this server runs at most {service.config.max_num_seqs} sequences at once.",
             param="n",
-        )
-
-
-def _check_length(prompt_tokens: int, max_new_tokens: int, limit: int, field: str) -> None:
-    if prompt_tokens >= limit:
-        raise bad_request(
-            f"The prompt has {prompt_tokens} tokens; the limit for prompt and answer together is {limit}: shorten it.",
-            code="too_long",
-            param=field,
-        )
-    if prompt_tokens + max_new_tokens > limit:
-        raise bad_request(
-            f"The prompt has {prompt_tokens} tokens and max_new_tokens is {max_new_tokens}; the limit for both "
-            f"together is {limit}: shorten the prompt or ask for at most {limit - prompt_tokens} new tokens.",
-            code="too_long",
-            param="max_new_tokens",
         )

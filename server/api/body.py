@@ -1,19 +1,12 @@
-"""Request bodies: how large they may be and what counts as JSON."""
+"""Request bodies: how large they may be."""
 
 import asyncio
 import contextlib
-import json
-from collections.abc import Callable, Coroutine
-from typing import Any, Final
+from typing import Final
 
-from fastapi import Request, Response
-from fastapi.routing import APIRoute
-from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from exeunt.server.api.errors import CLIENT_CLOSED_REQUEST, ApiError
-from exeunt.server.api.outcome import outcome_of
-from exeunt.server.api.strict_json import parse_json
+from exeunt.server.api.errors import ApiError
 
 DISCARD_S: Final = 2.0  # how long a body that is refused is read on
 DISCARD_TIMES: Final = 4  # and how much of it, in limits
@@ -61,38 +54,3 @@ class BodyLimit:
     def _too_large(self, size: str) -> ApiError:
         message = f"The body has {size}; the limit is {self._max_bytes} bytes (--max-body-bytes)."
         return ApiError(413, message, code="body_too_large", headers={"Connection": "close"})
-
-
-class StrictJSONRequest(Request):
-    """A request whose JSON is parsed as `strict_json` does."""
-
-    async def body(self) -> bytes:
-        """The whole body; raises ApiError where the client left before it had sent it, which is counted as that."""
-        try:
-            return await super().body()
-        except ClientDisconnect as error:
-            outcome_of(self.scope).client_left()
-            raise ApiError(
-                CLIENT_CLOSED_REQUEST, "The client left before its body was complete.", code="client_left"
-            ) from error
-
-    async def json(self) -> Any:
-        """The parsed body; raises JSONDecodeError."""
-        body = await self.body()
-        try:
-            return parse_json(body)
-        except ValueError as error:
-            raise json.JSONDecodeError(str(error), "", 0) from error
-
-
-class StrictJSONRoute(APIRoute):
-    """A route that parses its body as `StrictJSONRequest` does."""
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """The framework's handler around our request."""
-        handle = super().get_route_handler()
-
-        async def handle_strictly(request: Request) -> Response:
-            return await handle(StrictJSONRequest(request.scope, request.receive))
-
-        return handle_strictly

@@ -101,6 +101,13 @@ def internal_error(error_id: str) -> ApiError:
     )
 
 
+def client_left(scope: Scope) -> ApiError:
+    """The error of a client that left before its request could be worked on; it is counted as that."""
+    outcome_of(scope).client_left()
+    message = "The client left before its request was worked on."
+    return ApiError(CLIENT_CLOSED_REQUEST, message, code="client_left")
+
+
 def log_bug(error: BaseException, where: str) -> str:
     """Log an unexpected exception and return the id it is logged under."""
     error_id = uuid.uuid4().hex[:12]

@@ -17,7 +17,6 @@ from exeunt.server.api.answers import (
     token_info,
     usage,
 )
-from exeunt.server.api.body import StrictJSONRoute
 from exeunt.server.api.compression import AppliedCompression
 from exeunt.server.api.errors import (
     CLIENT_CLOSED_REQUEST,
@@ -28,6 +27,7 @@ from exeunt.server.api.errors import (
     log_bug,
 )
 from exeunt.server.api.inbox import Attendance, ClientGoneError, Inbox
+from exeunt.server.api.json_route import EngineRoute
 from exeunt.server.api.outcome import Outcome, outcome_of
 from exeunt.server.api.responses import Choice, GenerateResponse
 from exeunt.server.api.schemas import GenerateBody
@@ -43,7 +43,7 @@ from exeunt.server.request import (
     StepEvent,
 )
 
-router = APIRouter(route_class=StrictJSONRoute)
+router = APIRouter(route_class=EngineRoute)
 
 GRACE_S: Final = (
     10.0  # the engine ends a request at its deadline; past this it is stuck, and the client is told

@@ -113,7 +113,9 @@ def _temperature(value: float) -> float:
     return value
 
 
-TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+# of a list that may be long only the first fault is told, so only that is looked for
+AnyTokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True)]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
 
 
 def _no_string(value: Any) -> Any:
@@ -185,4 +187,4 @@ class TokenizeBody(Body):
 class DetokenizeBody(Body):
     """The body of `POST /detokenize`."""
 
-    tokens: list[Annotated[int, Field(ge=0)]] = Field(description="Token ids.")
+    tokens: AnyTokenIds = Field(description="Token ids.")

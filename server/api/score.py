@@ -9,18 +9,18 @@ from starlette.responses import Response
 
 from exeunt.server.api.admission import admit, failure, score_request, text_field, timed_out
 from exeunt.server.api.answers import applied, perplexity, score_depth
-from exeunt.server.api.body import StrictJSONRoute
 from exeunt.server.api.compression import AppliedCompression
 from exeunt.server.api.errors import CLIENT_CLOSED_REQUEST, documented
 from exeunt.server.api.generate import patience_s
 from exeunt.server.api.inbox import Attendance, ClientGoneError, Inbox
+from exeunt.server.api.json_route import EngineRoute
 from exeunt.server.api.outcome import outcome_of
 from exeunt.server.api.responses import ScoredTokenInfo, ScoreResponse, ScoreUsage
 from exeunt.server.api.schemas import ScoreBody
 from exeunt.server.api.service import Service, serving_service
 from exeunt.server.request import Event, FailureEvent, ScoredToken, ScoreRequest
 
-router = APIRouter(route_class=StrictJSONRoute)
+router = APIRouter(route_class=EngineRoute)
 
 Outcome = list[ScoredToken] | Event
 

@@ -1,8 +1,10 @@
 """What every route works with: the loaded model, its engine, and whether requests would be served now."""
 
+import asyncio
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Final, Literal
+from typing import Final, Literal, TypeVar
 
 from fastapi import Request
 
@@ -15,6 +17,7 @@ from exeunt.server.engine import Engine
 from exeunt.server.engine_config import EngineConfig
 from exeunt.server.metrics import Metrics
 
+T = TypeVar("T")
 Phase = Literal["waiting", "calibrating", "loading", "ready", "draining"]
 
 
@@ -33,9 +36,17 @@ class Service:
     request_timeout_s: float
     max_body_bytes: int
     tokenizer: SharedTokenizer = field(init=False)
+    _beside: ThreadPoolExecutor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tokenizer", SharedTokenizer(self.model.tokenizer))
+        object.__setattr__(self, "_beside", ThreadPoolExecutor(1, thread_name_prefix="exeunt-large"))
+
+    async def beside(self, work: Callable[[], T], *, large: bool) -> T:
+        """What `work` returns; what is large is done on a thread, one after the other, while the loop goes on."""
+        if not large:
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(self._beside, work)
 
 
 class Availability:

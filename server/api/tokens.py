@@ -4,12 +4,12 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends
 
-from exeunt.server.api.admission import check_ids
-from exeunt.server.api.body import StrictJSONRoute
 from exeunt.server.api.errors import documented
+from exeunt.server.api.json_route import StrictJSONRoute
 from exeunt.server.api.responses import DetokenizeResponse, TokenizeResponse, TokenizerInfo
 from exeunt.server.api.schemas import DetokenizeBody, TokenizeBody
 from exeunt.server.api.service import Service, loaded_service
+from exeunt.server.api.token_limits import check_ids
 
 router = APIRouter(route_class=StrictJSONRoute)
 

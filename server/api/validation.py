@@ -37,26 +37,40 @@ class Problem:
 
 
 def describe(errors: Sequence[Mapping[str, Any]], scope: Scope | None = None) -> Problem:
-    """The sentence for the first of pydantic's errors.
+    """The sentence for the first of pydantic's errors. Unknown fields are none of them: see `unknown_field`.
 
     Args:
         errors: what pydantic found, each with `type`, `loc`, `msg`, `input` and perhaps `ctx`.
-        scope: the request, for the known fields of its body and its content type.
+        scope: the request, for its content type.
     """
     error = errors[0]
     location = [part for part in error["loc"] if part != "body"]
-    if not location and error["type"] != "json_invalid":
+    if not location:
         return _whole_body(error, scope)
-    if error["type"] == "json_invalid":
-        return Problem(f"The body is not valid JSON: {error['ctx']['error']}.", None, "malformed_json")
     param = _path(location)
-    if error["type"] == "extra_forbidden":
-        known = _known_fields(_body_model(scope), location[:-1])
-        hint = f"; known are {', '.join(known)}" if known else ""
-        return Problem(f"Unknown field {param}{hint}.", param, "unknown_field")
     if error["type"] == "missing":
         return Problem(f"The field {param} is missing.", param, "missing_field")
     return Problem(f"{param} is {shown(error['input'])}; {requirement(error)}.", param, "invalid_value")
+
+
+def unknown_field(model: type[BaseModel], value: Mapping[str, Any], path: str = "") -> Problem | None:
+    """The sentence for the first key of a body, or of an object in it, that its model has not; None: there is none.
+
+    pydantic would gather an error for every such key, which costs seconds where a body consists of them.
+    """
+    known = model.model_fields
+    for name in value:
+        if name not in known:
+            param = f"{path}{named(name)}"
+            fields = ", ".join(sorted(known))
+            return Problem(f"Unknown field {param}; known are {fields}.", param, "unknown_field")
+    for name, inner in value.items():
+        member = _inner_model(known[name].annotation)
+        if member is not None and isinstance(inner, dict):
+            problem = unknown_field(member, inner, f"{path}{name}.")
+            if problem is not None:
+                return problem
+    return None
 
 
 def requirement(error: Mapping[str, Any]) -> str:
@@ -73,12 +87,29 @@ def requirement(error: Mapping[str, Any]) -> str:
 
 
 def shown(value: object) -> str:
-    """A value as JSON, shortened."""
+    """A value as JSON, shortened; no more of it is written than is shown."""
+    text = ""
     try:
-        text = json.dumps(value, ensure_ascii=False)
+        for piece in _JSON.iterencode(value[: _SHOWN + 1] if isinstance(value, str) else value):
+            text += piece
+            if len(text) > _SHOWN:
+                break
     except (TypeError, ValueError):
         text = repr(value)
+    return shortened(text)
+
+
+def shortened(text: str) -> str:
+    """The beginning of a text that may be of any length."""
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+
+
+def named(name: str) -> str:
+    """A field's name as a message repeats it: in quotes, and shortened, where it does not look like one."""
+    return name if name.isidentifier() and len(name) <= _SHOWN else shown(name)
+
+
+_JSON: Final = json.JSONEncoder(ensure_ascii=False)
 
 
 def _whole_body(error: Mapping[str, Any], scope: Scope | None) -> Problem:
@@ -94,30 +125,14 @@ def _whole_body(error: Mapping[str, Any], scope: Scope | None) -> Problem:
 
 
 def _path(location: Sequence[str | int]) -> str:
-    """`compression.early_exit.mode`, `prompt_token_ids[3]`; the names of union members are left out."""
+    """`compression.early_exit.mode`, `prompt_token_ids[3]`."""
     path = ""
     for part in location:
         if isinstance(part, int):
             path += f"[{part}]"
-        elif not part[:1].isupper() and "[" not in part:
+        else:
             path += f".{part}" if path else part
     return path
-
-
-def _body_model(scope: Scope | None) -> type[BaseModel] | None:
-    route = scope.get("route") if scope is not None else None
-    field = getattr(route, "body_field", None)
-    model = getattr(getattr(field, "field_info", None), "annotation", None)
-    return model if isinstance(model, type) and issubclass(model, BaseModel) else None
-
-
-def _known_fields(model: type[BaseModel] | None, location: Sequence[str | int]) -> list[str]:
-    for part in location:
-        if model is None:
-            return []
-        if part in model.model_fields:
-            model = _inner_model(model.model_fields[str(part)].annotation)
-    return sorted(model.model_fields) if model is not None else []
 
 
 def _inner_model(annotation: Any) -> type[BaseModel] | None:
