@@ -34,7 +34,8 @@ class BodyLimit:
             message = await receive()
             received += len(message.get("body", b""))
             if received > self._max_bytes:
-                await self._discard(receive)
+                if message.get("more_body", False):  # of a body that is complete nothing more comes
+                    await self._discard(receive)
                 raise self._too_large(f"more than {self._max_bytes} bytes")
             return message
 

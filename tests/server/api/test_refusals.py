@@ -1,5 +1,6 @@
 """What a request may not say, and how it is told: over real HTTP, in one shape, with value, limit and remedy."""
 
+import asyncio
 import json
 import socket
 from collections.abc import Callable, Iterator
@@ -9,6 +10,8 @@ from typing import Any
 import httpx
 import pytest
 
+from exeunt.server.api.body import BodyLimit
+from exeunt.server.api.errors import ApiError
 from exeunt.server.engine import RequestTooLargeError
 
 JSON = {"Content-Type": "application/json"}
@@ -233,6 +236,28 @@ def test_a_body_over_the_limit_in_pieces_is_a_413(client: httpx.Client) -> None:
     assert "content-length" not in response.request.headers
     assert response.status_code == 413
     assert "2000" in error_of(response)["message"]
+
+
+def test_of_a_complete_body_over_the_limit_nothing_more_is_waited_for() -> None:
+    pieces = [
+        {"type": "http.request", "body": b"x" * 6, "more_body": True},
+        {"type": "http.request", "body": b"x" * 6, "more_body": False},
+    ]
+
+    async def receive() -> Any:
+        assert pieces, "more of a complete body was waited for"
+        return pieces.pop(0)
+
+    async def reads(_: Any, receive: Any, __: Any) -> None:
+        while True:
+            await receive()
+
+    async def refused() -> None:
+        scope = {"type": "http", "headers": []}
+        with pytest.raises(ApiError, match="more than 10 bytes"):
+            await BodyLimit(reads, max_bytes=10)(scope, receive, None)  # type: ignore[arg-type]
+
+    asyncio.run(refused())
 
 
 def test_a_body_at_the_limit_is_read(client: httpx.Client) -> None:
