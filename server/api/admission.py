@@ -4,21 +4,25 @@ import secrets
 import time
 from collections.abc import Callable, Sequence
 
+from fastapi import Request
+
 from exeunt.server.api.compression import AppliedCompression, NotOfferedError, resolve
 from exeunt.server.api.errors import ApiError, bad_request
+from exeunt.server.api.presence import while_present
 from exeunt.server.api.schemas import MAX_SEED, CompressionOptions, GenerateBody, ScoreBody
 from exeunt.server.api.service import Service, draining
-from exeunt.server.api.token_limits import check_ids, check_prompt, check_text, check_together
+from exeunt.server.api.token_limits import check_bytes, check_ids, check_prompt, check_text, check_together
+from exeunt.server.api.tokenizer import INLINE_CHARACTERS
 from exeunt.server.engine import EngineStoppedError, QueueFullError, RequestTooLargeError
 from exeunt.server.request import FailureEvent, GenerationRequest, SamplingParams, ScoreRequest
 
 
-async def generation_request(body: GenerateBody, service: Service) -> GenerationRequest:
-    """The engine's request for a body; raises ApiError 400 where it does not fit the loaded model."""
+async def generation_request(body: GenerateBody, service: Service, http: Request) -> GenerationRequest:
+    """The engine's request for the body of `http`; raises ApiError 400 where it does not fit the loaded model."""
     arrival = time.monotonic()
     _check_sampling(body, service)
     compression = applied_compression(body.compression, service)
-    prompt = await _tokens(service, body.prompt, body.prompt_token_ids, "prompt", "prompt_token_ids")
+    prompt = await _tokens(http, service, body.prompt, body.prompt_token_ids, "prompt", "prompt_token_ids")
     limit = service.config.max_model_len
     check_prompt(len(prompt), limit, _prompt_field(body))
     check_together(len(prompt), body.max_new_tokens, limit)
@@ -44,11 +48,11 @@ async def generation_request(body: GenerateBody, service: Service) -> Generation
     )
 
 
-async def score_request(body: ScoreBody, service: Service) -> ScoreRequest:
+async def score_request(body: ScoreBody, service: Service, http: Request) -> ScoreRequest:
     """The engine's request for a text to be scored; raises ApiError 400 where it does not fit."""
     deadline = time.monotonic() + service.request_timeout_s
     compression = applied_compression(body.compression, service)
-    tokens = await _tokens(service, body.text, body.token_ids, "text", "token_ids")
+    tokens = await _tokens(http, service, body.text, body.token_ids, "text", "token_ids")
     check_text(len(tokens), service.config.max_model_len, text_field(body))
     return ScoreRequest(
         f"score-{secrets.token_hex(12)}", tuple(tokens), compression.variant, compression.exits, deadline
@@ -62,6 +66,14 @@ def applied_compression(options: CompressionOptions | None, service: Service) ->
     except NotOfferedError as error:
         raise bad_request(str(error), code="not_offered", param=error.param) from error
     return AppliedCompression(found.variant, service.engine.guarded(found.exits))
+
+
+async def encoded(
+    http: Request, service: Service, text: str, *, add_special_tokens: bool = True
+) -> list[int]:
+    """The token ids of a text; raises ApiError where the client leaves while a long one waits for its turn."""
+    work = service.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+    return await (work if len(text) <= INLINE_CHARACTERS else while_present(http, work))
 
 
 def text_field(body: ScoreBody) -> str:
@@ -107,7 +119,12 @@ def timed_out() -> ApiError:
 
 
 async def _tokens(
-    service: Service, text: str | None, ids: Sequence[int] | None, text_name: str, ids_name: str
+    http: Request,
+    service: Service,
+    text: str | None,
+    ids: Sequence[int] | None,
+    text_name: str,
+    ids_name: str,
 ) -> Sequence[int]:
     """The token ids of whichever of the two fields was given."""
     if text is not None and ids is not None:
@@ -121,7 +138,8 @@ async def _tokens(
             code="missing_field",
             param=text_name,
         )
-    tokens = await service.tokenizer.encode(text)
+    check_bytes(text, service.config.max_model_len, service.tokenizer.facts.longest_token_bytes, text_name)
+    tokens = await encoded(http, service, text)
     if not tokens:
         raise bad_request(f"{text_name} holds no token of this model; give a longer text.", param=text_name)
     vocab_size = service.model.spec.vocab_size

@@ -189,7 +189,7 @@ async def generate(
     A stream tells only what stays: in mode `verified` a token is sent once the full model has confirmed it.
     """
     outcome = outcome_of(http.scope)
-    live = LiveGeneration(await generation_request(body, service), body, service, outcome)
+    live = LiveGeneration(await generation_request(body, service, http), body, service, outcome)
     live.submit()
     attendance = live.attend(http)
     try:

@@ -40,7 +40,7 @@ async def score(
     `verified` there is nothing to draft, for the text is given: it is scored at full depth, as with exits off.
     """
     outcome = outcome_of(http.scope)
-    request = await score_request(body, service)
+    request = await score_request(body, service, http)
     inbox: Inbox[Outcome] = Inbox()
     admit(lambda: service.engine.score(request, inbox.put), param=text_field(body))
     try:

@@ -40,6 +40,22 @@ def check_text(tokens: int, limit: int, field: str) -> None:
         )
 
 
+def check_bytes(text: str, limit: int, longest_token: int | None, field: str) -> None:
+    """Raise ApiError 400 for a text that must have more than `limit` tokens, whatever it is cut into.
+
+    `longest_token`: bytes that a token spells at most; None: not known, and nothing is refused.
+    """
+    if longest_token is None or len(text) * 4 <= limit * longest_token:  # a character has four bytes at most
+        return
+    size = len(text.encode())
+    if size > limit * longest_token:
+        raise _too_long(
+            f"{field} has {size} bytes; the limit is {limit} tokens, which spell at most {limit * longest_token} "
+            "bytes: shorten it.",
+            field,
+        )
+
+
 def check_ids(ids: Sequence[int], vocab_size: int, name: str) -> None:
     """Raise ApiError 400 for a token id beyond the vocabulary."""
     if not ids or max(ids) < vocab_size:

@@ -2,37 +2,50 @@
 
 from typing import Annotated
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter, Depends, Request
+from starlette.responses import Response
 
+from exeunt.server.api.admission import encoded
 from exeunt.server.api.errors import documented
 from exeunt.server.api.json_route import StrictJSONRoute
+from exeunt.server.api.presence import while_present
 from exeunt.server.api.responses import DetokenizeResponse, TokenizeResponse, TokenizerInfo
 from exeunt.server.api.schemas import DetokenizeBody, TokenizeBody
 from exeunt.server.api.service import Service, loaded_service
 from exeunt.server.api.token_limits import check_ids
+from exeunt.server.api.tokenizer import INLINE_TOKENS, LONG_TOKENS
 
 router = APIRouter(route_class=StrictJSONRoute)
 
 ServiceLoaded = Annotated[Service, Depends(loaded_service)]
 
 
-@router.post("/tokenize", summary="Cut a text into tokens", responses=documented(400, 401, 413, 503))
-async def tokenize(body: TokenizeBody, service: ServiceLoaded) -> TokenizeResponse:
+@router.post(
+    "/tokenize",
+    summary="Cut a text into tokens",
+    response_model=TokenizeResponse,
+    responses=documented(400, 401, 413, 503),
+)
+async def tokenize(body: TokenizeBody, http: Request, service: ServiceLoaded) -> Response:
     """The token ids of a text, as a prompt would be cut."""
-    ids = await service.tokenizer.encode(body.prompt, add_special_tokens=body.add_special_tokens)
-    return TokenizeResponse(
+    ids = await encoded(http, service, body.prompt, add_special_tokens=body.add_special_tokens)
+    answer = TokenizeResponse.model_construct(
         count=len(ids),
         max_model_len=service.config.max_model_len,
         tokens=ids,
         token_strs=await service.tokenizer.names(ids),
     )
+    written = await service.beside(answer.model_dump_json, large=len(ids) > LONG_TOKENS)
+    return Response(written, media_type="application/json")
 
 
 @router.post("/detokenize", summary="Join tokens to a text", responses=documented(400, 401, 413, 503))
-async def detokenize(body: DetokenizeBody, service: ServiceLoaded) -> DetokenizeResponse:
+async def detokenize(body: DetokenizeBody, http: Request, service: ServiceLoaded) -> DetokenizeResponse:
     """The text of token ids."""
     check_ids(body.tokens, service.model.spec.vocab_size, "tokens")
-    return DetokenizeResponse(prompt=await service.tokenizer.decode(body.tokens))
+    work = service.tokenizer.decode(body.tokens)
+    text = await (work if len(body.tokens) <= INLINE_TOKENS else while_present(http, work))
+    return DetokenizeResponse(prompt=text)
 
 
 @router.get("/tokenizer_info", summary="The tokenizer", responses=documented(401, 503))

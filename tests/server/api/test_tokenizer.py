@@ -8,12 +8,13 @@ from typing import Any, ClassVar
 import pytest
 
 from exeunt.compression.model import LoadedModel
-from exeunt.server.api.tokenizer import INLINE_CHARACTERS, SharedTokenizer
+from exeunt.server.api.tokenizer import INLINE_CHARACTERS, LONG_CHARACTERS, SharedTokenizer
 from exeunt.server.engine import Engine
 from exeunt.server.engine_config import EngineConfig
 from exeunt.server.metrics import Metrics, new_registry
 
 LONG = "x" * (INLINE_CHARACTERS + 1)
+HUGE = "y" * LONG_CHARACTERS
 PATIENCE_S = 30  # how long something is waited for that would otherwise never happen
 
 
@@ -30,6 +31,14 @@ class FrailTokenizer:
         self.threads: list[str] = []
         self.at_work = threading.Event()
         self.loop_went_on = threading.Event()
+        self.encoded: list[str] = []
+
+    def __deepcopy__(self, _: Any) -> "FrailTokenizer":
+        """Another of which one may run at the same time, with the same events and notes."""
+        other = FrailTokenizer()
+        other.threads, other.at_work, other.loop_went_on = self.threads, self.at_work, self.loop_went_on
+        other.encoded = self.encoded
+        return other
 
     def __len__(self) -> int:
         return 256
@@ -43,6 +52,7 @@ class FrailTokenizer:
         self.busy.release()
 
     def encode(self, text: str, *, add_special_tokens: bool, verbose: bool) -> list[int]:
+        self.encoded.append(text)
         self._use(len(text) > INLINE_CHARACTERS)
         return list(text.encode())
 
@@ -78,6 +88,52 @@ def test_the_loop_goes_on_and_nobody_shares_the_tokenizer() -> None:
     assert results[3:6] == [[97, 98], "a", ["<1>"]]
     assert len(frail.threads) == 33
     assert len(set(frail.threads)) == 1, "short texts wait behind a long one, and not on the loop's thread"
+
+
+def test_nothing_shorter_waits_for_a_text_of_seconds() -> None:
+    frail = FrailTokenizer()
+
+    class Patient(FrailTokenizer):
+        """Ends at once what is not HUGE."""
+
+        def __deepcopy__(self, _: Any) -> FrailTokenizer:
+            return frail
+
+    async def answers() -> list[Any]:
+        shared = SharedTokenizer(patient)
+        huge = asyncio.create_task(shared.encode(HUGE))
+        while not frail.at_work.is_set():
+            await asyncio.sleep(0)
+        shorter = [await shared.encode("ab"), await shared.encode(LONG), await shared.decode([97])]
+        assert not huge.done()
+        frail.loop_went_on.set()
+        return [*shorter, await huge]
+
+    patient = Patient()
+    patient.loop_went_on.set()
+    assert asyncio.run(answers()) == [[97, 98], [120] * len(LONG), "a", [121] * len(HUGE)]
+    assert frail.encoded == [HUGE]
+
+
+@pytest.mark.parametrize("text", [LONG, HUGE])
+def test_a_text_that_nobody_waits_for_any_more_is_not_cut(text: str) -> None:
+    frail = FrailTokenizer()
+
+    async def leave() -> None:
+        shared = SharedTokenizer(frail)
+        first = asyncio.create_task(shared.encode(text))
+        while not frail.at_work.is_set():
+            await asyncio.sleep(0)
+        second = asyncio.create_task(shared.encode(text + "2"))
+        await asyncio.sleep(0)
+        second.cancel()
+        third = asyncio.create_task(shared.encode(text + "3"))
+        await asyncio.sleep(0)
+        frail.loop_went_on.set()
+        await asyncio.gather(first, third)
+
+    asyncio.run(leave())
+    assert frail.encoded == [text, text + "3"]
 
 
 def test_a_short_text_needs_no_thread_while_the_tokenizer_is_free() -> None:

@@ -1,0 +1,66 @@
+"""Work for a client goes on as long as the client is there."""
+
+import asyncio
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from fastapi import Request
+
+from exeunt.server.api.errors import ApiError
+from exeunt.server.api.outcome import OutcomeCount
+from exeunt.server.api.presence import while_present
+
+Counted = Callable[..., float]
+
+
+def scope(availability: Any) -> dict[str, Any]:
+    app = SimpleNamespace(state=SimpleNamespace(availability=availability))
+    return {"type": "http", "method": "POST", "path": "/generate", "app": app, "headers": []}
+
+
+def test_a_client_that_leaves_ends_the_work_and_is_counted(
+    reopen: Callable[..., Any], counted: Counted
+) -> None:
+    ended = asyncio.Event()
+
+    async def work() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.disconnect"}
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        with pytest.raises(ApiError) as refused:
+            await while_present(Request(scope, receive), work())
+        assert refused.value.status_code == 499
+        await asyncio.wait_for(ended.wait(), 30)
+
+    asyncio.run(OutcomeCount(app)(scope(reopen()), receive, None))  # type: ignore[arg-type]
+    assert counted("client_disconnects_total") == 1
+    assert counted("request_success_total", finish_reason="cancelled") == 1
+
+
+def test_what_comes_of_the_work_comes_of_it_while_the_client_is_there(reopen: Callable[..., Any]) -> None:
+    async def receive() -> dict[str, Any]:
+        await asyncio.Event().wait()
+        return {"type": "http.disconnect"}
+
+    async def three() -> int:
+        await asyncio.sleep(0)
+        return 3
+
+    async def broken() -> int:
+        raise ValueError("no such text")
+
+    async def app() -> None:
+        http = Request(scope(reopen()), receive)  # type: ignore[arg-type]
+        assert await while_present(http, three()) == 3
+        with pytest.raises(ValueError, match="no such text"):
+            await while_present(http, broken())
+
+    asyncio.run(app())
