@@ -12,7 +12,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from exeunt.server.api.outcome import Outcome, outcome_of
-from exeunt.server.api.validation import describe
+from exeunt.server.api.validation import describe, shortened
 from exeunt.server.metrics import FailureReason, RejectionReason
 
 logger = logging.getLogger("exeunt.api")
@@ -163,7 +163,7 @@ def _as_api_error(scope: Scope, error: Exception) -> ApiError:
         return error
     if not isinstance(error, HTTPException):
         raise error
-    path, method = scope["path"], scope["method"]
+    path, method = shortened(scope["path"]), shortened(scope["method"])
     headers = dict(error.headers or {})
     if error.status_code == 404:
         return ApiError(404, f"There is no route {path}; /docs lists what there is.", code="not_found")

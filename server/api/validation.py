@@ -114,9 +114,10 @@ _JSON: Final = json.JSONEncoder(ensure_ascii=False)
 
 def _whole_body(error: Mapping[str, Any], scope: Scope | None) -> Problem:
     if isinstance(error["input"], bytes) and scope is not None:
-        sent = dict(scope["headers"]).get(b"content-type", b"none").decode("latin-1")
+        types = [value.decode("latin-1") for name, value in scope["headers"] if name == b"content-type"]
         message = (
-            f"The body's content type is {sent}; send JSON with the header Content-Type: application/json."
+            f"The body's content type is {shortened(' and '.join(types)) or 'none'}; "
+            "send JSON with the one header Content-Type: application/json."
         )
         return Problem(message, None, "content_type")
     if error["type"] == "missing":

@@ -37,6 +37,16 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
             "compression.early_exit.mod",
             ["Unknown field compression.early_exit.mod", "max_disagreement"],
         ),
+        ({"prompt": "x", "Prompt": 1}, "Prompt", ["Unknown field Prompt; known are compression,"]),
+        ({"prompt": "x", "a[0]": 1}, '"a[0]"', ['Unknown field "a[0]"; known']),
+        ({"prompt": "x", "": 1}, '""', ['Unknown field ""; known']),
+        ({"prompt": "x", "a b.": 1}, '"a b."', ['Unknown field "a b."; known']),
+        (
+            {"prompt": "x", "compression": {"Weights": "int4"}},
+            "compression.Weights",
+            ["Unknown field compression.Weights; known are early_exit,"],
+        ),
+        ({"prompt": "x", "compression": {"": 1}}, 'compression.""', ['Unknown field compression.""; known']),
         ({}, "prompt", ["prompt", "prompt_token_ids"]),
         ({"prompt": "x", "prompt_token_ids": [1]}, "prompt", ["Both", "one of them"]),
         ({"prompt": ""}, "prompt", ['""', "not be empty"]),
@@ -285,6 +295,40 @@ def test_routes_that_are_not_there(
     assert response.status_code == status
     assert error_of(response)["code"] == code
     assert path in error_of(response)["message"]
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda client, long: client.post("/generate", json={"prompt": "x", long: 1}),
+        lambda client, long: client.post("/generate", json={"prompt": "x", "compression": {f"{long}.": 1}}),
+        lambda client, long: client.post("/generate", content=b"{}", headers={"Content-Type": long}),
+        lambda client, long: client.post("/generate", json={"prompt": "x", "compression": {"weights": long}}),
+        lambda client, long: client.post("/generate", json={"prompt": "x", "n": [long] * 9}),
+        lambda client, long: client.post("/generate", json={"prompt_token_ids": [int("9" * 900)]}),
+        lambda client, long: client.get(f"/{long}"),
+        lambda client, long: client.request(long.upper(), "/generate"),
+    ],
+)
+def test_what_is_long_is_told_by_its_beginning(
+    client: httpx.Client, ask: Callable[..., httpx.Response]
+) -> None:
+    response = ask(client, "a" * 150)
+    assert response.status_code in (400, 404, 405)
+    error = error_of(response)
+    assert "…" in error["message"]
+    for said in (error["message"], error["param"] or ""):
+        assert "a" * 61 not in said.lower()
+        assert "9" * 61 not in said
+
+
+def test_two_content_types_are_both_named(client: httpx.Client) -> None:
+    types = [("Content-Type", "text/plain"), ("Content-Type", "application/json")]
+    error = error_of(client.post("/generate", content=b"{}", headers=types))
+    assert error["message"] == (
+        "The body's content type is text/plain and application/json; "
+        "send JSON with the one header Content-Type: application/json."
+    )
 
 
 def test_a_method_that_is_not_allowed_says_which_is(client: httpx.Client) -> None:
