@@ -1,11 +1,11 @@
 """Checks that a request fits the loaded model, and hands it to the engine."""
 
 import secrets
-import time
 from collections.abc import Callable, Sequence
 
 from fastapi import Request
 
+from exeunt.server.api.arrival import arrival_of
 from exeunt.server.api.compression import AppliedCompression, NotOfferedError, resolve
 from exeunt.server.api.errors import ApiError, bad_request
 from exeunt.server.api.presence import while_present
@@ -19,7 +19,7 @@ from exeunt.server.request import FailureEvent, GenerationRequest, SamplingParam
 
 async def generation_request(body: GenerateBody, service: Service, http: Request) -> GenerationRequest:
     """The engine's request for the body of `http`; raises ApiError 400 where it does not fit the loaded model."""
-    arrival = time.monotonic()
+    arrival = arrival_of(http.scope)
     _check_sampling(body, service)
     compression = applied_compression(body.compression, service)
     prompt = await _tokens(http, service, body.prompt, body.prompt_token_ids, "prompt", "prompt_token_ids")
@@ -50,7 +50,7 @@ async def generation_request(body: GenerateBody, service: Service, http: Request
 
 async def score_request(body: ScoreBody, service: Service, http: Request) -> ScoreRequest:
     """The engine's request for a text to be scored; raises ApiError 400 where it does not fit."""
-    deadline = time.monotonic() + service.request_timeout_s
+    deadline = arrival_of(http.scope) + service.request_timeout_s
     compression = applied_compression(body.compression, service)
     tokens = await _tokens(http, service, body.text, body.token_ids, "text", "token_ids")
     check_text(len(tokens), service.config.max_model_len, text_field(body))

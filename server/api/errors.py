@@ -21,6 +21,7 @@ CLIENT_CLOSED_REQUEST: Final = 499  # the status of proxies for a client that le
 
 _TYPES: Final = {
     401: "authentication_error",
+    408: "timeout_error",
     404: "not_found_error",
     429: "overloaded_error",
     500: "internal_error",
@@ -30,7 +31,9 @@ _TYPES: Final = {
 _REJECTIONS: Final[dict[int, RejectionReason]] = {
     400: "invalid",
     401: "unauthorized",
+    408: "invalid",
     413: "body_too_large",
+    415: "invalid",
     429: "queue_full",
     503: "unavailable",
 }
@@ -120,7 +123,9 @@ def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
     texts = {
         400: "Malformed or not servable; the message says the value and the limit.",
         401: "No API key, or a wrong one.",
+        408: "The body did not come in time.",
         413: "The body is larger than the server accepts.",
+        415: "The body is compressed, which the header Content-Encoding says.",
         429: "The queue is full.",
         500: "A bug; the message has the id under which the log has the details.",
         503: "Calibrating, loading or draining.",

@@ -174,7 +174,7 @@ class LiveGeneration:
     summary="Continue a prompt",
     response_model=GenerateResponse,
     responses={
-        **documented(400, 401, 413, 429, 500, 503, 504),
+        **documented(400, 401, 408, 413, 415, 429, 500, 503, 504),
         200: {
             "description": "The answer; with `stream` true server-sent events: one `data:` object per step with "
             "the new `text` and `tokens`, a last one with the summary fields, then `data: [DONE]`.",

@@ -24,11 +24,12 @@ from exeunt.server.api.info_responses import (
     NllCertificateInfo,
     VariantInfo,
 )
+from exeunt.server.api.json_route import StrictRoute
 from exeunt.server.api.offer import SKIPPED_KV
 from exeunt.server.api.schemas import MAX_CHOICES, MAX_STOP_STRINGS
 from exeunt.server.api.service import Service, loaded_service
 
-router = APIRouter()
+router = APIRouter(route_class=StrictRoute)
 
 ServiceLoaded = Annotated[Service, Depends(loaded_service)]
 
@@ -37,7 +38,7 @@ ServiceLoaded = Annotated[Service, Depends(loaded_service)]
     "/info",
     summary="Model, bundle, modes, risk table, limits",
     response_model_exclude_unset=True,  # fields that a mode does not use are absent, as in answers
-    responses=documented(401, 503),
+    responses=documented(400, 401, 503),
 )
 async def info(service: ServiceLoaded) -> InfoResponse:
     """What the server serves and what a request may ask for."""
@@ -62,7 +63,7 @@ async def info(service: ServiceLoaded) -> InfoResponse:
     )
 
 
-@router.get("/v1/models", summary="The served model, in OpenAI's shape", responses=documented(401, 503))
+@router.get("/v1/models", summary="The served model, in OpenAI's shape", responses=documented(400, 401, 503))
 async def models(service: ServiceLoaded) -> ModelList:
     """A list of one."""
     card = ModelCard(id=service.name, created=service.created, max_model_len=service.config.max_model_len)

@@ -29,7 +29,7 @@ Outcome = list[ScoredToken] | Event
     "/score",
     summary="Score a text",
     response_model=ScoreResponse,
-    responses=documented(400, 401, 413, 429, 500, 503, 504),
+    responses=documented(400, 401, 408, 413, 415, 429, 500, 503, 504),
 )
 async def score(
     body: ScoreBody, http: Request, service: Annotated[Service, Depends(serving_service)]

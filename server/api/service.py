@@ -58,6 +58,7 @@ class Availability:
     def __init__(self) -> None:
         self.phase: Phase = "loading"
         self.service: Service | None = None
+        self.arriving: set[asyncio.Timeout] = set()  # bodies that come for nothing once the server drains
 
     def waits(self) -> None:
         """Another process calibrates the packaged model: its bundle is waited for."""
@@ -77,8 +78,11 @@ class Availability:
         service.metrics.set_ready(True)
 
     def drains(self) -> None:
-        """Take no new requests."""
+        """Take no new requests, also of those whose bodies are not complete yet."""
         self.phase = "draining"
+        for timeout in self.arriving:
+            if not timeout.expired():
+                timeout.reschedule(0.0)
         if self.service is not None:
             self.service.metrics.set_ready(False)
 

@@ -7,7 +7,7 @@ from starlette.responses import Response
 
 from exeunt.server.api.admission import encoded
 from exeunt.server.api.errors import documented
-from exeunt.server.api.json_route import StrictJSONRoute
+from exeunt.server.api.json_route import StrictRoute
 from exeunt.server.api.presence import while_present
 from exeunt.server.api.responses import DetokenizeResponse, TokenizeResponse, TokenizerInfo
 from exeunt.server.api.schemas import DetokenizeBody, TokenizeBody
@@ -15,7 +15,7 @@ from exeunt.server.api.service import Service, loaded_service
 from exeunt.server.api.token_limits import check_ids
 from exeunt.server.api.tokenizer import INLINE_TOKENS, LONG_TOKENS
 
-router = APIRouter(route_class=StrictJSONRoute)
+router = APIRouter(route_class=StrictRoute)
 
 ServiceLoaded = Annotated[Service, Depends(loaded_service)]
 
@@ -24,7 +24,7 @@ ServiceLoaded = Annotated[Service, Depends(loaded_service)]
     "/tokenize",
     summary="Cut a text into tokens",
     response_model=TokenizeResponse,
-    responses=documented(400, 401, 413, 503),
+    responses=documented(400, 401, 408, 413, 415, 503),
 )
 async def tokenize(body: TokenizeBody, http: Request, service: ServiceLoaded) -> Response:
     """The token ids of a text, as a prompt would be cut."""
@@ -39,7 +39,9 @@ async def tokenize(body: TokenizeBody, http: Request, service: ServiceLoaded) ->
     return Response(written, media_type="application/json")
 
 
-@router.post("/detokenize", summary="Join tokens to a text", responses=documented(400, 401, 413, 503))
+@router.post(
+    "/detokenize", summary="Join tokens to a text", responses=documented(400, 401, 408, 413, 415, 503)
+)
 async def detokenize(body: DetokenizeBody, http: Request, service: ServiceLoaded) -> DetokenizeResponse:
     """The text of token ids."""
     check_ids(body.tokens, service.model.spec.vocab_size, "tokens")
@@ -48,7 +50,7 @@ async def detokenize(body: DetokenizeBody, http: Request, service: ServiceLoaded
     return DetokenizeResponse(prompt=text)
 
 
-@router.get("/tokenizer_info", summary="The tokenizer", responses=documented(401, 503))
+@router.get("/tokenizer_info", summary="The tokenizer", responses=documented(400, 401, 503))
 async def tokenizer_info(service: ServiceLoaded) -> TokenizerInfo:
     """What the tokenizer is and which special tokens it has."""
     facts = service.tokenizer.facts

@@ -1,6 +1,7 @@
 """What a request may not say, and how it is told: over real HTTP, in one shape, with value, limit and remedy."""
 
 import asyncio
+import gzip
 import json
 import socket
 from collections.abc import Callable, Iterator
@@ -215,6 +216,40 @@ def test_another_content_type_is_named(client: httpx.Client) -> None:
     assert response.status_code == 400
     assert "text/plain" in error_of(response)["message"]
     assert "application/json" in error_of(response)["message"]
+
+
+def test_a_compressed_body_is_a_415(client: httpx.Client, counted: Callable[..., float]) -> None:
+    packed = gzip.compress(b'{"prompt": "x", "max_new_tokens": 1}')
+    response = client.post("/generate", content=packed, headers={**JSON, "Content-Encoding": "gzip"})
+    assert response.status_code == 415
+    assert error_of(response)["message"] == (
+        "The body's Content-Encoding is gzip; send it as it is, without this header."
+    )
+    assert response.headers["accept-encoding"] == "identity"
+    assert counted("admission_rejections_total", reason="invalid") == 1
+    body = {"prompt": "x", "max_new_tokens": 1}
+    assert client.post("/generate", json=body, headers={"Content-Encoding": "Identity"}).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/generate", "/score", "/tokenize", "/detokenize"])
+def test_a_query_is_not_ignored(client: httpx.Client, path: str) -> None:
+    response = client.post(f"{path}?stream=true", json={"prompt": "x"})
+    assert response.status_code == 400
+    error = error_of(response)
+    assert (error["code"], error["param"]) == ("unknown_parameter", "stream")
+    assert error["message"] == f"Unknown query parameter stream; {path} takes none, say it in the body."
+
+
+@pytest.mark.parametrize("path", ["/info", "/v1/models", "/tokenizer_info"])
+def test_nor_is_it_where_something_is_got(client: httpx.Client, path: str) -> None:
+    error = error_of(client.get(f"{path}?a[b]"))
+    assert error["message"] == f'Unknown query parameter "a[b]"; {path} takes none, leave it out.'
+    assert client.get(f"{path}?").status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready", "/metrics", "/docs", "/openapi.json"])
+def test_who_probes_may_add_what_defeats_caches(client: httpx.Client, path: str) -> None:
+    assert client.get(f"{path}?now=1").status_code == 200
 
 
 def test_refusals_are_counted_by_reason(client: httpx.Client, counted: Callable[..., float]) -> None:

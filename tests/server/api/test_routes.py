@@ -166,7 +166,19 @@ def test_openapi_describes_every_route_and_its_errors(client: httpx.Client) -> N
                     assert schema is not None, path
     generate = paths["/generate"]["post"]
     assert generate["requestBody"]["content"]["application/json"]["schema"]["$ref"].endswith("/GenerateBody")
-    assert set(generate["responses"]) == {"200", "400", "401", "413", "429", "500", "503", "504", "default"}
+    assert set(generate["responses"]) == {
+        "200",
+        "400",
+        "401",
+        "408",
+        "413",
+        "415",
+        "429",
+        "500",
+        "503",
+        "504",
+        "default",
+    }
     assert set(generate["responses"]["429"]["headers"]) == {"Retry-After"}
     assert generate["responses"]["200"]["content"]["application/json"]["schema"]["$ref"].endswith(
         "/GenerateResponse"
