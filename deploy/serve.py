@@ -19,6 +19,7 @@ import uvloop
 from exeunt.calibration.progress import ProgressReport, TerminalProgress
 from exeunt.compression.model import LoadedModel
 from exeunt.deploy.expected_model import check_defaults, check_guarded, check_settings
+from exeunt.deploy.http_connection import KEEP_ALIVE_S, Connection
 from exeunt.deploy.loading import (
     Source,
     default_variant,
@@ -41,7 +42,6 @@ logger = logging.getLogger("exeunt.serve")
 
 _LAST_BYTES_S: Final = 5  # seconds for answers that are complete to reach their clients
 _SIGNAL_CHECK_S: Final = 0.25
-_KEEP_ALIVE_S: Final = 75  # longer than the idle time-outs of common proxies, which must not race with ours
 
 
 class AddressError(OSError):
@@ -127,8 +127,9 @@ class _Serving:
                 app,
                 log_config=None,
                 lifespan="off",
-                http="h11",
-                timeout_keep_alive=_KEEP_ALIVE_S,
+                http=Connection,
+                ws="none",
+                timeout_keep_alive=KEEP_ALIVE_S,
                 timeout_graceful_shutdown=_LAST_BYTES_S,
             )
         )

@@ -26,6 +26,7 @@ MAY_IMPORT = {
 PARTS = {
     "starlette": "fastapi",
     "click": "typer",
+    "h11": "uvicorn",
     "pydantic_core": "pydantic",
     "huggingface_hub": "transformers",
     "tokenizers": "transformers",
