@@ -2,9 +2,11 @@
 
 import secrets
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from fastapi import Request
 
+from exeunt.compression.variant import Variant
 from exeunt.server.api.arrival import arrival_of
 from exeunt.server.api.compression import AppliedCompression, NotOfferedError, resolve
 from exeunt.server.api.errors import ApiError, bad_request
@@ -81,10 +83,10 @@ def text_field(body: ScoreBody) -> str:
     return "text" if body.token_ids is None else "token_ids"
 
 
-def admit(submit: Callable[[], None], *, param: str) -> None:
+def admit(submit: Callable[[], None], service: Service, variant: Variant, *, param: str) -> None:
     """Hand a request to the engine; its refusals become 429, 503 and 400.
 
-    `param` names the field to blame for a request that needs more memory than there is.
+    `param` names the field to blame for a request of `variant` that needs more memory than there is.
     """
     try:
         submit()
@@ -93,13 +95,25 @@ def admit(submit: Callable[[], None], *, param: str) -> None:
     except EngineStoppedError as error:
         raise draining() from error
     except RequestTooLargeError as error:
-        raise bad_request(str(error), code="too_long", param=param) from error
+        message = f"{str(error).rstrip('.')}{_roomier(error.tokens, service, variant)}."
+        raise bad_request(message, code="too_long", param=param) from error
 
 
-def failure(event: FailureEvent) -> ApiError:
-    """The error response of a request that failed after admission."""
+def _roomier(tokens: int, service: Service, variant: Variant) -> str:
+    """What else to ask for where another format of keys and values would hold so many tokens; empty otherwise."""
+    for other in service.offer.variants:
+        fits = other.kv_cache != variant.kv_cache and service.engine.capacity(other) >= tokens
+        if fits and replace(variant, kv_cache=other.kv_cache) == other:
+            return (
+                f", or ask for kv_cache {other.kv_cache}, in which it holds {service.engine.capacity(other)}"
+            )
+    return ""
+
+
+def failure(event: FailureEvent, timeout_s: float) -> ApiError:
+    """The error response of a request that failed after admission; it had `timeout_s` seconds."""
     if event.kind == "timeout":
-        return timed_out()
+        return timed_out(timeout_s)
     if event.kind == "internal":
         message = f"{event.message} The log has the details under error id {event.error_id}."
         return ApiError(500, message, code="internal_error", admitted=True)
@@ -112,9 +126,12 @@ def failure(event: FailureEvent) -> ApiError:
     )
 
 
-def timed_out() -> ApiError:
+def timed_out(timeout_s: float) -> ApiError:
     """The error of a request that saw no token in time."""
-    message = "The request timed out before its first token; try again later or raise --request-timeout."
+    message = (
+        f"The request timed out before its first token, after the {timeout_s:g} s that it may take; "
+        "try again later or raise --request-timeout."
+    )
     return ApiError(504, message, code="timeout", admitted=True)
 
 

@@ -5,13 +5,13 @@ from importlib.metadata import version
 
 from fastapi import FastAPI
 from starlette.middleware import Middleware
-from starlette.middleware.cors import CORSMiddleware
 
 from exeunt.server.api import generate, health, info, score, tokens
 from exeunt.server.api.auth import ApiKeyGate
 from exeunt.server.api.body import BodyLimit
 from exeunt.server.api.errors import ErrorBoundary, install_error_handlers
 from exeunt.server.api.openapi import describe
+from exeunt.server.api.origins import Origins
 from exeunt.server.api.outcome import OutcomeCount
 from exeunt.server.api.service import Availability
 
@@ -38,12 +38,7 @@ def create_app(
     """
     gates = [Middleware(OutcomeCount), Middleware(ErrorBoundary)]
     if allowed_origins:
-        gates.insert(
-            0,
-            Middleware(
-                CORSMiddleware, allow_origins=list(allowed_origins), allow_methods=["*"], allow_headers=["*"]
-            ),
-        )
+        gates.insert(0, Middleware(Origins, allowed=allowed_origins))
     if api_key is not None:
         gates.append(Middleware(ApiKeyGate, api_key=api_key))
     gates.append(Middleware(BodyLimit, max_bytes=max_body_bytes))

@@ -1,5 +1,6 @@
 """Turns a request's compression block, and the server's default for it, into what the engine runs."""
 
+import json
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass
 from operator import eq
@@ -49,6 +50,14 @@ def resolve(
         NotOfferedError: the model does not have it, or the mode does not use it; the message says what there is.
     """
     asked = asked or CompressionOptions()
+    try:
+        return _resolved(asked, defaults, offer)
+    except NotOfferedError as error:
+        note = _unasked(error.param, asked, defaults)
+        raise NotOfferedError(f"{error}{note}", error.param) from error
+
+
+def _resolved(asked: CompressionOptions, defaults: CompressionOptions, offer: Offer) -> AppliedCompression:
     variant = Variant(
         weights=asked.weights or defaults.weights or offer.default.weights,
         kv_cache=asked.kv_cache or defaults.kv_cache or offer.default.kv_cache,
@@ -77,6 +86,37 @@ def describe_applied(applied: AppliedCompression) -> dict[str, object]:
         "linear_block": variant.linear_block,
         "early_exit": early_exit,
     }
+
+
+def _unasked(param: str, asked: CompressionOptions, defaults: CompressionOptions) -> str:
+    """A sentence that names what a refusal is about and the server's defaults said; empty where all was asked for."""
+    found = {
+        field: _value(defaults, field)
+        for field in _concerned(param.removeprefix("compression").removeprefix("."))
+        if _value(asked, field) is None and _value(defaults, field) is not None
+    }
+    if not found:
+        return ""
+    named = " and ".join(f"{field}={json.dumps(value)}" for field, value in found.items())
+    are = "is the server's default" if len(found) == 1 else "are the server's defaults"
+    return f" Not asked for but left out: {named} {are} (--default-compression), ask for something else."
+
+
+def _concerned(field: str) -> list[str]:
+    """The fields that a refusal of `field` is about; an empty one is the variant as a whole."""
+    if not field:
+        return ["weights", "kv_cache", "linear_block"]
+    limits = any(field == f"early_exit.{limit}" for limit in LIMITS)
+    within = ["early_exit.mode", *(["early_exit.skipped_kv"] if limits else [])]
+    return list(dict.fromkeys([*(within if field.startswith("early_exit") else []), field]))
+
+
+def _value(options: CompressionOptions, path: str) -> object:
+    """The value of a field such as `early_exit.mode`; None where it is not given."""
+    found: object = options
+    for name in path.split("."):
+        found = getattr(found, name, None)
+    return found
 
 
 def _first(*values: bool | None) -> bool:

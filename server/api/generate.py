@@ -77,7 +77,12 @@ class LiveGeneration:
 
     def submit(self) -> None:
         """Queue the request; raises ApiError 400, 429 or 503."""
-        admit(lambda: self.service.engine.submit(self.request, self._inbox.put), param="max_new_tokens")
+        admit(
+            lambda: self.service.engine.submit(self.request, self._inbox.put),
+            self.service,
+            self.request.variant,
+            param="max_new_tokens",
+        )
 
     def attend(self, http: Request) -> Attendance:
         """Notice from now on when the client leaves, or the time is over."""
@@ -99,7 +104,7 @@ class LiveGeneration:
         A failure is raised only when what came before it has been returned.
         """
         if self._failed is not None:
-            raise failure(self._failed)
+            raise failure(self._failed, self.service.request_timeout_s)
         events: list[StepEvent | FinishEvent] = []
         for event in await self._next():
             if isinstance(event, FailureEvent):
@@ -113,7 +118,7 @@ class LiveGeneration:
         try:
             return await self._inbox.next()
         except TimeoutError:
-            raise timed_out() from None
+            raise timed_out(self.service.request_timeout_s) from None
 
     def close(self) -> None:
         """Stop what still runs."""

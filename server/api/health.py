@@ -14,12 +14,14 @@ from exeunt.server.metrics import CONTENT_TYPE
 router = APIRouter()
 
 
+@router.head("/health", include_in_schema=False)  # some load balancers probe with HEAD
 @router.get("/health", summary="The process lives")
 async def health() -> HealthResponse:
     """200 as long as the process answers, also while calibrating, loading and draining."""
     return HealthResponse()
 
 
+@router.head("/ready", include_in_schema=False)
 @router.get("/ready", summary="A request would be served", responses=documented(503))
 async def ready(_: Annotated[Service, Depends(serving_service)]) -> ReadyResponse:
     """200 when a request would be served; 503 while calibrating (or waiting for another to), loading or draining."""

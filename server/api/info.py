@@ -127,10 +127,20 @@ def _nll_risk_table(manifest: Manifest) -> list[NllCertificateInfo]:
     ]
 
 
+def _most_tokens(service: Service) -> dict[str, int]:
+    """By the format of keys and values, the tokens that every variant with it may have."""
+    most: dict[str, int] = {}
+    for variant in service.offer.variants:
+        held = min(service.engine.capacity(variant), service.config.max_model_len)
+        most[variant.kv_cache] = min(held, most.get(variant.kv_cache, held))
+    return dict(sorted(most.items()))
+
+
 def _limits(service: Service) -> LimitsInfo:
     config = service.config
     return LimitsInfo(
         max_model_len=config.max_model_len,
+        max_tokens_by_kv_cache=_most_tokens(service),
         max_num_seqs=config.max_num_seqs,
         max_num_queued_reqs=config.max_num_queued_reqs,
         max_num_batched_tokens=config.max_num_batched_tokens,

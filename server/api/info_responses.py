@@ -181,6 +181,9 @@ class LimitsInfo(BaseModel):
     """What the server takes."""
 
     max_model_len: int = Field(description="The most tokens that prompt and answer may have together.")
+    max_tokens_by_kv_cache: dict[str, int] = Field(
+        description="The same by `kv_cache`: less than `max_model_len` where the KV cache holds less in that format."
+    )
     max_num_seqs: int = Field(description="Answers that run at once.")
     max_num_queued_reqs: int = Field(description="Requests that may wait; the next is answered 429.")
     max_num_batched_tokens: int = Field(description="Tokens of one step; longer prompts are cut into chunks.")

@@ -42,10 +42,10 @@ async def score(
     outcome = outcome_of(http.scope)
     request = await score_request(body, service, http)
     inbox: Inbox[Outcome] = Inbox()
-    admit(lambda: service.engine.score(request, inbox.put), param=text_field(body))
+    admit(lambda: service.engine.score(request, inbox.put), service, request.variant, param=text_field(body))
     try:
         with Attendance(http.receive, inbox, patience_s(request.deadline)):
-            tokens = await _outcome(inbox)
+            tokens = await _outcome(inbox, service.request_timeout_s)
     except BaseException as error:
         service.engine.cancel(request.id)
         if not isinstance(error, ClientGoneError):
@@ -57,15 +57,15 @@ async def score(
     return Response(response, media_type="application/json")
 
 
-async def _outcome(inbox: Inbox[Outcome]) -> list[ScoredToken]:
+async def _outcome(inbox: Inbox[Outcome], timeout_s: float) -> list[ScoredToken]:
     try:
         outcome = (await inbox.next())[0]
     except TimeoutError:
-        raise timed_out() from None
+        raise timed_out(timeout_s) from None
     if isinstance(outcome, list):
         return outcome
     if isinstance(outcome, FailureEvent):
-        raise failure(outcome)
+        raise failure(outcome, timeout_s)
     raise TypeError(f"the engine answered a score with {type(outcome).__name__}")
 
 

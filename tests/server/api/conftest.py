@@ -82,6 +82,7 @@ class ScriptedEngine:
     requests: list[GenerationRequest | ScoreRequest] = field(default_factory=list)
     gone: threading.Event = field(default_factory=threading.Event)
     guard: ExitGuard = field(default_factory=lambda: ExitGuard({}, lambda _: None))
+    held: dict[str, int] = field(default_factory=lambda: {"int4": 1000, "full": 500})
     audit_totals: AuditTotals = field(default_factory=AuditTotals)
 
     def __post_init__(self) -> None:
@@ -109,6 +110,9 @@ class ScriptedEngine:
 
     def guarded(self, exits: ExitPolicy) -> ExitPolicy:
         return self.guard.applied(exits)
+
+    def capacity(self, variant: Variant) -> int:
+        return self.held[variant.kv_cache]
 
     def cancel(self, request_id: str) -> None:
         self.cancelled.append(request_id)

@@ -308,3 +308,53 @@ def test_a_target_that_no_text_can_break_is_refused_in_one_sentence(target: str)
     with pytest.raises(ValidationError, match=r"it must be below 3 nats, which a token's rise is clipped to"):
         CompressionOptions.model_validate_json(f'{{"early_exit": {{"max_nll_increase": {target}}}}}')
     assert NLL_CLIP == CLIP
+
+
+@pytest.mark.parametrize(
+    ("asked", "defaults", "named"),
+    [
+        (
+            '{"weights": "full", "kv_cache": "full"}',
+            '{"early_exit": {"mode": "approximate", "max_disagreement": 0.05}}',
+            'early_exit.mode="approximate" and early_exit.max_disagreement=0.05 are the server\'s defaults',
+        ),
+        (
+            '{"weights": "full", "kv_cache": "full", "early_exit": {"mode": "approximate"}}',
+            '{"early_exit": {"mode": "approximate", "max_disagreement": 0.05}}',
+            "early_exit.max_disagreement=0.05 is the server's default",
+        ),
+        (
+            '{"early_exit": {"mode": "approximate", "max_disagreement": 0.01}}',
+            '{"early_exit": {"skipped_kv": "backfill"}}',
+            'early_exit.skipped_kv="backfill" is the server\'s default',
+        ),
+        (
+            '{"early_exit": {"threshold": 0.5}}',
+            '{"early_exit": {"mode": "verified"}}',
+            'early_exit.mode="verified" is the server\'s default',
+        ),
+        ('{"weights": "full"}', '{"kv_cache": "int4"}', 'kv_cache="int4" is the server\'s default'),
+    ],
+)
+def test_a_refusal_says_what_was_not_asked_for(asked: str, defaults: str, named: str) -> None:
+    with pytest.raises(NotOfferedError) as caught:
+        resolve(options(asked), options(defaults), OFFER)
+    note = f" Not asked for but left out: {named} (--default-compression), ask for something else."
+    assert str(caught.value).endswith(note)
+
+
+@pytest.mark.parametrize(
+    ("asked", "defaults"),
+    [
+        (
+            '{"weights": "full", "kv_cache": "full", "early_exit": {"mode": "approximate", "max_disagreement": 0.1}}',
+            '{"early_exit": {"mode": "approximate", "max_disagreement": 0.05}}',
+        ),
+        ('{"early_exit": {"mode": "approximate", "max_disagreement": 0.3}}', "{}"),
+        ('{"weights": "full", "kv_cache": "int4"}', '{"kv_cache": "full"}'),
+    ],
+)
+def test_a_refusal_of_what_was_asked_for_blames_no_default(asked: str, defaults: str) -> None:
+    with pytest.raises(NotOfferedError) as caught:
+        resolve(options(asked), options(defaults), OFFER)
+    assert "server's default" not in str(caught.value)

@@ -11,9 +11,13 @@ from typing import Any
 import httpx
 import pytest
 
+from exeunt.compression.variant import Variant
 from exeunt.server.api.body import BodyLimit
 from exeunt.server.api.errors import ApiError
+from exeunt.server.api.offer import Offer
 from exeunt.server.engine import RequestTooLargeError
+from exeunt.server.request import FailureEvent
+from tests.server.api.conftest import FULL, INT4
 
 JSON = {"Content-Type": "application/json"}
 Serve = Callable[..., AbstractContextManager[httpx.Client]]
@@ -211,6 +215,32 @@ def test_a_text_that_is_too_long_is_blamed_on_the_field_it_came_in(
     assert (error["code"], error["param"]) == ("too_long", field)
 
 
+@pytest.mark.parametrize("path", ["/generate", "/score"])
+@pytest.mark.parametrize(
+    ("offered", "holds", "said"),
+    [
+        ((FULL, Variant(kv_cache="int4")), 61, True),
+        ((FULL, Variant(kv_cache="int4")), 60, False),
+        ((FULL, INT4), 61, False),  # not with these weights
+    ],
+)
+def test_what_another_format_of_the_kv_cache_would_hold_is_said(
+    client: httpx.Client,
+    reopen: Callable[..., Any],
+    engine: Any,
+    path: str,
+    offered: tuple[Variant, ...],
+    holds: int,
+    said: bool,
+) -> None:
+    reopen(offer=Offer(offered, FULL))
+    engine.refuse, engine.held = RequestTooLargeError(61, 32), {"int4": holds, "full": 32}
+    prompt = {"prompt": "x", "max_new_tokens": 60} if path == "/generate" else {"text": "x"}
+    message = error_of(client.post(path, json=prompt))["message"]
+    assert message.startswith("The request may grow to 61 tokens and the KV cache holds 32 in its format; ")
+    assert message.endswith(", or ask for kv_cache int4, in which it holds 61.") == said
+
+
 def test_another_content_type_is_named(client: httpx.Client) -> None:
     response = client.post("/generate", content=b'{"prompt": "x"}', headers={"Content-Type": "text/plain"})
     assert response.status_code == 400
@@ -250,6 +280,32 @@ def test_nor_is_it_where_something_is_got(client: httpx.Client, path: str) -> No
 @pytest.mark.parametrize("path", ["/health", "/ready", "/metrics", "/docs", "/openapi.json"])
 def test_who_probes_may_add_what_defeats_caches(client: httpx.Client, path: str) -> None:
     assert client.get(f"{path}?now=1").status_code == 200
+
+
+def test_a_timeout_names_the_time_that_was_over(client: httpx.Client, engine: Any) -> None:
+    engine.fail_at, engine.failure = 0, FailureEvent("Too late.", "timeout")
+    for path, body in (("/generate", {"prompt": "x"}), ("/score", {"text": "x"})):
+        response = client.post(path, json=body)
+        assert response.status_code == 504
+        assert "after the 60 s that it may take; " in error_of(response)["message"]
+        assert "--request-timeout" in error_of(response)["message"]
+
+
+def test_one_is_not_called_many(client: httpx.Client, reopen: Callable[..., Any]) -> None:
+    def message(**body: Any) -> str:
+        said: str = error_of(client.post("/generate", json=body))["message"]
+        return said
+
+    assert "has 1 token and max_new_tokens is 100" in message(prompt_token_ids=[1], max_new_tokens=100)
+    assert message(prompt_token_ids=[1] * 99, max_new_tokens=2).endswith("ask for at most 1 new token.")
+
+
+@pytest.mark.parametrize(("path", "status"), [("/health", 200), ("/ready", 503)])
+def test_a_load_balancer_may_probe_with_head(serve: Serve, path: str, status: int) -> None:
+    with serve(ready=False) as client:
+        response = client.head(path)
+        assert (response.status_code, response.content) == (status, b"")
+        assert client.get("/openapi.json").json()["paths"][path].keys() == {"get"}
 
 
 def test_refusals_are_counted_by_reason(client: httpx.Client, counted: Callable[..., float]) -> None:
@@ -402,10 +458,20 @@ def test_browsers_may_ask_from_allowed_origins_only(serve: Serve) -> None:
         assert allowed.status_code == 200
         assert allowed.headers["access-control-allow-origin"] == "http://here"
         refused = client.options("/generate", headers={"Origin": "http://there", **preflight})
+        assert refused.status_code == 400
         assert "access-control-allow-origin" not in refused.headers
+        assert "Origin" in refused.headers["vary"]
+        assert error_of(refused)["code"] == "cors_refused"
+        assert '"http://there" may not ask this server; name it in --allowed-origins' in refused.text.replace(
+            "\\", ""
+        )
+        strange = {**preflight, "Access-Control-Request-Method": "BREW"}
+        refused = client.options("/generate", headers={"Origin": "http://here", **strange})
+        assert '"BREW"; use DELETE, GET,' in error_of(refused)["message"]
         unauthorized = client.post("/generate", json={}, headers={"Origin": "http://here"})
         assert unauthorized.status_code == 401
         assert unauthorized.headers["access-control-allow-origin"] == "http://here"
+        assert unauthorized.headers["access-control-expose-headers"] == "Retry-After"
 
 
 def test_while_the_model_loads_the_process_lives_and_nothing_is_served(serve: Serve) -> None:

@@ -106,7 +106,7 @@ def test_the_tokenizer_and_the_model_say_what_they_are(client: httpx.Client) -> 
     ]
 
 
-def test_info_of_a_plain_model(client: httpx.Client) -> None:
+def test_info_of_a_plain_model(client: httpx.Client, engine: Any) -> None:
     body = client.get("/info").json()
     assert body["model"]["name"] == "tiny"
     assert body["model"]["dtype"] == "float32"
@@ -126,6 +126,9 @@ def test_info_of_a_plain_model(client: httpx.Client) -> None:
     assert body["exits"] == ["block_0", "block_2"]
     assert body["limits"]["max_model_len"] == 100
     assert body["limits"]["max_choices"] == 8
+    assert body["limits"]["max_tokens_by_kv_cache"] == {"full": 100, "int4": 100}
+    engine.held["full"] = 60
+    assert client.get("/info").json()["limits"]["max_tokens_by_kv_cache"] == {"full": 60, "int4": 100}
     assert "torch" in body["versions"]
 
 
