@@ -25,8 +25,15 @@ examples for the loaded model on `GET /docs`.)
 Bodies are JSON, checked strictly: a field that is not listed, a number as a string or a value outside its limits is a
 400 that names the field, its value and the limit. What a model can be asked for depends on its bundle: `GET /info` says
 what it holds and which targets are certified. An error has one shape, [ErrorResponse](#errorresponse), whatever its
-status. Where a table has no default a field must be given, or, in an answer, is always there; "absent" ones may be left
-out. `GET /docs` and `GET /openapi.json` describe these routes and are not among them.
+status; only what is no HTTP at all is refused in plain text, by the layer that reads it. Where a table has no default a
+field must be given, or, in an answer, is always there; "absent" ones may be left out. `GET /docs` and `GET
+/openapi.json` describe these routes and are not among them.
+
+A request's time begins when its head is there. A body that is not complete within `--request-timeout`, or of which
+nothing comes for 60 s, is a 408; one that its `Content-Encoding` says is compressed is a 415; a query, which no route
+takes (probes and `/metrics` let one pass), is a 400. What cannot fit the model is refused by its length before it is
+looked at: token ids by their number, a text by its bytes where these bound its tokens, as with byte-level BPE.
+`/health` and `/ready` are answered to `HEAD` too.
 """
 _FIRST: Final = (
     *("GenerateBody", "CompressionOptions", "EarlyExitOptions", "GenerateResponse"),

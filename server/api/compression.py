@@ -98,8 +98,7 @@ def _unasked(param: str, asked: CompressionOptions, defaults: CompressionOptions
     if not found:
         return ""
     named = " and ".join(f"{field}={json.dumps(value)}" for field, value in found.items())
-    are = "is the server's default" if len(found) == 1 else "are the server's defaults"
-    return f" Not asked for but left out: {named} {are} (--default-compression), ask for something else."
+    return f" The request leaves {named} to the server's default (--default-compression); ask for something else."
 
 
 def _concerned(field: str) -> list[str]:

@@ -6,7 +6,7 @@ import shutil
 import signal
 import socket
 import threading
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -50,6 +50,34 @@ def test_sigterm_drains(bundle: Path, tmp_path: Path) -> None:
         assert answers[0].json()["usage"]["completion_tokens"] == 1500
         assert server.process.wait(timeout=30) == 0
     assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+def test_sigterm_ends_what_has_not_come(bundle: Path, tmp_path: Path) -> None:
+    """Half a body, half a head and another protocol are no trouble worth a traceback, or a wait."""
+    head = b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
+    with serving(str(bundle), log=tmp_path / "log") as server, ExitStack() as opened:
+        server.client.get("/health", headers={"Connection": "Upgrade", "Upgrade": "websocket"})
+        place = server.client.base_url
+        bodies, heads = (
+            [
+                opened.enter_context(socket.create_connection((place.host, place.port or 80), timeout=30))
+                for _ in range(5)
+            ]
+            for _ in range(2)
+        )
+        for body, half in zip(bodies, heads, strict=True):
+            half.sendall(b"GET /hea")
+            body.sendall(head)
+        assert server.client.get("/ready").status_code == 200  # what came before it has been seen
+        server.process.send_signal(signal.SIGTERM)
+        for body in bodies:
+            assert b'"code":"draining"' in b"".join(iter(lambda body=body: body.recv(65536), b""))  # type: ignore[misc]
+        assert server.process.wait(timeout=30) == 0
+    log = (tmp_path / "log").read_text()
+    assert "503" in log
+    assert "Traceback" not in log
+    assert "ERROR" not in log
+    assert "WARNING" not in log
 
 
 def test_a_request_head_without_end_is_refused(bundle: Path, tmp_path: Path) -> None:

@@ -131,6 +131,16 @@ class ScriptedEngine:
             on_event(FinishEvent(choice, "", summary(request.sampling.max_new_tokens)))
 
 
+def error_of(response: httpx.Response) -> dict[str, Any]:
+    """What an error response says, which has the one shape."""
+    body = response.json()
+    assert set(body) == {"error"}
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+    assert body["error"]["message"].endswith(".")
+    error: dict[str, Any] = body["error"]
+    return error
+
+
 def letter(index: int) -> str:
     return chr(ord("a") + index % 26)
 

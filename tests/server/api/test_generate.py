@@ -13,6 +13,7 @@ import pytest
 from exeunt.server.api.responses import StreamStep
 from exeunt.server.engine import EngineStoppedError, QueueFullError, RequestTooLargeError
 from exeunt.server.request import FailureEvent
+from tests.server.api.conftest import error_of
 
 Counted = Callable[..., float]
 
@@ -34,14 +35,6 @@ def test_an_event_is_what_its_schema_would_write(client: httpx.Client) -> None:
             written = step.removeprefix(b"data: ")
             read = StreamStep.model_validate_json(written, strict=True)
             assert read.model_dump_json(exclude_unset=True).encode() == written
-
-
-def error_of(response: httpx.Response) -> dict[str, Any]:
-    body = response.json()
-    assert set(body) == {"error"}
-    assert set(body["error"]) == {"message", "type", "param", "code"}
-    error: dict[str, Any] = body["error"]
-    return error
 
 
 def test_a_whole_answer(client: httpx.Client, engine: Any) -> None:
