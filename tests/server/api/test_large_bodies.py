@@ -50,7 +50,7 @@ def test_a_body_is_parsed_once_where_no_key_can_be_there_twice(monkeypatch: pyte
     def second(*_: Any, **__: Any) -> None:
         raise AssertionError("parsed a second time")
 
-    monkeypatch.setattr(strict_json.json, "loads", second)
+    monkeypatch.setattr(json, "loads", second)
     body = {"prompt_token_ids": [1, 2], "stop": ["a"], "compression": {"early_exit": {"mode": "off"}}}
     for text in (json.dumps(body), json.dumps(body).encode(), b"[]", b"3"):
         strict_json.parse_json(text)

@@ -58,7 +58,7 @@ def test_what_comes_of_the_work_comes_of_it_while_the_client_is_there(reopen: Ca
         raise ValueError("no such text")
 
     async def app() -> None:
-        http = Request(scope(reopen()), receive)  # type: ignore[arg-type]
+        http = Request(scope(reopen()), receive)
         assert await while_present(http, three()) == 3
         with pytest.raises(ValueError, match="no such text"):
             await while_present(http, broken())
