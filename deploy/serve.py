@@ -42,6 +42,7 @@ logger = logging.getLogger("exeunt.serve")
 
 _LAST_BYTES_S: Final = 5  # seconds for answers that are complete to reach their clients
 _SIGNAL_CHECK_S: Final = 0.25
+_BEGINS_ANEW: Final = " The packaged model's calibration begins anew with the next start."
 
 
 class AddressError(OSError):
@@ -139,6 +140,7 @@ class _Serving:
         self._interruption = Interruption()
         self._preparing = False  # what a signal may interrupt is under way
         self._calibrating = False
+        self._half_calibrated = False  # a calibration began and did not end
         self._signalled = False
         self._drain: asyncio.Task[None] | None = None
 
@@ -158,7 +160,9 @@ class _Serving:
                 logger.debug("A signal ended the start.", exc_info=error)
                 self._tell(self._begin_drain)
                 self._http.join(CLEANING_UP_S)
-                logger.info("Stopped before the model was ready.")
+                logger.info(
+                    "Stopped before the model was ready.%s", _BEGINS_ANEW if self._half_calibrated else ""
+                )
                 return 0
             self._wait()
         if self._http_failure is not None:
@@ -191,11 +195,12 @@ class _Serving:
             )
         finally:
             self._calibrating = False
+        self._half_calibrated = False
         self._interruption.check()
         return bundle
 
     def _on_calibration(self) -> None:
-        self._calibrating = True
+        self._calibrating = self._half_calibrated = True
         self._interruption.check()
         self._tell(self._availability.calibrates)
 

@@ -157,7 +157,9 @@ def test_stopped_while_calibrating_it_leaves_nothing_half_made(
         assert server.process.wait(timeout=20) == 0
         assert server.half_made() == []
         assert "Traceback" not in server.told
-        assert "Stopped before the model was ready" in server.told
+        assert (
+            "Stopped before the model was ready. The packaged model's calibration begins anew" in server.told
+        )
 
 
 def test_a_calibration_that_fails_ends_the_server_with_its_line(model: Path, tmp_path: Path) -> None:

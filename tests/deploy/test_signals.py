@@ -113,7 +113,7 @@ class Start:
 
     @property
     def stopped_before_ready(self) -> bool:
-        return "Stopped before the model was ready." in self._log.messages
+        return any(line.startswith("Stopped before the model was ready.") for line in self._log.messages)
 
 
 @pytest.fixture
