@@ -10,7 +10,7 @@ import torch
 Calls = Sequence[Callable[[], object]]
 
 L2_BYTES = 64 * 2**20
-"""No smaller than a last-level cache of the GPUs that this is for."""
+"""The last-level cache of a GPU that does not tell its own: no smaller than an H200's."""
 REPLAYS = 11
 _IN_A_GRAPH = 1e-3  # seconds of work in one graph: the launch of a graph is lost in them
 _MOST_CALLS = 512
@@ -24,9 +24,25 @@ class Timing:
     method: str
 
 
-def copies(nbytes: int, at_most: int = 48) -> int:
-    """How many buffers of `nbytes` must take turns so that none is still in the cache when its turn comes again."""
-    return max(1, min(at_most, -(-3 * L2_BYTES // max(nbytes, 1))))
+def cache_bytes(device: torch.device) -> int:
+    """Bytes of the device's last-level cache, `L2_BYTES` where it does not tell them."""
+    if device.type != "cuda":
+        return L2_BYTES
+    return int(getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0) or L2_BYTES)
+
+
+def copies(nbytes: int, at_most: int = 48, *, cache: int = L2_BYTES) -> int:
+    """How many buffers of `nbytes` take turns: three times as many bytes as a `cache` holds, but not more buffers than
+    `at_most`.
+
+    Small ones stay in the cache then: see `cached`.
+    """
+    return max(1, min(at_most, -(-3 * cache // max(nbytes, 1))))
+
+
+def cached(nbytes: int, count: int, *, cache: int) -> bool:
+    """Whether `count` buffers of `nbytes` may all lie in a `cache`: their rate is not the memory's then."""
+    return count * nbytes <= cache
 
 
 def timed(calls: Calls, device: torch.device, *, replays: int = REPLAYS) -> Timing:

@@ -68,7 +68,10 @@ def memory_rate(record: Row) -> float:
     cases = [case for op in ("int4_linear", "paged_attention") for case in _cases(record, op)]
     found = [machine[key] for key in ("copy_bytes_per_s", "read_bytes_per_s") if key in machine]
     for case in cases:
-        found += [each["bytes_per_s"] for each in (case, *_inner(case)) if "bytes_per_s" in each]
+        all_of_it = (case, *_inner(case))
+        found += [
+            each["bytes_per_s"] for each in all_of_it if "bytes_per_s" in each and not each.get("cached")
+        ]
     return float(max(found))
 
 
@@ -267,12 +270,17 @@ def _linears(record: Row, rows: Sequence[int]) -> Iterator[Sequence[str]]:
     for layer in dict.fromkeys(case["layer"] for case in cases):
         found = [_only(cases, {"layer": layer, "rows": each}) for each in rows]
         first = _only(cases, {"layer": layer, "rows": 1})
-        shares = (each["bytes_per_s"] / rate for each in (first, first["full_linear"], first["torch"]))
+        shares = (_share(each, rate) for each in (first, first["full_linear"], first["torch"]))
         times = (
             f"{case['us']:.1f} / {case['full_linear']['us']:.1f} / {case['torch']['us']:.1f}"
             for case in found
         )
-        yield layer, " / ".join(f"{share:.0%}" for share in shares), *times
+        yield layer, " / ".join(shares), *times
+
+
+def _share(figures: Row, rate: float) -> str:
+    """Of the memory's rate; of buffers that the cache may hold that says nothing."""
+    return "in the cache" if figures.get("cached") else f"{figures['bytes_per_s'] / rate:.0%}"
 
 
 def _order_costs(record: Row) -> Iterator[Sequence[str]]:
@@ -289,7 +297,7 @@ def _attention(record: Row) -> Iterator[Sequence[str]]:
         sizes = {"sequences": case["sequences"], "context": case["context"]}
         int4 = _only(cases, {**sizes, "kv": "int4"})
         three = (case, int4, case["sdpa"])
-        times = (f"{each['us']:.1f} ({each['bytes_per_s'] / rate:.0%})" for each in three)
+        times = (f"{each['us']:.1f} ({_share(each, rate)})" for each in three)
         yield f"{case['sequences']} × {case['context']}", *times, f"{case['us'] / int4['us']:.2f}"
 
 

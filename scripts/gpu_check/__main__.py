@@ -8,6 +8,7 @@ on with the sections that are left.
 import faulthandler
 import importlib
 import os
+import shutil
 import sys
 import tempfile
 import threading
@@ -21,6 +22,7 @@ from pathlib import Path
 
 from scripts.gpu_check.source_tree import make_importable
 
+_BEGAN = time.monotonic()  # what is imported below takes its time too
 make_importable()
 
 import torch  # noqa: E402 - what stands above says where `exeunt` is
@@ -28,11 +30,14 @@ import torch  # noqa: E402 - what stands above says where `exeunt` is
 from exeunt.kernels.tuned.files import slug  # noqa: E402
 from scripts.gpu_check.needs import BUNDLE, METRICS, TESTS, missing  # noqa: E402
 from scripts.gpu_check.report import Clock, Context, Report  # noqa: E402
+from scripts.gpu_check.room import give_back  # noqa: E402
 from scripts.gpu_check.table import table  # noqa: E402
 from scripts.gpu_check.warming import GROUPS, PACKAGED, Warmers  # noqa: E402
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 _GRACE = 20.0  # seconds beyond its time after which a section counts as hanging
+_LAST_GRACE = 8.0  # seconds beyond the time of all, after which any does
+_END = 16.0  # seconds beyond the time of all, after which the process is ended, whatever it does
 _LATE = 10.0  # seconds left under which nothing is begun behind a section that was broken off
 
 
@@ -48,32 +53,37 @@ class Section:
 
 
 SECTIONS = {
-    "machine": Section("machine:run", 8, 0),
-    "memory": Section("memory:run", 10, 0),
-    "correctness": Section("correctness:run", 40, 5),
-    "tests": Section("kernel_tests:run", 100, 10, TESTS),
-    "decode": Section("decode_speeds:run", 30, 8),
-    "kernels": Section("kernel_speeds:run", 30, 5),
-    "end_to_end": Section("end_to_end:run", 140, 8),
-    "exits": Section("exits:run", 20, 12),
-    "host": Section("host_times:run", 10, 6),
-    "compiled": Section("compiled:run", 27, 20),
+    "machine": Section("machine:run", 4, 0),
+    "memory": Section("memory:run", 8, 0),
+    "correctness": Section("correctness:run", 34, 5),
+    "tests": Section("kernel_tests:run", 85, 10, TESTS),
+    "decode": Section("decode_speeds:run", 26, 8),
+    "kernels": Section("kernel_speeds:run", 24, 5),
+    "end_to_end": Section("end_to_end:run", 112, 8),
+    "long_contexts": Section("long_contexts:run", 26, 12),
+    "exits": Section("exits:run", 15, 12),
+    "host": Section("host_times:run", 6, 6),
+    "compiled": Section("compiled:run", 75, 30),
     "float32": Section("correctness:float32", 60, 10, extra=True),
     "tuning": Section("tuning:run", 45, 10, extra=True),
 }
 """What must hold comes first, then speeds in the order of what they are worth. Each has its seconds for certain, and
-what the sections before it did not need."""
+what the sections before it did not need: the shares of the first are a little more than they took on an H200."""
 DEFAULT = tuple(name for name, section in SECTIONS.items() if not section.extra)
 COMPILING = 45.0  # seconds kept for kernels that must stand compiled before the first answer
 SECONDS = COMPILING + sum(SECTIONS[name].seconds for name in DEFAULT)
 # their kernels are compiled beside what comes first
-_WARMED = ("correctness", "decode", "kernels", "end_to_end", "host", "exits")
+_WARMED = ("correctness", "decode", "kernels", "end_to_end", "long_contexts", "host", "exits")
 _FIRST = ("machine", "memory")  # done before anything runs beside
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Check and measure on a GPU; exit status 1 where a check failed, or no time was left for the checks."""
+def main(arguments: Sequence[str] | None = None, began: float | None = None) -> int:
+    """Check and measure on a GPU; exit status 1 where a check failed, or no time was left for the checks.
+
+    `began` is since when the seconds count (monotonic), None: from now on.
+    """
     asked = _asked(arguments)
+    until = asked.until or (time.monotonic() if began is None else began) + asked.seconds
     place = torch.device(asked.device)
     if place.type == "cuda" and not torch.cuda.is_available():
         said = "There is no CUDA device that PyTorch can use; --device cpu --quick tries the script itself."
@@ -81,12 +91,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     bundle = _bundle(asked.bundle)
     if asked.warm is not None:
-        _warm(place, asked.quick, Clock(asked.seconds), asked.warm, bundle)
+        _warm(place, asked.quick, Clock.until(until), asked.warm, bundle)
         return 0
     name = torch.cuda.get_device_name(place) if place.type == "cuda" else str(place)
     path = asked.out or RESULTS / f"gpu-check-{slug(name)}.json"
     report = Report(path, resume=asked.resume)
-    context = Context(place, asked.quick, report, Clock(asked.seconds), bundle)
+    context = Context(place, asked.quick, report, Clock.until(until), bundle)
     if not asked.resume:
         lacking = missing(METRICS)
         report.data |= {
@@ -95,14 +105,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "quick": asked.quick,
             "metrics": f"not counted: {', '.join(lacking)} is not installed" if lacking else "counted",
         }
-    faulthandler.dump_traceback_later(asked.seconds + 2 * _GRACE, exit=True)
+    faulthandler.dump_traceback_later(max(1.0, context.clock.left() + _END), exit=True)
     try:
         with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder:
             names = [name for name in SECTIONS if name in asked.sections]
             _Run(context, names, Path(folder), resumed=asked.resume).all()
     finally:
         faulthandler.cancel_dump_traceback_later()
-    report.data["seconds"] = report.data.get("seconds", 0.0) + context.clock.used()
+    report.data["seconds"] = report.data["seconds_given"] - context.clock.left()
     report.save()
     print(table(report))
     print(f"written to {path}")
@@ -119,6 +129,7 @@ def _asked(arguments: Sequence[str] | None) -> Namespace:
     parser.add_argument("--out", type=Path, help="the JSON, else by the GPU's name in benchmarks/results")
     parser.add_argument("--bundle", type=Path, help="of the packaged model, else the cached one, if any")
     parser.add_argument("--resume", action="store_true", help=SUPPRESS)
+    parser.add_argument("--until", type=float, help=SUPPRESS)
     parser.add_argument("--warm", help=SUPPRESS)
     return parser.parse_args(arguments)
 
@@ -179,7 +190,10 @@ class _Run:
         found["status"] = "running"
         report.save()
         print(f"[{self._context.clock.left():.0f} s left] {name}", file=sys.stderr)
-        guard = threading.Timer(max(1.0, within.clock.left()) + _GRACE, self._hung, (name,))
+        patience = min(
+            max(1.0, within.clock.left()) + _GRACE, max(1.0, self._context.clock.left()) + _LAST_GRACE
+        )
+        guard = threading.Timer(patience, self._hung, (name,))
         guard.daemon = True
         guard.start()
         began = time.monotonic()
@@ -187,6 +201,9 @@ class _Run:
             module, attribute = section.function.split(":")
             getattr(importlib.import_module(f"scripts.gpu_check.{module}"), attribute)(within, found)
             found["status"] = "done"
+        except torch.OutOfMemoryError as error:
+            found["status"] = "left out"
+            found.setdefault("skipped", []).append(f"{name}: {error}".partition("\n")[0][:300])
         except Exception as error:  # noqa: BLE001 - the sections behind it are worth having all the same
             traceback.print_exc()
             found |= {"status": "failed", "error": f"{type(error).__name__}: {error}"[:500]}
@@ -195,6 +212,8 @@ class _Run:
             guard.cancel()
             found["seconds"] = round(time.monotonic() - began, 2)
             report.save()
+        if found["status"] == "left out":
+            give_back(self._context)
         if found["status"] == "failed" and not _device_answers(self._context.device):
             self._go_on_afresh()
 
@@ -214,16 +233,16 @@ class _Run:
         """Replace this process by one that runs the sections left."""
         if self._warmers is not None:
             self._warmers.stop()
-        report, left = self._context.report, self._context.clock.left()
-        report.data["seconds"] = report.data.get("seconds", 0.0) + self._context.clock.used()
-        if left < _LATE:
+        report, clock = self._context.report, self._context.clock
+        if clock.left() < _LATE:
             for name in self._names:
                 report.section(name)["status"] = "left out"
             self._names.clear()
         report.save()
+        shutil.rmtree(self._folder, ignore_errors=True)  # nobody comes back to it
         said = [sys.executable, "-m", "scripts.gpu_check", "--device", str(self._context.device), "--resume"]
         said += ["--out", str(self._context.report.path), "--sections", ",".join(self._names)]
-        said += ["--seconds", str(max(1.0, left)), *(["--quick"] if self._context.quick else [])]
+        said += ["--until", str(clock.end), *(["--quick"] if self._context.quick else [])]
         said += ["--bundle", str(self._context.bundle)] if self._context.bundle else []
         sys.stdout.flush()
         for descriptor in Path("/proc/self/fd").iterdir():  # the GPU's too: they keep its memory
@@ -269,4 +288,4 @@ def _cached_bundle() -> Path | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(began=_BEGAN))

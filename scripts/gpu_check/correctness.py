@@ -1,14 +1,15 @@
 """The packaged model on the device: against transformers, against plain PyTorch, and against itself in other company.
 
-Greedy answers come from the decoder, token by token. They are held to transformers on the same weights, and to
-the decoder without the Triton kernels (full and INT4 weights, full and INT4 keys and values). Row invariance is held to
+Greedy answers come from the decoder, token by token, behind random tokens and behind passages of a text. They are held
+to transformers on the same weights, and to the decoder without the Triton kernels (full and INT4 weights, full and INT4
+keys and values); what is compared of several texts is the worst of them. Row invariance is held to
 the bit: a text alone in one piece, in chunks, token by token, and among others. All variants in bfloat16 come first;
 float32 is a section of its own. A check that the time did not suffice for says what it compared.
 """
 
 import os
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -22,6 +23,7 @@ from exeunt.deploy.packaged_model import path as checkpoint
 from exeunt.kernels import gpu
 from scripts.gpu_check.models import packaged_decoders
 from scripts.gpu_check.paged_rows import greedy, logits_of
+from scripts.gpu_check.prompts import packaged_prompts
 from scripts.gpu_check.report import Context, Found
 
 VARIANTS = (Variant(), Variant("int4", "int4"), Variant("full", "int4"), Variant("int4", "full"))
@@ -30,6 +32,7 @@ COMPANY = {2: 0, 17: 8}
 CHUNKS = (290, 1, 1, 7, 16, 33, 64, 600)
 """Tokens of a text's calls: both sides of the edges of the tiles' row counts, the last up to the text's end."""
 _PROMPT, _TOKENS = 64, 64
+_PASSAGES = 3  # of the packaged text, beside a prompt of random tokens
 _LONG, _SHORT = 600, 24  # tokens: beyond one split of the context, and for calls of a token each
 
 MARGINS = {torch.float32: 2e-3, torch.bfloat16: 0.25}
@@ -54,7 +57,7 @@ def float32(context: Context, found: Found) -> None:
 def _dtype(context: Context, found: Found, dtype: torch.dtype) -> None:
     _, decoders = packaged_decoders(context.device, dtype)
     tokens = 8 if context.quick else _TOKENS
-    prompt = _texts(context, decoders["full", False])[0][:_PROMPT]
+    prompts = _prompts(context, decoders["full", False])
     with without_triton():
         _, plain = packaged_decoders(context.device, dtype)
     for variant in VARIANTS:
@@ -62,21 +65,23 @@ def _dtype(context: Context, found: Found, dtype: torch.dtype) -> None:
         if not context.fits(2, name, found):
             continue
         decoder, kv = decoders[variant.weights, False], variant.kv_cache
-        answer = greedy(decoder, kv, prompt, tokens)
-        text = [*prompt, *answer]
+        answers = [greedy(decoder, kv, prompt, tokens) for prompt in prompts]
+        texts = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
         margin, error = MARGINS[dtype], ERRORS[dtype]
         if variant == Variant():
-            theirs = _transformers(context, dtype, text)
-            _held(context, f"{name} against transformers", theirs, answer, margin)
+            theirs = _transformers(context, dtype, texts)
+            _held(context, f"{name} against transformers", theirs, answers, margin)
         with without_triton():
-            theirs = logits_of(plain[variant.weights, False], kv, [text], [len(text)])[0]
+            theirs = _logits(plain[variant.weights, False], kv, texts)
         if kv == "int4":
             margin, error = max(margin, _MARGIN_INT4_KV), max(error, _ERROR_INT4_KV)
-        _held(context, f"{name} against plain PyTorch", theirs, answer, margin)
-        ours = logits_of(decoder, kv, [text], [len(text)])[0]
-        off = float((ours - theirs).norm() / theirs.norm())
+        _held(context, f"{name} against plain PyTorch", theirs, answers, margin)
+        ours = _logits(decoder, kv, texts)
+        off = _worst(
+            float((one - other).norm() / other.norm()) for one, other in zip(ours, theirs, strict=True)
+        )
         context.report.check(f"{name} logits against plain PyTorch", off < error, error=off, tolerance=error)
-        found.setdefault("answers", {})[name] = answer
+        found.setdefault("answers", {})[name] = answers
         context.report.save()
         _invariance(context, name, decoder, kv)
     for variant in VARIANTS:
@@ -85,24 +90,44 @@ def _dtype(context: Context, found: Found, dtype: torch.dtype) -> None:
             _graphs(context, name, decoders[variant.weights, False], variant.kv_cache, found)
 
 
-def _held(context: Context, name: str, theirs: Tensor, answer: Sequence[int], tolerance: float) -> None:
-    """Every token of the answer must be the other's own choice, or within `tolerance` of it."""
-    logits = theirs[-len(answer) - 1 : -1].float()
-    ours = torch.tensor(answer, device=logits.device)
-    behind = logits.max(-1).values - logits.gather(1, ours[:, None])[:, 0]
-    worst = float(behind.max())
-    alike = int((behind == 0).sum())
-    detail: dict[str, Any] = {"tokens": len(answer), "chosen_alike": alike, "worst_margin": worst}
+def _held(
+    context: Context,
+    name: str,
+    theirs: Sequence[Tensor],
+    answers: Sequence[Sequence[int]],
+    tolerance: float,
+) -> None:
+    """Every token of the answers must be the other's own choice, or within `tolerance` of it.
+
+    `theirs` are the other's logits [tokens, vocab] of each text, whose last tokens are the answer.
+    """
+    behind: list[float] = []
+    for text, answer in zip(theirs, answers, strict=True):
+        logits = text[-len(answer) - 1 : -1].float()
+        ours = torch.tensor(answer, device=logits.device)
+        behind += (logits.max(-1).values - logits.gather(1, ours[:, None])[:, 0]).tolist()
+    worst = _worst(behind)
+    detail: dict[str, Any] = {"tokens": len(behind), "texts": len(answers), "worst_margin": worst}
+    detail["chosen_alike"] = sum(each == 0 for each in behind)
     context.report.check(name, worst <= tolerance, **detail, tolerance=tolerance)
 
 
-def _transformers(context: Context, dtype: torch.dtype, text: Sequence[int]) -> Tensor:
-    """The logits [tokens, vocab] that transformers sees."""
+def _worst(numbers: Iterable[float]) -> float:
+    """The largest, or what is no number, if there is such."""
+    return float(torch.tensor(list(numbers), dtype=torch.float64).max())
+
+
+def _transformers(context: Context, dtype: torch.dtype, texts: Sequence[Sequence[int]]) -> list[Tensor]:
+    """The logits [tokens, vocab] that transformers sees of each text."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(checkpoint(), dtype=dtype).to(context.device).eval()
-    logits: Tensor = model(torch.tensor([text], device=context.device)).logits[0]
-    return logits
+    return [model(torch.tensor([text], device=context.device)).logits[0] for text in texts]
+
+
+def _logits(decoder: Decoder, kv: KVFormat, texts: Sequence[Sequence[int]]) -> list[Tensor]:
+    """The decoder's logits [tokens, vocab] of each text, read in one piece and alone."""
+    return [logits_of(decoder, kv, [text], [len(text)])[0] for text in texts]
 
 
 def _invariance(context: Context, name: str, decoder: Decoder, kv: KVFormat) -> None:
@@ -171,6 +196,12 @@ def _compare(context: Context, name: str, expected: Tensor, ways: Mapping[str, C
         finite=finite,
         triton=gpu.triton_runs(context.device),
     )
+
+
+def _prompts(context: Context, decoder: Decoder) -> list[list[int]]:
+    """What greedy answers go on with: random tokens, and passages."""
+    drawn = _texts(context, decoder)[0][:_PROMPT]
+    return [drawn, *packaged_prompts(_PASSAGES, 16 if context.quick else _PROMPT)]
 
 
 def _texts(context: Context, decoder: Decoder) -> list[list[int]]:

@@ -16,6 +16,7 @@ from exeunt.kernels.timing import between_events, timed
 from scripts.gpu_check.models import LLAMA, MISTRAL, TOY, Shape, random_decoders
 from scripts.gpu_check.paged_rows import PagedRows
 from scripts.gpu_check.report import Context, Found
+from scripts.gpu_check.room import give_back, has_room, held_formats, within_memory
 
 Step = tuple[WeightFormat, KVFormat, int, int]  # sequences, tokens of each
 STEPS: tuple[Step, ...] = (
@@ -43,6 +44,7 @@ _SMALLER_STEPS = 4
 """Of the smaller model so many are timed."""
 _TOY_STEPS: tuple[Step, ...] = (("full", "full", 1, 20), ("int4", "int4", 2, 40))
 _SECONDS_A_STEP = 2.0
+_BESIDE = 1.5e9  # bytes beside keys and values: states, logits, what a graph holds
 
 
 @torch.inference_mode()
@@ -50,27 +52,34 @@ def run(context: Context, found: Found) -> None:
     """Every step that fits in time and memory, the larger model first."""
     found["steps"] = []
     for shape in _shapes(context):
-        if not context.fits(4, shape.name, found):
+        if context.fits(4, shape.name, found):
+            with within_memory(context, shape.name, found):
+                _steps_of(context, found, shape)
+            give_back(context)
+
+
+def _steps_of(context: Context, found: Found, shape: Shape) -> None:
+    """Every step of a model that fits, in the formats of its weights that fit side by side."""
+    steps, spec = _steps(context, shape), shape.spec()
+    held = held_formats(context, spec, f"{shape.name} with random weights", found)
+    decoders = random_decoders(spec, context.device, torch.bfloat16, formats=held)
+    for weights, kv, sequences, tokens in steps:
+        name = f"{shape.name} {weights}/{kv} {sequences} x {tokens}"
+        if weights not in held or not context.fits(_SECONDS_A_STEP, name, found):
             continue
-        decoders = random_decoders(shape.spec(), context.device, torch.bfloat16)
-        for weights, kv, sequences, tokens in _steps(context, shape):
-            name = f"{shape.name} {weights}/{kv} {sequences} x {tokens}"
-            decoder = decoders[weights, False]
-            if context.fits(_SECONDS_A_STEP, name, found) and _has_room(
-                context, name, decoder, kv, sequences, tokens, found
-            ):
-                row = {
-                    "model": shape.name,
-                    "weights": weights,
-                    "kv": kv,
-                    "sequences": sequences,
-                    "context": tokens,
-                }
-                found["steps"].append(row | _step(context, decoder, kv, sequences, tokens))
-                context.report.save()
-        del decoders, decoder
-        if context.cuda:
-            torch.cuda.empty_cache()
+        decoder = decoders[weights, False]
+        if not has_room(context, _step_bytes(decoder, kv, sequences, tokens), name, found):
+            continue
+        with within_memory(context, name, found):
+            row: Found = {
+                "model": shape.name,
+                "weights": weights,
+                "kv": kv,
+                "sequences": sequences,
+                "context": tokens,
+            }
+            found["steps"].append(row | _step(context, decoder, kv, sequences, tokens))
+            context.report.save()
 
 
 def warm_jobs(context: Context, weights: WeightFormat) -> Iterator[Callable[[], None]]:
@@ -102,23 +111,11 @@ def _steps(context: Context, shape: Shape) -> tuple[Step, ...]:
     return STEPS if shape is MISTRAL else STEPS[:_SMALLER_STEPS]
 
 
-def _has_room(
-    context: Context, name: str, decoder: Decoder, kv: KVFormat, sequences: int, tokens: int, found: Found
-) -> bool:
-    """Whether the device holds the keys and values beside the weights."""
-    if not context.cuda:
-        return True
+def _step_bytes(decoder: Decoder, kv: KVFormat, sequences: int, tokens: int) -> float:
+    """Bytes of the keys and values of a step, and of what it computes between them."""
     spec = decoder.spec
-    wanted = sequences * (tokens + 64) * spec.blocks * 2 * spec.kv_size * 2
-    wanted = wanted if kv == "full" else wanted * 28 // 100
-    torch.cuda.empty_cache()  # what the step before has freed counts as free
-    free = torch.cuda.mem_get_info(context.device)[0]
-    if wanted * 1.05 + 4e9 < free:
-        return True
-    found.setdefault("skipped", []).append(
-        f"{name}: needs {wanted / 1e9:.0f} GB, {free / 1e9:.0f} GB are free"
-    )
-    return False
+    pages = sequences * (tokens + 64) * spec.blocks * 2 * spec.kv_size * 2
+    return (pages if kv == "full" else pages * 0.28) + _BESIDE
 
 
 def _step(context: Context, decoder: Decoder, kv: KVFormat, sequences: int, tokens: int) -> Found:

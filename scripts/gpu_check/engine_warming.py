@@ -9,15 +9,20 @@ from scripts.gpu_check.end_to_end import packaged_model, random_model
 from scripts.gpu_check.engine_speeds import BACKFILLED, HALF, INT4, OFF, engine_driver
 from scripts.gpu_check.models import MISTRAL, TOY
 from scripts.gpu_check.report import Context
+from scripts.gpu_check.room import INT4_ALONE
 from scripts.gpu_check.sizes import Sizes
 
 
 def exit_jobs(context: Context, *, packaged: bool) -> Iterator[Callable[[], None]]:
     """Answers with approximate exits, by as many streams as are timed: their steps are graphs of other kernels."""
-    if packaged:
-        model = packaged_model(context)
-    else:
-        model = random_model(context, {}, TOY if context.quick else MISTRAL, blocks=2, rate=None)
+    shape = TOY if context.quick else MISTRAL
+    model = (
+        packaged_model(context)
+        if packaged
+        else random_model(context, {}, shape, blocks=2, rate=None, formats=INT4_ALONE)
+    )
+    if model is None:
+        return
     modes = (HALF, BACKFILLED) if model.exits else (OFF,)
     for streams in (2,) if context.quick else (64, 16, 1):
         yield partial(_answer, model, streams, modes)

@@ -14,13 +14,14 @@ from scripts.gpu_check.engine_speeds import (
     BACKFILLED,
     HALF,
     INT4,
+    NO_ROOM,
     OFF,
     engine_driver,
     engine_speeds,
-    free_memory,
 )
 from scripts.gpu_check.models import MISTRAL, TOY
 from scripts.gpu_check.report import Context, Found
+from scripts.gpu_check.room import INT4_ALONE, give_back, within_memory
 from scripts.gpu_check.sizes import Sizes
 
 LOADS: Final[tuple[tuple[Sizes, SchedulingPolicy], ...]] = (
@@ -36,11 +37,14 @@ _LEAST: Final = 8.0  # seconds left without which a load is not begun
 
 def run(context: Context, found: Found) -> None:
     """Every load with exits off, propagated and backfilled."""
-    model = random_model(context, found, TOY if context.quick else MISTRAL)
+    model = random_model(context, found, TOY if context.quick else MISTRAL, formats=INT4_ALONE)
+    if model is None:
+        return
     for sizes, scheduling in _TOY_LOADS if context.quick else LOADS:
-        _load(context, found, model, sizes, scheduling)
+        with within_memory(context, f"contexts of {sizes.prompt}, {scheduling}", found, NO_ROOM):
+            _load(context, found, model, sizes, scheduling)
     del model
-    free_memory(context)
+    give_back(context)
 
 
 def _load(

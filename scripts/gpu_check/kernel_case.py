@@ -9,6 +9,8 @@ from torch import Tensor
 
 from exeunt.kernels.timing import Calls
 
+_BESIDE = 1e9  # bytes beside the buffers: results, what is made on the way to a buffer, a graph's own
+
 
 @dataclass(frozen=True, slots=True)
 class Case:
@@ -21,6 +23,10 @@ class Case:
     sizes: dict[str, Any]
     nbytes: dict[str, int]
     make: Callable[[int], dict[str, Calls]]
+
+    def buffer_bytes(self, count: int) -> float:
+        """Bytes of all buffers where `count` of the smallest take turns: those of larger ones are fewer."""
+        return _BESIDE + sum(max(each, count * min(self.nbytes.values())) for each in self.nbytes.values())
 
     @property
     def name(self) -> str:

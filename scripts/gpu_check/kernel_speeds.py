@@ -3,7 +3,8 @@
 Beside some linears stands what the same kernel takes with tile and parts chosen freely for that number of rows.
 
 Buffers take turns so that a last-level cache does not hold them. "share_of_memory" is the bytes that must be moved over
-the time taken, as a share of the memory's rate measured in the same run.
+the time taken, as a share of the memory's rate measured in the same run. Cases so small that all of their buffers lie
+in the cache say "cached", and no share: their rate is not the memory's.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ from exeunt.kernels.gpu import triton_runs
 from exeunt.kernels.int4_linear import Int4Weight, int4_linear, pack
 from exeunt.kernels.paged_attention import paged_attention
 from exeunt.kernels.paged_batch import PagedBatch
-from exeunt.kernels.timing import Calls, copies, timed
+from exeunt.kernels.timing import Calls, cache_bytes, cached, copies, timed
 from exeunt.kernels.token_draw import draw_tokens
 from exeunt.kernels.tuned.shape import LinearShape
 from exeunt.kernels.write_kv import write_kv
@@ -31,6 +32,7 @@ from scripts.gpu_check.models import GROUP_SIZE, MISTRAL
 from scripts.gpu_check.other_kernels import other_cases
 from scripts.gpu_check.paged_steps import paged_steps
 from scripts.gpu_check.report import Context, Found
+from scripts.gpu_check.room import LACKING, has_room
 
 ROWS = (1, 16, 64, 4, 512)
 LAYERS = {
@@ -71,8 +73,13 @@ def run(context: Context, found: Found) -> None:
     for case in cases(context):
         if not context.fits(_SECONDS_A_CASE, case.name, found):
             continue
+        count = _buffers(context, min(case.nbytes.values()))
+        if not has_room(context, case.buffer_bytes(count), case.name, found):
+            continue
         try:
-            found["cases"].append(_timed(context, case))
+            found["cases"].append(_timed(context, case, count))
+        except LACKING as error:
+            found.setdefault("skipped", []).append(f"{case.name}: {error}".partition("\n")[0][:300])
         except Exception as error:  # noqa: BLE001 - one kernel that breaks leaves the others worth timing
             found["cases"].append(
                 {"op": case.op, **case.sizes, "error": f"{type(error).__name__}: {error}"[:300]}
@@ -178,16 +185,17 @@ def cases(context: Context) -> Iterator[Case]:
     yield from attention[8:]
 
 
-def _timed(context: Context, case: Case) -> Found:
-    """The times of a case, our own as "us"."""
-    smallest = min(case.nbytes.values())
+def _timed(context: Context, case: Case, count: int) -> Found:
+    """The times of a case over at most so many buffers, our own as "us"."""
     row: Found = {"op": case.op, **case.sizes}
     ours: float | None = None
-    for name, calls in case.make(_buffers(context, smallest)).items():
+    for name, calls in case.make(count).items():
         took = timed(calls, context.device)
         rate = case.nbytes[name] / took.seconds
         figures: Found = {"us": took.seconds * 1e6, "bytes_per_s": rate, "method": took.method}
-        if context.report.memory_rate:
+        if context.cuda and cached(case.nbytes[name], len(calls), cache=cache_bytes(context.device)):
+            figures["cached"] = True
+        elif context.report.memory_rate:
             figures["share_of_memory"] = rate / context.report.memory_rate
         if ours is None:
             ours = took.seconds
@@ -199,7 +207,7 @@ def _timed(context: Context, case: Case) -> Found:
 
 def _buffers(context: Context, nbytes: int) -> int:
     """How many buffers of `nbytes` take turns."""
-    return copies(nbytes) if context.cuda else 2
+    return copies(nbytes, cache=cache_bytes(context.device)) if context.cuda else 2
 
 
 def _linear(device: torch.device, layer: str, outputs: int, inputs: int, rows: int) -> Case:
@@ -210,7 +218,7 @@ def _linear(device: torch.device, layer: str, outputs: int, inputs: int, rows: i
 
     def make(count: int) -> dict[str, Calls]:
         x = torch.randn(rows, inputs, device=device).to(torch.bfloat16)
-        fulls = max(1, min(count, copies(full)))
+        fulls = max(1, min(count, copies(full, cache=cache_bytes(device))))
         weights = [random_bf16(outputs, inputs, device=device) for _ in range(fulls)]
         packed = [pack(_int4(outputs, inputs, groups, device)) for _ in range(count)]
         return {
@@ -279,7 +287,7 @@ def _attention(device: torch.device, quick: bool, sequences: int, tokens: int, k
         }
         if kv == "full":
             shape = (sequences, kv_heads, tokens, head_dim)
-            some = max(1, min(count, copies(full)))
+            some = max(1, min(count, copies(full, cache=cache_bytes(device))))
             pairs = [[random_bf16(*shape, device=device) for _ in range(2)] for _ in range(some)]
             q = queries[:, :, None]
             found["sdpa"] = [

@@ -10,7 +10,7 @@ from exeunt.compression.kv_format import kv_layout, page_bytes_for
 from exeunt.compression.variant import KVFormat
 from exeunt.kernels.exit_gate import gate_rows
 from exeunt.kernels.rows import rms_norm
-from exeunt.kernels.timing import Calls, copies
+from exeunt.kernels.timing import Calls, cache_bytes, copies
 from exeunt.kernels.token_draw.scores import penalise_scores, truncate_scores, truncate_scores_reference
 from exeunt.kernels.write_kv import turn_and_write_kv
 from scripts.gpu_check.kernel_case import Case, random_bf16
@@ -79,7 +79,9 @@ def _gate(device: torch.device, quick: bool, rows: int) -> Case:
     nbytes = 2 * spec.hidden_size**2 + 4 * rows * vocab
 
     def make(count: int) -> dict[str, Calls]:
-        heads = [synthetic_exit(spec, device) for _ in range(min(count, copies(nbytes)))]
+        heads = [
+            synthetic_exit(spec, device) for _ in range(min(count, copies(nbytes, cache=cache_bytes(device))))
+        ]
         hidden = random_bf16(rows, spec.hidden_size, device=device)
         logits, thresholds = torch.randn(rows, vocab, device=device), torch.full((rows,), 0.5, device=device)
         return {

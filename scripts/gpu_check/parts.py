@@ -4,7 +4,9 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from scripts.gpu_check.engine_speeds import NO_ROOM
 from scripts.gpu_check.report import Context, Found
+from scripts.gpu_check.room import within_memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +27,10 @@ def run_parts(context: Context, found: Found, parts: Sequence[Part]) -> None:
         if not context.fits(part.least, part.name, found):
             continue
         kept = sum(each.seconds for each in parts[number + 1 :])
+        own = found.setdefault(part.key, {})
         try:
-            part.run(context.within(context.share(part.seconds, kept)), found.setdefault(part.key, {}))
+            with within_memory(context, part.name, own, NO_ROOM):
+                part.run(context.within(context.share(part.seconds, kept)), own)
         except Exception as error:  # noqa: BLE001 - the parts behind it are worth having all the same
             traceback.print_exc()
             found.setdefault("broken", {})[part.name] = f"{type(error).__name__}: {error}"[:300]

@@ -64,16 +64,16 @@ class Clock:
     """How many seconds are left."""
 
     def __init__(self, seconds: float) -> None:
-        self._began = time.monotonic()
-        self._end = self._began + seconds
+        self.end = time.monotonic() + seconds
 
-    def used(self) -> float:
-        """Seconds gone by."""
-        return time.monotonic() - self._began
+    @classmethod
+    def until(cls, end: float) -> "Clock":
+        """Of a moment that `time.monotonic` tells, the same in every process of a machine."""
+        return cls(end - time.monotonic())
 
     def left(self) -> float:
         """Seconds left; negative once they are over."""
-        return self._end - time.monotonic()
+        return self.end - time.monotonic()
 
 
 @dataclass(frozen=True, slots=True)

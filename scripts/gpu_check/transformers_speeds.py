@@ -1,35 +1,60 @@
-"""transformers' `generate` and `generate_batch` on the models and prompts that the engine is timed with."""
+"""transformers' `generate` and `generate_batch` on the models and prompts that the engine is timed with.
+
+Beside `generate` stands a loop of forward passes over a static cache of the same length, with nothing of `generate`
+around it: a host's time that no such loop has is `generate`'s own.
+"""
 
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import torch
+from torch import Tensor
 
 from exeunt.deploy.packaged_model import path as checkpoint
+from scripts.gpu_check.held_memory import watched_memory
 from scripts.gpu_check.models import Shape
 from scripts.gpu_check.report import Context, Found
+from scripts.gpu_check.room import give_back
 from scripts.gpu_check.sizes import Sizes
+
+_RUNS: Final = 3  # timed at most
 
 
 def transformers_speeds(
     context: Context, found: Found, model: Any, prompts: Sequence[Sequence[int]], sizes: Sizes
 ) -> None:
     """`generate_batch`, then `generate` on as many prompts at once; what raises is noted and is no failure of ours."""
+    from scripts.gpu_check.generate_batch import generate_batch_speed
+
     called = f"transformers generate_batch, {sizes.most} streams"
+    parts = 1 + len(sizes.streams)  # of the time, alike
     if context.cuda and context.fits(8, called, found):
-        found[called] = tried(partial(_generate_batch, model, prompts[: sizes.most], sizes.answer))
+        own = context.within(max(8.0, context.clock.left() * 2 / (parts + 1)))
+        found[called] = tried(partial(generate_batch_speed, own, model, prompts[: sizes.most], sizes.answer))
+        give_back(context)
         context.report.save()
-    for streams in sizes.streams:
+    generate_speeds(context, found, model, prompts, sizes)
+
+
+def generate_speeds(
+    context: Context, found: Found, model: Any, prompts: Sequence[Sequence[int]], sizes: Sizes
+) -> None:
+    """`generate` by the number of streams, each with its share of the time."""
+    for number, streams in enumerate(sizes.streams):
         called = f"transformers generate, {streams} streams"
-        if context.fits(5, called, found):
-            found[called] = tried(partial(generate_speed, context, model, prompts[:streams], sizes.answer))
-            context.report.save()
+        if not context.fits(5, called, found):
+            continue
+        own = context.within(max(5.0, context.clock.left() / (len(sizes.streams) - number)))
+        some = prompts[:streams]
+        found[called] = tried(partial(generate_speed, own, model, some, sizes.answer, control=True))
+        give_back(context)
+        context.report.save()
 
 
 def tried(measure: Callable[[], Found]) -> Found:
-    """What is measured, or why nothing was."""
+    """What is measured, or under "error" why nothing was."""
     try:
         return measure()
     except Exception as error:  # noqa: BLE001 - theirs, or too little memory for it: the rest goes on
@@ -38,50 +63,68 @@ def tried(measure: Callable[[], Found]) -> Found:
 
 @torch.inference_mode()
 def generate_speed(
-    context: Context, model: Any, prompts: Sequence[Sequence[int]], answer: int, **settings: Any
+    context: Context,
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    answer: int,
+    *,
+    control: bool = False,
+    **settings: Any,
 ) -> Found:
+    """Tokens per second of the best of up to three runs of `generate`, behind warm ones of the same length.
+
+    `settings` are further arguments of `generate`; with `control` the loop without it is timed too.
+    """
     ids = torch.tensor([list(prompt) for prompt in prompts], device=context.device)
     asked = {"do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(ids), **settings}
 
-    def seconds(tokens: int) -> float:
+    def seconds() -> float:
         _wait(context)
         began = time.perf_counter()
-        model.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, **asked)
+        model.generate(ids, max_new_tokens=answer, min_new_tokens=answer, **asked)
         _wait(context)
         return time.perf_counter() - began
 
     # what is compiled is compiled for the length of the cache, and a second time when graphs are recorded
-    lengths = (answer, answer) if settings else (2,)
-    first = [seconds(tokens) for tokens in lengths]
+    first = [seconds() for _ in range(2 if settings else 1)]
     found: Found = {"warm_up_seconds": first}
     if context.clock.left() < first[-1]:
         return found | {"error": "no time left behind the warm-up"}
-    took = seconds(answer)
-    return found | {"tokens_per_s": len(prompts) * answer / took, "seconds": took}
+    took, held = watched_memory(context, seconds)
+    all_took = [took]
+    if control and context.clock.left() > 2 * all_took[0]:
+        found["forward_loop"] = tried(partial(forward_loop_speed, context, model, ids, answer))
+    while len(all_took) < _RUNS and context.clock.left() > 1.2 * all_took[-1]:
+        all_took.append(seconds())
+    best = min(all_took)
+    found |= {"tokens_per_s": len(prompts) * answer / best, "seconds": best, "all_seconds": all_took}
+    return found | held
 
 
-def _generate_batch(model: Any, prompts: Sequence[Sequence[int]], answer: int) -> Found:
-    """Continuous batching with its own choice of graphs; its set-up is in the first run alone.
+@torch.inference_mode()
+def forward_loop_speed(context: Context, model: Any, ids: Tensor, answer: int) -> Found:
+    """The same number of greedy tokens behind `ids` [texts, tokens], by the model's forward passes alone."""
+    from transformers import StaticCache
 
-    Not in inference mode: its thread writes to what is made here.
-    """
-    from transformers import ContinuousBatchingConfig, GenerationConfig
+    rows, prompt = ids.shape
+    cache = StaticCache(config=model.config, max_cache_len=prompt + answer)
 
-    asked = GenerationConfig(max_new_tokens=answer, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    cache = ContinuousBatchingConfig(max_memory_percent=0.5)
-    took, made = [], 0
-    for _ in range(2):
+    def seconds(tokens: int) -> float:
+        cache.reset()
+        _wait(context)
         began = time.perf_counter()
-        answers = model.generate_batch(
-            inputs=[list(prompt) for prompt in prompts],
-            generation_config=asked,
-            continuous_batching_config=cache,
-            persistent_manager=True,
-        )
-        took.append(time.perf_counter() - began)
-        made = sum(len(each.generated_tokens) for each in answers.values())
-    model.destroy_cached_continuous_batching_manager()
-    return {"tokens_per_s": made / took[1], "tokens": made, "seconds": took[1], "first_run_seconds": took[0]}
+        logits = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        for at in range(prompt, prompt + tokens - 1):
+            where = torch.full((1, 1), at, device=ids.device)
+            token = logits[:, -1].argmax(-1, keepdim=True)
+            logits = model(token, past_key_values=cache, use_cache=True, position_ids=where).logits
+        logits[:, -1].argmax(-1)
+        _wait(context)
+        return time.perf_counter() - began
+
+    seconds(2)  # makes the cache
+    took = seconds(answer)
+    return {"tokens_per_s": rows * answer / took, "seconds": took}
 
 
 def packaged_of_transformers(context: Context) -> Any:

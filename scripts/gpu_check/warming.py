@@ -1,15 +1,17 @@
 """Compiles the kernels ahead of their use, in a few processes beside what comes first: what `--warm` runs.
 
 Compiling takes most of a first run's time and little of the GPU. Each process has a group of kernels of its own, so
-that none is compiled twice.
+that none is compiled twice; as many run at once as the machine has room for, the others in their turn.
 """
 
 import gc
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -18,6 +20,7 @@ import torch
 
 from exeunt.compression.variant import Variant, WeightFormat
 from scripts.gpu_check import decode_speeds, kernel_speeds
+from scripts.gpu_check.bounds import bound
 from scripts.gpu_check.correctness import VARIANTS
 from scripts.gpu_check.models import packaged_decoders
 from scripts.gpu_check.paged_rows import logits_of
@@ -41,41 +44,69 @@ GROUPS: Final = (
 _TEXTS: Final = {"long": (600, 40), "short": (20, 1)}
 """Tokens of a call, apart by the tiles that they take: of 64 rows, or of 32 and 16."""
 _ROOT: Final = Path(__file__).resolve().parents[2]
+_HOST_BYTES: Final = 1.5e9  # of one process: 0.6 GB of imports, a CUDA context and its compiler
+_GPU_BYTES: Final = 3e9  # of one process: a CUDA context and the largest buffers of a group
+_MOST_SECONDS: Final = 90.0
+_LEAST_SECONDS: Final = 10  # left without which none is begun: starting takes them
 
 
 class Warmers:
-    """Processes that compile, one a group; `timeout` ends those that take too long."""
+    """Processes that compile, one a group, at most so many at once; `timeout` ends those that take too long."""
 
     def __init__(self, context: Context, folder: Path, groups: Sequence[str]) -> None:
-        """Start them."""
-        self._folder, self._began = folder, time.monotonic()
-        seconds = max(10, min(90, int(context.clock.left() / 2)))
-        self._running = {group: self._start(context, group, seconds) for group in groups}
+        """Start the first of them. The last must end with the time that all of them have."""
+        self._context, self._folder, self._began = context, folder, time.monotonic()
+        self._seconds = max(10.0, min(_MOST_SECONDS, context.clock.left() / 2))
+        self._lock, self._stopped = threading.Lock(), False
+        self._running: dict[str, subprocess.Popen[bytes]] = {}
+        self._said: dict[str, Future[Found]] = {}
+        if not groups:
+            return
+        room = bound(context, len(groups), _HOST_BYTES, _GPU_BYTES)
+        context.report.data["compiling_bound"] = room.as_dict()
+        self._threads = ThreadPoolExecutor(room.at_once, "warming")
+        self._said = {group: self._threads.submit(self._one, group) for group in groups}
 
     def wait(self, groups: Sequence[str] | None, report: Report) -> None:
         """Wait for some groups, or for all, and note under "compiling" what they say; nothing the second time."""
-        for group in tuple(self._running) if groups is None else groups:
-            process = self._running.pop(group, None)
-            if process is not None:
-                status = process.wait()
-                took = round(time.monotonic() - self._began, 1)
-                said: Found = {"status": status, "seconds": took, "says": _last_line(self._log(group))}
-                report.data.setdefault("compiling", {})[group] = said
+        for group in tuple(self._said) if groups is None else groups:
+            said = self._said.pop(group, None)
+            if said is not None:
+                report.data.setdefault("compiling", {})[group] = said.result()
 
     def stop(self) -> None:
-        """End those that still run."""
-        for process in self._running.values():
-            process.terminate()  # `timeout` passes it on
-        for process in self._running.values():
-            process.wait()
-        self._running.clear()
+        """End those that still run, and begin no other."""
+        with self._lock:
+            self._stopped = True
+            for process in self._running.values():
+                process.terminate()  # `timeout` passes it on
+        for said in self._said.values():
+            if not said.cancel():
+                said.result()
+        self._said.clear()
 
-    def _start(self, context: Context, group: str, seconds: int) -> "subprocess.Popen[bytes]":
+    def _one(self, group: str) -> Found:
+        """What a group's process says, once it has ended."""
+        seconds = int(self._seconds - (time.monotonic() - self._began))
+        with self._lock:
+            if self._stopped or seconds < _LEAST_SECONDS:
+                return {"status": None, "seconds": 0.0, "says": "not begun, no time left"}
+            process = self._running[group] = self._start(group, seconds)
+        status = process.wait()
+        with self._lock:
+            del self._running[group]
+        took = round(time.monotonic() - self._began, 1)
+        return {"status": status, "seconds": took, "says": _last_line(self._log(group))}
+
+    def _start(self, group: str, seconds: int) -> "subprocess.Popen[bytes]":
+        context = self._context
         said = [sys.executable, "-m", "scripts.gpu_check", "--device", str(context.device)]
-        said += ["--warm", group, "--seconds", str(seconds - 5), *(["--quick"] if context.quick else [])]
+        said += ["--warm", group, "--seconds", str(max(1, seconds - 5))]
+        said += ["--quick"] if context.quick else []
         said += ["--bundle", str(context.bundle)] if context.bundle else []
         paths = [str(_ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
         around = {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
+        around["TMPDIR"] = str(self._folder)  # what one leaves that is ended goes with the folder
         with self._log(group).open("wb") as log:
             return subprocess.Popen(
                 ["timeout", "-k", "3", str(seconds), *said], cwd=_ROOT, env=around, stdout=log, stderr=log

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,12 +12,13 @@ from torch import Tensor
 
 from exeunt.compression.decoder import Decoder
 from exeunt.kernels.int4_linear import quantize
-from exeunt.kernels.timing import L2_BYTES, copies, timed
+from exeunt.kernels.timing import L2_BYTES, cache_bytes, cached, copies, timed
 from scripts.gpu_check import (
     correctness,
 )
 from scripts.gpu_check.models import TOY, RandomWeights, random_decoders
 from scripts.gpu_check.paged_rows import PagedRows, greedy, logits_of
+from scripts.gpu_check.prompts import packaged_prompts
 from tests.scripts.toy_gpu_check import CPU, toy_context
 
 
@@ -82,14 +84,29 @@ def test_a_token_that_is_not_the_others_choice_fails_the_check(tmp_path: Path) -
     logits = torch.tensor([[0.0, 5.0], [0.0, 5.0], [3.0, 2.9], [0.0, 0.0]])
     for answer, tolerance, good in (([1, 0], 0.01, True), ([1, 1], 0.2, True), ([1, 1], 0.05, False)):
         context = toy_context(tmp_path)
-        correctness._held(context, "toy", logits[1:], answer, tolerance)
+        correctness._held(context, "toy", [logits[1:]], [answer], tolerance)
         assert context.report.data["checks"][0]["good"] == good
 
 
 def test_logits_that_are_not_numbers_fail_the_check(tmp_path: Path) -> None:
     context = toy_context(tmp_path)
-    correctness._held(context, "toy", torch.full((3, 4), torch.nan), [1, 2], 0.1)
+    correctness._held(context, "toy", [torch.zeros(3, 4), torch.full((3, 4), torch.nan)], [[1, 2]] * 2, 0.1)
     assert not context.report.data["checks"][0]["good"]
+
+
+def test_one_text_of_several_that_is_off_fails_the_check(tmp_path: Path) -> None:
+    right, wrong = torch.tensor([[0.0, 5.0], [0.0, 0.0]]), torch.tensor([[5.0, 0.0], [0.0, 0.0]])
+    for texts, good in (([right, right], True), ([right, wrong], False), ([wrong, right], False)):
+        context = toy_context(tmp_path)
+        correctness._held(context, "toy", texts, [[1], [1]], 0.1)
+        (made,) = context.report.data["checks"]
+        assert (made["good"], made["tokens"], made["texts"]) == (good, 2, 2)
+
+
+def test_most_prompts_are_passages_of_a_text(tmp_path: Path, decoder: Decoder) -> None:
+    drawn, *passages = correctness._prompts(toy_context(tmp_path), decoder)
+    assert passages == packaged_prompts(3, 16)
+    assert len({tuple(each) for each in (drawn, *passages)}) == 4
 
 
 def test_triton_is_off_inside_and_as_before_behind(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,11 +127,26 @@ def test_random_int4_weights_have_the_spread_of_full_ones() -> None:
 
 
 def test_buffers_that_take_turns_do_not_fit_the_cache() -> None:
-    assert copies(2**20) == 48
     assert copies(2**25) * 2**25 >= 3 * L2_BYTES
+    assert copies(2**25, cache=2**28) * 2**25 == 3 * 2**28
     assert copies(2**40) == 1
+    assert not cached(2**25, copies(2**25), cache=L2_BYTES)
+    assert cache_bytes(CPU) == L2_BYTES
     calls: list[Callable[[], object]] = [lambda: None, lambda: None]
     assert timed(calls, CPU).method == "clock"
+
+
+def test_buffers_too_small_and_too_few_to_leave_the_cache_say_so() -> None:
+    assert copies(2**20) == 48
+    assert cached(2**20, 48, cache=L2_BYTES)
+    assert not cached(2**20, 48, cache=2**25)
+
+
+@pytest.mark.parametrize(("told", "taken"), [(2**26, 2**26), (0, L2_BYTES), (None, L2_BYTES)])
+def test_a_device_tells_its_cache(monkeypatch: pytest.MonkeyPatch, told: int | None, taken: int) -> None:
+    properties = SimpleNamespace() if told is None else SimpleNamespace(L2_cache_size=told)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert cache_bytes(torch.device("cuda")) == taken
 
 
 class _Graph:

@@ -80,13 +80,14 @@ def test_states_of_an_exit_are_those_of_the_greedy_answers() -> None:
 def test_modes_that_a_model_without_exits_has_not_are_named_to_the_end(tmp_path: Path) -> None:
     report = Report(tmp_path / "out.json")
     found = report.section("end_to_end").setdefault("packaged", {})
-    bare: Any = SimpleNamespace(exits=())
-    assert [*end_to_end._offered(bare, end_to_end.PACKAGED_MODES, found)] == ["full/full", "int4/int4"]
+    held = [variant for variant, _ in {**end_to_end.PACKAGED_MODES, **end_to_end.RANDOM_MODES}.values()]
+    bare: Any = SimpleNamespace(exits=(), variants=held)
+    assert [*end_to_end.offered(bare, end_to_end.PACKAGED_MODES, found)] == ["full/full", "int4/int4"]
     assert len(found["skipped"]) == 2
     report.section("end_to_end")["status"] = "done"
     assert "end_to_end left out 2: engine int4/int4 exits at 0.5: there is no bundle" in table(report)
-    with_exits: Any = SimpleNamespace(exits=(1,))
-    assert end_to_end._offered(with_exits, end_to_end.PACKAGED_MODES, {}) == end_to_end.PACKAGED_MODES
+    with_exits: Any = SimpleNamespace(exits=(1,), variants=held)
+    assert end_to_end.offered(with_exits, end_to_end.PACKAGED_MODES, {}) == end_to_end.PACKAGED_MODES
 
 
 def _part(name: str, run: Callable[[Context, dict[str, Any]], None], seconds: float = 1.0) -> Part:
@@ -134,6 +135,7 @@ def test_what_is_compiled_has_a_process_and_a_limit_of_its_own(
         return SimpleNamespace(returncode=0 if done else 124)
 
     monkeypatch.setattr(subprocess, "run", process)
+    monkeypatch.setattr(compiled, "has_room", lambda *asked: True)
     context = replace(toy_context(tmp_path, 60.0), device=torch.device("cuda"))
     found: dict[str, Any] = {}
     compiled.run(context, found)
@@ -164,7 +166,8 @@ def test_what_a_compiled_generate_compiles_is_not_timed(tmp_path: Path) -> None:
     found = transformers_speeds.generate_speed(
         toy_context(tmp_path), Model(), [[1, 2]], 8, cache_implementation="static"
     )
-    assert Model.asked == [8, 8, 8]
+    assert Model.asked == [8] * 5
+    assert len(found["all_seconds"]) == 3
     assert len(found["warm_up_seconds"]) == 2
     late = transformers_speeds.generate_speed(
         toy_context(tmp_path, -1.0), Model(), [[1, 2]], 8, cache_implementation="static"
