@@ -4,17 +4,10 @@ Shares are of the fastest rate at which any kernel of the run read memory, so th
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Final
+from typing import Final
 
-Row = Mapping[str, Any]
-Table = tuple[Sequence[str], Iterator[Sequence[str]]]
+from scripts.gpu_load_tables import LARGE, MODELS, Row, Table, load_tables, speeds_of
 
-_LARGE: Final = "mistral-7b"
-_MODELS: Final = {
-    "packaged": "packaged model",
-    _LARGE: f"{_LARGE} shape",
-    "llama-1.1b": "llama-1.1b shape",
-}
 _PARTS: Final = ("gate_up", "out", "down", "qkv")
 _OTHERS: Final = {
     "gated_linear": "gate and up with their activation, INT4",
@@ -50,12 +43,7 @@ def gpu_tables(record: Row) -> Iterator[Table]:
     )
     if others := [case for op in _OTHERS for case in _cases(record, op)]:
         yield ("other kernel of the mistral-7b shape", "µs", "PyTorch, µs"), map(_other, others)
-    for model, called in _MODELS.items():
-        if not (speeds := speeds_of(record, model)):
-            continue
-        streams = _streams(speeds)
-        columns = tuple(f"{each} stream{'s' * (each > 1)}" for each in streams)
-        yield (f"{called}, tokens/s", *columns), _engine(speeds, streams)
+    yield from load_tables(record)
     yield ("check on the GPU", "compared", "result"), _checks(record)
 
 
@@ -75,7 +63,7 @@ def memory_rate(record: Row) -> float:
     return float(max(found))
 
 
-def step_of(record: Row, weights: str, kv: str, sequences: int, context: int, model: str = _LARGE) -> Row:
+def step_of(record: Row, weights: str, kv: str, sequences: int, context: int, model: str = LARGE) -> Row:
     """One decode step of the run."""
     wanted = {"weights": weights, "kv": kv, "sequences": sequences, "context": context, "model": model}
     return _only(record["sections"]["decode"]["steps"], wanted)
@@ -121,7 +109,7 @@ def linears_ms(record: Row, kind: str) -> float:
 
 
 def _linear_us(record: Row, part: str, kind: str) -> float:
-    case = _only(_cases(record, "int4_linear"), {"layer": f"{_LARGE} {part}", "rows": 1})
+    case = _only(_cases(record, "int4_linear"), {"layer": f"{LARGE} {part}", "rows": 1})
     return float(case["us"] if kind == "int4" else case[kind]["us"])
 
 
@@ -140,13 +128,6 @@ def token_bytes(record: Row, kv: str) -> float:
 def speed(record: Row, what: str, streams: int, model: str = "packaged") -> float:
     """Tokens per second of a model."""
     return float(speeds_of(record, model)[f"{what}, {streams} streams"]["tokens_per_s"])
-
-
-def speeds_of(record: Row, model: str) -> Row:
-    """All that was timed of a model's texts, by name and streams; compiled `generate` is a section of its own."""
-    sections = record["sections"]
-    both = (sections.get(name, {}).get(model, {}) for name in ("end_to_end", "compiled"))
-    return {name: found for each in both for name, found in each.items()}
 
 
 def _machine(record: Row) -> Iterator[Sequence[str]]:
@@ -173,7 +154,7 @@ def _changed(machine: Row) -> str:
 def _targets(record: Row) -> Iterator[Sequence[str]]:
     rate = memory_rate(record)
     full, int4 = (step_of(record, each, each, 1, 512) for each in ("full", "int4"))
-    one = f"one stream, {_LARGE} shape, "
+    one = f"one stream, {LARGE} shape, "
     for name, step, wanted in (("full", full, 0.8), ("INT4", int4, 0.6)):
         share = step["bytes_per_s"] / rate
         yield (
@@ -189,7 +170,7 @@ def _targets(record: Row) -> Iterator[Sequence[str]]:
             record, "int4", sequences, 16384
         )
         yield _times(f"attention at 16k, batch of {sequences}, INT4 against full KV", ratio, 2.0)
-    for model, called in _MODELS.items():
+    for model, called in MODELS.items():
         for variant in ("full/full", "int4/int4"):
             try:
                 theirs = speed(record, "transformers generate_batch", 64, model)
@@ -243,7 +224,7 @@ def _steps(record: Row) -> Iterator[Sequence[str]]:
 
 def _place(step: Row) -> tuple[bool, int, int, str, str]:
     """Where a step stands in its table."""
-    return step["model"] != _LARGE, step["context"], step["sequences"], step["weights"], step["kv"]
+    return step["model"] != LARGE, step["context"], step["sequences"], step["weights"], step["kv"]
 
 
 def _parts(record: Row) -> Iterator[Sequence[str]]:
@@ -311,31 +292,6 @@ def _other(case: Row) -> Sequence[str]:
     if "full" in case:
         name, ours = f"{name} / full", f"{ours} / {case['full']['us']:.1f}"
     return name, ours, f"{case['torch']['us']:.1f}" if "torch" in case else ""
-
-
-def _streams(found: Row) -> list[int]:
-    return sorted({int(name.split(", ")[1].split()[0]) for name in found if ", " in name})
-
-
-def _engine(found: Row, streams: Sequence[int]) -> Iterator[Sequence[str]]:
-    wanted = found.get("wanted_exit_rate")
-    for name in dict.fromkeys(name.split(", ")[0] for name in found if ", " in name):
-        cells = [found.get(f"{name}, {each} streams", {}) for each in streams]
-        if not any("tokens_per_s" in cell for cell in cells):
-            continue
-        shown = name.replace("transformers ", "`transformers` ").replace(
-            "at 0.5", "at the threshold 0.5, approximate"
-        )  # a random model's exit is synthetic, and says so
-        if wanted is not None and "at 0.5" in name:
-            shown = shown.replace("(synthetic)", f"(synthetic, {wanted:.0%} are to leave)")
-        yield shown, *(_speed(cell, leave="at 0.5" in name) for cell in cells)
-
-
-def _speed(cell: Row, *, leave: bool) -> str:
-    if "tokens_per_s" not in cell:
-        return ""
-    left = f" ({cell['exit_rate']:.0%} leave)" if leave else ""
-    return f"{cell['tokens_per_s']:.0f}{left}"
 
 
 def _checks(record: Row) -> Iterator[Sequence[str]]:

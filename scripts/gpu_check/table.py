@@ -137,7 +137,7 @@ def _decode(report: Report) -> Iterator[str]:
 
 
 def _ends(report: Report) -> Iterator[str]:
-    for section in ("end_to_end", "exits", "compiled"):
+    for section in ("end_to_end", "long_contexts", "exits", "compiled"):
         found = report.section(section)
         models = {"": found} | {name: each for name, each in found.items() if isinstance(each, dict)}
         for name, each in models.items():

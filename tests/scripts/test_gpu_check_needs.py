@@ -3,6 +3,7 @@
 import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -167,3 +168,18 @@ def test_a_source_tree_is_importable_without_installing(
         bare, cwd="/", capture_output=True, text=True, timeout=120, check=True
     ).stdout.split()
     assert said[1] == str(tmp_path / "exeunt" / "kernels" / "gpu.py")
+
+
+def _takes_a_gpu(path: Path) -> bool:
+    """Whether tests of a file are marked for a GPU, or skipped where there is no CUDA device."""
+    text = path.read_text(encoding="utf-8")
+    return "pytest.mark.gpu" in text or bool(re.search(r"skipif\(\s*not torch\.cuda\.is_available\(\)", text))
+
+
+def test_every_test_that_takes_a_gpu_is_run_by_the_gpu_check() -> None:
+    own = {path for path in (ROOT / "tests").rglob("test_*.py") if _takes_a_gpu(path)}
+    assert ROOT / "tests/kernels/test_gpu.py" in own
+    listed = [ROOT / each for each in kernel_tests.TESTS]
+    assert all(each.exists() for each in listed)
+    lacking = {path for path in own if not any(path == each or each in path.parents for each in listed)}
+    assert lacking - {Path(__file__)} == set()

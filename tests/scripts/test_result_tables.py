@@ -194,3 +194,60 @@ def test_other_kernels_have_a_table_where_they_were_timed() -> None:
         "RMS norm, 64 rows": ["3.2", "6.0"],
         "RoPE, rotation and writing, 1 row, INT4 pages": ["4.0", ""],
     }
+
+
+def test_how_loads_ran_is_told_where_a_run_knows() -> None:
+    new = ("`generate_batch`", "`transformers`, tokens/s", "memory of a load, measured")
+    assert not {*new}.intersection(headers[0] for headers, _ in gpu_tables.gpu_tables(H200))
+    other = deepcopy(H200)
+    packaged = other["sections"]["end_to_end"]["packaged"]
+    tried = {"attention": "paged|sdpa", "use_cuda_graph": [False, True], "use_async_batching": False}
+    packaged["transformers generate_batch, 64 streams"] |= {
+        "tries": {"its own choice": {"tokens_per_s": 996.0, **tried}, "graphs asked for": {"error": "no"}},
+        "chosen": "its own choice",
+    }
+    packaged["transformers generate, 16 streams"] |= {
+        "seconds": 4.0,
+        "forward_loop": {"seconds": 3.0, "tokens_per_s": 341.0},
+    }
+    packaged["engine int4/int4, 16 streams"] |= {
+        "kv_bytes_per_sequence": 2e6,
+        "kv_bytes_by_layout": 1.9e6,
+        "device_bytes_at_most": 3e9,
+    }
+    called = "packaged model"
+    batches = _rows(new[0], other)
+    assert batches[f"{called}, its own choice (compared)"] == ["996", "paged|sdpa", "no / yes", "no"]
+    assert batches[f"{called}, graphs asked for"] == ["no", "not told", "not told", "not told"]
+    (loop,) = _rows(new[1], other).values()
+    assert loop[1:] == ["341", "25%"]
+    assert _rows(new[2], other)[f"{called}, engine int4/int4, 16 streams"] == ["2.0", "1.9", "3.00"]
+
+
+def test_long_contexts_are_tables_of_their_own() -> None:
+    other = deepcopy(H200)
+    other["sections"]["long_contexts"] = {
+        "status": "done",
+        "wanted_exit_rate": 0.5,
+        "mistral-7b, contexts of 4096": {
+            "prompt": 4096,
+            "answer": 32,
+            "gates": "synthetic",
+            "engine int4/int4, 4 streams": {"tokens_per_s": 80.2},
+        },
+    }
+    header = "mistral-7b shape, prompts of 4096 tokens, 32 new ones, tokens/s"
+    assert _rows(header, other) == {"engine int4/int4": ["80"]}
+
+
+def test_a_rate_that_the_cache_may_have_given_is_no_share_of_the_memorys() -> None:
+    other = deepcopy(H200)
+    case = next(each for each in other["sections"]["kernels"]["cases"] if each["op"] == "int4_linear")
+    case |= {"bytes_per_s": 1e15, "cached": True}
+    assert gpu_tables.memory_rate(other) == gpu_tables.memory_rate(H200)
+    (line,) = [
+        cells
+        for layer, cells in _rows("linear, µs: INT4 / full / PyTorch", other).items()
+        if layer == case["layer"]
+    ]
+    assert line[0].startswith("in the cache / ")
