@@ -92,7 +92,7 @@ def run(context: Context, found: Found) -> None:
         Part(
             "transformers on the packaged model",
             "packaged",
-            21,
+            17,
             5,
             partial(_transformers_packaged, sizes=packaged),
         ),
@@ -100,11 +100,11 @@ def run(context: Context, found: Found) -> None:
         Part(
             f"transformers on {first}",
             first,
-            24,
+            30,
             10,
             partial(_transformers_random, shape=shapes[0], sizes=large),
         ),
-        Part(second, second, 10, 6, partial(_random, shape=shapes[1], sizes=small)),
+        Part(second, second, 8, 6, partial(_random, shape=shapes[1], sizes=small)),
         Part("packaged model, more modes", "packaged", 11, 6, partial(_packaged_more, sizes=packaged)),
     )
     run_parts(context, found, parts)

@@ -16,21 +16,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from exeunt.compression.kv_format import KVPages, kv_layout, page_bytes_for
-from exeunt.compression.variant import KVFormat, WeightFormat
+from exeunt.compression.variant import WeightFormat
 from exeunt.kernels.full_linear import full_linear
 from exeunt.kernels.gpu import triton_runs
 from exeunt.kernels.int4_linear import Int4Weight, int4_linear, pack
-from exeunt.kernels.paged_attention import paged_attention
-from exeunt.kernels.paged_batch import PagedBatch
 from exeunt.kernels.timing import Calls, cache_bytes, cached, copies, timed
-from exeunt.kernels.token_draw import draw_tokens
 from exeunt.kernels.tuned.shape import LinearShape
-from exeunt.kernels.write_kv import write_kv
 from scripts.gpu_check.kernel_case import Case, random_bf16
-from scripts.gpu_check.models import GROUP_SIZE, MISTRAL
-from scripts.gpu_check.other_kernels import other_cases
-from scripts.gpu_check.paged_steps import paged_steps
+from scripts.gpu_check.models import GROUP_SIZE
+from scripts.gpu_check.other_kernels import draw_case, other_cases
+from scripts.gpu_check.paged_cases import attention_case, write_case
 from scripts.gpu_check.report import Context, Found
 from scripts.gpu_check.room import LACKING, has_room
 
@@ -166,16 +161,16 @@ def cases(context: Context) -> Iterator[Case]:
     layers = LAYERS_TOY if quick else LAYERS
     contexts = ((2, 40), (1, 70)) if quick else CONTEXTS
     rows = (1, 4) if quick else ROWS
-    attention = [_attention(device, quick, *sizes, kv) for sizes in contexts for kv in ("full", "int4")]
+    attention = [attention_case(device, quick, *sizes, kv) for sizes in contexts for kv in ("full", "int4")]
     linears = [_linear(device, layer, *shape, count) for count in rows for layer, shape in layers.items()]
     yield from attention[:6]
     yield from linears[: len(layers) * 2]
     yield from attention[6:8]
     for count, vocab in ((2, 100),) if quick else DRAWS:
-        yield _draw(device, count, vocab)
+        yield draw_case(device, count, vocab)
     for count in (1, 3) if quick else (1, 64, 512):
         for kv in ("full", "int4"):
-            yield _write(device, quick, count, kv)
+            yield write_case(device, quick, count, kv)
     yield from linears[len(layers) * 2 :]
     yield from other_cases(device, quick)
     if triton_runs(device):  # elsewhere no kernel does it in one
@@ -270,84 +265,3 @@ def _int4(outputs: int, inputs: int, groups: int, device: torch.device) -> Int4W
     codes = torch.randint(256, (outputs, inputs // 2), dtype=torch.uint8, device=device)
     scales = torch.rand(outputs, groups, device=device).half() / 100
     return Int4Weight(codes, scales, -7.5 * scales, GROUP_SIZE, inputs, outputs)
-
-
-def _attention(device: torch.device, quick: bool, sequences: int, tokens: int, kv: KVFormat) -> Case:
-    """A decode step of one block: every sequence asks with one token. SDPA reads keys and values that lie together."""
-    heads, kv_heads, head_dim = (4, 2, 16) if quick else (32, 8, 128)
-    full = 2 * sequences * tokens * kv_heads * head_dim * 2
-    ours = full if kv == "full" else 2 * sequences * tokens * kv_heads * (head_dim // 2 + 4)
-
-    def make(count: int) -> dict[str, Calls]:
-        queries = torch.randn(sequences, heads, head_dim, device=device).to(torch.bfloat16)
-        pages, batches = _paged(device, quick, sequences, tokens, kv, count)
-        block, scale = pages.block(0), head_dim**-0.5
-        found: dict[str, Calls] = {
-            "paged_attention": [partial(paged_attention, queries, block, batch, scale) for batch in batches]
-        }
-        if kv == "full":
-            shape = (sequences, kv_heads, tokens, head_dim)
-            some = max(1, min(count, copies(full, cache=cache_bytes(device))))
-            pairs = [[random_bf16(*shape, device=device) for _ in range(2)] for _ in range(some)]
-            q = queries[:, :, None]
-            found["sdpa"] = [
-                partial(F.scaled_dot_product_attention, q, keys, values, enable_gqa=True)
-                for keys, values in pairs
-            ]
-        return found
-
-    sizes = {"kv": kv, "sequences": sequences, "context": tokens}
-    return Case("paged_attention", sizes, {"paged_attention": ours, "sdpa": full}, make)
-
-
-def _paged(
-    device: torch.device, quick: bool, sequences: int, tokens: int, kv: KVFormat, count: int
-) -> tuple[KVPages, list[PagedBatch]]:
-    """Pages of one block, and `count` decode steps over different ones of them."""
-    spec = MISTRAL.spec(blocks=1)
-    layout = kv_layout(spec, kv, torch.bfloat16, page_bytes_for(spec, torch.bfloat16))
-    if quick:
-        layout = type(layout)(kv, (0,), 2, 16, torch.bfloat16, 2048)
-    return paged_steps(layout, device, sequences, tokens, count)
-
-
-def _write(device: torch.device, quick: bool, tokens: int, kv: KVFormat) -> Case:
-    """The keys and values of so many tokens of one block, each to a page of its own sequence."""
-    kv_heads, head_dim = (2, 16) if quick else (8, 128)
-    read = 2 * tokens * kv_heads * head_dim * 2
-    written = read if kv == "full" else 2 * tokens * kv_heads * (head_dim // 2 + 4)
-
-    def make(count: int) -> dict[str, Calls]:
-        pages, batches = _paged(device, quick, tokens, 16, kv, min(count, 8))
-        keys, values = (
-            torch.randn(tokens, kv_heads, head_dim, device=device).to(torch.bfloat16) for _ in range(2)
-        )
-        return {
-            "write_kv": [partial(write_kv, keys, values, batch.slots, pages.block(0)) for batch in batches]
-        }
-
-    return Case("write_kv", {"kv": kv, "tokens": tokens}, {"write_kv": read + written}, make)
-
-
-def _draw(device: torch.device, rows: int, vocab: int) -> Case:
-    """A draw at temperature 0.8 of random logits, all of a vocabulary left to choose from."""
-    nbytes = 4 * rows * vocab
-
-    def make(count: int) -> dict[str, Calls]:
-        temperatures = torch.full((rows,), 0.8, device=device)
-        keys = torch.randint(2**31 - 1, (rows, 2), dtype=torch.int32, device=device)
-        token_keys = torch.randint(2**31 - 1, (vocab,), dtype=torch.int32, device=device)
-        logits = [3 * torch.randn(rows, vocab, device=device) for _ in range(count)]
-        return {
-            "draw_tokens": [
-                partial(draw_tokens, each, each, temperatures, keys, token_keys) for each in logits
-            ],
-            "softmax and multinomial": [partial(_multinomial, each) for each in logits],
-        }
-
-    both = {"draw_tokens": nbytes, "softmax and multinomial": nbytes}
-    return Case("draw_tokens", {"rows": rows, "vocab": vocab}, both, make)
-
-
-def _multinomial(logits: Tensor) -> Tensor:
-    return torch.multinomial((logits / 0.8).softmax(-1), 1)

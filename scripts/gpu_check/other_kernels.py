@@ -1,16 +1,18 @@
-"""What stands around products and attention: norms, turning and writing, gates, penalties and truncation of scores."""
+"""What stands around products and attention: norms, turning and writing, gates, penalties, truncation, draws."""
 
 from collections.abc import Iterator
 from functools import partial
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from exeunt.compression.kv_format import kv_layout, page_bytes_for
 from exeunt.compression.variant import KVFormat
 from exeunt.kernels.exit_gate import gate_rows
 from exeunt.kernels.rows import rms_norm
 from exeunt.kernels.timing import Calls, cache_bytes, copies
+from exeunt.kernels.token_draw import draw_tokens
 from exeunt.kernels.token_draw.scores import penalise_scores, truncate_scores, truncate_scores_reference
 from exeunt.kernels.write_kv import turn_and_write_kv
 from scripts.gpu_check.kernel_case import Case, random_bf16
@@ -131,3 +133,27 @@ def _truncation(device: torch.device, rows: int, vocab: int) -> Case:
 
     both = {"truncate_scores": nbytes, "torch": nbytes}
     return Case("truncate_scores", {"rows": rows, "vocab": vocab}, both, make)
+
+
+def draw_case(device: torch.device, rows: int, vocab: int) -> Case:
+    """A draw at temperature 0.8 of random logits, all of a vocabulary left to choose from."""
+    nbytes = 4 * rows * vocab
+
+    def make(count: int) -> dict[str, Calls]:
+        temperatures = torch.full((rows,), 0.8, device=device)
+        keys = torch.randint(2**31 - 1, (rows, 2), dtype=torch.int32, device=device)
+        token_keys = torch.randint(2**31 - 1, (vocab,), dtype=torch.int32, device=device)
+        logits = [3 * torch.randn(rows, vocab, device=device) for _ in range(count)]
+        return {
+            "draw_tokens": [
+                partial(draw_tokens, each, each, temperatures, keys, token_keys) for each in logits
+            ],
+            "softmax and multinomial": [partial(_multinomial, each) for each in logits],
+        }
+
+    both = {"draw_tokens": nbytes, "softmax and multinomial": nbytes}
+    return Case("draw_tokens", {"rows": rows, "vocab": vocab}, both, make)
+
+
+def _multinomial(logits: Tensor) -> Tensor:
+    return torch.multinomial((logits / 0.8).softmax(-1), 1)

@@ -20,6 +20,8 @@ from scripts.gpu_check.room import give_back
 from scripts.gpu_check.sizes import Sizes
 
 _RUNS: Final = 3  # timed at most
+_MOST_BATCH, _MOST_GENERATE = 24.0, 11.0  # seconds of each at most: what is behind them needs some too
+_PART: Final = 4  # one in so many of an answer's tokens are run by the loop of forward passes
 
 
 def transformers_speeds(
@@ -29,9 +31,8 @@ def transformers_speeds(
     from scripts.gpu_check.generate_batch import generate_batch_speed
 
     called = f"transformers generate_batch, {sizes.most} streams"
-    parts = 1 + len(sizes.streams)  # of the time, alike
     if context.cuda and context.fits(8, called, found):
-        own = context.within(max(8.0, context.clock.left() * 2 / (parts + 1)))
+        own = context.within(min(_MOST_BATCH, max(8.0, context.clock.left() / 2)))
         found[called] = tried(partial(generate_batch_speed, own, model, prompts[: sizes.most], sizes.answer))
         give_back(context)
         context.report.save()
@@ -46,7 +47,8 @@ def generate_speeds(
         called = f"transformers generate, {streams} streams"
         if not context.fits(5, called, found):
             continue
-        own = context.within(max(5.0, context.clock.left() / (len(sizes.streams) - number)))
+        share = context.clock.left() / (len(sizes.streams) - number)
+        own = context.within(min(_MOST_GENERATE, max(5.0, share)))
         some = prompts[:streams]
         found[called] = tried(partial(generate_speed, own, model, some, sizes.answer, control=True))
         give_back(context)
@@ -92,7 +94,7 @@ def generate_speed(
         return found | {"error": "no time left behind the warm-up"}
     took, held = watched_memory(context, seconds)
     all_took = [took]
-    if control and context.clock.left() > 2 * all_took[0]:
+    if control and context.clock.left() > all_took[0]:
         found["forward_loop"] = tried(partial(forward_loop_speed, context, model, ids, answer))
     while len(all_took) < _RUNS and context.clock.left() > 1.2 * all_took[-1]:
         all_took.append(seconds())
@@ -103,7 +105,10 @@ def generate_speed(
 
 @torch.inference_mode()
 def forward_loop_speed(context: Context, model: Any, ids: Tensor, answer: int) -> Found:
-    """The same number of greedy tokens behind `ids` [texts, tokens], by the model's forward passes alone."""
+    """The same number of greedy tokens behind `ids` [texts, tokens], by the model's forward passes alone.
+
+    Its seconds are those of the prompt and of a few tokens, extended to the whole answer.
+    """
     from transformers import StaticCache
 
     rows, prompt = ids.shape
@@ -122,9 +127,18 @@ def forward_loop_speed(context: Context, model: Any, ids: Tensor, answer: int) -
         _wait(context)
         return time.perf_counter() - began
 
+    few = min(answer, max(2, answer // _PART))
     seconds(2)  # makes the cache
-    took = seconds(answer)
-    return {"tokens_per_s": rows * answer / took, "seconds": took}
+    first, took = seconds(1), seconds(few)
+    each = (took - first) / max(few - 1, 1)
+    whole = first + (answer - 1) * each
+    return {
+        "tokens_per_s": rows * answer / whole,
+        "seconds": whole,
+        "prompt_seconds": first,
+        "seconds_a_token": each,
+        "tokens_run": few,
+    }
 
 
 def packaged_of_transformers(context: Context) -> Any:

@@ -118,6 +118,7 @@ def test_linears_are_timed_gated_and_with_their_launches_chosen_freely(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(kernel_speeds, "_free_choices", lambda context: iter([("toy up", 1, "int4")]))
+    monkeypatch.setattr(kernel_speeds, "_SECONDS_A_CHOICE", 90.0)  # cores may be busy
     every = kernel_speeds.cases
 
     def some(context: Context) -> Any:
