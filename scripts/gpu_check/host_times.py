@@ -10,7 +10,7 @@ from scripts.gpu_check.sizes import Sizes
 from scripts.tick_time import watching
 
 _MODES: Final = {"off": OFF, "verified": VERIFIED, "propagate": HALF, "backfill": BACKFILLED}
-_LEAST = 6.0  # seconds left without which a mode is not begun
+_LEAST = 3.0  # seconds left without which a mode is not begun
 _FUNCTIONS = 25  # kept of each
 
 

@@ -83,13 +83,13 @@ def test_every_section_runs_on_a_cpu(tmp_path: Path) -> None:
 
 
 def test_what_no_longer_fits_is_left_out_and_said_so(tmp_path: Path) -> None:
-    out = tmp_path / "gpu-check.json"
-    done = quick_run("--out", str(out), "--seconds", "4", "--sections", "machine,kernels,decode,compiled")
-    assert done.returncode == 0, done.stderr
-    found = json.loads(out.read_text())["sections"]
+    context = toy_context(tmp_path, 4.5)
+    check._Run(context, ["machine", "kernels", "decode", "compiled"], tmp_path / "own", resumed=False).all()
+    found = json.loads(context.report.path.read_text())["sections"]
     assert found["machine"]["status"] == "done"
-    assert {found[name]["status"] for name in ("kernels", "decode", "compiled")} == {"left out"}
-    assert found["kernels"]["skipped"] == ["kernels: no time left"]
+    left = context.report.data["sections"]
+    assert {left[name]["status"] for name in ("kernels", "decode", "compiled")} == {"left out"}
+    assert left["kernels"]["skipped"] == ["kernels: no time left"]
 
 
 @pytest.mark.parametrize("name", ["correctness", "tests"])
