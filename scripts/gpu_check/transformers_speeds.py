@@ -16,7 +16,7 @@ from exeunt.deploy.packaged_model import path as checkpoint
 from scripts.gpu_check.held_memory import watched_memory
 from scripts.gpu_check.models import Shape
 from scripts.gpu_check.report import Context, Found
-from scripts.gpu_check.room import give_back
+from scripts.gpu_check.room import LACKING, give_back, within_memory
 from scripts.gpu_check.sizes import Sizes
 
 _RUNS: Final = 3  # timed at most
@@ -33,7 +33,9 @@ def transformers_speeds(
     called = f"transformers generate_batch, {sizes.most} streams"
     if context.cuda and context.fits(8, called, found):
         own = context.within(min(_MOST_BATCH, max(8.0, context.clock.left() / 2)))
-        found[called] = tried(partial(generate_batch_speed, own, model, prompts[: sizes.most], sizes.answer))
+        load = partial(generate_batch_speed, own, model, prompts[: sizes.most], sizes.answer)
+        with within_memory(context, called, found):
+            found[called] = tried(load, LACKING)
         give_back(context)
         context.report.save()
     generate_speeds(context, found, model, prompts, sizes)
@@ -49,16 +51,19 @@ def generate_speeds(
             continue
         share = context.clock.left() / (len(sizes.streams) - number)
         own = context.within(min(_MOST_GENERATE, max(5.0, share)))
-        some = prompts[:streams]
-        found[called] = tried(partial(generate_speed, own, model, some, sizes.answer, control=True))
+        load = partial(generate_speed, own, model, prompts[:streams], sizes.answer, control=True)
+        with within_memory(context, called, found):
+            found[called] = tried(load, LACKING)
         give_back(context)
         context.report.save()
 
 
-def tried(measure: Callable[[], Found]) -> Found:
-    """What is measured, or under "error" why nothing was."""
+def tried(measure: Callable[[], Found], raised: tuple[type[Exception], ...] = ()) -> Found:
+    """What is measured, or under "error" why nothing was; errors of the types `raised` are."""
     try:
         return measure()
+    except raised:
+        raise
     except Exception as error:  # noqa: BLE001 - theirs, or too little memory for it: the rest goes on
         return {"error": f"{type(error).__name__}: {error}"[:300]}
 

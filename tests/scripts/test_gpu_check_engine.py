@@ -13,6 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from exeunt.calibration.block_fitter import REDUCTION
+from exeunt.calibration.ranked_map import rank_within
 from exeunt.kernels.exit_gate import exit_state
 from scripts.gpu_check import (
     compiled,
@@ -22,9 +24,12 @@ from scripts.gpu_check import (
     transformers_speeds,
 )
 from scripts.gpu_check.models import TOY, random_decoders
+from scripts.gpu_check.paged_loads import paged_bytes
 from scripts.gpu_check.paged_rows import PagedRows, greedy
 from scripts.gpu_check.parts import Part, run_parts
 from scripts.gpu_check.report import Context, Report
+from scripts.gpu_check.sizes import Sizes
+from scripts.gpu_check.synthetic_block import with_linear_block
 from scripts.gpu_check.table import table
 from tests.scripts.toy_gpu_check import CPU, ROOT, breaks, check, toy_context
 
@@ -174,3 +179,38 @@ def test_what_a_compiled_generate_compiles_is_not_timed(tmp_path: Path) -> None:
     )
     assert "tokens_per_s" not in late
     assert late["error"] == "no time left behind the warm-up"
+
+
+def test_a_linear_block_that_no_calibration_fitted_has_the_rank_that_one_would_choose(tmp_path: Path) -> None:
+    plain = end_to_end.random_model(toy_context(tmp_path), {}, TOY)
+    assert plain is not None
+    model = with_linear_block(plain)
+    spec = model.spec
+    block = model.decoders["int4", True].linear_block
+    assert block is not None
+    assert block.rank == rank_within(spec.block_parameters / REDUCTION, spec.hidden_size)
+    assert (block.index, block.down.dtype) == (spec.blocks // 2, torch.bfloat16)
+    assert ("int4", True) not in plain.decoders
+    assert engine_speeds.LINEAR in model.variants
+    assert with_linear_block(model) is model  # it has its own
+
+
+def test_pages_are_counted_while_a_load_runs_and_not_behind_it(tmp_path: Path) -> None:
+    model = end_to_end.random_model(toy_context(tmp_path), {}, TOY, rate=None)
+    assert model is not None
+    sizes = Sizes((2,), 24, 40)  # of several pages
+    driver = engine_speeds.engine_driver(model, sizes.load(2))
+    try:
+        prompts = driver.prompts(2, sizes.prompt)
+        for variant in (engine_speeds.FULL, engine_speeds.INT4):
+            driver.watch()
+            driver.run(prompts, variant, engine_speeds.OFF, sizes.load(2))
+            most = driver.most_pages()
+            wanted = paged_bytes(model, variant, driver.page_bytes, 64) // driver.page_bytes
+            assert most == 2 * wanted > 2
+            driver.run(prompts, variant, engine_speeds.OFF, sizes.load(2))
+            assert driver.most_pages() == most
+            driver.watch()
+            assert driver.most_pages() == 0
+    finally:
+        driver.close()

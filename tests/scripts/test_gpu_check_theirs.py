@@ -12,6 +12,7 @@ import torch
 from scripts.gpu_check import generate_batch, transformers_speeds
 from scripts.gpu_check.generate_batch import check_whole, generate_batch_speed
 from scripts.gpu_check.models import TOY
+from scripts.gpu_check.sizes import Sizes
 from tests.scripts.toy_gpu_check import toy_context
 
 PROMPTS = [[1, 2, 3], [4, 5, 6]]
@@ -150,3 +151,18 @@ def test_a_loop_of_forward_passes_goes_on_as_generate_does(
         pad_token_id=0,
     )
     assert made.tolist() == wanted[:, 4:-1].tolist()
+
+
+def test_too_little_memory_for_a_load_is_named_and_other_errors_are_its_result(tmp_path: Path) -> None:
+    errors = iter([torch.OutOfMemoryError("CUDA out of memory.\nMore"), ValueError("no such mode")])
+
+    class Model:
+        def generate(self, ids: torch.Tensor, **rest: Any) -> None:
+            raise next(errors)
+
+    found: dict[str, Any] = {}
+    transformers_speeds.generate_speeds(toy_context(tmp_path), found, Model(), PROMPTS, Sizes((2, 1), 3, 4))
+    assert found == {
+        "skipped": ["transformers generate, 2 streams: CUDA out of memory."],
+        "transformers generate, 1 streams": {"error": "ValueError: no such mode"},
+    }
