@@ -157,6 +157,8 @@ def test_a_source_tree_is_importable_without_installing(
     monkeypatch.setattr("tempfile.mkdtemp", lambda prefix: str(tmp_path))
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setenv("PYTHONPATH", "/elsewhere")
+    monkeypatch.setenv("EXEUNT_SOURCE_TREE", "")
+    monkeypatch.setattr("atexit.register", lambda remove: None)
     source_tree.make_importable()
     assert os.environ["PYTHONPATH"] == f"{tmp_path}{os.pathsep}/elsewhere"
     line = (
@@ -168,6 +170,31 @@ def test_a_source_tree_is_importable_without_installing(
         bare, cwd="/", capture_output=True, text=True, timeout=120, check=True
     ).stdout.split()
     assert said[1] == str(tmp_path / "exeunt" / "kernels" / "gpu.py")
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_the_links_go_with_the_process_that_made_them(tmp_path: Path, replaced: bool) -> None:
+    lines = [
+        "import importlib, os, sys",
+        f"sys.path.insert(0, {str(ROOT)!r})",
+        "tree = importlib.import_module('scripts.gpu_check.source_tree')",
+        f"again = {replaced} and 'again' not in sys.argv",
+        "tree._installed = lambda: 'again' in sys.argv",
+        "tree.make_importable()",
+        "print(len(os.listdir(os.environ['TMPDIR'])))",
+        "sys.stdout.flush()",
+        "again and os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:], 'again'])",
+    ]
+    around = {**os.environ, "TMPDIR": str(tmp_path)}
+    said = subprocess.run(
+        [sys.executable, "-S", "-c", "\n".join(lines)],
+        env=around,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert said.stdout.split() == ["1"] * (1 + replaced)
+    assert list(tmp_path.iterdir()) == []
 
 
 def _takes_a_gpu(path: Path) -> bool:
