@@ -9,7 +9,9 @@ import logging
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
+
+import torch
 
 from exeunt.compression.rope import SUPPORTED_ROPE_TYPES, RopeSpec, rope_spec
 
@@ -299,6 +301,18 @@ def check_architecture(spec: Architecture) -> None:
         )
     if spec.activation not in SUPPORTED_ACTIVATIONS:
         raise _unsupported_activation(spec.activation)
+    if spec.norm_eps < 0:
+        raise ConfigError(f"the norms' epsilon is {spec.norm_eps}; it must be at least 0.")
+    dtype = getattr(torch, spec.dtype, None)
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ConfigError(f"dtype is {spec.dtype!r}; it must name a floating-point type such as bfloat16.")
+    for token in (*spec.eos_token_ids, *(() if spec.bos_token_id is None else (spec.bos_token_id,))):
+        if token < 0:
+            raise ConfigError(f"a special token is {token}; the number of a token is at least 0.")
+    if any(token >= spec.vocab_size for token in spec.eos_token_ids):
+        raise ConfigError(f"a token that ends texts is beyond the vocabulary of {spec.vocab_size}.")
+    if (spec.norm, spec.gated, spec.rope is None) != _FORM["gpt2" if spec.family == "gpt2" else "others"]:
+        raise ConfigError(f"norms, gate and positions are not those of a {spec.family} model.")
     for name, per_block in (("windows", spec.windows), ("attention_scales", spec.attention_scales)):
         if len(per_block) != spec.blocks:
             raise ConfigError(f"{name} is about {len(per_block)} blocks; the model has {spec.blocks}.")
@@ -306,6 +320,10 @@ def check_architecture(spec: Architecture) -> None:
         raise ConfigError(
             f"{len(spec.rope.inverse_frequencies)} RoPE frequencies do not turn heads of {spec.head_dim} values."
         )
+
+
+_FORM: Final = {"gpt2": ("layer", False, True), "others": ("rms", True, False)}
+"""By family: which norms, whether the MLP is gated, whether positions are learned."""
 
 
 def _quotient(whole: int, parts: int, whole_name: str, parts_name: str) -> int:

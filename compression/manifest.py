@@ -10,15 +10,28 @@ an altered weight.
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Annotated, Final, Literal, Self
+from dataclasses import fields
+from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from exeunt.compression.architecture import Architecture, check_architecture
 from exeunt.compression.bundle_format import BUNDLE_KIND, FORMAT_VERSION, PLAIN_VERSION
+from exeunt.compression.rope import RopeSpec
 from exeunt.compression.variant import KVFormat, SkippedKV, Variant, WeightFormat
 
 CHECKSUM_KEY: Final = "manifest_sha256"
+
+_ARCHITECTURE_KEYS: Final = {field.name for field in fields(Architecture)}
+_ROPE_KEYS: Final = {field.name for field in fields(RopeSpec)}
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=0)]
@@ -252,6 +265,19 @@ class Manifest(Record):
     tokenizer_class: str | None = None  # of transformers; None: to be found by config.json
     versions: dict[str, str] = {}
     files: dict[str, FileRecord] = {}
+
+    @field_validator("architecture", mode="before")
+    @classmethod
+    def _of_these_keys(cls, value: Any) -> Any:
+        """None where another release wrote it, with keys that say more or less: config.json then has the word.
+
+        A key that is not known may change the model, and what is passed over silently would make it another.
+        """
+        if not isinstance(value, dict):
+            return value
+        rope = value.get("rope")
+        known = value.keys() == _ARCHITECTURE_KEYS
+        return value if known and (not isinstance(rope, dict) or rope.keys() == _ROPE_KEYS) else None
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:

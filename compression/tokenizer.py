@@ -41,6 +41,9 @@ def _class(name: str | None) -> Any:
 def _known(name: str) -> type | None:
     import transformers
 
-    found = getattr(transformers, name, None)
+    try:
+        found = getattr(transformers, name, None)
+    except ImportError:  # the class is there, and something that its module needs is not
+        return None
     base = transformers.PreTrainedTokenizerBase
     return found if isinstance(found, type) and issubclass(found, base) and found is not base else None

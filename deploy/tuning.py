@@ -14,7 +14,14 @@ from exeunt.compression.model import LoadedModel
 from exeunt.compression.variant import WeightFormat
 from exeunt.kernels.gpu import triton_runs
 from exeunt.kernels.tuned.files import cached_file, write_launches
-from exeunt.kernels.tuned.launches import DTYPES, MEASURED_ROWS, add_launches, is_wanted, settled_calls
+from exeunt.kernels.tuned.launches import (
+    DTYPES,
+    MEASURED_ROWS,
+    add_launches,
+    is_wanted,
+    known_launches,
+    settled_calls,
+)
 from exeunt.kernels.tuned.shape import LinearShape
 
 if TYPE_CHECKING:  # it imports Triton, which is there only where a GPU is
@@ -72,7 +79,9 @@ def linears_of(
 def _search(gpu: str, index: int, shapes: list[LinearShape], seconds: float) -> None:
     from exeunt.kernels.tuned.trials import search_on
 
-    found = search_on(torch.device("cuda", index), shapes, seconds, settled_calls(index))
+    found = search_on(
+        torch.device("cuda", index), shapes, seconds, settled_calls(index), known_launches(index)
+    )
     add_launches(index, found.launches)
     logger.info("%s %s", _told(gpu, found), _kept(cached_file(gpu), gpu, found))
 
@@ -93,5 +102,6 @@ def _kept(path: Path, gpu: str, found: "Search") -> str:
     try:
         write_launches(path, gpu, found.findings, add=True)
     except OSError as error:
-        return f"They could not be kept in {path}: {(error.strerror or str(error)).lower()}."
+        reason = (error.strerror or str(error)).lower()
+        return f"They could not be kept in {path}: {reason}; each start searches anew (--tuning-seconds 0: none)."
     return f"They are kept in {path}."

@@ -9,7 +9,7 @@ is to be taken is compared in its sums' low bits too.
 
 import logging
 import time
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
@@ -81,13 +81,15 @@ def search(
     *,
     most_warps: int,
     known: Container[Key] = (),
+    used: Mapping[Key, TunedLaunch | None] | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Search:
     """The fastest launches of calls of `shapes` that can be found in so many seconds, those `known` left out.
 
     The time may be exceeded by what one launch takes to compile or to be timed. `trial` makes what runs a shape with a
-    number of rows; a call whose trial cannot be made, or does not run by the rule either, is passed over. For
-    `most_warps` see `candidates`.
+    number of rows; a call whose trial cannot be made, or does not run by the rule either, is passed over. What a call
+    is `used` with until now is tried first: what is found takes its place, though the time may end before all are
+    tried. For `most_warps` see `candidates`.
     """
     began = clock()
     ordered = sorted(dict.fromkeys(shapes), key=lambda shape: -shape.weight_bytes)
@@ -103,7 +105,7 @@ def search(
         if left() <= 0:
             break
         try:
-            launches = candidates(shape, rows, most_warps)
+            launches = _with_first(candidates(shape, rows, most_warps), (used or {}).get(shape.key(rows)))
             finding = _tried(shape, rows, trial(shape, rows), launches, found, left)
         except Exception as error:  # noqa: BLE001 - a call that does not fit the GPU leaves the others worth trying
             found.failed.append(_said(shape, rows, None, error))
@@ -112,6 +114,11 @@ def search(
             found.findings.append(finding)
     found.seconds = clock() - began
     return found
+
+
+def _with_first(launches: Sequence[TunedLaunch], first: TunedLaunch | None) -> list[TunedLaunch]:
+    """The launches, `first` before all others if there is one."""
+    return [*launches] if first is None else [first, *(launch for launch in launches if launch != first)]
 
 
 def _tried(

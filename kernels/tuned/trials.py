@@ -1,7 +1,7 @@
 """Calls of linear layers on a GPU, for the search to run and time: random weights that take turns in memory."""
 
 import os
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cached_property, partial
@@ -73,7 +73,11 @@ class TimedLinear:
 
 
 def search_on(
-    device: torch.device, shapes: Sequence[LinearShape], seconds: float, known: Container[Key] = ()
+    device: torch.device,
+    shapes: Sequence[LinearShape],
+    seconds: float,
+    known: Container[Key] = (),
+    used: Mapping[Key, TunedLaunch | None] | None = None,
 ) -> Search:
     """The fastest launches on a GPU for calls of `shapes`, as far as so many seconds reach; see `search`."""
     with torch.cuda.device(device), _memory_given_back():
@@ -83,6 +87,7 @@ def search_on(
             lambda shape, rows: TimedLinear(shape, rows, device),
             most_warps=tiles().most_warps,
             known=known,
+            used=used,
         )
 
 

@@ -53,10 +53,10 @@ def _manifest(**changes: Any) -> Manifest:
 def _altered(change: dict[str, Any], *, seal: bool) -> str:
     """The manifest's text with keys changed; sealed: with a checksum that matches again."""
     fields = json.loads(manifest_json(_manifest())) | change
-    return json.dumps(_sealed(fields) if seal else fields)
+    return json.dumps(sealed(fields) if seal else fields)
 
 
-def _sealed(fields: dict[str, Any]) -> dict[str, Any]:
+def sealed(fields: dict[str, Any]) -> dict[str, Any]:
     """The fields with a checksum that matches."""
     from exeunt.compression.manifest import _checksum
 
@@ -112,7 +112,7 @@ def test_a_bundle_made_before_exits_had_uses_still_opens() -> None:
     for record in fields["exits"]:
         for key in ("certified", "drafting", "draft"):
             del record[key]
-    text = json.dumps(_sealed(fields | {"format_version": 1}))
+    text = json.dumps(sealed(fields | {"format_version": 1}))
     assert read_manifest(text).exits == _manifest().exits
     assert _manifest().exits[0].certified
     assert not _manifest().exits[0].drafting
@@ -127,7 +127,7 @@ def test_what_was_measured_of_drafts_survives_a_round_trip() -> None:
     assert read_manifest(manifest_json(_manifest(exits=exits))).exits == exits
 
 
-def test_keys_of_a_later_release_are_ignored_but_sealed() -> None:
+def test_keys_of_a_later_release_are_ignored_butsealed() -> None:
     assert read_manifest(_altered({"colour": "blue"}, seal=True)) == _manifest()
     with pytest.raises(ManifestError, match="altered"):
         read_manifest(_altered({"colour": "blue"}, seal=False))

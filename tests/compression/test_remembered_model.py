@@ -1,8 +1,10 @@
 """What a bundle's manifest remembers of its model, so that loading need not work it out of config.json again."""
 
 import json
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from exeunt.compression.tokenizer import TokenizerError, load_tokenizer, tokeniz
 from tests.compression.family_configs import CONFIGS
 from tests.compression.reference_models import build_model
 from tests.compression.small_bundles import small_bundle, small_checkpoint
+from tests.compression.test_manifest import sealed
 
 _LOADING = """
 import sys
@@ -97,6 +100,15 @@ def test_every_architecture_survives_a_round_trip(name: str, bundle: Path) -> No
         ({"blocks": 5}, "windows is about 4 blocks; the model has 5"),
         ({"head_dim": 16}, "4 RoPE frequencies do not turn heads of 16 values"),
         ({"family": "bert"}, "architecture.family"),
+        ({"family": "gpt2"}, "not those of a gpt2 model"),
+        ({"gated": False}, "not those of a llama model"),
+        ({"rope": None}, "not those of a llama model"),
+        ({"dtype": "nn"}, "dtype is 'nn'; it must name a floating-point type"),
+        ({"dtype": "int8"}, "dtype is 'int8'"),
+        ({"norm_eps": -1.0}, "epsilon is -1.0"),
+        ({"eos_token_ids": (5, 1_000_000)}, "beyond the vocabulary of 131"),
+        ({"eos_token_ids": (-5,)}, "a special token is -5"),
+        ({"bos_token_id": -1}, "a special token is -1"),
         ({"activation": "tanh"}, "'tanh' is not supported"),
         ({"attention_scales": (float("nan"),) * 4}, "attention_scales.0: input should be a finite number"),
     ],
@@ -109,6 +121,27 @@ def test_an_architecture_that_cannot_be_is_refused(
     wrong = replace(manifest.architecture, **changes)  # type: ignore[arg-type]
     with pytest.raises(ManifestError, match=reason):
         read_manifest(manifest_json(manifest.model_copy(update={"architecture": wrong})))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda spec: spec | {"logit_softcap": 30.0},
+        lambda spec: {name: value for name, value in spec.items() if name != "dtype"},
+        lambda spec: spec | {"rope": spec["rope"] | {"interleaved": True}},
+    ],
+)
+def test_what_another_release_says_of_an_architecture_is_left_to_the_config(
+    change: Callable[[dict[str, Any]], dict[str, Any]], bundle: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "bundle"
+    shutil.copytree(bundle, path)
+    fields = json.loads((path / "manifest.json").read_text())
+    fields["architecture"] = change(fields["architecture"])
+    (path / "manifest.json").write_text(json.dumps(sealed(fields)))
+    found = open_bundle(path)
+    assert found.manifest.architecture is None
+    assert load_bundle(path).spec == load_bundle(bundle).spec
 
 
 class TestTokenizer:

@@ -1,7 +1,7 @@
 """When a loaded model's launches are searched for, what is logged, and where they are kept."""
 
 import logging
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -59,11 +59,17 @@ class Machine:
         self._patch.setattr(launches, "_added", {})
 
     def _search(
-        self, device: torch.device, shapes: Sequence[LinearShape], seconds: float, known: Container[Key]
+        self,
+        device: torch.device,
+        shapes: Sequence[LinearShape],
+        seconds: float,
+        known: Container[Key],
+        used: Mapping[Key, TunedLaunch | None],
     ) -> Any:
         from exeunt.kernels.tuned.search import Search
 
         self.asked.append((device, list(shapes), seconds))
+        assert used == known_launches(0)
         keys = list(
             dict.fromkeys(
                 shape.key(rows) for rows in MEASURED_ROWS for shape in shapes if shape.key(rows) not in known
@@ -224,7 +230,13 @@ def test_a_cache_that_cannot_be_written_costs_the_next_start(
     with caplog.at_level(logging.INFO, "exeunt"):
         tune_launches(model, 20.0)
     assert "They could not be kept in" in caplog.messages[-1]
+    assert caplog.messages[-1].endswith("; each start searches anew (--tuning-seconds 0: none).")
     assert known_launches(0)[shapes_of(model)[0].key(1)] == FAST
+    tune_launches(model, 20.0)
+    assert len(machine.asked) == 1
+    machine.restart()
+    tune_launches(model, 20.0)
+    assert len(machine.asked) == 2
 
 
 def test_what_loads_a_model_tunes_it(

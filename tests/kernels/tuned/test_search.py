@@ -35,6 +35,7 @@ class Bench:
     prepared: list[int] = field(default_factory=list)
     most_warps: int = 8
     known: tuple[Key, ...] = ()
+    used: dict[Key, TunedLaunch | None] = field(default_factory=dict)
 
     def __call__(self, shape: LinearShape, rows: int) -> "Call":
         """A call of a shape."""
@@ -49,6 +50,7 @@ class Bench:
             self,
             most_warps=self.most_warps,
             known=self.known,
+            used=self.used,
             clock=lambda: self.now,
         )
 
@@ -187,6 +189,17 @@ def test_it_ends_with_its_time() -> None:
 def test_a_call_whose_launches_were_not_all_tried_is_not_the_rules() -> None:
     assert Bench().search([SMALL], 0.12).findings == []
     assert Bench().search([SMALL], 0).calls == len(ORDER)
+
+
+def test_what_is_used_until_now_is_tried_before_the_time_ends() -> None:
+    times = {FIRST: 0.09, SECOND: 0.05}
+    assert _fastest(Bench(times).search([SMALL], 0.15)) == FIRST
+    assert _fastest(Bench(times, used={SMALL.key(1): SECOND}).search([SMALL], 0.12)) == SECOND
+    assert (
+        _fastest(Bench({FIRST: 0.04, SECOND: 0.05}, used={SMALL.key(1): SECOND}).search([SMALL], 9)) == FIRST
+    )
+    other = TunedLaunch(Tile(256, 64, 5), split=False)  # of no candidate
+    assert _fastest(Bench({other: 0.02, **times}, used={SMALL.key(1): other}).search([SMALL], 9)) == other
 
 
 @pytest.mark.parametrize("most_warps", [2, 8])
