@@ -16,6 +16,7 @@ coverage is tested by simulation.
 """
 
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Final, Literal
 
 import numpy as np
@@ -192,8 +193,8 @@ def above(bound: float, target: float, decimals: int, form: Literal["%", "f"]) -
     """`bound` with so many decimals, or as many more as it takes to show that it is above the target, if it is."""
     for more in range(decimals, decimals + 9):
         text = f"{bound:.{more}{form}}"
-        shown = float(text.removesuffix("%")) / (100 if form == "%" else 1)
-        if shown > target or bound <= target:
+        shown = Decimal(text.removesuffix("%")) / (100 if form == "%" else 1)
+        if shown > Decimal(str(target)) or bound <= target:  # as the target is written, not as floats hold it
             break
     return text
 

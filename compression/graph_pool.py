@@ -7,7 +7,6 @@ overwrites. A server's graphs all run one after the other, on the stream of the 
 import logging
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final, Generic, TypeVar
 
@@ -166,12 +165,16 @@ class GraphPool:
 
     def _give_up(self) -> None:
         """Capture no more: what a capture that was cut off left of itself in PyTorch's allocator stays there."""
-        self._broken = True
+        self._told, self._broken = False, True
         self._tell("the driver cut one off")
         if self.device.type == "cuda" and self._handle is not None:
             # else passes without graphs would not be given what the allocator keeps when memory runs out
-            with suppress(Exception):
-                torch._C._cuda_endAllocateToPool(self.device.index or 0, self._handle)
+            with torch.cuda.device(self.device):
+                index = torch.cuda.current_device()
+            try:
+                torch._C._cuda_endAllocateToPool(index, self._handle)
+            except Exception:  # noqa: BLE001 - a PyTorch that has ended it itself refuses, another may not know the call
+                _log.debug("PyTorch's allocator was not told that a capture is over.", exc_info=True)
 
     def _memory(self) -> tuple[int, int]:
         """Bytes of the device that are free for passes without graphs, what PyTorch keeps for them among it, and all.

@@ -31,13 +31,17 @@ class BlockAccount:
         self._totals, self._metrics = totals, metrics
         self._open = 0  # pairs run for tokens that are not certain yet
 
-    def ran(self, sequence: Sequence, pairs: int, passes: int, *, ended: bool) -> None:
-        """A pass of the answer's sequence ran so many pairs, and took part in so many blocks; it may go on."""
+    def ran(self, sequence: Sequence, pairs: int, passes: int, *, stop: int, ended: bool) -> None:
+        """A pass of the answer's sequence up to the position `stop` ran so many pairs, and took part in so many blocks.
+
+        It may go on, where it has not `ended`. What is computed anew after a preemption is told of once all of it is.
+        """
         self._totals.block_passes += passes
         self._open += pairs
-        if sequence.preemptions and sequence.prefilling and sequence.left_at:
+        repeats = sequence.preemptions and sequence.prefilling and sequence.left_at
+        if repeats and ended and stop >= sequence.prefill_target:
             self._settle_pairs(min(self._open, self._owed(sequence)), passes)
-        elif ended and sequence.exits.mode != "verified":
+        elif ended and not repeats and sequence.exits.mode != "verified":
             self._settle_pairs(self._open, passes)
         else:
             self._metrics.work(passes=passes)

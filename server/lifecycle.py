@@ -244,7 +244,7 @@ class Lifecycle:
             answer, ended = self._answers[sequence], result.waits_at is None
             for draw in result.draws:
                 ended = ended and draw.error is None
-            answer.account.ran(sequence, result.pairs, result.passes, ended=ended)
+            answer.account.ran(sequence, result.pairs, result.passes, stop=row.stop, ended=ended)
             answer.account.beside(result.blocks_beside)
             for audit in result.audits:
                 self._audits.note(sequence.exits, audit)

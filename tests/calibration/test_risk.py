@@ -1,5 +1,7 @@
 """The test behind certificates: its coverage on correlated text, and what the sequence does with it."""
 
+from decimal import Decimal
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -146,6 +148,14 @@ def test_a_sequence_that_fails_at_once_says_why() -> None:
 )
 def test_a_bound_that_is_too_high_is_seen_to_be(bound: float, target: float, said: str) -> None:
     assert above(bound, target, 1, "%") == said
+
+
+def test_every_target_is_seen_to_be_exceeded() -> None:
+    for thousandth in range(1, 1000):
+        target = thousandth / 1000
+        said = above(target + 1e-6, target, 1, "%")
+        assert Decimal(said.removesuffix("%")) > Decimal(thousandth) / 10
+        assert above(target + 1e-6, target, 4, "f") > f"{target:.4f}"
 
 
 def test_the_whole_sequence_rarely_certifies_a_threshold_whose_risk_is_above_the_target() -> None:

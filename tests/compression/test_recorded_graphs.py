@@ -79,13 +79,15 @@ def test_what_a_gpu_can_do_is_recorded(pool: RecordedPool) -> None:
 
 
 def test_a_capture_computes_nothing(pool: RecordedPool) -> None:
-    counter = torch.zeros(2)
+    counter, seen = torch.zeros(2), list[tuple[list[float], bool]]()
+    pool.computed_nothing = lambda result: seen.append((counter.tolist(), bool(result.isnan().all())))  # type: ignore[method-assign]
     graph = _captured(pool, lambda: counter.add_(1)[:1] * 2)
-    assert counter.tolist() == [1, 1], "the run in front of the capture"
-    assert graph.result.isnan().all()
+    assert seen == [([1, 1], True)], "the run in front of the capture alone has computed anything"
+    assert counter.tolist() == [2, 2], "and then the first launch"
+    assert pool.replays == 0
     graph.replay()
-    assert counter.tolist() == [2, 2]
-    assert graph.result.tolist() == [4]
+    assert counter.tolist() == [3, 3]
+    assert graph.result.tolist() == [6]
 
 
 def test_what_python_says_it_says_once(pool: RecordedPool) -> None:

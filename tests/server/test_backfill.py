@@ -9,8 +9,11 @@ from torch import Tensor
 from exeunt.compression.model import LoadedModel
 from exeunt.compression.variant import Variant
 from exeunt.server.answer import Answer
+from exeunt.server.block_account import BlockAccount
 from exeunt.server.lifecycle import Lifecycle
-from exeunt.server.request import ExitPolicy, StepEvent
+from exeunt.server.pages import PagePool, PageTable
+from exeunt.server.request import DepthTotals, ExitPolicy, StepEvent
+from exeunt.server.sequence import Sequence, Status
 from tests.server.engine_bench import (
     BACKFILL,
     FULL,
@@ -170,6 +173,43 @@ def mixed(bench: Bench) -> list[tuple[list[int], list[str], int]]:
         (heard.ids(), heard.exits(), heard.finish.summary.depth.blocks_skipped)
         for heard in (one.wait() for one in asked)
     ]
+
+
+class Work:
+    """The pairs that metrics heard of."""
+
+    def __init__(self) -> None:
+        self.executed = self.skipped = self.wasted = 0
+
+    def work(self, *, executed: int = 0, skipped: int = 0, wasted: int = 0, passes: int = 0) -> None:
+        self.executed, self.skipped = self.executed + executed, self.skipped + skipped
+        self.wasted += wasted
+
+    def drafts(self, proposed: int, accepted: int) -> None:
+        raise AssertionError
+
+
+def test_what_an_answer_owed_counts_once_it_has_run_and_no_earlier() -> None:
+    def preempted() -> tuple[Sequence, BlockAccount, Work]:
+        totals, work = DepthTotals(blocks=4), Work()
+        sequence = Sequence("a", FULL, BACKFILL, list(range(8)), 3, PageTable(PagePool(4), 16), totals=totals)
+        account = BlockAccount(totals, work)
+        for blocks in (4, 4, 4, 2, 2):  # of five tokens the last two left half-way
+            account.ran(sequence, blocks, blocks, stop=3, ended=True)
+        sequence.left_at, sequence.preemptions, sequence.status = [1, 1, 1, 0, 0], 1, Status.RUNNING
+        return sequence, account, work
+
+    sequence, account, work = preempted()
+    account.ran(sequence, 12, 4, stop=5, ended=True)  # the first of two chunks: what it runs had all been run
+    account.close(sequence.generated)
+    assert (work.executed, work.skipped, work.wasted) == (16, 4, 12)
+    sequence, account, work = preempted()
+    account.ran(sequence, 12, 4, stop=5, ended=True)
+    account.ran(sequence, 8, 4, stop=7, ended=False)
+    assert (work.executed, work.wasted) == (16, 0)
+    account.ran(sequence, 0, 0, stop=7, ended=True)
+    account.close(sequence.generated)
+    assert (work.executed, work.skipped, work.wasted) == (20, 0, 16)
 
 
 @pytest.mark.parametrize("run_through", [True, False])
