@@ -30,8 +30,9 @@ def most_connections() -> int:
 class Connection(H11Protocol):
     """uvicorn's, which waits for a request's head without end and accepts until descriptors run out.
 
-    Where there are as many as may be, the one that has gone longest without a complete request makes room; where all
-    wait for answers, the new one is closed.
+    Where there are as many as may be, the one that has gone longest without a complete request makes room, one whose
+    answer is still being sent last; where all wait for answers, the new one is closed. A client that reads nothing of
+    its answer is waited for as long as one that sends nothing.
     """
 
     _turns: ClassVar[Iterator[int]] = itertools.count()  # in which order connections began to wait
@@ -41,6 +42,7 @@ class Connection(H11Protocol):
         """Begin to wait for a request."""
         super().connection_made(transport)
         self._head_due: asyncio.TimerHandle | None = None
+        self._read_due: asyncio.TimerHandle | None = None
         self._turn = next(self._turns)
         self._wait_for_head()
         if len(self.connections) > most_connections():
@@ -55,14 +57,46 @@ class Connection(H11Protocol):
         """Wait for nothing."""
         super().connection_lost(exc)
         self._stop_waiting()
+        self._is_read()
 
     def on_response_complete(self) -> None:
-        """Begin anew."""
+        """Begin anew, or end once the client has read what is left."""
         self._turn = next(self._turns)
         super().on_response_complete()
+        if self.transport.is_closing():
+            self._wait_for_reader()
+
+    def pause_writing(self) -> None:
+        """Wait for a client that does not read, for so long and no longer."""
+        super().pause_writing()
+        self._wait_for_reader()
+
+    def resume_writing(self) -> None:
+        """Go on: it reads."""
+        super().resume_writing()
+        if not self.transport.is_closing():
+            self._is_read()
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what is no HTTP, or end where an answer has been given already and no other may follow."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            super().send_400_response(msg)
+        else:
+            self.transport.close()
+
+    def _wait_for_reader(self) -> None:
+        if self._read_due is None:
+            self._read_due = self.loop.call_later(KEEP_ALIVE_S, self.transport.abort)
+
+    def _is_read(self) -> None:
+        if self._read_due is not None:
+            self._read_due.cancel()
+            self._read_due = None
 
     def _wait_for_head(self) -> None:
-        if self.conn.their_state is not h11.IDLE:
+        states = self.conn.their_state, self.conn.our_state
+        # a body that goes on behind its answer is as good as a head that does not come: nothing is done for it
+        if states[0] is not h11.IDLE and states != (h11.SEND_BODY, h11.DONE):
             self._stop_waiting()
         elif self._head_due is None:
             self._head_due = self.loop.call_later(KEEP_ALIVE_S, self.timeout_keep_alive_handler)
@@ -76,10 +110,14 @@ class Connection(H11Protocol):
     def _is_unfinished(self) -> bool:
         return self.conn.their_state in _UNFINISHED
 
+    @property
+    def _has_unsent(self) -> bool:
+        return bool(self.transport.get_write_buffer_size())
+
     def _make_room(self) -> None:
         others: list[Any] = [other for other in self.connections if other is not self]
         unfinished = [other for other in others if isinstance(other, Connection) and other._is_unfinished]
-        closed = min(unfinished, key=lambda other: other._turn, default=self)
+        closed = min(unfinished, key=lambda other: (other._has_unsent, other._turn), default=self)
         self.connections.discard(closed)
         closed.transport.abort()
         self._say_once(len(others))

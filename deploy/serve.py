@@ -41,6 +41,7 @@ from exeunt.server.settings import Settings
 logger = logging.getLogger("exeunt.serve")
 
 _LAST_BYTES_S: Final = 5  # seconds for answers that are complete to reach their clients
+_LAST_WORDS_S: Final = 1.0  # for refusals of what is cut off then
 _SIGNAL_CHECK_S: Final = 0.25
 _BEGINS_ANEW: Final = " The packaged model's calibration begins anew with the next start."
 
@@ -256,6 +257,11 @@ class _Serving:
 
     async def _answered(self) -> None:
         await self._server.serve([self._sock])
+        state = self._server.server_state
+        if state.tasks:  # cancelled by now: what they have to say is said
+            await asyncio.wait(set(state.tasks), timeout=_LAST_WORDS_S)
+        for connection in list(state.connections):  # and who does not read holds nobody up
+            connection.transport.abort()
         if self._drain is not None:
             await self._drain
 

@@ -37,8 +37,6 @@ class BodyArrival:
 
     def __init__(self, scope: Scope, availability: Availability, *, drained: bool) -> None:
         self._scope, self._availability, self._drained = scope, availability, drained
-        service = availability.service  # while the model loads there is no time for a request
-        self._time_s = None if service is None else service.request_timeout_s
         self._received = 0
         self._ends_with_request = False  # the request's time is over before a pause is too long
 
@@ -70,6 +68,12 @@ class BodyArrival:
     @property
     def _is_for_nothing(self) -> bool:
         return self._drained and self._availability.phase == "draining"
+
+    @property
+    def _time_s(self) -> float | None:
+        """What a request may take, seconds; None while the model loads, when none is served."""
+        service = self._availability.service
+        return None if service is None else service.request_timeout_s
 
     def _patience_s(self) -> float:
         """For how long the next part is waited for, seconds."""

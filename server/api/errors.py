@@ -1,5 +1,6 @@
 """Every error the API answers with: one shape, one sentence that says what was wrong and what to do."""
 
+import asyncio
 import logging
 import uuid
 from typing import Any, Final
@@ -215,6 +216,12 @@ class ErrorBoundary:
             await self._app(scope, receive, watched)
         except ApiError as error:
             await respond(scope, error)(scope, receive, send)
+        except asyncio.CancelledError:  # the server ends and waits no longer
+            if started:
+                raise
+            from exeunt.server.api.service import draining  # which imports this module
+
+            await respond(scope, draining())(scope, receive, send)
         except Exception as error:  # noqa: BLE001 -- the outermost boundary: a bug ends one request, not the server
             problem = internal_error(log_bug(error, f"{scope['method']} {scope['path']}"))
             count_error(outcome_of(scope), problem)

@@ -25,6 +25,8 @@ def longest_token_bytes(tokenizer: Any) -> int | None:
         return None
     if model.get("type") != "BPE" or not model["vocab"].keys() >= set(ByteLevel.alphabet()):
         return None
+    if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
+        return None  # what is looked up is not what the text says
     if any(token["lstrip"] or token["rstrip"] for token in added):
         return None
     # a token of the vocabulary has one character for each byte that it spells

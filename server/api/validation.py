@@ -65,8 +65,10 @@ def unknown_field(model: type[BaseModel], value: Mapping[str, Any], path: str = 
             fields = ", ".join(sorted(known))
             return Problem(f"Unknown field {param}; known are {fields}.", param, "unknown_field")
     for name, inner in value.items():
+        if not isinstance(inner, dict):
+            continue
         member = _inner_model(known[name].annotation)
-        if member is not None and isinstance(inner, dict):
+        if member is not None:
             problem = unknown_field(member, inner, f"{path}{name}.")
             if problem is not None:
                 return problem

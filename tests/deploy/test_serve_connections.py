@@ -1,6 +1,5 @@
 """Connections of `exeunt serve` on which no request comes: how long they may stay, and how many there may be."""
 
-import resource
 import socket
 import subprocess
 import sys
@@ -14,7 +13,7 @@ import uvicorn
 import uvloop
 
 from exeunt.deploy import http_connection
-from exeunt.deploy.http_connection import Connection, most_connections
+from exeunt.deploy.http_connection import Connection
 from exeunt.server.api.app import create_app
 from exeunt.server.api.service import Availability
 from tests.deploy.server_process import eventually
@@ -24,6 +23,7 @@ HALF_A_BODY = (
     b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
 )
 WHOLE = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+LONG_ANSWER = b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
 @contextmanager
@@ -65,6 +65,106 @@ def test_a_head_that_does_not_come_is_not_waited_for(
         assert ended(connection)
 
 
+def test_a_head_that_comes_byte_by_byte_has_no_more_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_connection, "KEEP_ALIVE_S", 0.6)
+    with listening() as address, socket.create_connection(address, timeout=30) as connection:
+        connection.sendall(HALF_A_HEAD)
+        connection.settimeout(0.1)
+        for _ in range(200):  # 20 s, if each byte were waited for anew
+            try:
+                if connection.recv(1) == b"":
+                    break
+            except TimeoutError:
+                connection.sendall(b"a")
+            except ConnectionResetError:
+                break
+        else:
+            raise AssertionError("the connection is still open")
+
+
+def test_a_body_that_goes_on_behind_its_answer_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_connection, "KEEP_ALIVE_S", 0.3)
+    with listening() as address, socket.create_connection(address, timeout=30) as connection:
+        connection.sendall(HALF_A_BODY.replace(b"/generate", b"/nowhere"))
+        assert connection.recv(65536).startswith(b"HTTP/1.1 404")
+        connection.sendall(b"a")
+        assert ended(connection)
+
+
+def test_a_client_that_reads_nothing_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_connection, "KEEP_ALIVE_S", 0.5)
+    monkeypatch.setattr(http_connection, "most_connections", lambda: 2)
+    with listening() as address, ExitStack() as opened:
+        for _ in range(2):
+            reader = opened.enter_context(socket.create_connection(address, timeout=30))
+            reader.sendall(LONG_ANSWER * 300)
+
+        def answered() -> bool:
+            try:
+                return httpx.get(f"http://{address[0]}:{address[1]}/health").status_code == 200
+            except httpx.TransportError:
+                return False
+
+        eventually(answered, "room for another")
+
+
+def test_an_answer_that_is_still_sent_makes_room_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_connection, "most_connections", lambda: 2)
+    sending: set[int] = set()  # the clients' ports
+    monkeypatch.setattr(Connection, "_has_unsent", property(lambda one: one.client[1] in sending))
+    with listening() as address, ExitStack() as opened:
+
+        def connect() -> socket.socket:
+            return opened.enter_context(socket.create_connection(address, timeout=30))
+
+        older, newer = connect(), connect()
+        sending.add(older.getsockname()[1])
+        connect()
+        assert ended(newer)
+        older.sendall(WHOLE)
+        assert older.recv(65536).startswith(b"HTTP/1.1 200")
+
+
+def test_an_answer_is_followed_by_no_refusal(caplog: pytest.LogCaptureFixture) -> None:
+    chunked = b"POST /nowhere HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with listening() as address, socket.create_connection(address, timeout=30) as connection:
+        connection.sendall(chunked)
+        assert connection.recv(65536).startswith(b"HTTP/1.1 404")
+        connection.sendall(b"ZZZ\r\n")
+        assert ended(connection)
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+def test_where_all_wait_for_answers_the_new_one_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_connection, "most_connections", lambda: 2)
+    monkeypatch.setattr(Connection, "_is_unfinished", property(lambda connection: False))
+    with listening() as address, ExitStack() as opened:
+        first, second, third = (
+            opened.enter_context(socket.create_connection(address, timeout=30)) for _ in range(3)
+        )
+        assert ended(third)
+        for connection in (first, second):
+            connection.sendall(WHOLE)
+            assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+
+
+def test_who_was_answered_lately_makes_room_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_connection, "most_connections", lambda: 2)
+    with listening() as address, ExitStack() as opened:
+
+        def connect() -> socket.socket:
+            return opened.enter_context(socket.create_connection(address, timeout=30))
+
+        older, newer = connect(), connect()
+        for connection in (newer, older):  # the older one is used last
+            connection.sendall(WHOLE)
+            assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+        connect()
+        assert ended(newer)
+        older.sendall(WHOLE)
+        assert older.recv(65536).startswith(b"HTTP/1.1 200")
+
+
 def test_a_request_that_is_there_may_take_longer_than_its_head(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http_connection, "KEEP_ALIVE_S", 0.3)
     with listening() as address, socket.create_connection(address, timeout=30) as connection:
@@ -98,15 +198,12 @@ def test_unfinished_requests_make_room_for_others(
 
 
 def test_the_limit_leaves_descriptors_for_files() -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     code = (
         "import resource; from exeunt.deploy.http_connection import most_connections;"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256)); print(most_connections())"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "192"
-    assert most_connections() > 0
-    assert (soft, hard) == resource.getrlimit(resource.RLIMIT_NOFILE)
 
 
 def test_another_protocol_that_is_asked_for_is_no_matter_for_the_log(

@@ -162,8 +162,8 @@ def test_settings_come_from_the_environment_too(bundle: Path, tmp_path: Path) ->
         assert info["defaults"]["weights"] == "full"
         assert info["defaults"]["early_exit"]["threshold"] == 0.25
         late = server.client.post("/generate", json={"prompt": "x", "max_new_tokens": 30})
-        assert late.status_code == 504
-        assert late.json()["error"]["code"] == "timeout"
+        # of the body, where it comes in a packet of its own, or of the first token: neither is there so soon
+        assert (late.status_code, late.json()["error"]["code"]) in ((408, "body_timeout"), (504, "timeout"))
         assert server.stop() == 0
     lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
     assert any("Serving" in line["message"] for line in lines)

@@ -66,6 +66,17 @@ def test_a_body_that_takes_longer_than_its_request_may_is_a_408(
     )
 
 
+def test_a_body_that_goes_on_coming_is_waited_for(
+    client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(arrival, "PAUSE_S", 1.0)
+    with half_sent(client) as connection:
+        for start in range(10, len(BODY), 6):  # five parts, which together take twice as long as a pause may
+            time.sleep(0.4)
+            connection.sendall(BODY[start : start + 6])
+        assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+
+
 @pytest.mark.parametrize("path", ["/generate", "/score"])
 def test_the_time_of_a_request_begins_with_its_head(
     client: httpx.Client, reopen: Callable[..., Any], engine: Any, path: str

@@ -64,3 +64,18 @@ def test_what_comes_of_the_work_comes_of_it_while_the_client_is_there(reopen: Ca
             await while_present(http, broken())
 
     asyncio.run(app())
+
+
+def test_nothing_is_left_behind() -> None:
+    async def silent() -> Any:
+        await asyncio.Event().wait()
+
+    async def three() -> int:
+        return 3
+
+    async def tasks_left() -> int:
+        assert await while_present(Request({"type": "http"}, silent), three()) == 3
+        await asyncio.sleep(0)
+        return len(asyncio.all_tasks()) - 1
+
+    assert asyncio.run(tasks_left()) == 0

@@ -10,11 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 
+from exeunt.server.api.errors import ApiError
 from exeunt.server.api.spelling_bound import longest_token_bytes
+from exeunt.server.api.token_limits import check_bytes
 from tests.server.api.conftest import ScriptedEngine, make_service
 from tests.server.conftest import byte_tokenizer
 
 LONGEST = len("<|endoftext|>")
+BYTES = {piece: place for place, piece in enumerate(pre_tokenizers.ByteLevel.alphabet())}
 
 
 @given(st.text() | st.text(alphabet="<|endoftx>a é😀"))
@@ -50,6 +53,8 @@ def _changed(change: Callable[[Tokenizer], Any]) -> Any:
         lambda backend: backend.add_tokens([AddedToken("<pad>", lstrip=True)]),
         lambda backend: backend.add_tokens([AddedToken("<pad>", rstrip=True)]),
         lambda backend: setattr(backend, "model", models.BPE({"a": 0}, [])),
+        lambda backend: setattr(backend, "model", models.BPE(BYTES, [], continuing_subword_prefix="##")),
+        lambda backend: setattr(backend, "model", models.BPE(BYTES, [], end_of_word_suffix="</w>")),
         lambda backend: setattr(backend, "model", models.WordLevel({"a": 0, "?": 1}, unk_token="?")),
     ],
 )
@@ -63,6 +68,25 @@ def test_cuts_that_leave_every_byte_are_no_hindrance() -> None:
         backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
 
     assert longest_token_bytes(_changed(change)) == LONGEST
+
+
+@pytest.mark.parametrize(
+    ("text", "fits"),
+    [
+        ("x" * 50, True),
+        ("x" * 51, False),
+        ("é" * 25, True),
+        ("é" * 26, False),
+        ("😀" * 12, True),
+        ("😀" * 13, False),
+    ],
+)
+def test_the_bound_is_in_bytes_and_is_still_allowed(text: str, fits: bool) -> None:
+    if fits:
+        check_bytes(text, 10, 5, "prompt")
+        return
+    with pytest.raises(ApiError, match=f"prompt has {len(text.encode())} bytes"):
+        check_bytes(text, 10, 5, "prompt")
 
 
 @pytest.mark.parametrize(("path", "field"), [("/generate", "prompt"), ("/score", "text")])

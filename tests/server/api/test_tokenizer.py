@@ -35,6 +35,8 @@ class FrailTokenizer:
 
     def __deepcopy__(self, _: Any) -> "FrailTokenizer":
         """Another of which one may run at the same time, with the same events and notes."""
+        assert self.busy.acquire(blocking=False), "copied while it is used"
+        self.busy.release()
         other = FrailTokenizer()
         other.threads, other.at_work, other.loop_went_on = self.threads, self.at_work, self.loop_went_on
         other.encoded = self.encoded
