@@ -217,8 +217,8 @@ class ErrorBoundary:
         except ApiError as error:
             await respond(scope, error)(scope, receive, send)
         except asyncio.CancelledError:  # the server ends and waits no longer
-            if started:
-                raise
+            if started:  # its connection is closed; to raise would be a traceback in the log for each
+                return
             from exeunt.server.api.service import draining  # which imports this module
 
             await respond(scope, draining())(scope, receive, send)
