@@ -248,10 +248,7 @@ def bench(
             f"--device is {device} and {target} is a server, which has its device; leave --device out."
         )
     file = json_target(json_file, model=target)
-    from exeunt.deploy.bench import (
-        bench_record,
-        modes_of,
-    )
+    from exeunt.deploy.bench import bench_record, modes_of
     from exeunt.deploy.bench_load import Load
     from exeunt.deploy.bench_table import measure, speed_table
     from exeunt.deploy.bench_target import driver

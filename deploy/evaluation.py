@@ -14,10 +14,7 @@ from exeunt.calibration.json_values import json_values
 from exeunt.calibration.progress import watched_progress
 from exeunt.calibration.trade_off import TradeOff, paper_curve
 from exeunt.compression.model import LoadedModel
-from exeunt.deploy.bench import (
-    BenchMode,
-    bench_record,
-)
+from exeunt.deploy.bench import BenchMode, bench_record
 from exeunt.deploy.bench_engine import engine_driver
 from exeunt.deploy.bench_load import Load
 from exeunt.deploy.bench_table import measure

@@ -14,9 +14,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 logger = logging.getLogger("exeunt.serve")
 
 KEEP_ALIVE_S: Final = 75  # longer than the idle time-outs of common proxies, which must not race with ours
-_FILES: Final = (
-    64  # descriptors beside connections: the listening socket, the event loop's own, files that are read
-)
+_FILES: Final = 64
+"""Descriptors beside connections: the listening socket, the event loop's own, files that are read."""
 _SAY_AGAIN_S: Final = 60.0
 _UNFINISHED: Final = (h11.IDLE, h11.SEND_BODY)  # the client's state while it has more of a request to send
 

@@ -34,9 +34,8 @@ MODES: Final[Modes] = {
 }
 _ENGINES: Final = 0.6  # share of the time that the engine has
 _LEAST: Final = 4.0  # seconds left without which a context is not begun
-_BESIDE: Final = (
-    6e9  # bytes of transformers' keys and values, twice while they grow, and of long prompts' states
-)
+_BESIDE: Final = 6e9
+"""Bytes of transformers' keys and values, twice while they grow, and of long prompts' states."""
 
 
 def run(context: Context, found: Found) -> None:

@@ -9,10 +9,10 @@ from fastapi import Request
 from exeunt.compression.variant import Variant
 from exeunt.server.api.arrival import arrival_of
 from exeunt.server.api.compression import AppliedCompression, NotOfferedError, resolve
-from exeunt.server.api.errors import ApiError, bad_request
+from exeunt.server.api.errors import ApiError, bad_request, draining
 from exeunt.server.api.presence import while_present
 from exeunt.server.api.schemas import MAX_SEED, CompressionOptions, GenerateBody, ScoreBody
-from exeunt.server.api.service import Service, draining
+from exeunt.server.api.service import Service
 from exeunt.server.api.token_limits import check_bytes, check_ids, check_prompt, check_text, check_together
 from exeunt.server.api.tokenizer import INLINE_CHARACTERS
 from exeunt.server.engine import EngineStoppedError, QueueFullError, RequestTooLargeError

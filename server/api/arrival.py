@@ -8,8 +8,8 @@ from typing import Final
 from starlette.requests import ClientDisconnect
 from starlette.types import Scope
 
-from exeunt.server.api.errors import ApiError, client_left
-from exeunt.server.api.service import Availability, draining
+from exeunt.server.api.errors import ApiError, client_left, draining
+from exeunt.server.api.service import Availability
 
 PAUSE_S: Final = 60.0  # for which nothing may come; the whole body has as long as its request
 _KEY: Final = "exeunt.arrival"
@@ -48,8 +48,6 @@ class BodyArrival:
             raise (draining() if self._is_for_nothing else self._late()) from None
         except ClientDisconnect as error:
             raise client_left(self._scope) from error
-        except asyncio.CancelledError:  # the server ends without waiting for it
-            raise draining() from None
 
     async def _gathered(self, stream: AsyncIterator[bytes]) -> bytes:
         parts = []

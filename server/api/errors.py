@@ -105,6 +105,16 @@ def internal_error(error_id: str) -> ApiError:
     )
 
 
+def draining() -> ApiError:
+    """The error of a server that takes no more requests."""
+    return ApiError(
+        503,
+        "The server is shutting down and takes no new requests; try another one.",
+        code="draining",
+        headers={"Retry-After": "5"},
+    )
+
+
 def client_left(scope: Scope) -> ApiError:
     """The error of a client that left before its request could be worked on; it is counted as that."""
     outcome_of(scope).client_left()
@@ -219,8 +229,6 @@ class ErrorBoundary:
         except asyncio.CancelledError:  # the server ends and waits no longer
             if started:  # its connection is closed; to raise would be a traceback in the log for each
                 return
-            from exeunt.server.api.service import draining  # which imports this module
-
             await respond(scope, draining())(scope, receive, send)
         except Exception as error:  # noqa: BLE001 -- the outermost boundary: a bug ends one request, not the server
             problem = internal_error(log_bug(error, f"{scope['method']} {scope['path']}"))

@@ -1,6 +1,5 @@
 """Routes that ignore nothing they are sent, and how their JSON bodies are read."""
 
-import gc
 from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any, ClassVar, Final
@@ -39,18 +38,7 @@ class StrictRequest(Request):
         content = await self.body()
         service = self._route.service(availability_of(self))
         read = partial(read_body, content, self._model, service.config.max_model_len)
-        if len(content) <= INLINE_BYTES:
-            return read()
-        return await service.beside(partial(_uncollected, read), large=True)
-
-
-def _uncollected(read: Callable[[], Any]) -> Any:
-    """What `read` returns. Python's collector would go through its million values again and again, lock held."""
-    gc.disable()  # there is one such thread, and nothing else turns it off
-    try:
-        return read()
-    finally:
-        gc.enable()
+        return await service.beside(read, large=len(content) > INLINE_BYTES)
 
 
 class StrictRoute(APIRoute):

@@ -1,6 +1,7 @@
 """What every route works with: the loaded model, its engine, and whether requests would be served now."""
 
 import asyncio
+import gc
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -9,7 +10,7 @@ from typing import Final, Literal, TypeVar
 from fastapi import Request
 
 from exeunt.compression.model import LoadedModel
-from exeunt.server.api.errors import ApiError
+from exeunt.server.api.errors import ApiError, draining
 from exeunt.server.api.offer import Offer
 from exeunt.server.api.schemas import CompressionOptions
 from exeunt.server.api.tokenizer import SharedTokenizer
@@ -46,7 +47,16 @@ class Service:
         """What `work` returns; what is large is done on a thread, one after the other, while the loop goes on."""
         if not large:
             return work()
-        return await asyncio.get_running_loop().run_in_executor(self._beside, work)
+        return await asyncio.get_running_loop().run_in_executor(self._beside, _uncollected, work)
+
+
+def _uncollected(work: Callable[[], T]) -> T:
+    """What `work` returns. Python's collector would go through its million values again and again, lock held."""
+    gc.disable()  # there is one such thread, and nothing else turns it off
+    try:
+        return work()
+    finally:
+        gc.enable()
 
 
 class Availability:
@@ -132,16 +142,6 @@ def loading() -> ApiError:
         503,
         "The model is still loading; try again shortly.",
         code="loading",
-        headers={"Retry-After": "5"},
-    )
-
-
-def draining() -> ApiError:
-    """The error of a server that takes no more requests."""
-    return ApiError(
-        503,
-        "The server is shutting down and takes no new requests; try another one.",
-        code="draining",
         headers={"Retry-After": "5"},
     )
 
