@@ -89,7 +89,7 @@ def main(arguments: Sequence[str] | None = None, began: float | None = None) -> 
         said = "There is no CUDA device that PyTorch can use; --device cpu --quick tries the script itself."
         print(said, file=sys.stderr)
         return 2
-    bundle = _bundle(asked.bundle)
+    bundle = _bundle(asked.bundle, asked.quick)
     if asked.warm is not None:
         _warm(place, asked.quick, Clock.until(until), asked.warm, bundle)
         return 0
@@ -127,7 +127,9 @@ def _asked(arguments: Sequence[str] | None) -> Namespace:
     parser.add_argument("--seconds", type=_seconds, default=SECONDS, help="for all of them")
     parser.add_argument("--quick", action="store_true", help="toy sizes, to try the script itself")
     parser.add_argument("--out", type=Path, help="the JSON, else by the GPU's name in benchmarks/results")
-    parser.add_argument("--bundle", type=Path, help="of the packaged model, else the cached one, if any")
+    parser.add_argument(
+        "--bundle", type=Path, help="of the packaged model, else the cached one, if any and not --quick"
+    )
     parser.add_argument("--resume", action="store_true", help=SUPPRESS)
     parser.add_argument("--until", type=float, help=SUPPRESS)
     parser.add_argument("--warm", help=SUPPRESS)
@@ -268,12 +270,15 @@ def _device_answers(device: torch.device) -> bool:
         return False
 
 
-def _bundle(given: Path | None) -> Path | None:
-    """The packaged model's bundle, else the cached one, if any; none where what opens one is not installed."""
+def _bundle(given: Path | None, quick: bool) -> Path | None:
+    """The packaged model's bundle, else the cached one, if any; none where what opens one is not installed.
+
+    Where the script itself is tried, it does not depend on what this machine has cached.
+    """
     if lacking := missing(BUNDLE):
         print(f"No bundle is opened: {', '.join(lacking)} is not installed.", file=sys.stderr)
         return None
-    return given or _cached_bundle()
+    return given or (None if quick else _cached_bundle())
 
 
 def _cached_bundle() -> Path | None:

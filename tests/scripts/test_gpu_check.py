@@ -59,6 +59,7 @@ def test_every_section_runs_on_a_cpu(tmp_path: Path) -> None:
     modes = {name.split(", ")[0] for name in ends["toy again"] if ", " in name}
     assert modes == {f"engine {name}" for name in end_to_end.RANDOM_MODES}
     assert ends["packaged"]["engine full/full, 2 streams"]["captured_while_timed"] == 0
+    assert ends["packaged"]["gates"] == "no bundle: no exits"
     assert "engine int4/int4 linear block (synthetic), 2 streams" in ends["packaged"]
     theirs = ends["packaged"]["transformers generate, 1 streams"]
     assert len(theirs["all_seconds"]) == 3
