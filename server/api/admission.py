@@ -10,11 +10,11 @@ from exeunt.compression.variant import Variant
 from exeunt.server.api.arrival import arrival_of
 from exeunt.server.api.compression import AppliedCompression, NotOfferedError, resolve
 from exeunt.server.api.errors import ApiError, bad_request, draining
-from exeunt.server.api.presence import while_present
 from exeunt.server.api.schemas import MAX_SEED, CompressionOptions, GenerateBody, ScoreBody
 from exeunt.server.api.service import Service
 from exeunt.server.api.token_limits import check_bytes, check_ids, check_prompt, check_text, check_together
 from exeunt.server.api.tokenizer import INLINE_CHARACTERS
+from exeunt.server.api.tokenizer_turn import in_turn
 from exeunt.server.engine import EngineStoppedError, QueueFullError, RequestTooLargeError
 from exeunt.server.request import FailureEvent, GenerationRequest, SamplingParams, ScoreRequest
 
@@ -73,9 +73,9 @@ def applied_compression(options: CompressionOptions | None, service: Service) ->
 async def encoded(
     http: Request, service: Service, text: str, *, add_special_tokens: bool = True
 ) -> list[int]:
-    """The token ids of a text; raises ApiError where the client leaves while a long one waits for its turn."""
+    """The token ids of a text; raises ApiError as `in_turn` does."""
     work = service.tokenizer.encode(text, add_special_tokens=add_special_tokens)
-    return await (work if len(text) <= INLINE_CHARACTERS else while_present(http, work))
+    return await in_turn(http, service, work, brief=len(text) <= INLINE_CHARACTERS)
 
 
 def text_field(body: ScoreBody) -> str:

@@ -8,12 +8,12 @@ from starlette.responses import Response
 from exeunt.server.api.admission import encoded
 from exeunt.server.api.errors import documented
 from exeunt.server.api.json_route import StrictRoute
-from exeunt.server.api.presence import while_present
 from exeunt.server.api.responses import DetokenizeResponse, TokenizeResponse, TokenizerInfo
 from exeunt.server.api.schemas import DetokenizeBody, TokenizeBody
 from exeunt.server.api.service import Service, loaded_service
 from exeunt.server.api.token_limits import check_ids
 from exeunt.server.api.tokenizer import INLINE_TOKENS, LONG_TOKENS
+from exeunt.server.api.tokenizer_turn import in_turn
 
 router = APIRouter(route_class=StrictRoute)
 
@@ -24,7 +24,7 @@ ServiceLoaded = Annotated[Service, Depends(loaded_service)]
     "/tokenize",
     summary="Cut a text into tokens",
     response_model=TokenizeResponse,
-    responses=documented(400, 401, 408, 413, 415, 503),
+    responses=documented(400, 401, 408, 413, 415, 503, 504),
 )
 async def tokenize(body: TokenizeBody, http: Request, service: ServiceLoaded) -> Response:
     """The token ids of a text, as a prompt would be cut."""
@@ -33,20 +33,22 @@ async def tokenize(body: TokenizeBody, http: Request, service: ServiceLoaded) ->
         count=len(ids),
         max_model_len=service.config.max_model_len,
         tokens=ids,
-        token_strs=await service.tokenizer.names(ids),
+        token_strs=await in_turn(
+            http, service, service.tokenizer.names(ids), brief=len(ids) <= INLINE_TOKENS
+        ),
     )
     written = await service.beside(answer.model_dump_json, large=len(ids) > LONG_TOKENS)
     return Response(written, media_type="application/json")
 
 
 @router.post(
-    "/detokenize", summary="Join tokens to a text", responses=documented(400, 401, 408, 413, 415, 503)
+    "/detokenize", summary="Join tokens to a text", responses=documented(400, 401, 408, 413, 415, 503, 504)
 )
 async def detokenize(body: DetokenizeBody, http: Request, service: ServiceLoaded) -> DetokenizeResponse:
     """The text of token ids."""
     check_ids(body.tokens, service.model.spec.vocab_size, "tokens")
     work = service.tokenizer.decode(body.tokens)
-    text = await (work if len(body.tokens) <= INLINE_TOKENS else while_present(http, work))
+    text = await in_turn(http, service, work, brief=len(body.tokens) <= INLINE_TOKENS)
     return DetokenizeResponse(prompt=text)
 
 
