@@ -8,7 +8,6 @@ from torch import Tensor
 from exeunt.compression.decoder import Decoder
 from exeunt.compression.device_pass import PassExit, PassInputs
 from exeunt.compression.graph_pool import ROWS, TOKENS
-from exeunt.compression.host_memory import Fetch
 from exeunt.compression.kv_format import KVPages
 from exeunt.compression.model import LoadedModel
 from exeunt.compression.variant import Variant
@@ -91,9 +90,8 @@ class DevicePasses:
         tokens, with_logits = parts.all_tokens, inputs.with_logits
         undrawn = [(*tokens[token], self._plan.last) for token in with_logits]
         run.undrawn.append(Undrawn(undrawn, results.logits[: len(undrawn)]))
-        coming = Fetch(results.left_at)
         run.pending_exits = DeviceRun(
-            self._plan, parts, tokens, with_logits, results, decoder, pages, coming, self._held, self._auditor
+            self._plan, parts, tokens, with_logits, results, decoder, pages, self._held, self._auditor
         )
         return True
 

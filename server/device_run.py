@@ -1,11 +1,13 @@
 """Where the tokens of a tick went whose exits a GPU decided, once the host hears of it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from torch import Tensor
+
 from exeunt.compression.decoder import Decoder
 from exeunt.compression.device_pass import PassResults
-from exeunt.compression.host_memory import Fetch
 from exeunt.compression.kv_format import KVPages
 from exeunt.kernels.model_pass import AtExit, PassOutcome
 from exeunt.server.auditor import Auditor
@@ -30,17 +32,20 @@ class DeviceRun:
     results: PassResults
     decoder: Decoder
     pages: KVPages
-    coming: Fetch  # of `results.left_at`
     held: HeldStates
     auditor: Auditor
 
-    def note_exits(self, run: TickRun) -> None:
-        """Wait for where the tokens left, and note it: with their logits, in the accounts, for the audits.
+    @property
+    def left_at(self) -> Tensor:
+        """At which exit each token of `with_logits` left: see `PassResults`."""
+        return self.results.left_at[: len(self.with_logits)]
+
+    def note_exits(self, run: TickRun, left_at: Sequence[int]) -> None:
+        """Note where the tokens left: with their logits, in the accounts, for the audits.
 
         What an answer had that has ended meanwhile may be another's by now: nothing of it is noted or audited, and all
         of its step has been accounted for.
         """
-        left_at = self.coming.wait().tolist()[: len(self.with_logits)]
         stopped = self._stopped(left_at)
         stages = self._stages(left_at, stopped)
         outcome = self._outcome(stages, stopped)
@@ -59,7 +64,7 @@ class DeviceRun:
         if self.auditor.enabled:
             whole.audit(self.auditor, self.decoder, self.pages)
 
-    def _stopped(self, left_at: list[int]) -> list[int]:
+    def _stopped(self, left_at: Sequence[int]) -> list[int]:
         """Behind which exit each token stopped, the model's end after all of them, -1 where it never came in."""
         tokens, rows, last = self.parts.tokens, self.parts.rows, self.plan.last
         exit_of = dict(zip(self.with_logits, left_at, strict=True))
@@ -73,7 +78,7 @@ class DeviceRun:
             stopped += [left if left == last or entry <= left else -1 for entry in tokens.entries[start:stop]]
         return stopped
 
-    def _stages(self, left_at: list[int], stopped: list[int]) -> list[int | None]:
+    def _stages(self, left_at: Sequence[int], stopped: list[int]) -> list[int | None]:
         """At the end of which stage each row of logits stands, None for one whose token stopped on its way."""
         last = self.plan.last
         return [

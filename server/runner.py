@@ -175,7 +175,6 @@ class Runner:
             self._start_draws(run)
         self._ahead = ahead = self._begun_ahead(run, successor)
         meanwhile()
-        run.note_exits()
         run.take_draws()
         self._note_audits(run)
         if run.draws is None:
@@ -287,7 +286,8 @@ class Runner:
         logits = parts[0] if len(parts) == 1 else torch.cat(parts)
         tokens = [token for some in run.undrawn for token in some.tokens]
         asks = [self._sampling(row.sequence, position) for row, position, _ in tokens]
-        run.draws = start_each(logits, asks, self._model.spec.eos_token_ids, self._graphs)
+        beside = None if run.pending_exits is None else run.pending_exits.left_at
+        run.draws = start_each(logits, asks, self._model.spec.eos_token_ids, self._graphs, beside)
 
     def _note_audits(self, run: TickRun) -> None:
         """Finish the audits for which all logits are there, now that their tokens are drawn."""

@@ -41,6 +41,7 @@ class SampledTokens(NamedTuple):
     ids: tuple[int, ...]
     logprobs: tuple[float, ...]  # nats, log-softmax of the raw logits
     errors: tuple[str | None, ...]
+    beside: tuple[int, ...] = ()  # what was to come along
 
 
 class StartedDraws(NamedTuple):
@@ -73,11 +74,13 @@ def start_draws(
     rows: Sequence[RowSampling],
     eos_token_ids: Collection[int] = (),
     graphs: StepGraphs | None = None,
+    beside: Tensor | None = None,
 ) -> StartedDraws:
     """Starts to draw a token for each row of `logits` [rows, vocabulary], any float dtype; a GPU is not waited for.
 
     A row whose logits are not usable (NaN, +inf, or nothing left to choose from) gets an error in the result. On a GPU
-    `graphs` hold the draws of few rows that ask for neither penalties nor truncation.
+    `graphs` hold the draws of few rows that ask for neither penalties nor truncation. `beside` [rows] int64, small
+    numbers on the logits' device, comes to the host with the tokens, in the same copy.
     Raises ValueError when the number of rows differs.
     """
     if logits.ndim != 2 or logits.shape[0] != len(rows):
@@ -88,12 +91,12 @@ def start_draws(
     scores = processed_scores(logits, rows, eos_token_ids)
     temperatures = np.array([0.0 if row.greedy else row.params.temperature for row in rows], np.float32)
     keys, device = row_keys(rows), logits.device
-    if device.type != "cpu":
-        return _start_there(logits, scores, temperatures, keys, graphs)
+    if device.type != "cpu" or graphs is not None:
+        return _start_there(logits, scores, temperatures, keys, graphs, beside)
     ids, logprobs = draw_tokens(
         logits, scores, torch.from_numpy(temperatures), keys, token_keys(logits.shape[1], device)
     )
-    return StartedDraws(ids, lambda: _on_host(ids.tolist(), logprobs.tolist()))
+    return StartedDraws(ids, lambda: _on_host(ids.tolist(), logprobs.tolist(), _numbers(beside)))
 
 
 def _start_there(
@@ -102,38 +105,50 @@ def _start_there(
     temperatures: np.ndarray,
     keys: Tensor,
     graphs: StepGraphs | None,
+    beside: Tensor | None,
 ) -> StartedDraws:
     """Draw on another device: what rows ask for goes there in one copy, what is drawn comes back in one."""
     device, vocab_size = logits.device, logits.shape[1]
     both = np.empty((len(keys), 3), np.int32)
     both[:, 0], both[:, 1:] = temperatures.view(np.int32), keys.numpy()
     asked, of_tokens, found = staged(both, device), token_keys(vocab_size, device), None
+    along = () if beside is None else (beside,)
     if graphs is not None and scores is logits:
         found = graphs.run(
-            ("a draw", vocab_size),
-            lambda logits, asked: (_drawn(logits, logits, asked, of_tokens),),
+            ("a draw", vocab_size, len(along)),
+            lambda logits, asked, *along: (_drawn(logits, logits, asked, of_tokens, *along),),
             logits,
             asked,
+            *along,
         )
     if found is None:
-        found = (_drawn(logits, scores, asked.to(device, non_blocking=True), of_tokens),)
+        found = (_drawn(logits, scores, asked.to(device, non_blocking=True), of_tokens, *along),)
     drawn, coming = found[0], Fetch(found[0])
 
     def told() -> SampledTokens:
-        tokens, logprobs = coming.wait().t().tolist()
-        return _on_host([int(token) for token in tokens], logprobs)
+        tokens, logprobs, *numbers = coming.wait().t().tolist()
+        return _on_host(_integers(tokens), logprobs, _integers(*numbers))
 
     return StartedDraws(drawn[:, 0], told)
 
 
-def _drawn(logits: Tensor, scores: Tensor, asked: Tensor, token_keys: Tensor) -> Tensor:
-    """Ids and log-probabilities [rows, 2] float64, which holds every id exactly.
+def _drawn(logits: Tensor, scores: Tensor, asked: Tensor, token_keys: Tensor, *along: Tensor) -> Tensor:
+    """Ids, log-probabilities and what goes `along` [rows, 2 or 3] float64, which holds every id exactly.
 
     `asked` [rows, 3] int32 are the bits of each row's temperature and its two keys.
     """
     temperatures, keys = asked[:, 0].contiguous().view(torch.float32), asked[:, 1:].contiguous()
     ids, logprobs = draw_tokens(logits, scores, temperatures, keys, token_keys)
-    return torch.stack((ids.double(), logprobs.double()), dim=1)
+    return torch.stack((ids.double(), logprobs.double(), *(each.double() for each in along)), dim=1)
+
+
+def _integers(found: Sequence[float] = ()) -> tuple[int, ...]:
+    return tuple(map(int, found))
+
+
+def _numbers(beside: Tensor | None) -> tuple[int, ...]:
+    """What comes along on the host, waited for."""
+    return () if beside is None else _integers(beside.tolist())
 
 
 def start_each(
@@ -141,16 +156,18 @@ def start_each(
     rows: Sequence[RowSampling],
     eos_token_ids: Collection[int] = (),
     graphs: StepGraphs | None = None,
+    beside: Tensor | None = None,
 ) -> StartedDraws:
     """`start_draws`, but a row that raises gets an error like one whose logits are not usable: the others are drawn."""
     try:
-        return start_draws(logits, rows, eos_token_ids, graphs)
+        return start_draws(logits, rows, eos_token_ids, graphs, beside)
     except Exception:  # noqa: BLE001 - whose it is shows when each is drawn alone
         drawn = [_sample_alone(logits[i : i + 1], row, eos_token_ids) for i, row in enumerate(rows)]
     found = SampledTokens(
         tuple(each.ids[0] for each in drawn),
         tuple(each.logprobs[0] for each in drawn),
         tuple(each.errors[0] for each in drawn),
+        _numbers(beside),
     )
     return StartedDraws(None, lambda: found)
 
@@ -169,9 +186,9 @@ def finished_draws(ids: Sequence[int], logprobs: Sequence[float]) -> StartedDraw
     return StartedDraws(None, lambda: _on_host(ids, logprobs))
 
 
-def _on_host(ids: Sequence[int], logprobs: Sequence[float]) -> SampledTokens:
+def _on_host(ids: Sequence[int], logprobs: Sequence[float], beside: tuple[int, ...] = ()) -> SampledTokens:
     if not any(map(math.isnan, logprobs)):
-        return SampledTokens(tuple(ids), tuple(logprobs), (None,) * len(ids))
+        return SampledTokens(tuple(ids), tuple(logprobs), (None,) * len(ids), beside)
     errors = tuple(
         "the model's logits for this token hold NaN or infinite values, so no token can be chosen"
         if math.isnan(logprob)
@@ -182,4 +199,5 @@ def _on_host(ids: Sequence[int], logprobs: Sequence[float]) -> SampledTokens:
         tuple(-1 if error else token for token, error in zip(ids, errors, strict=True)),
         tuple(logprobs),
         errors,
+        beside,
     )

@@ -87,8 +87,13 @@ class Undrawn(NamedTuple):
 class PendingExits(Protocol):
     """What is to be heard from the device of who left where."""
 
-    def note_exits(self, run: "TickRun") -> None:
-        """Wait for it and note it with the run."""
+    @property
+    def left_at(self) -> Tensor:
+        """[draws] int64, on the device: it comes to the host with what is drawn."""
+        ...
+
+    def note_exits(self, run: "TickRun", left_at: Sequence[int]) -> None:
+        """Note it with the run, now that it is on the host."""
         ...
 
 
@@ -129,17 +134,14 @@ class TickRun:
         self.piece, self.began = None, ended
         return piece.ended(self.tick.variant, ended - began - besides)
 
-    def note_exits(self) -> None:
-        """Note who left where, if only the device knows it yet: it is waited for."""
-        pending, self.pending_exits = self.pending_exits, None
-        if pending is not None:
-            pending.note_exits(self)
-
     def take_draws(self) -> None:
-        """Wait for the draws and note them with their rows' results."""
+        """Wait for the draws and note them with their rows' results, and before that who left where."""
         if self.draws is None:
             return
         drawn = self.draws.wait()
+        pending, self.pending_exits = self.pending_exits, None
+        if pending is not None:
+            pending.note_exits(self, drawn.beside)
         found: dict[Row, list[Draw]] = {}
         places = [token for some in self.undrawn for token in some.tokens]
         for (row, position, stage), token, logprob, error in zip(

@@ -69,16 +69,31 @@ def test_an_auditor_leaves_captures_to_others() -> None:
     assert abs(auditor.take_seconds()) < CAPTURE_S / 2
 
 
+@pytest.mark.parametrize("failing", [False, True])
+def test_what_comes_beside_the_tokens_comes_where_rows_are_drawn_one_by_one_too(
+    failing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits = torch.randn(5, 70, generator=torch.Generator().manual_seed(4))
+    if failing:
+        monkeypatch.setattr(sampling, "row_keys", lambda rows: 1 / (1 - len(rows) // 5))
+    found = sampling.start_each(logits, ROWS, beside=torch.tensor([4, 3, 2, 1, 0])).wait()
+    assert found.beside == (4, 3, 2, 1, 0)
+    assert [error is not None for error in found.errors] == [failing] * 5
+
+
 ROWS = [
     RowSampling(SamplingParams(temperature=temperature, seed=seed), 0, seed)
     for seed, temperature in enumerate((0.0, 0.7, 1.3, 0.0, 1.0))
 ]
 
 
-@pytest.mark.parametrize("graphs", [None, StepGraphs(FakePool())])
+@pytest.mark.parametrize("beside", [(), (3, 0, 2, 1 << 40, 7)], ids=["", "beside"])
+@pytest.mark.parametrize("with_graphs", [False, True])
 def test_draws_that_travel_packed_are_the_same(
-    graphs: StepGraphs | None, monkeypatch: pytest.MonkeyPatch
+    with_graphs: bool, beside: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    graphs = StepGraphs(FakePool()) if with_graphs else None
+    along = torch.tensor(beside) if beside else None
     copies: list[torch.Size] = []
 
     class Counted(Fetch):
@@ -93,18 +108,19 @@ def test_draws_that_travel_packed_are_the_same(
     temperatures = torch.tensor([row.params.temperature for row in ROWS]).numpy()
     for _ in range(2):
         keys = row_keys(ROWS)
-        started = sampling._start_there(logits, logits, temperatures, keys, graphs)
+        started = sampling._start_there(logits, logits, temperatures, keys, graphs, along)
         found = started.wait()
         assert found.ids == expected.ids
         assert found.errors == expected.errors
+        assert found.beside == beside
         assert found.logprobs[:3] == pytest.approx(expected.logprobs[:3], abs=1e-6)
         assert started.ids is not None
         ids = started.ids.long().tolist()
         assert ids[:3] + ids[4:] == [*found.ids[:3], *found.ids[4:]]
         assert ids[3] in range(70)  # of a row without a token too
-    assert copies == [(5, 2), (5, 2)]
+    assert copies == [(5, 3 if beside else 2)] * 2
     if graphs is not None:
         assert graphs.count == 1
         cut = logits.masked_fill(torch.arange(70) > 30, -torch.inf)
-        sampling._start_there(logits, cut, temperatures, keys, graphs)
+        assert sampling._start_there(logits, cut, temperatures, keys, graphs, along).wait().beside == beside
         assert graphs.count == 1  # what others were drawn from is theirs

@@ -302,12 +302,12 @@ def test_an_answer_that_ended_has_no_audits_run_in_pages_that_may_be_anothers(
 
     left_in_vain: list[int] = []
 
-    def noting(told: DeviceRun, run: Any) -> None:
+    def noting(told: DeviceRun, run: Any, left_at: Sequence[int]) -> None:
         alive = [row.sequence.status is Status.RUNNING for row, _ in told.tokens]
         noted.append(alive)
-        left = zip(told.with_logits, told.coming.wait().tolist(), strict=False)
+        left = zip(told.with_logits, left_at, strict=True)
         left_in_vain.extend(exit_ for token, exit_ in left if exit_ < told.plan.last and not alive[token])
-        note(told, run)
+        note(told, run, left_at)
 
     monkeypatch.setattr(DeviceRun, "note_exits", noting)
     with running(tiny_model, audit_share=1.0) as bench:

@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from exeunt.compression.host_memory import Fetch
 from exeunt.compression.model import LoadedModel, load_plain_model
 from exeunt.server.request import ExitPolicy
+from exeunt.server.runner import Runner
+from exeunt.server.tick_run import TickRun
 from tests.compression.recorded_gpu import RecordedGPU, recorded_gpu
 from tests.server.conftest import with_exits
 from tests.server.engine_bench import (
@@ -81,6 +84,30 @@ def test_where_the_device_decides_who_leaves_answers_are_the_same(
     assert any(name != "final" for heard in plain for name in heard.exits())
     assert [answer_of(one) for one in device] == [answer_of(one) for one in plain]
     assert audited == audited_too > 0
+
+
+@pytest.mark.parametrize("exits", [OFF, LEAVE], ids=["off", "propagate"])
+def test_a_tick_copies_to_the_host_once(
+    model: LoadedModel, gpu: RecordedGPU, monkeypatch: pytest.MonkeyPatch, exits: ExitPolicy
+) -> None:
+    made, start, copies, ticks = Fetch.__init__, Runner._start_draws, list[torch.Size](), list[int]()
+
+    def counted(fetch: Fetch, tensor: torch.Tensor) -> None:
+        copies.append(tensor.shape)
+        made(fetch, tensor)
+
+    def started(runner: Runner, run: TickRun) -> None:
+        start(runner, run)
+        ticks.append(len(run.drawn_rows))
+
+    monkeypatch.setattr(Fetch, "__init__", counted)
+    monkeypatch.setattr(Runner, "_start_draws", started)
+    _answers(model, exits)
+    drawing = [rows for rows in ticks if rows]
+    assert len(drawing) > 20
+    assert [shape[0] for shape in copies] == drawing
+    assert {shape[1] for shape in copies} == ({2} if exits is OFF else {2, 3})
+    assert gpu.replays > 0
 
 
 @pytest.mark.parametrize("exits", [OFF, VERIFIED], ids=["off", "verified"])
