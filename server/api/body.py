@@ -53,5 +53,5 @@ class BodyLimit:
                         return
 
     def _too_large(self, size: str) -> ApiError:
-        message = f"The body has {size}; the limit is {self._max_bytes} bytes (--max-body-bytes)."
+        message = f"The body has {size}; the limit is {self._max_bytes} bytes (--max-body-bytes), send a smaller one."
         return ApiError(413, message, code="body_too_large", headers={"Connection": "close"})

@@ -158,16 +158,17 @@ def _exits(asked: EarlyExitOptions, defaults: EarlyExitOptions, variant: Variant
         )
     if mode == "approximate":
         return _approximate(asked, defaults, variant, offer)
-    _refuse_unused(asked, mode)
+    _refuse_unused(asked, mode, offer)
     return ExitPolicy(mode=mode)
 
 
-def _refuse_unused(asked: EarlyExitOptions, mode: ExitMode) -> None:
+def _refuse_unused(asked: EarlyExitOptions, mode: ExitMode, offer: Offer) -> None:
+    instead = " or ask for 'approximate'" if "approximate" in offer.modes else ""
     for name in (*LIMITS, "skipped_kv"):
         if getattr(asked, name) is not None:
             raise NotOfferedError(
                 f"compression.early_exit.{name} has no use in mode '{mode}'{_WHY_UNUSED.get((mode, name), '')}; leave "
-                "it out or ask for 'approximate'.",
+                f"it out{instead}.",
                 f"compression.early_exit.{name}",
             )
 

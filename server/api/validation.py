@@ -2,8 +2,9 @@
 
 import json
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any, Final, Union, get_args, get_origin
 
 from pydantic import BaseModel
@@ -14,6 +15,11 @@ _SHOWN = 60  # characters of an offending value that a message repeats
 # pydantic's error types whose own wording is not a sentence with the value and the limit in it
 _SENTENCES: Final = {
     "bool_type": "it must be true or false",
+    "string_type": "it must be a string",
+    "int_type": "it must be an integer",
+    "int_from_float": "it must be an integer",
+    "float_type": "it must be a number",
+    "list_type": "it must be a list",
     "finite_number": "it must be a finite number",
     "too_long": "it may have at most {max_length} items",
     "too_short": "it must have at least {min_length} items",
@@ -63,7 +69,8 @@ def unknown_field(model: type[BaseModel], value: Mapping[str, Any], path: str = 
         if name not in known:
             param = f"{path}{named(name)}"
             fields = ", ".join(sorted(known))
-            return Problem(f"Unknown field {param}; known are {fields}.", param, "unknown_field")
+            message = f"Unknown field {param}{_nearest(name, known)}; known are {fields}."
+            return Problem(message, param, "unknown_field")
     for name, inner in value.items():
         if not isinstance(inner, dict):
             continue
@@ -73,6 +80,12 @@ def unknown_field(model: type[BaseModel], value: Mapping[str, Any], path: str = 
             if problem is not None:
                 return problem
     return None
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    """Which of the `known` names is meant, if that can be guessed: in parentheses, behind a blank."""
+    near = get_close_matches(name.lower(), known, n=1) if len(name) <= _SHOWN else []
+    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def requirement(error: Mapping[str, Any]) -> str:

@@ -276,6 +276,11 @@ def test_what_is_not_there_is_refused_with_what_is(asked: str, param: str, words
         ('{"linear_block": true}', "compression.linear_block", ["no linear block"]),
         ('{"early_exit": true}', "compression.early_exit.mode", ["'verified'", "no exits", "there is 'off'"]),
         ('{"early_exit": {"mode": "approximate"}}', "compression.early_exit.mode", ["there is 'off'"]),
+        (
+            '{"early_exit": {"max_disagreement": 0.05}}',
+            "compression.early_exit.max_disagreement",
+            ["no use in mode 'off'; leave it out."],
+        ),
     ],
 )
 def test_a_plain_model_holds_little(asked: str, param: str, words: list[str]) -> None:
