@@ -1,13 +1,38 @@
 """The same seed gives the same bytes, interrupted or not; an interrupt leaves nothing behind that was not asked for."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from exeunt.calibration.options import CalibrationOptions
 from exeunt.calibration.pipeline import calibrate
 from tests.calibration.silent_progress import SilentProgress
 from tests.calibration.tiny_calibration import Watched, options
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """A calibration that nothing interrupted, with the environment in which another makes the same bytes."""
+
+    asked: CalibrationOptions
+    environment: dict[str, str]
+
+
+@pytest.fixture(scope="module")
+def whole(checkpoint: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    folder = tmp_path_factory.mktemp("whole")
+    environment = {"SOURCE_DATE_EPOCH": "1700000000", "XDG_CACHE_HOME": str(folder / "cache")}
+    asked = replace(options(checkpoint, text_file, folder / "bundle"), costs="remembered", work=None)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the tests: other threads, other bytes
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        calibrate(asked, SilentProgress())
+    torch.set_num_threads(threads)
+    return Whole(asked, environment)
 
 
 def test_the_same_seed_gives_the_same_bytes(
@@ -63,16 +88,12 @@ def test_an_interrupt_leaves_nothing(
     ],
 )
 def test_an_interrupted_calibration_goes_on_to_the_same_bytes(
-    checkpoint: Path,
-    text_file: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    phase: str,
+    whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, phase: str
 ) -> None:
-    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for name, value in whole.environment.items():
+        monkeypatch.setenv(name, value)
     work = tmp_path / "work"
-    asked = replace(options(checkpoint, text_file, tmp_path / "bundle"), costs="remembered", work=work)
+    asked = replace(whole.asked, out=tmp_path / "bundle", work=work)
     with pytest.raises(KeyboardInterrupt):
         calibrate(asked, Watched(stop_in=phase))
     assert not (tmp_path / "bundle").exists()
@@ -82,6 +103,5 @@ def test_an_interrupted_calibration_goes_on_to_the_same_bytes(
     goes_on = any(note.startswith("Going on from the unfinished work") for note in progress.notes)
     assert goes_on == (phase != "Quantising weights, collecting activations"), "no block was finished there"
     assert not work.exists()
-    whole = calibrate(replace(asked, out=tmp_path / "whole", work=None), SilentProgress())
-    for path in sorted(whole.iterdir()):
+    for path in sorted(whole.asked.out.iterdir()):
         assert (resumed / path.name).read_bytes() == path.read_bytes(), path.name

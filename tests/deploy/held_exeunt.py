@@ -20,6 +20,10 @@ SMALL: dict[str, Any] = {
     "tokens": 6000,
     "exits": (0, 2),
     "risk": (0.3,),
+    "nll_risk": (),
+    "weights": "int4",  # one format and no linear block: certified, written and compared once, not eight times
+    "kv_cache": "full",
+    "linear_block": "none",
     "row_tokens": 64,
     "batch_tokens": 512,
     "evaluation_tokens": 500,
