@@ -93,54 +93,49 @@ def held_server(model: Path, phase: str, folder: Path) -> Iterator[tuple[Held, h
         yield waiting, client
 
 
-def test_probes_are_answered_while_the_first_start_calibrates(model: Path, tmp_path: Path) -> None:
-    with held_server(model, "collecting activations", tmp_path) as (server, client):
-        wait_for(lambda: client.get("/health").is_success, "/health", tmp_path / "log", 120)
-        server.wait_until_held()
-        assert client.get("/health").status_code == 200
-        for response in (client.get("/ready"), client.post("/generate", json={"prompt": "a"})):
-            assert response.status_code == 503
-            error = response.json()["error"]
-            assert set(error) == {"message", "type", "param", "code"}
-            assert "calibrated" in error["message"]
-            assert (error["type"], error["code"]) == ("unavailable_error", "calibrating")
-            assert int(response.headers["retry-after"]) > 0
-        server.go.touch()
-        wait_for(
-            lambda: server.process.poll() is not None or client.get("/ready").is_success,
-            "/ready",
-            tmp_path / "log",
-            120,
-        )
-        assert server.process.poll() is None, server.told
-        answer = client.post("/generate", json={"prompt": "a", "max_new_tokens": 3, "ignore_eos": True})
-        assert answer.json()["usage"]["completion_tokens"] == 3
-        assert "collecting activations: done" in server.told
-        server.process.send_signal(signal.SIGTERM)
-        assert server.process.wait(timeout=60) == 0
-
-
-def test_a_second_server_waits_for_the_bundle_that_the_first_makes(model: Path, tmp_path: Path) -> None:
+def test_probes_are_answered_while_one_server_calibrates_and_another_waits_for_its_bundle(
+    model: Path, tmp_path: Path
+) -> None:
     phase = "collecting activations"
     with held_server(model, phase, tmp_path / "first") as (first, client):
+        wait_for(lambda: client.get("/health").is_success, "/health", tmp_path / "first" / "log", 120)
         first.wait_until_held()
+        assert client.get("/health").status_code == 200
+        _refuses(client, "calibrating", "is being calibrated")
         (tmp_path / "second").mkdir()
         (tmp_path / "second" / "cache").symlink_to(tmp_path / "first" / "cache")
         with held_server(model, phase, tmp_path / "second") as (second, other):
             eventually(lambda: "Another process is calibrating" in second.told, "waiting", 120)
-            refused = other.get("/ready")
-            assert refused.status_code == 503
-            assert refused.json()["error"]["code"] == "waiting_for_calibration"
-            assert "Another process is calibrating" in refused.json()["error"]["message"]
+            _refuses(other, "waiting_for_calibration", "Another process is calibrating")
             assert other.get("/health").status_code == 200
             first.go.touch()
-            for each, log in ((client, "first"), (other, "second")):
-                wait_for(lambda: each.get("/ready").is_success, "/ready", tmp_path / log / "log", 120)  # noqa: B023
+            for server, each, log in ((first, client, "first"), (second, other, "second")):
+                wait_for(
+                    lambda: server.process.poll() is not None or each.get("/ready").is_success,  # noqa: B023
+                    "/ready",
+                    tmp_path / log / "log",
+                    120,
+                )
+                assert server.process.poll() is None, server.told
+                asked = {"prompt": "a", "max_new_tokens": 3, "ignore_eos": True}
+                assert each.post("/generate", json=asked).json()["usage"]["completion_tokens"] == 3
             assert f"{phase}: done" in first.told
             assert phase not in second.told
             for server in (first, second):
                 server.process.send_signal(signal.SIGTERM)
+            for server in (first, second):
                 assert server.process.wait(timeout=60) == 0
+
+
+def _refuses(client: httpx.Client, code: str, says: str) -> None:
+    """What is not served yet is answered with a reason and when to come back."""
+    for response in (client.get("/ready"), client.post("/generate", json={"prompt": "a"})):
+        assert response.status_code == 503
+        error = response.json()["error"]
+        assert set(error) == {"message", "type", "param", "code"}
+        assert says in error["message"]
+        assert (error["type"], error["code"]) == ("unavailable_error", code)
+        assert int(response.headers["retry-after"]) > 0
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,7 @@ def test_where_the_device_decides_who_leaves_answers_are_the_same(
     assert audited == audited_too > 0
 
 
-@pytest.mark.parametrize("exits", [OFF, LEAVE], ids=["off", "propagate"])
+@pytest.mark.parametrize("exits", [OFF, LEAVE, BACKFILL], ids=["off", "propagate", "backfill"])
 def test_a_tick_copies_to_the_host_once(
     model: LoadedModel, gpu: RecordedGPU, monkeypatch: pytest.MonkeyPatch, exits: ExitPolicy
 ) -> None:
