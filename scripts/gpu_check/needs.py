@@ -1,13 +1,15 @@
 """What a machine must have for which part of the run: `python -m scripts.gpu_check.needs` says what a bare one lacks.
 
-What is asked imports none of it, and nothing of `exeunt`.
+What is asked imports none of it, and nothing of `exeunt`: before the run's clock starts nothing waits for PyTorch.
 """
 
+import ctypes
 import re
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Final
 
 LEAST: Final = {"torch": (2, 11), "triton": (3, 6), "transformers": (5, 12)}
@@ -47,13 +49,36 @@ def _is_there(name: str) -> bool:
         return name in sys.modules
 
 
-def main() -> int:
-    """Say what is lacking; the exit status, 0 where nothing is and PyTorch has a GPU."""
-    lacking = [*missing(BARE), *too_old()]
-    if not lacking:
-        import torch
+def cuda_of_torch() -> bool:
+    """Whether the PyTorch that is installed was built for CUDA; where it does not say so, it is not doubted."""
+    spec = find_spec("torch")
+    for folder in (spec and spec.submodule_search_locations) or ():
+        try:
+            said = Path(folder, "version.py").read_text(encoding="utf-8")
+        except OSError:
+            continue
+        built = re.search(r"^cuda\b.*=\s*(\S+)", said, re.MULTILINE)
+        return built is None or built[1] != "None"
+    return True
 
-        lacking = [] if torch.cuda.is_available() else ["a CUDA device that torch can use"]
+
+def cuda_devices(driver: str = "libcuda.so.1") -> int:
+    """How many devices the NVIDIA driver shows this process; 0 without one."""
+    count = ctypes.c_int(0)
+    try:
+        cuda = ctypes.CDLL(driver)
+        if cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count)):
+            return 0
+    except (OSError, AttributeError):  # there is no driver, or what is called so is none
+        return 0
+    return count.value
+
+
+def main() -> int:
+    """Say what is lacking; the exit status, 0 where nothing is and there is a GPU that PyTorch was built for."""
+    lacking = [*missing(BARE), *too_old()]
+    if not lacking and not (cuda_of_torch() and cuda_devices()):
+        lacking = ["a CUDA device that torch can use"]
     if lacking:
         print(f"{sys.executable} lacks {', '.join(lacking)}")
     return int(bool(lacking))

@@ -9,6 +9,7 @@ import sys
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Final
 
 import pytest
@@ -131,8 +132,14 @@ def test_tests_that_lack_a_module_are_told_and_the_others_run(
 def test_the_probe_says_what_a_machine_lacks(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(needs, "cuda_of_torch", lambda: True)
+    monkeypatch.setattr(needs, "cuda_devices", lambda: 1)
     assert needs.main() == 0
+    for probe, none in (("cuda_of_torch", False), ("cuda_devices", 0)):
+        with monkeypatch.context() as patched:
+            patched.setattr(needs, probe, lambda found=none: found)
+            assert needs.main() == 1
+        assert "lacks a CUDA device that torch can use" in capsys.readouterr().out
     monkeypatch.setattr(needs, "BARE", ("torch", "no_such_module"))
     monkeypatch.setattr(needs, "version", lambda name: "2.4.1")
     assert needs.main() == 1
@@ -143,6 +150,37 @@ def test_the_probe_says_what_a_machine_lacks(
     lines = [*project["dependencies"], *project["optional-dependencies"]["gpu"]]
     told = {f"{name}>={first}.{second}" for name, (first, second) in needs.LEAST.items()}
     assert told <= {line.partition(";")[0] for line in lines}
+
+
+def test_the_probe_imports_no_torch() -> None:
+    line = "from scripts.gpu_check import needs; import sys; needs.main(); print('torch' in sys.modules)"
+    assert _bare([], line).stdout.splitlines()[-1] == "False"
+
+
+def test_the_probe_knows_a_torch_without_cuda_and_a_machine_without_a_driver() -> None:
+    assert needs.cuda_of_torch() == (torch.version.cuda is not None)
+    assert needs.cuda_devices("libno-such-driver.so") == 0
+    if torch.cuda.is_available():
+        assert needs.cuda_devices() > 0
+
+
+@pytest.mark.parametrize(
+    ("said", "built"),
+    [
+        ("cuda: Optional[str] = None\n", False),
+        ("cuda: Optional[str] = '13.0'\n", True),
+        ("cuda = '12.8'\n", True),
+        ("debug = False\n", True),
+    ],
+)
+def test_the_probe_reads_what_torch_was_built_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, said: str, built: bool
+) -> None:
+    (tmp_path / "version.py").write_text(said, encoding="utf-8")
+    monkeypatch.setattr(
+        needs, "find_spec", lambda name: SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    )
+    assert needs.cuda_of_torch() is built
 
 
 def test_the_makefile_asks_the_probe() -> None:
