@@ -1,32 +1,37 @@
-"""Pictures of what `make gpu-check` measured, for docs/performance.md: `python -m scripts.gpu_figures`.
+"""Pictures of what `make gpu-check` measured, for docs/performance.md: `python -m scripts.result_tables` writes them.
 
-They show what its tables say, out of the same JSON: how long a decode step takes beside reading what it must read, and
-what the linear layers take beside PyTorch's products, by rows.
+Each GPU has its own, by its name. They show what its tables say, out of the same JSON: how long a decode step takes
+beside reading what it must read, and what the linear layers take beside PyTorch's products, by rows.
 """
 
-import json
-from typing import Any, Final
+from pathlib import Path
+from typing import Final
 
-import typer
 from matplotlib.axes import Axes
 
 from exeunt.calibration.report.drawing import INK, draw, series
 from exeunt.calibration.report.parts import Figure
-from scripts.gpu_tables import linear_times, memory_rate, steps_of
+from scripts.gpu_page import picture, pictures
+from scripts.gpu_records import (
+    LARGE,
+    LARGE_LAYER,
+    ROOT,
+    Row,
+    gpu_records,
+    linear_times,
+    memory_rate,
+    steps_of,
+)
 from scripts.report_figures import standalone
-from scripts.result_tables import RESULTS, ROOT
 
-RECORD: Final = RESULTS / "gpu-check-nvidia-h200.json"
 IMAGES: Final = ROOT / "docs" / "images"
-_MODEL: Final = "mistral-7b"
 _VARIANTS: Final = (("full", "full"), ("int4", "int4"))
-_LAYER: Final = "mistral-7b gate_up"
 _MICROSECONDS: Final = (25, 50, 100, 200, 400)
 
 
-def step_figure(record: dict[str, Any]) -> Figure:
-    """Milliseconds of decode steps, by sequences and context, each beside its floor."""
-    steps, rate = steps_of(record, _MODEL), memory_rate(record)
+def step_figure(name: str, record: Row) -> Figure:
+    """Milliseconds of decode steps, by sequences and context, each beside its floor where the rate is known."""
+    steps, rate = steps_of(record, LARGE), memory_rate(record)
     sizes = sorted({(step["context"], step["sequences"]) for step in steps})
 
     def paint(axes: Axes) -> None:
@@ -40,12 +45,13 @@ def step_figure(record: dict[str, Any]) -> Figure:
             found = [own[sizes[place]] for place in at]
             look, offset = series(number), 0.18 * (2 * number - 1)
             where = [place + offset for place in at]
-            floors = [1e3 * step["bytes"] / rate for step in found]
-            axes.vlines(where, floors, [step["ms"] for step in found], color=look.colour, linewidth=1.2)
             axes.plot(
                 where, [step["ms"] for step in found], look.marker, color=look.colour, label=f"{weights}/{kv}"
             )
-            axes.plot(where, floors, "_", color=look.colour, markersize=11)
+            if rate is not None:
+                floors = [1e3 * step["bytes"] / rate for step in found]
+                axes.vlines(where, floors, [step["ms"] for step in found], color=look.colour, linewidth=1.2)
+                axes.plot(where, floors, "_", color=look.colour, markersize=11)
         axes.plot([], [], "_", color=INK, markersize=11, label="reading alone")
         axes.set_xticks(range(len(sizes)), [f"{rows} ×\n{context}" for context, rows in sizes])
         axes.set_xlabel("sequences × context")
@@ -54,7 +60,7 @@ def step_figure(record: dict[str, Any]) -> Figure:
         axes.legend(loc="upper left")
 
     return draw(
-        "gpu-steps",
+        name,
         "Milliseconds of a decode step and of reading what it must read",
         "A decode step of the Mistral-7B shape, beside the time of reading its weights, keys and values once.",
         paint,
@@ -62,9 +68,9 @@ def step_figure(record: dict[str, Any]) -> Figure:
     )
 
 
-def linear_figure(record: dict[str, Any]) -> Figure:
+def linear_figure(name: str, record: Row) -> Figure:
     """Microseconds of the largest linear layer by rows, of INT4, full weights and PyTorch."""
-    times = linear_times(record, _LAYER)
+    times = linear_times(record, LARGE_LAYER)
 
     def paint(axes: Axes) -> None:
         names = ("INT4", "full weights", "PyTorch")
@@ -81,7 +87,7 @@ def linear_figure(record: dict[str, Any]) -> Figure:
         axes.legend(loc="upper left")
 
     return draw(
-        "gpu-linears",
+        name,
         "Microseconds of a linear layer by rows: INT4, full weights and PyTorch's product",
         "Gate and up of the Mistral-7B shape, 28,672 outputs of 4,096 inputs, by rows.",
         paint,
@@ -89,19 +95,19 @@ def linear_figure(record: dict[str, Any]) -> Figure:
     )
 
 
-def figures(record: dict[str, Any]) -> tuple[Figure, ...]:
-    """All pictures of a record."""
-    return step_figure(record), linear_figure(record)
+_DRAWN: Final = {"decode": step_figure, "linears": linear_figure}
 
 
-def main() -> None:
-    """Write both pictures into docs/images."""
-    record = json.loads(RECORD.read_text(encoding="utf-8"))
-    for figure in figures(record):
-        path = IMAGES / f"{figure.name}.svg"
-        path.write_text(standalone(figure.svg), encoding="utf-8")
-        typer.echo(f"written: {path}")
+def figures(name: str, record: Row) -> tuple[Figure, ...]:
+    """All pictures that a record has the figures for; `name` is that of its file."""
+    return tuple(_DRAWN[what](picture(name, what), record) for what in pictures(record))
 
 
-if __name__ == "__main__":
-    typer.run(main)
+def write_figures(folder: Path = IMAGES) -> list[Path]:
+    """Write the pictures of all records into a folder; the files written."""
+    written = []
+    for name, record in gpu_records().items():
+        for figure in figures(name, record):
+            written.append(folder / f"{figure.name}.svg")
+            written[-1].write_text(standalone(figure.svg), encoding="utf-8")
+    return written

@@ -1,63 +1,133 @@
-"""What `make gpu-check` found of whole loads, as headers and rows: tokens per second, and what loads take of memory.
+"""What `make gpu-check` found of whole loads, as tables: tokens per second, what loads take of memory and of the host.
 
-Of a record that lacks a section, or is older than what is told of it, the tables that it has.
+Of a record that lacks a section, or is older than what is told of it, the rows that it has.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Final
+from typing import Final
 
-Row = Mapping[str, Any]
-Table = tuple[Sequence[str], Iterator[Sequence[str]]]
+from scripts.gpu_records import (
+    Row,
+    Table,
+    called,
+    exits_model,
+    loads_in,
+    models_of,
+    section,
+    speeds_of,
+)
 
-LARGE: Final = "mistral-7b"
-MODELS: Final = {
-    "packaged": "packaged model",
-    LARGE: f"{LARGE} shape",
-    "llama-1.1b": "llama-1.1b shape",
-}
 _BATCH: Final = "transformers generate_batch"
 _GENERATE: Final = "transformers generate, "
+_FUNCTIONS: Final = 5
+"""Of a tick's functions so many are shown; the JSON has more."""
 
 
-def load_tables(record: Row) -> Iterator[Table]:
-    """Speeds by model, those in long contexts, how transformers ran, and what loads take of memory."""
-    for called, speeds in _loads(record):
-        streams = _streams(speeds)
-        columns = tuple(f"{each} stream{'s' * (each > 1)}" for each in streams)
-        yield (f"{called}, tokens/s", *columns), _engine(speeds, streams)
-    if rows := list(_batches(record)):
-        columns = ("tokens/s", "attention", "CUDA graphs", "batches prepared ahead")
-        yield ("`generate_batch`", *columns), iter(rows)
-    if rows := list(_loops(record)):
-        columns = ("of `generate`", "of forward passes alone", "share of the host's `generate`")
-        yield ("`transformers`, tokens/s", *columns), iter(rows)
-    if rows := list(_memory(record)):
-        columns = ("KV of a sequence, MB", "by the layout of its pages, MB", "the device's at most, GB")
-        yield ("memory of a load, measured", *columns), iter(rows)
+def engine_tables(record: Row) -> Iterator[Table]:
+    """Speeds by model."""
+    for model, shown in models_of(record):
+        speeds = speeds_of(record, model)
+        streams = sorted({int(name.split(", ")[1].split()[0]) for name in speeds if ", " in name})
+        rows = [
+            (_named(name, speeds), *(_speed(name, speeds.get(f"{name}, {each} streams")) for each in streams))
+            for name in _names(speeds)
+        ]
+        columns = (_streams(each) for each in streams)
+        yield Table((f"{shown}, tokens/s", *columns), rows, _gates(speeds))
 
 
-def speeds_of(record: Row, model: str) -> Row:
-    """All that was timed of a model's texts, by name and streams; compiled `generate` is a section of its own."""
-    sections = record["sections"]
-    both = (sections.get(name, {}).get(model, {}) for name in ("end_to_end", "compiled"))
-    return {name: found for each in both for name, found in each.items()}
+def long_tables(record: Row) -> Iterator[Table]:
+    """Speeds in long contexts by model, a column for each context: of the whole load, and from the last prompt on."""
+    found = section(record, "long_contexts")
+    by_model: dict[str, dict[str, Row]] = {}
+    for name, speeds in loads_in(found).items():
+        model, _, context = name.partition(", contexts of ")
+        by_model.setdefault(model, {})[context] = speeds
+    for model, loads in by_model.items():
+        columns = [
+            (context, int(streams))
+            for context, speeds in loads.items()
+            for streams in dict.fromkeys(re.findall(r", (\d+) streams$", "\n".join(speeds), re.MULTILINE))
+        ]
+        names = dict.fromkeys(name for speeds in loads.values() for name in _names(speeds))
+        rows = [
+            (
+                _named(name, found),
+                *(_both_speeds(loads[context].get(f"{name}, {each} streams")) for context, each in columns),
+            )
+            for name in names
+        ]
+        answers = sorted({speeds["answer"] for speeds in loads.values() if "answer" in speeds})
+        tokens = f", of {' or '.join(map(str, answers))} new tokens each" if answers else ""
+        said = f"Tokens/s of the whole load{tokens}; behind it those since the last prompt was read."
+        headers = (f"{called(model)}, prompts of", *(f"{each}, {_streams(count)}" for each, count in columns))
+        yield Table(headers, rows, f"{said} {_gates(found)}".strip())
+
+
+def _streams(count: int) -> str:
+    return f"{count} stream{'s' * (count > 1)}"
+
+
+def _speed(name: str, cell: Row | None) -> str:
+    if cell is None or "tokens_per_s" not in cell:
+        return ""
+    left = f" ({cell['exit_rate']:.0%} leave)" if "at 0.5" in name else ""
+    return f"{cell['tokens_per_s']:.0f}{left}"
+
+
+def _both_speeds(cell: Row | None) -> str:
+    if cell is None or "tokens_per_s" not in cell:
+        return ""
+    decoding = f" / {cell['decode_tokens_per_s']:.0f}" if "decode_tokens_per_s" in cell else ""
+    left = f" ({cell['exit_rate']:.0%} leave)" if cell.get("exit_rate") else ""
+    return f"{cell['tokens_per_s']:.0f}{decoding}{left}"
+
+
+def _gates(found: Row) -> str:
+    """Of what kind the exits are, where the record tells; older ones say behind a colon what was hoped for."""
+    return f"Exits: {found['gates'].partition(':')[0]}." if "gates" in found else ""
+
+
+def _names(speeds: Row) -> Iterator[str]:
+    """What ran in one of the loads."""
+    for name in dict.fromkeys(name.split(", ")[0] for name in speeds if ", " in name):
+        if any("tokens_per_s" in found for each, found in speeds.items() if each.split(", ")[0] == name):
+            yield name
+
+
+def _named(name: str, speeds: Row) -> str:
+    """A random model's exit is synthetic, and says so."""
+    shown = name.replace("transformers ", "`transformers` ")
+    shown = shown.replace("at 0.5", "at the threshold 0.5, approximate")
+    wanted = speeds.get("wanted_exit_rate")
+    if wanted is not None and "at 0.5" in name:
+        shown = shown.replace("(synthetic)", f"(synthetic, {wanted:.0%} are to leave)")
+    return shown
 
 
 def _loads(record: Row) -> Iterator[tuple[str, Row]]:
-    """What was timed, by what it is called: of each model, then in long contexts."""
-    for model, called in MODELS.items():
-        if speeds := speeds_of(record, model):
-            yield called, speeds
-    for name, found in record["sections"].get("long_contexts", {}).items():
-        if isinstance(found, Mapping) and "prompt" in found:
-            model = name.partition(",")[0]
-            called = MODELS.get(model, model)
-            yield f"{called}, prompts of {found['prompt']} tokens, {found['answer']} new ones", found
+    """What was timed, by what it is called: of each model, in long contexts, by how rows wait at exits."""
+    for model, shown in models_of(record):
+        yield shown, speeds_of(record, model)
+    for name, found in loads_in(section(record, "long_contexts")).items():
+        model, _, context = name.partition(", ")
+        yield f"{called(model)}, {context}", found
+    for name, found in loads_in(section(record, "exits")).items():
+        yield f"{exits_model(record)}, {name}", found
+
+
+def transformers_tables(record: Row) -> Iterator[Table]:
+    """How `generate_batch` ran, and what of `generate` is its own."""
+    columns = ("tokens/s", "attention", "CUDA graphs", "batches prepared ahead")
+    yield Table(("`generate_batch`", *columns), list(_batches(record)))
+    headers = ("of `generate`", "of forward passes alone", "share of the host's `generate`")
+    yield Table(("`transformers`, tokens/s", *headers), list(_loops(record)))
 
 
 def _batches(record: Row) -> Iterator[Sequence[str]]:
     """Both tries of `generate_batch`, the one that is compared marked."""
-    for called, speeds in _loads(record):
+    for shown, speeds in _loads(record):
         for name, found in speeds.items():
             if not name.startswith(_BATCH) or "tries" not in found:
                 continue
@@ -65,7 +135,8 @@ def _batches(record: Row) -> Iterator[Sequence[str]]:
                 chosen = " (compared)" if kind == found["chosen"] else ""
                 said = (each.get(key) for key in ("attention", "use_cuda_graph", "use_async_batching"))
                 speed = f"{each['tokens_per_s']:.0f}" if "tokens_per_s" in each else each["error"]
-                yield f"{called}, {kind}{chosen}", speed, *map(_told, said)
+                cells = (speed, *map(_told, said))
+                yield f"{shown}, {kind}{chosen}", *(cell.replace("|", "\\|") for cell in cells)
 
 
 def _told(value: object) -> str:
@@ -79,56 +150,54 @@ def _told(value: object) -> str:
 
 def _loops(record: Row) -> Iterator[Sequence[str]]:
     """`generate` beside the forward passes that it makes."""
-    for called, speeds in _loads(record):
+    for shown, speeds in _loads(record):
         for name, found in speeds.items():
             loop = found.get("forward_loop", {}) if isinstance(found, Mapping) else {}
             if name.startswith(_GENERATE) and "seconds" in loop and "seconds" in found:
                 own = 1 - loop["seconds"] / found["seconds"]
                 yield (
-                    f"{called}, {name.removeprefix(_GENERATE)}",
+                    f"{shown}, {_streams(int(name.removeprefix(_GENERATE).split()[0]))}",
                     f"{found['tokens_per_s']:.0f}",
                     f"{loop['tokens_per_s']:.0f}",
                     f"{own:.0%}",
                 )
 
 
+def memory_tables(record: Row) -> Iterator[Table]:
+    """What loads take of memory: of each mode the one with the most streams."""
+    columns = ("KV of a sequence, MB", "by the layout of its pages, MB", "the device's at most, GB")
+    yield Table(("memory of a load, measured", *columns), list(_memory(record)))
+
+
 def _memory(record: Row) -> Iterator[Sequence[str]]:
-    for called, speeds in _loads(record):
+    told = {"kv_bytes_per_sequence", "device_bytes_at_most"}
+    for shown, speeds in _loads(record):
+        most: dict[str, int] = {}
         for name, found in speeds.items():
-            if not isinstance(found, Mapping) or not found.keys() & {
-                "kv_bytes_per_sequence",
-                "device_bytes_at_most",
-            }:
-                continue
+            mode, _, streams = name.rpartition(", ")
+            if isinstance(found, Mapping) and found.keys() & told:
+                most[mode] = max(most.get(mode, 0), int(streams.split()[0]))
+        for mode, count in most.items():
+            found = speeds[f"{mode}, {count} streams"]
             sizes = (found.get(key) for key in ("kv_bytes_per_sequence", "kv_bytes_by_layout"))
             device = found.get("device_bytes_at_most")
             yield (
-                f"{called}, {name}",
-                *("" if size is None else f"{size / 1e6:.1f}" for size in sizes),
+                f"{shown}, {mode}, {_streams(count)}",
+                *("" if size is None else f"{size / 1e6:.3g}" for size in sizes),
                 "" if device is None else f"{device / 1e9:.2f}",
             )
 
 
-def _streams(found: Row) -> list[int]:
-    return sorted({int(name.split(", ")[1].split()[0]) for name in found if ", " in name})
+def host_tables(record: Row) -> Iterator[Table]:
+    """Where the engine's thread spends a tick of the packaged model."""
+    rows = [
+        (name, f"{found['us']:.0f}", ", ".join(_longest(found["functions"])))
+        for name, found in section(record, "host").items()
+        if isinstance(found, Mapping) and "functions" in found
+    ]
+    yield Table(("the engine's thread, packaged model", "µs of a tick (watched)", "of it in, µs"), rows)
 
 
-def _engine(found: Row, streams: Sequence[int]) -> Iterator[Sequence[str]]:
-    wanted = found.get("wanted_exit_rate")
-    for name in dict.fromkeys(name.split(", ")[0] for name in found if ", " in name):
-        cells = [found.get(f"{name}, {each} streams", {}) for each in streams]
-        if not any("tokens_per_s" in cell for cell in cells):
-            continue
-        shown = name.replace("transformers ", "`transformers` ").replace(
-            "at 0.5", "at the threshold 0.5, approximate"
-        )  # a random model's exit is synthetic, and says so
-        if wanted is not None and "at 0.5" in name:
-            shown = shown.replace("(synthetic)", f"(synthetic, {wanted:.0%} are to leave)")
-        yield shown, *(_speed(cell, leave="at 0.5" in name) for cell in cells)
-
-
-def _speed(cell: Row, *, leave: bool) -> str:
-    if "tokens_per_s" not in cell:
-        return ""
-    left = f" ({cell['exit_rate']:.0%} leave)" if leave else ""
-    return f"{cell['tokens_per_s']:.0f}{left}"
+def _longest(functions: Mapping[str, float]) -> Iterator[str]:
+    for name, microseconds in list(functions.items())[:_FUNCTIONS]:
+        yield f"`{name.rpartition(': ')[2]}` {microseconds:.0f}"

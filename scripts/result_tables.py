@@ -1,22 +1,24 @@
-"""The tables of README.md and docs/performance.md, made from benchmarks/results: `python -m scripts.result_tables`."""
+"""The tables of README.md and docs/performance.md, made from benchmarks/results: `python -m scripts.result_tables`.
+
+The CPU's tables stand where their like stood; the GPUs' parts are regions (`scripts.gpu_page`), with pictures of their
+own in docs/images (`scripts.gpu_figures`).
+"""
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Final
 
 import typer
 
-from scripts.gpu_tables import gpu_tables
+from scripts.gpu_page import SPEEDS, speeds_text, with_gpu_parts
+from scripts.gpu_records import RESULTS, ROOT, gpu_records
+from scripts.page_regions import markdown_table, with_region, with_tables
 
-ROOT: Final = Path(__file__).resolve().parents[1]
-RESULTS: Final = ROOT / "benchmarks" / "results"
 PAGES: Final = {
     "README.md": ("packaged-eval", "packaged-cpu"),
     "docs/performance.md": (
         *("packaged-cpu", "packaged-llama-cpp", "packaged-parts", "packaged-adaptive", "packaged-whole"),
         *("packaged-gaps", "packaged-server"),
-        "gpu-check-nvidia-h200",
         "calibration-cost",
     ),
 }
@@ -28,11 +30,6 @@ TARGETS: Final = {
     "8 streams, full weights": "≥ 3",
 }
 """Against `generate`; exits are to gain half of the share of blocks that they skip."""
-
-
-def _table(headers: Sequence[str], rows: Iterator[Sequence[str]]) -> str:
-    lines = [headers, ["---"] * len(headers), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def _ratio(row: Row) -> str:
@@ -64,18 +61,18 @@ def speed_tables(record: Row) -> Iterator[str]:
         "ratio (min to max of 5)",
         "target",
     )
-    yield _table(headers, (row(*item) for item in record["results"].items()))
+    yield markdown_table(headers, (row(*item) for item in record["results"].items()))
 
 
 def llama_cpp_tables(record: Row) -> Iterator[str]:
     """The engine beside llama.cpp, and how much of our text in full precision each of them writes."""
     rows = ((name, *_speeds(row), _ratio(row)) for name, row in record["results"].items())
-    yield _table(("beside llama.cpp", "tokens/s", "llama.cpp", "ratio (min to max)"), rows)
+    yield markdown_table(("beside llama.cpp", "tokens/s", "llama.cpp", "ratio (min to max)"), rows)
     texts = (
         (name, f"{row['tokens_equal']:.0%}", f"{row['equal_before_first_other']:g}")
         for name, row in record["texts"].items()
     )
-    yield _table(
+    yield markdown_table(
         ("text beside that of full weights", "tokens equal", "before the first other, median"), texts
     )
 
@@ -86,7 +83,7 @@ def eval_tables(record: Row) -> Iterator[str]:
         *("mode", "perplexity", "change (95 %)", "KL", "agreement", f"mean depth of {record['blocks']}"),
         *("exit rate", "exits that differ", "compute saved", "tokens/s"),
     )
-    yield _table(headers, (_eval_row(each) for each in record["modes"] if _is_shown(each["mode"])))
+    yield markdown_table(headers, (_eval_row(each) for each in record["modes"] if _is_shown(each["mode"])))
 
 
 def _is_shown(mode: Row) -> bool:
@@ -146,7 +143,7 @@ def parts_tables(record: Row) -> Iterator[str]:
         ("**step of the engine, exits on**", account("exits_on", "step")),
     )
     rows = ([name, *(shown(column) for column in columns)] for name, shown in lines)
-    yield _table(["µs per step", *record["results"]], rows)
+    yield markdown_table(["µs per step", *record["results"]], rows)
 
 
 def adaptive_tables(record: Row) -> Iterator[str]:
@@ -158,7 +155,7 @@ def adaptive_tables(record: Row) -> Iterator[str]:
             (name, *_speeds(row), _ratio(row), *(shown(row) for shown in more.values()))
             for name, row in results[part].items()
         )
-        return _table([part, "tokens/s", against, "ratio (min to max)", *more], rows)
+        return markdown_table([part, "tokens/s", against, "ratio (min to max)", *more], rows)
 
     def share(name: str, form: str = ".0%") -> Callable[[Row], str]:
         return lambda row: "" if row[name] is None else format(row[name], form)
@@ -191,7 +188,7 @@ def whole_tables(record: Row) -> Iterator[str]:
         for name, row in record["results"].items()
     )
     headers = ("one call against stages", "tokens/s", "by stages", "ratio (min to max)", "leave")
-    yield _table(headers, rows)
+    yield markdown_table(headers, rows)
 
 
 def gaps_tables(record: Row) -> Iterator[str]:
@@ -202,22 +199,22 @@ def gaps_tables(record: Row) -> Iterator[str]:
         return name, *(f"{each:.1f}" for each in times), f"{measured['p99_ratio']:.2f}"
 
     headers = ("gaps between tokens, ms", "p50", "p99", "p50 beside", "p99 beside", "p99 ratio")
-    yield _table(headers, (row(*item) for item in record["results"].items()))
+    yield markdown_table(headers, (row(*item) for item in record["results"].items()))
 
 
 def server_tables(record: Row) -> Iterator[str]:
     """The server beside its engine: speed, what CPU it takes, and how soon it is ready."""
     results = record["results"]
     rows = ((name, *_speeds(row), _ratio(row), "≥ 0.95") for name, row in results.items())
-    yield _table(("over HTTP", "tokens/s", "the engine alone", "ratio (min to max)", "target"), rows)
+    yield markdown_table(("over HTTP", "tokens/s", "the engine alone", "ratio (min to max)", "target"), rows)
 
     def cpu(name: str, us: Row) -> Sequence[str]:
         return name, *(f"{us[side]:.0f}" for side in ("engine_alone", "server", "clients"))
 
     headers = ("µs of CPU a token", "the engine alone", "the server", "its clients")
-    yield _table(headers, (cpu(name, row["cpu_us_per_token"]) for name, row in results.items()))
+    yield markdown_table(headers, (cpu(name, row["cpu_us_per_token"]) for name, row in results.items()))
     start = ("from `exeunt serve` to `/ready`", f"{record['start']['seconds_to_ready']:.1f}", "≤ 5")
-    yield _table(("start, with a bundle that was read before", "seconds", "target"), iter([start]))
+    yield markdown_table(("start, with a bundle that was read before", "seconds", "target"), iter([start]))
 
 
 def calibration_tables(record: Row) -> Iterator[str]:
@@ -238,7 +235,7 @@ def calibration_tables(record: Row) -> Iterator[str]:
 
     sizes = ("full weights, MiB", "INT4 weights", "embedding and output matrix", "one full block")
     headers = ("random Llama", *sizes, "peak of a calibration", "in this step")
-    yield _table(headers, map(grown, record["memory"]))
+    yield markdown_table(headers, map(grown, record["memory"]))
     fit = record["time_fit"]
     timed = [
         (
@@ -248,7 +245,7 @@ def calibration_tables(record: Row) -> Iterator[str]:
         )
         for row in record["time"]
     ]
-    yield _table(("tokens, packaged model", "calibration", "by the line"), iter(timed))
+    yield markdown_table(("tokens, packaged model", "calibration", "by the line"), iter(timed))
 
 
 _TABLES: Final[Mapping[str, Callable[[Row], Iterator[str]]]] = {
@@ -261,7 +258,6 @@ _TABLES: Final[Mapping[str, Callable[[Row], Iterator[str]]]] = {
     "packaged-gaps": gaps_tables,
     "packaged-server": server_tables,
     "calibration-cost": calibration_tables,
-    "gpu-check-nvidia-h200": lambda record: (_table(*each) for each in gpu_tables(record)),
 }
 
 
@@ -274,27 +270,24 @@ def tables_of(page: str) -> list[str]:
     ]
 
 
-def with_tables(text: str, tables: Sequence[str]) -> str:
-    """A page with each table in the place of the one whose first column has the same header.
-
-    Raises ValueError where there is none.
-    """
-    for table in tables:
-        head = table.split(" | ")[0] + " |"
-        start = text.find("\n" + head)
-        if start < 0:
-            raise ValueError(f"the page has no table that begins {head!r}")
-        end = text.find("\n\n", start)
-        text = text[: start + 1] + table + (text[end:] if end >= 0 else "\n")
-    return text
+def with_results(text: str, page: str) -> str:
+    """A page's text with all that is made from the results anew. Raises ValueError where it has no place for some."""
+    text, records = with_tables(text, tables_of(page)), gpu_records()
+    if page == "README.md":
+        return with_region(text, SPEEDS, speeds_text(records))
+    return with_gpu_parts(text, records)
 
 
 def main() -> None:
-    """Write the pages anew."""
+    """Write the pages and the GPUs' pictures anew."""
+    from scripts.gpu_figures import write_figures  # it takes matplotlib, which the pages do not
+
     for page in PAGES:
         path = ROOT / page
-        path.write_text(with_tables(path.read_text(), tables_of(page)))
+        path.write_text(with_results(path.read_text("utf-8"), page), encoding="utf-8")
         typer.echo(f"written: {page}")
+    for path in write_figures():
+        typer.echo(f"written: {path.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from scripts.gpu_check import (
 from scripts.gpu_check.report import CHECKING, Report
 from scripts.gpu_check.synthetic_exit import WANTED
 from scripts.gpu_check.table import table
+from scripts.gpu_page import contents
 from tests.scripts.toy_gpu_check import ROOT, check, quick_run, toy_context
 
 
@@ -81,6 +82,8 @@ def test_every_section_runs_on_a_cpu(tmp_path: Path) -> None:
     assert len(found["checks"]) > 20
     assert all(one["good"] for one in found["checks"])
     assert "checks: " in done.stdout
+    lacking = {what for what, text in contents("gpu-check-cpu", found).items() if not text}
+    assert lacking == {"parts", "tuning"}  # those of the large model, and what takes a GPU
 
 
 def test_what_no_longer_fits_is_left_out_and_said_so(tmp_path: Path) -> None:
