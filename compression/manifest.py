@@ -305,7 +305,7 @@ def read_manifest(text: str) -> Manifest:
     """The manifest in `text`; raises ManifestError when it is broken, newer, altered or of something else."""
     try:
         fields = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # the first also for a number of too many digits
         raise ManifestError(f"manifest.json is not valid JSON ({error})") from error
     if not isinstance(fields, dict) or fields.get("kind") != BUNDLE_KIND:
         raise ManifestError("manifest.json is not that of an Exeunt bundle")

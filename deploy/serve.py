@@ -43,6 +43,7 @@ logger = logging.getLogger("exeunt.serve")
 _LAST_BYTES_S: Final = 5  # seconds for answers that are complete to reach their clients
 _LAST_WORDS_S: Final = 1.0  # for refusals of what is cut off then
 _SIGNAL_CHECK_S: Final = 0.25
+_IDLE_S: Final = 0.2  # in which a thread that has nothing to do ends
 _BEGINS_ANEW: Final = " The packaged model's calibration begins anew with the next start."
 
 
@@ -169,7 +170,10 @@ class _Serving:
         if self._http_failure is not None:
             raise self._http_failure
         service.engine.stop()
+        service.close()
         logger.info("Stopped.")
+        if _others_at_work():
+            _exit_now(0)
         return 0
 
     # -- the main thread --
@@ -281,6 +285,7 @@ class _Serving:
             self._drain = self._loop.create_task(self._drain_and_stop())
 
     async def _drain_and_stop(self) -> None:
+        began = time.monotonic()
         self._availability.drains()
         service = self._availability.service
         if service is not None:
@@ -289,8 +294,14 @@ class _Serving:
                 logger.warning(
                     "Requests were still running after %g s; ending them.", self._settings.shutdown_timeout
                 )
+            await self._texts_cut(service, began + self._settings.shutdown_timeout)
             await asyncio.to_thread(service.engine.stop)
         self._stop_serving()
+
+    async def _texts_cut(self, service: Service, until: float) -> None:
+        """Wait for whoever waits for the tokenizer, who is no request of the engine's."""
+        while service.tokenizer.callers and time.monotonic() < until:
+            await asyncio.sleep(_SIGNAL_CHECK_S)
 
 
 def start_service(model: LoadedModel, settings: Settings) -> Service:
@@ -333,6 +344,14 @@ def _default_thresholds(model: LoadedModel, settings: Settings) -> dict[float, f
     asked = None if exits is None else exits.skipped_kv
     certified = offer.certified(variant, asked or offer.default_skipped_kv(variant))
     return {target: certified.get(target) for target in _targets(model)}
+
+
+def _others_at_work() -> bool:
+    """Whether threads go on that the interpreter would wait for: a text that is being cut cannot be stopped."""
+    ours = [each for each in threading.enumerate() if each.name.startswith("exeunt-")]
+    for each in ours:
+        each.join(_IDLE_S)
+    return any(each.is_alive() for each in ours)
 
 
 def _exit_now(status: int) -> None:

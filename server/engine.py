@@ -61,7 +61,7 @@ class RequestTooLargeError(Exception):
 
     def __init__(self, tokens: int, most: int) -> None:
         super().__init__(
-            f"The request may grow to {tokens} tokens and the KV cache holds {most} in its format; "
+            f"The request takes room for {tokens} tokens and the KV cache holds {most} in its format; "
             "ask for fewer tokens or raise --kv-cache-memory."
         )
         self.tokens, self.most = tokens, most

@@ -14,7 +14,7 @@ from exeunt.server.api.schemas import MAX_SEED, CompressionOptions, GenerateBody
 from exeunt.server.api.service import Service
 from exeunt.server.api.token_limits import check_bytes, check_ids, check_prompt, check_text, check_together
 from exeunt.server.api.tokenizer import INLINE_CHARACTERS
-from exeunt.server.api.tokenizer_turn import in_turn
+from exeunt.server.api.turn import in_turn
 from exeunt.server.engine import EngineStoppedError, QueueFullError, RequestTooLargeError
 from exeunt.server.request import FailureEvent, GenerationRequest, SamplingParams, ScoreRequest
 

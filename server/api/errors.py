@@ -140,7 +140,7 @@ def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
         429: "The queue is full.",
         500: "A bug; the message has the id under which the log has the details.",
         503: "Calibrating, loading or draining.",
-        504: "Timed out at the tokenizer, or before the first token.",
+        504: "Timed out before its body was read, at the tokenizer, or before the first token.",
     }
     headers = {
         401: _header("WWW-Authenticate", "Bearer"),

@@ -13,6 +13,7 @@ from exeunt.server.api.arrival import BodyArrival, note_arrival
 from exeunt.server.api.errors import ApiError, bad_request
 from exeunt.server.api.json_body import read_body
 from exeunt.server.api.service import Availability, Service, availability_of
+from exeunt.server.api.turn import in_turn
 from exeunt.server.api.validation import named, shortened
 
 INLINE_BYTES: Final = 64 * 1024  # a body up to here is read on the event loop, in about a millisecond
@@ -38,7 +39,9 @@ class StrictRequest(Request):
         content = await self.body()
         service = self._route.service(availability_of(self))
         read = partial(read_body, content, self._model, service.config.max_model_len)
-        return await service.beside(read, large=len(content) > INLINE_BYTES)
+        large = len(content) > INLINE_BYTES
+        reading = service.beside(read, large=large)
+        return await in_turn(self, service, reading, brief=not large, where="before its body was read")
 
 
 class StrictRoute(APIRoute):

@@ -43,6 +43,11 @@ class Service:
         object.__setattr__(self, "tokenizer", SharedTokenizer(self.model.tokenizer))
         object.__setattr__(self, "_beside", ThreadPoolExecutor(1, thread_name_prefix="exeunt-large"))
 
+    def close(self) -> None:
+        """Begin nothing more on threads; what they still do is not waited for."""
+        self.tokenizer.close()
+        self._beside.shutdown(wait=False, cancel_futures=True)
+
     async def beside(self, work: Callable[[], T], *, large: bool) -> T:
         """What `work` returns; what is large is done on a thread, one after the other, while the loop goes on."""
         if not large:

@@ -51,6 +51,7 @@ class SharedTokenizer:
         self._tokenizer = tokenizer
         self._copy: Any = None  # made when it is first needed: it takes time and memory
         self._in_use = threading.Lock()
+        self._callers = 0
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="exeunt-tokenizer")
         self._long_worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="exeunt-long-texts")
         self.facts = TokenizerFacts(
@@ -62,6 +63,16 @@ class SharedTokenizer:
             has_chat_template=bool(getattr(tokenizer, "chat_template", None)),
             longest_token_bytes=longest_token_bytes(tokenizer),
         )
+
+    @property
+    def callers(self) -> int:
+        """Who waits for work on a thread."""
+        return self._callers
+
+    def close(self) -> None:
+        """Begin no more work on threads; what is under way there is not waited for."""
+        for worker in (self._worker, self._long_worker):
+            worker.shutdown(wait=False, cancel_futures=True)
 
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """The token ids of a text."""
@@ -94,7 +105,11 @@ class SharedTokenizer:
             finally:
                 self._in_use.release()
         worker, work = (self._worker, self._alone) if size < long else (self._long_worker, self._on_copy)
-        return await asyncio.get_running_loop().run_in_executor(worker, work, use)
+        self._callers += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(worker, work, use)
+        finally:
+            self._callers -= 1
 
     def _alone(self, use: Callable[[Any], T]) -> T:
         with self._in_use:

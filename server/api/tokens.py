@@ -13,7 +13,7 @@ from exeunt.server.api.schemas import DetokenizeBody, TokenizeBody
 from exeunt.server.api.service import Service, loaded_service
 from exeunt.server.api.token_limits import check_ids
 from exeunt.server.api.tokenizer import INLINE_TOKENS, LONG_TOKENS
-from exeunt.server.api.tokenizer_turn import in_turn
+from exeunt.server.api.turn import in_turn
 
 router = APIRouter(route_class=StrictRoute)
 
@@ -37,7 +37,9 @@ async def tokenize(body: TokenizeBody, http: Request, service: ServiceLoaded) ->
             http, service, service.tokenizer.names(ids), brief=len(ids) <= INLINE_TOKENS
         ),
     )
-    written = await service.beside(answer.model_dump_json, large=len(ids) > LONG_TOKENS)
+    large = len(ids) > LONG_TOKENS
+    writing = service.beside(answer.model_dump_json, large=large)
+    written = await in_turn(http, service, writing, brief=not large, where="while its answer was written")
     return Response(written, media_type="application/json")
 
 

@@ -10,6 +10,7 @@ from typing import Any, Final, Union, get_args, get_origin
 from pydantic import BaseModel
 from starlette.types import Scope
 
+_ALIKE = 0.78  # `max_tokens` means `max_new_tokens`, and `presence_penalty` not `repetition_penalty`
 _SHOWN = 60  # characters of an offending value that a message repeats
 
 # pydantic's error types whose own wording is not a sentence with the value and the limit in it
@@ -69,7 +70,9 @@ def unknown_field(model: type[BaseModel], value: Mapping[str, Any], path: str = 
         if name not in known:
             param = f"{path}{named(name)}"
             fields = ", ".join(sorted(known))
-            message = f"Unknown field {param}{_nearest(name, known)}; known are {fields}."
+            message = (
+                f"Unknown field {param}{_nearest(name, known.keys() - value.keys())}; known are {fields}."
+            )
             return Problem(message, param, "unknown_field")
     for name, inner in value.items():
         if not isinstance(inner, dict):
@@ -84,7 +87,7 @@ def unknown_field(model: type[BaseModel], value: Mapping[str, Any], path: str = 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
     """Which of the `known` names is meant, if that can be guessed: in parentheses, behind a blank."""
-    near = get_close_matches(name.lower(), known, n=1) if len(name) <= _SHOWN else []
+    near = get_close_matches(name.lower(), known, n=1, cutoff=_ALIKE) if len(name) <= _SHOWN else []
     return f" (did you mean {near[0]}?)" if near else ""
 
 

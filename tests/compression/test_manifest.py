@@ -80,6 +80,7 @@ def test_reformatting_the_text_does_no_harm() -> None:
     [
         ("{", "not valid JSON"),
         ("[" * 100_000, "not valid JSON"),
+        ('{"format_version": ' + "9" * 5_000 + "}", "manifest.json is not valid JSON"),
         ("[]", "not that of an Exeunt bundle"),
         ('{"model": 1}', "not that of an Exeunt bundle"),
         (_altered({"format_version": "1"}, seal=True), "format version '1'"),

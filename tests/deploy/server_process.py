@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,13 +73,17 @@ def environment(**more: str) -> dict[str, str]:
 
 @contextmanager
 def serving(
-    *arguments: str, log: Path, env: Mapping[str, str] | None = None, ready: bool = True
+    *arguments: str,
+    log: Path,
+    env: Mapping[str, str] | None = None,
+    ready: bool = True,
+    program: Sequence[str] = (str(EXEUNT),),
 ) -> Iterator[ServerProcess]:
-    """`exeunt serve ARGUMENTS` on a free port, ready to answer."""
+    """`exeunt serve ARGUMENTS` on a free port, ready to answer; `program` is what stands for `exeunt`."""
     port = free_port()
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [str(EXEUNT), "serve", *arguments, "--port", str(port)],
+            [*program, "serve", *arguments, "--port", str(port)],
             stdout=output, stderr=output, env=environment(**(env or {})),
         )  # fmt: skip
         try:

@@ -25,22 +25,16 @@ Serve = Callable[..., AbstractContextManager[httpx.Client]]
 @pytest.mark.parametrize(
     ("body", "param", "words"),
     [
-        (
-            {"prompt": "x", "promt": 1},
-            "promt",
-            ["Unknown field promt (did you mean prompt?)", "max_new_tokens"],
-        ),
+        ({"promt": "x"}, "promt", ["Unknown field promt (did you mean prompt?); known are compression,"]),
+        ({"prompt": "x", "promt": 1}, "promt", ["Unknown field promt; known", "max_new_tokens"]),
+        ({"prompt": "x", "presence_penalty": 1}, "presence_penalty", ["field presence_penalty; known"]),
         ({"prompt": "x", "compression": {"wieghts": "int4"}}, "compression.wieghts", ["weights", "kv_cache"]),
         (
             {"prompt": "x", "compression": {"early_exit": {"mod": "off"}}},
             "compression.early_exit.mod",
             ["Unknown field compression.early_exit.mod (did you mean mode?)", "max_disagreement"],
         ),
-        (
-            {"prompt": "x", "Prompt": 1},
-            "Prompt",
-            ["Unknown field Prompt (did you mean prompt?); known are compression,"],
-        ),
+        ({"Prompt": "x"}, "Prompt", ["Unknown field Prompt (did you mean prompt?); known are compression,"]),
         ({"prompt": "x", "a[0]": 1}, '"a[0]"', ['Unknown field "a[0]"; known']),
         ({"prompt": "x", "": 1}, '""', ['Unknown field ""; known']),
         ({"prompt": "x", "a b.": 1}, '"a b."', ['Unknown field "a b."; known']),
@@ -241,7 +235,9 @@ def test_what_another_format_of_the_kv_cache_would_hold_is_said(
     engine.refuse, engine.held = RequestTooLargeError(61, 32), {"int4": holds, "full": 32}
     prompt = {"prompt": "x", "max_new_tokens": 60} if path == "/generate" else {"text": "x"}
     message = error_of(client.post(path, json=prompt))["message"]
-    assert message.startswith("The request may grow to 61 tokens and the KV cache holds 32 in its format; ")
+    assert message.startswith(
+        "The request takes room for 61 tokens and the KV cache holds 32 in its format; "
+    )
     assert message.endswith(", or ask for kv_cache int4, in which it holds 61.") == said
 
 

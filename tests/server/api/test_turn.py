@@ -1,4 +1,4 @@
-"""A long text waits for the tokenizer no longer than its request may take."""
+"""What is long waits for its turn no longer than its request may take, and no longer than its client does."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 import httpx
 import pytest
 
+from exeunt.server.api import json_route
 from exeunt.server.api.service import Availability, Service
 from exeunt.server.api.tokenizer import INLINE_CHARACTERS, INLINE_TOKENS, LONG_CHARACTERS, SharedTokenizer
 from exeunt.server.engine_config import EngineConfig
@@ -62,7 +63,7 @@ def test_what_is_over_time_at_the_tokenizer_is_told_so(route: str, serve_with: S
     assert answer.status_code == 504
     assert answer.json()["error"] == {
         "message": "The request timed out at the tokenizer, after the 0.3 s that it may take; "
-        "send a shorter text, try again later or raise --request-timeout.",
+        "send less at once, try again later or raise --request-timeout.",
         "type": "timeout_error",
         "param": None,
         "code": "timeout",
@@ -90,3 +91,22 @@ def test_names_are_waited_for_no_longer_either(serve_with: Serve) -> None:
     _, client = serve_with(slow)
     assert client.post("/tokenize", json={"prompt": "x" * 4 * INLINE_TOKENS}).status_code == 504
     assert slow.at_work.is_set()
+
+
+def test_a_large_body_is_waited_for_no_longer_either(
+    serve_with: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    goes_on = threading.Event()
+
+    def slow(*_: object) -> None:
+        goes_on.wait(30)
+
+    service, client = serve_with(FrailTokenizer())
+    monkeypatch.setattr(json_route, "read_body", slow)
+    answer = client.post("/score", json={"text": "x" * json_route.INLINE_BYTES})
+    goes_on.set()
+    assert answer.status_code == 504
+    assert answer.json()["error"]["message"].startswith(
+        "The request timed out before its body was read, after"
+    )
+    assert failures(service) == 1
