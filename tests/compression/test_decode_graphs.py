@@ -1,5 +1,6 @@
 """Passes over blocks as graphs: what they read is filled and padded, when they are captured, what they take."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -7,7 +8,8 @@ import torch
 from torch import Tensor
 
 from exeunt.compression.decode_graphs import MOST_GRAPHS, TOKENS, DecodeGraphs, Inputs
-from exeunt.compression.device_pass import PassInputs, PassLayout, PassResults
+from exeunt.compression.device_pass import PassExit, PassInputs, PassLayout, PassResults
+from exeunt.compression.gate_steps import GateSteps
 from exeunt.compression.graph_pool import ASKED_AGAIN
 from exeunt.compression.kv_format import KVPages
 from exeunt.kernels.paged_batch import BatchLayout, PagedBatch
@@ -107,6 +109,31 @@ def test_passes_are_those_of_the_blocks() -> None:
     assert pool.nbytes == 2 * GROWN + inputs
 
 
+def test_a_longer_context_has_a_graph_of_its_own_up_to_the_longest() -> None:
+    class Seeing(Blocks):
+        """Remembers for what context a batch has room."""
+
+        def run(self, hidden: Tensor, batch: PagedBatch, pages: KVPages, start: int, stop: int) -> Tensor:
+            self.room = batch.max_context, batch.page_tables.shape[1] * PAGE_TOKENS
+            return super().run(hidden, batch, pages, start, stop)
+
+    blocks, arena = Seeing(), pages()
+    graphs = DecodeGraphs(blocks, 1024, FakePool())
+    layout = PassLayout(1, 1)
+    asked = PassInputs(layout, torch.zeros(layout.count, dtype=torch.int64), (), propagates=False, last=0)
+    for context, room in ((512, 512), (513, 1024), (1024, 1024), (500, 512)):
+        batch, hidden = batch_of([1], context), torch.zeros(1, HIDDEN)
+        assert graphs.run(hidden, batch, arena, 0, 1) is not None
+        assert blocks.room == (room, room)
+        blocks.room = 0, 0
+        assert graphs.run_pass(asked, lambda states: states, 1, hidden, packed(batch, 1), arena) is not None
+        assert blocks.room == (room, room)
+    batch = batch_of([1], 1025)
+    assert graphs.run(hidden, batch, arena, 0, 1) is None
+    assert graphs.run_pass(asked, lambda states: states, 1, hidden, packed(batch, 1), arena) is None
+    assert graphs.count == 4
+
+
 def test_what_fits_no_graph_runs_without() -> None:
     pool = FakePool()
     graphs = DecodeGraphs(Blocks(), 600, pool)
@@ -175,6 +202,19 @@ def test_a_pass_that_is_refused_leaves_nothing_behind() -> None:
     assert found.logits.shape == (4, HIDDEN)
     assert found.left_at.tolist() == [0] * 4
     assert graphs.count == 1
+
+
+def test_passes_that_do_different_things_have_graphs_of_their_own() -> None:
+    unread: Any = None
+    own = PassExit(0, 1, True, False, GateSteps("one", unread, False, False), lambda states: states)
+    changed: list[dict[str, Any]] = [
+        *({"index": 1}, {"depth": 2}, {"asked": False}, {"takes_in": True}),
+        *({"steps": GateSteps("other", unread, False, False)}, {"project": lambda states: 2 * states}),
+    ]
+    asked = PassInputs(PassLayout(4, 4), torch.zeros(24, dtype=torch.int64), (own,), False, 1)
+    others = [replace(asked, exits=(replace(own, **change),)) for change in changed]
+    others += [replace(asked, layout=PassLayout(4, 8)), replace(asked, propagates=True)]
+    assert len({each.key for each in (asked, *others)}) == 1 + len(others)
 
 
 def test_what_a_pass_left_is_not_the_next_ones() -> None:

@@ -135,6 +135,8 @@ def test_what_graphs_hold_is_not_counted_as_free(monkeypatch: pytest.MonkeyPatch
     reserved[0] = 500
     assert pool._grown(700) == 0
     assert pool._memory() == (50, 1000)
+    pool.forget()  # what was let go of is free for all
+    assert pool._memory() == (50 + 100, 1000)
 
 
 def _unasked(device: torch.device) -> None:

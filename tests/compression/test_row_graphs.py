@@ -104,6 +104,9 @@ def test_results_hold_until_the_next_call_and_all_functions_share_them(graphs: S
     assert second[0].data_ptr() == first[0].data_ptr()
     assert torch.equal(second[0], 3 * x)
     assert torch.equal(kept, 2 * x)
+    wide = graphs.run(("wide",), lambda x: (x.double() / 3,), x)
+    assert wide is not None
+    assert torch.equal(wide[0], x.double() / 3)
 
 
 def test_a_capture_that_fails_is_told_of_once_and_not_tried_again(
@@ -152,6 +155,9 @@ def test_graphs_take_a_share_of_the_memory_and_no_more(
     assert graphs.run(KEY, Doubling(), *asked(1)) is not None
     graphs.release()
     assert graphs.run(KEY, Doubling(), *asked(2)) is not None
+    pool.note(int(TOTAL * MOST_MEMORY) - pool.nbytes)  # a share is what they may take, and not a byte more
+    assert graphs.run(KEY, Doubling(), *asked(1)) is None
+    assert len(caplog.records) == 2, "a release begins anew, and is told anew when that is over"
 
 
 def test_graphs_have_a_bound(graphs: StepGraphs, pool: FakePool) -> None:
@@ -179,6 +185,7 @@ def test_what_graphs_take_is_counted_and_given_back(graphs: StepGraphs, pool: Fa
     assert held() is None
     assert (pool.nbytes, pool.count, graphs.count, pool.seconds) == (0, 0, 0, seconds)
     assert graphs.run(KEY, Doubling(), *asked(3)) is not None
+    assert pool.nbytes == inputs + outputs + GROWN
 
 
 def test_a_head_is_that_without_graphs(decoder: Decoder) -> None:
@@ -244,15 +251,34 @@ def test_a_gate_is_that_without_graphs_and_waits_once(
         assert graphs.count >= 3  # the gate, and the projection of some and of all
 
 
+def test_gates_of_two_exits_are_two_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("exeunt.compression.exits.triton_runs", lambda device: True)
+    output, plain = exit_outputs(torch.float32)[0], exit_outputs(torch.float32)[0]
+    graphs = StepGraphs(FakePool())
+    output.replay_in(graphs)
+    hidden, thresholds = torch.randn(4, HIDDEN), torch.zeros(4)
+    for head in (exit_head(block=1, seed=4), exit_head(block=3, seed=5)):
+        found = head.gate(hidden, thresholds, output)
+        expected = head.gate(hidden, thresholds, plain)
+        torch.testing.assert_close(found.confidence, expected.confidence)
+    assert graphs.count == 2
+
+
 def test_a_gate_of_many_rows_runs_without_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("exeunt.compression.exits.triton_runs", lambda device: True)
     output: ExitOutput = exit_outputs(torch.float32)[0]
     graphs = StepGraphs(FakePool())
     output.replay_in(graphs)
-    found = exit_head().gate(torch.randn(512, HIDDEN), torch.full((512,), 0.5), output)
-    assert found.confidence.shape == found.leaves.shape == (512,)
-    assert len(found.logits) == int(found.leaves.sum())
-    assert graphs.count == 0
+    rows = gate_steps.ROWS_AT_ONCE + 200  # decided in two goes, each by its own thresholds
+    thresholds = torch.zeros(rows)
+    thresholds[-150:] = torch.inf
+    hidden = torch.randn(rows, HIDDEN, generator=torch.Generator().manual_seed(1))
+    found = exit_head().gate(hidden, thresholds, output)
+    assert torch.equal(found.leaves, thresholds == 0)
+    some = exit_head().gate(hidden[-170:-140], thresholds[-170:-140], output)
+    torch.testing.assert_close(some.confidence, found.confidence[-170:-140])
+    torch.testing.assert_close(some.logits, found.logits[-20:])
+    assert graphs.count == 1  # of these few
 
 
 def test_on_the_host_nothing_is_pinned() -> None:

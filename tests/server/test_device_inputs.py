@@ -1,5 +1,8 @@
 """The numbers of a device's pass: where tokens are, where they come in, by which row of logits they leave."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -7,11 +10,14 @@ from exeunt.compression.decode_graphs import padded_layout
 from exeunt.compression.variant import Variant
 from exeunt.kernels.model_pass import AtExit
 from exeunt.server.device_inputs import DeviceInputs
+from exeunt.server.device_passes import DevicePasses
+from exeunt.server.held_states import HeldStates
 from exeunt.server.pages import PagePool, PageTable
 from exeunt.server.pass_parts import PassParts
 from exeunt.server.request import ExitPolicy
 from exeunt.server.row import Row
 from exeunt.server.sequence import Sequence
+from exeunt.server.stages import StagePlan
 from exeunt.server.tick_batch import Part, _write
 
 PAGE, HERE = 4, torch.device("cpu")
@@ -79,6 +85,24 @@ def test_tokens_that_wait_leave_with_their_row_and_chunks_with_none() -> None:
     assert at_exits.tolist()[:3] == [AtExit.WAITS, AtExit.LEAVES, AtExit.STAYS]
     assert torch.equal(thresholds[:3], torch.tensor([0.7, 0.3, 0.7]))
     assert made.batch.query_starts.tolist() == [0, 3, 6, 7, 9]
+
+
+def test_one_graph_does_for_rows_that_wait_at_an_exit_and_for_those_that_go_on_from_there() -> None:
+    pool, stand_in = PagePool(60), SimpleNamespace(steps=None, project_exit=None)
+    model: Any = SimpleNamespace(exits=[stand_in] * 2)
+    decoder: Any = stand_in
+    unread: Any = None
+    passes = DevicePasses(model, StagePlan(6, (1, 3)), {}, HeldStates(), unread)
+
+    def kinds(exits: ExitPolicy, *, waits: bool) -> list[tuple[bool, bool]]:
+        sequence = _sequence(pool, 6, exits)
+        if waits:
+            sequence.put_back(2, [4])
+        found = passes._exits(decoder, _parts(_step(sequence, 0.5)))
+        return [(each.asked, each.takes_in) for each in found]
+
+    assert kinds(BACKFILL, waits=True) == kinds(BACKFILL, waits=False) == [(True, True)] * 2
+    assert kinds(PROPAGATE, waits=False) == [(True, False)] * 2
 
 
 def test_what_no_graph_is_captured_for_is_refused() -> None:

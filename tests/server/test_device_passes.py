@@ -5,6 +5,7 @@ import random
 from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from exeunt.server.drafting import Drafter, Proposal
 from exeunt.server.request import ExitPolicy
 from exeunt.server.runner import Runner
 from exeunt.server.sequence import Status
+from exeunt.server.stages import StagePlan
 from exeunt.server.tick_run import Piece, StageRun, StageShare, TickRun
 from tests.compression.pass_by_rows import pass_by_rows
 from tests.server.conftest import BLOCKS
@@ -331,6 +333,33 @@ def test_a_pass_of_the_device_is_told_by_stage() -> None:
     piece = Piece(range(3), 4, 6, by_stage=[StageShare(0, 4, 6, 0.25), StageShare(2, 1, 2, 0.75)])
     told = [(list(run.stages), run.seconds, run.rows, run.tokens) for run in piece.ended(FULL, 8.0)]
     assert told == [([0], 2.0, 4, 6), ([2], 6.0, 1, 2)]
+
+
+def test_a_pass_begun_ahead_that_fails_behind_its_launch_is_accounted_for(
+    tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beside_graphs(monkeypatch, tiny_model)
+    begin = Runner._begin
+
+    def failing(runner: Runner, ahead: TickRun, *rest: Any) -> bool:
+        assert begin(runner, ahead, *rest)
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(Runner, "_begin", failing)
+    calls = tiny_model.decoder(FULL).block_calls
+    before = sum(calls.tokens)
+    with running(tiny_model) as bench:
+        bench.answer(exits=LEAVE, max_new_tokens=12)
+        assert bench.engine.wait_idle(WAIT_S)
+        counted = sum(bench.value(f"exeunt_blocks_{kind}_total") for kind in ("executed", "wasted"))
+    assert sum(calls.tokens) - before == (len(PROMPT) - 1) * BLOCKS + counted
+
+
+def test_stages_that_had_tokens_share_the_time_by_their_blocks() -> None:
+    unread: Any = None
+    told = DeviceRun(StagePlan(6, (0, 2)), *[unread] * 8)  # stages of one, two and three blocks
+    outcome: Any = SimpleNamespace(tokens=[4, 3, 0], rows=[4, 2, 0])
+    assert told._by_stage(outcome) == [StageShare(0, 4, 4, 1 / 3), StageShare(1, 2, 3, 2 / 3)]
 
 
 def test_a_step_begun_ahead_counts_from_its_launch_at_the_earliest(

@@ -4,6 +4,7 @@ import math
 import random
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from exeunt.server.request import (
     FinishReason,
     StepEvent,
 )
+from exeunt.server.sampling import StartedDraws, start_each
 from exeunt.server.sequence import Sequence
 from tests.server.engine_bench import (
     BACKFILL,
@@ -156,6 +158,23 @@ def test_score_is_the_teacher_forced_logprob(tiny_model: LoadedModel, tiny_check
         scored = score(bench, text, OFF)
     assert scored[0].logprob is None
     assert [t.logprob for t in scored[1:]] == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("exits", [OFF, VERIFIED], ids=lambda exits: exits.mode)
+def test_each_draw_knows_its_place_and_all_tokens_before_it(
+    tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch, exits: ExitPolicy
+) -> None:
+    drawn: set[tuple[int, frozenset[int]]] = set()
+
+    def started(logits: torch.Tensor, rows: list[row_sampling.RowSampling], *rest: Any) -> StartedDraws:
+        drawn.update((row.position, frozenset(map(int, row.history))) for row in rows)
+        return start_each(logits, rows, *rest)
+
+    monkeypatch.setattr("exeunt.server.runner.start_each", started)
+    with running(tiny_model) as bench:
+        ids = bench.answer(max_new_tokens=20, repetition_penalty=1.5, exits=exits).ids()
+    known = {(place, frozenset((*PROMPT, *ids[:place]))) for place in range(20)}
+    assert drawn == known if exits is OFF else drawn >= known  # behind drafts that were wrong, others too
 
 
 def test_scoring_a_generated_text_repeats_its_exits_and_logprobs(tiny_model: LoadedModel) -> None:

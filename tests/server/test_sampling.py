@@ -299,6 +299,12 @@ class TestParameters:
         expected = wide.log_softmax(-1).amax(-1)
         torch.testing.assert_close(torch.tensor(result.logprobs), expected)
 
+    def test_a_temperature_below_the_least_takes_the_lowest_of_equals_and_the_least_one_draws(self) -> None:
+        rows = [_row(3, temperature=temperature, seed=2) for temperature in (0.0, 0.99e-5, 1e-5)]
+        ids = sample(torch.zeros(3, 1000), rows).ids
+        assert ids[:2] == (0, 0)
+        assert ids[2] > 0
+
     def test_logprob_is_of_the_raw_logits_whatever_the_parameters(self) -> None:
         logits = _logits(1, 50)
         row = _row(temperature=0.3, top_k=4, repetition_penalty=1.7, history=tuple(range(50)), seed=8)

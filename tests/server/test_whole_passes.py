@@ -1,6 +1,7 @@
 """Ticks that run whole: the same answers, accounts and audits as a stage at a time."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -145,6 +146,24 @@ def test_every_tick_of_answers_is_whole_where_all_stages_run(
     with running(tiny_model, new_drafter=lambda _: FixedDrafter(0.4, 2)) as bench:
         bench.answer(prompt=tuple(range(200)), exits=exits, max_new_tokens=20)
     assert whole.whole == whole.ticks > 2
+
+
+def test_a_drafted_end_is_confirmed_for_as_many_blocks(
+    tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing may follow it: what waits goes on alone. Texts may end at many tokens, so that exits often draft one."""
+    model = replace(tiny_model, spec=replace(tiny_model.spec, eos_token_ids=tuple(range(0, 256, 6))))
+    told = []
+    for allowed in (True, False):
+        with monkeypatch.context() as patch:
+            Whole(patch, allowed=allowed)
+            with running(model, new_drafter=lambda _: FixedDrafter(0.0, 4)) as bench:
+                with bench.held():
+                    asked = [
+                        bench.ask(exits=VERIFIED, temperature=1.0, seed=i, ignore_eos=False) for i in range(6)
+                    ]
+                told.append([(one.ids(), one.finish.summary.depth) for one in [one.wait() for one in asked]])
+    assert told[0] == told[1]
 
 
 def test_a_text_that_is_scored_goes_by_stages(

@@ -195,6 +195,17 @@ def test_decisions(device: str, judged: bool) -> None:
     assert [part.shape for part in gate_decisions(a, b, c, d, rule)] == [(0,)] * 4
 
 
+def test_a_row_that_is_as_sure_as_its_threshold_passes(device: str) -> None:
+    logits, probe = torch.randn(2, 40, device=device), torch.zeros(2, device=device)
+    combine, half = torch.tensor([0.7, 0.4, 0.2, 0.5], device=device), torch.full((2,), 0.5, device=device)
+    sure = gate_confidence_triton(probe, logits, combine, None, None)
+    assert bool(decide_triton(probe, logits, sure, 0.0, combine, None, None)[1].all())
+    # the probe's opinion is a half, and so is how sure a shortlist was
+    _, _, looked, passed = decide_triton(probe, logits, half, 1.0, combine, None, None, half, 1.0)
+    assert bool(looked.all())
+    assert bool(passed.all())
+
+
 def test_no_row_passes_a_screen_of_nothing_at_an_infinite_threshold(device: str) -> None:
     (probe, read, logits, thresholds), rule = _decided(device, 6, False)
     found = decide_triton(probe, logits, thresholds, 0.0, rule.combine, read, None)

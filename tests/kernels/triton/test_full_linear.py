@@ -17,6 +17,7 @@ from tests.kernels.triton.linear_checks import (
     check_linear_call,
     check_masked_tiles,
     check_row_in_every_call,
+    finished,
     linear_calls,
     poisoned_memory,
     relative_error,
@@ -55,6 +56,16 @@ def test_result_is_pytorchs(
     assert out.dtype == dtype
     expected = x.double() @ weight.double().t() + bias.double()
     assert relative_error(out, expected) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_a_gated_result_is_rounded_wherever_separate_operations_round(
+    seed: int, device: str, dtype: torch.dtype
+) -> None:
+    x, weight = torch.randn(9, 64, device=device).to(dtype), torch.randn(80, 64, device=device).to(dtype) / 8
+    out = full_linear_triton(x, weight, activation="silu", gated=True)
+    expected = finished(full_linear_triton(x, weight), dtype, "silu", gated=True)
+    assert int((out != expected).sum()) <= 5  # of 360, for another exponential
 
 
 @pytest.mark.parametrize("call", linear_calls(Tile(128, 128, 4, 8)))

@@ -160,6 +160,19 @@ def test_tiles_whose_inputs_are_put_in_order_have_the_same_bits(
         assert torch.equal(int4_linear_triton(x, weight)[:2], alone)
 
 
+@pytest.mark.parametrize("group", [64, 128])
+def test_groups_that_are_read_in_turns_are_summed_in_the_same_parts(
+    seed: int, device: str, monkeypatch: pytest.MonkeyPatch, group: int
+) -> None:
+    """In float32, whose results show every bit of a sum, a group of 64 takes two turns and one of 128 four."""
+    weight, x = pack_pairs(make_weight(24, 1024, group, device)), torch.randn(3, 1024, device=device)
+    found = []
+    for split in (True, False):
+        whole_programs(monkeypatch, module, split)
+        found.append(int4_linear_triton(x, weight))
+    assert torch.equal(*found)
+
+
 def test_some_outputs_have_the_whole_layers_bits(seed: int, device: str) -> None:
     weight = pack_pairs(make_weight(150, 544, 64, device))
     x = torch.randn(2, 544, device=device).half()
@@ -198,6 +211,29 @@ def test_nan_and_infinity_stay_in_their_rows(seed: int, device: str) -> None:
     assert bool(out[1].isnan().all())
     assert bool((column != 0).any())
     assert torch.equal(out[3][column != 0], (column * float("inf"))[column != 0])  # by the sign of its weight
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's programs run in an order of their own")
+def test_parts_of_several_tiles_arrive_in_turns(
+    seed: int, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The interpreter runs a tile's parts one behind the other: here all first ones, then all second ones."""
+    from triton.runtime.interpreter import interpreter_builder as programs
+
+    weight = make_weight(33, 512, 64, device)
+    x = torch.randn(9, 512, device=device).to(BF16)
+    tile, place = Tile(8, 32, 3), programs.set_grid_idx
+    whole_programs(monkeypatch, module, False, tile)
+    expected = int4_linear_triton(x, weight)
+
+    def in_turns(row: int, column: int, part: int) -> None:
+        rows, columns, parts = programs.grid_dim
+        part, rest = divmod((row * columns + column) * parts + part, rows * columns)
+        place(*divmod(rest, columns), part)
+
+    monkeypatch.setattr(programs, "set_grid_idx", in_turns)
+    whole_programs(monkeypatch, module, True, tile)
+    assert torch.equal(int4_linear_triton(x, weight), expected)
 
 
 def test_rows_of_a_larger_tensor_and_no_rows(seed: int, device: str) -> None:

@@ -186,6 +186,21 @@ def test_a_token_does_not_see_the_batch(
         assert torch.equal(attend(twice, both, [1] * 33, SHARED), whole[twice])
 
 
+@pytest.mark.parametrize("window", [None, 65])
+@pytest.mark.parametrize("programs", [SHARED, FOLDED])
+def test_tokens_on_both_sides_of_a_splits_border(
+    paged_problem: Make, device: str, window: int | None, programs: int
+) -> None:
+    """The last token of a split and the first of the next, and windows that begin there, in blocks of 64 keys."""
+    rows = [[63], [64], [191], [127], [128], [129]]
+    problem = problem_on(paged_problem(rows, heads=2, kv_heads=1, dtype=FP32), device)
+    expected = paged_attention_reference(problem.queries, problem.block, problem.batch, 0.2, window)
+    with tiles(programs, split=64):
+        out = kernels.paged_attention_triton(problem.queries, problem.block, problem.batch, 0.2, window)
+    for row, found, wanted in zip(rows, out, expected, strict=True):
+        assert error(found, wanted) < tolerance(FP32, device), row
+
+
 @pytest.mark.parametrize("int4", [False, True])
 @pytest.mark.parametrize("programs", [SHARED, FOLDED])
 def test_padding_sees_nothing_and_gets_zeros(

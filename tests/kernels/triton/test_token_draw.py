@@ -175,6 +175,14 @@ class TestTruncation:
         assert kept == [[0, 1, 2, 3], list(range(8)), [1, 2, 3, 4, 7], [0, 1, 2], [0, 1, 2], [0], [0], [5]]
         assert torch.equal(found, truncate_scores_reference(scores, *limits).isfinite())
 
+    def test_limits_that_lie_on_the_border(self, device: str) -> None:
+        """A hair more mass than two of four have takes a third; as many tokens as there are is no limit."""
+        scores = torch.zeros(1, 4, device=device)
+        found = truncate_scores_triton(scores, *limits_of([(1.0, 0, 0.5 + 2**-42)], device))
+        assert found[0].isfinite().tolist() == [True, True, True, False]
+        scores[0, 1] = -200.0  # has a probability of 0 in float32
+        assert torch.equal(truncate_scores_triton(scores, *limits_of([(1.0, 4, 1.0)], device)), scores)
+
     def test_ties_in_a_large_nucleus_go_to_the_lower_ids(self, device: str) -> None:
         vocab = 16_384  # a power of two: each probability, and their sums, are exact
         scores = torch.full((2, vocab), 1.5, device=device)

@@ -17,6 +17,7 @@ from exeunt.kernels.int4_linear import triton as int4_linear
 from exeunt.kernels.int4_linear.pairs import pack_pairs
 from exeunt.kernels.int4_linear.triton import int4_linear_triton
 from exeunt.kernels.int4_linear.weight import quantize
+from exeunt.kernels.linear_parts import MOST_COUNTERS, launch_for
 from exeunt.kernels.linear_tiles import Tile
 from exeunt.kernels.tuned import launches
 from exeunt.kernels.tuned.launches import TunedLaunch, forced
@@ -49,6 +50,19 @@ def test_a_launch_is_what_it_is_told_to_be(seed: int, device: str, launch: Tuned
     weight, x = (torch.randn(rows, 520, device=device).to(BF16) for rows in (70, 9))
     expected = x.double() @ weight.double().t()
     assert relative_error(_with(launch, x, weight), expected) < TOLERANCE[BF16]
+
+
+@pytest.mark.parametrize(
+    ("tile", "tokens", "outputs"), [(Tile(8, 64, 4), 8, 32 * MOST_COUNTERS), (Tile(128, 64, 3, 4), 512, 4096)]
+)
+def test_parts_are_left_in_memory_as_far_as_counters_and_scratch_reach(
+    tile: Tile, tokens: int, outputs: int
+) -> None:
+    """Gated: twice as many outputs are summed; eight parts of 512 × 8192 of them fill the scratch."""
+    with forced(TunedLaunch(tile, split=True)):
+        launches = [launch_for(tokens, 2048, outputs + more, True, BF16, int4=False) for more in (0, 1)]
+    assert [launch.split for launch in launches] == [True, False]
+    assert [launch.grid[2] for launch in launches] == [8, 1]
 
 
 def _first_sums(product: Callable[[Tensor | None], Tensor]) -> Tensor:

@@ -66,6 +66,16 @@ def test_what_comes_of_the_work_comes_of_it_while_the_client_is_there(reopen: Ca
     asyncio.run(app())
 
 
+def test_what_is_done_when_the_client_leaves_has_been_done() -> None:
+    async def gone() -> dict[str, Any]:
+        return {"type": "http.disconnect"}
+
+    async def three() -> int:
+        return 3
+
+    assert asyncio.run(while_present(Request({"type": "http"}, gone), three())) == 3
+
+
 def test_nothing_is_left_behind() -> None:
     async def silent() -> Any:
         await asyncio.Event().wait()

@@ -1,14 +1,21 @@
 """What is long waits for its turn no longer than its request may take, and no longer than its client does."""
 
+import asyncio
 import threading
+import time
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import httpx
 import pytest
+from fastapi import Request
 
 from exeunt.server.api import json_route
+from exeunt.server.api.errors import ApiError
 from exeunt.server.api.service import Availability, Service
 from exeunt.server.api.tokenizer import INLINE_CHARACTERS, INLINE_TOKENS, LONG_CHARACTERS, SharedTokenizer
+from exeunt.server.api.turn import in_turn
 from exeunt.server.engine_config import EngineConfig
 from tests.server.api.conftest import ScriptedEngine, listening, make_service
 from tests.server.api.test_tokenizer import FrailTokenizer
@@ -110,3 +117,20 @@ def test_a_large_body_is_waited_for_no_longer_either(
         "The request timed out before its body was read, after"
     )
     assert failures(service) == 1
+
+
+def test_time_spent_before_its_turn_is_the_requests_too() -> None:
+    """As on a body that came slowly: its time began with its head."""
+
+    async def nothing_comes() -> Any:
+        await asyncio.Event().wait()
+
+    async def asked(came: float) -> str:
+        scope = {"type": "http", "exeunt.arrival": came}
+        service: Any = SimpleNamespace(request_timeout_s=20.0)
+        return await in_turn(Request(scope, nothing_comes), service, asyncio.sleep(0.01, "cut"), brief=False)
+
+    now = time.monotonic()
+    assert asyncio.run(asked(now)) == "cut"
+    with pytest.raises(ApiError, match="timed out at the tokenizer, after the 20 s"):
+        asyncio.run(asked(now - 20.0))
