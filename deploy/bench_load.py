@@ -34,3 +34,4 @@ class Trace:
     drafts: int = 0
     drafts_accepted: int = 0
     ids: list[int] = field(default_factory=list)  # the tokens', where the engine tells them
+    token_depths: list[int] = field(default_factory=list)  # blocks that each passed, likewise

@@ -12,6 +12,7 @@ from exeunt.compression.variant import Variant
 from exeunt.deploy.bench_load import BenchError, Load, Trace
 from exeunt.deploy.bench_text import cut_prompts
 from exeunt.server.audit import DEFAULT_SHARE
+from exeunt.server.drafting import Drafter
 from exeunt.server.engine import Engine
 from exeunt.server.engine_config import MAX_OWED, EngineConfig
 from exeunt.server.engine_metrics import EngineMetrics
@@ -92,10 +93,11 @@ class LoadDriver:
         config: EngineConfig,
         metrics: EngineMetrics,
         on_stages: Callable[[StageRun], None] | None = None,
+        new_drafter: Callable[[GenerationRequest], Drafter] | None = None,
     ) -> None:
-        """`on_stages` hears of every run of stages."""
+        """`on_stages` hears of every run of stages; `new_drafter` is the engine's, None: drafts where they pay."""
         self._model = model
-        self._engine = Engine(model, config, metrics, on_stages=on_stages)
+        self._engine = Engine(model, config, metrics, new_drafter=new_drafter, on_stages=on_stages)
         self._engine.start()
         self._numbers = itertools.count()  # `run` may be called by several threads at once
 
@@ -155,6 +157,7 @@ class LoadDriver:
             if isinstance(event, StepEvent):
                 trace.arrivals.extend([time.perf_counter()] * len(event.tokens))
                 trace.ids.extend(token.id for token in event.tokens)
+                trace.token_depths.extend(token.depth for token in event.tokens)
                 trace.depths += sum(token.depth for token in event.tokens)
                 return
             if isinstance(event, FinishEvent):

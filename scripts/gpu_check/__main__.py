@@ -32,7 +32,7 @@ from scripts.gpu_check.needs import BUNDLE, METRICS, TESTS, missing  # noqa: E40
 from scripts.gpu_check.report import Clock, Context, Report  # noqa: E402
 from scripts.gpu_check.room import give_back  # noqa: E402
 from scripts.gpu_check.table import table  # noqa: E402
-from scripts.gpu_check.warming import GROUPS, PACKAGED, Warmers  # noqa: E402
+from scripts.gpu_check.warming import EXITS, GROUPS, PACKAGED, Warmers  # noqa: E402
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 _GRACE = 20.0  # seconds beyond its time after which a section counts as hanging
@@ -53,19 +53,21 @@ class Section:
 
 
 SECTIONS = {
-    "machine": Section("machine:run", 4, 0),
+    "machine": Section("machine:run", 3, 0),
     "memory": Section("memory:run", 8, 0),
-    "correctness": Section("correctness:run", 34, 5),
+    "correctness": Section("correctness:run", 35, 5),
+    "exit_answers": Section("exit_answers:run", 18, 5),
     "tests": Section("kernel_tests:run", 85, 10, TESTS),
-    "decode": Section("decode_speeds:run", 26, 8),
-    "kernels": Section("kernel_speeds:run", 24, 5),
-    "end_to_end": Section("end_to_end:run", 112, 8),
-    "long_contexts": Section("long_contexts:run", 24, 12),
-    "exits": Section("exits:run", 15, 12),
+    "decode": Section("decode_speeds:run", 24, 8),
+    "kernels": Section("kernel_speeds:run", 20, 5),
+    "end_to_end": Section("end_to_end:run", 104, 8),
+    "long_contexts": Section("long_contexts:run", 22, 12),
+    "exits": Section("exits:run", 13, 12),
     "host": Section("host_times:run", 8, 6),
     "compiled": Section("compiled:run", 75, 30),
     "float32": Section("correctness:float32", 60, 10, extra=True),
     "tuning": Section("tuning:run", 45, 10, extra=True),
+    "grid": Section("grid:run", 420, 20, extra=True),
 }
 """What must hold comes first, then speeds in the order of what they are worth. Each has its seconds for certain, and
 what the sections before it did not need: the shares of the first are a little more than they took on an H200."""
@@ -73,7 +75,12 @@ DEFAULT = tuple(name for name, section in SECTIONS.items() if not section.extra)
 COMPILING = 45.0  # seconds kept for kernels that must stand compiled before the first answer
 SECONDS = COMPILING + sum(SECTIONS[name].seconds for name in DEFAULT)
 # their kernels are compiled beside what comes first
-_WARMED = ("correctness", "decode", "kernels", "end_to_end", "long_contexts", "host", "exits")
+_WARMED = (
+    *("correctness", "exit_answers", "decode", "kernels"),
+    *("end_to_end", "long_contexts", "host", "exits"),
+)
+# answers may be computed while other processes compile: these wait for what they need; nothing is timed beside them
+_AWAITED = {"correctness": PACKAGED, "exit_answers": (*PACKAGED, EXITS)}
 _FIRST = ("machine", "memory")  # done before anything runs beside
 
 
@@ -182,8 +189,7 @@ class _Run:
             wanted = not self._resumed and bool({name, *self._names}.intersection(_WARMED))
             groups = GROUPS if wanted and self._context.cuda else ()
             self._warmers = Warmers(self._context, self._folder, groups)
-        # answers may be computed while other processes compile; nothing is timed beside them
-        self._warmers.wait(PACKAGED if name == "correctness" else None, self._context.report)
+        self._warmers.wait(_AWAITED.get(name), self._context.report)
 
     def _one(self, name: str) -> None:
         section, report = SECTIONS[name], self._context.report

@@ -6,7 +6,7 @@ The packaged model in every mode, and the shapes of two known models with random
 a synthetic exit in their middle, which lets a stated share of the tokens leave. Where no calibration has fitted one,
 the linear block is synthetic too: random, of the rank that a calibration would choose. In the packaged model the
 engine's own answers are checked too: greedy ones against a plain decoding loop, drawn ones alone against the same in a
-crowd, and those of the verified mode against exits off.
+crowd, and with a bundle those of the verified mode against exits off. Exits have a section too (`exit_answers`).
 
 The parts come in the order of what they are worth. Each has its own seconds, and what does not fit is named.
 """
@@ -88,11 +88,11 @@ def run(context: Context, found: Found) -> None:
     shapes = (TOY, replace(TOY, name="toy again")) if context.quick else (MISTRAL, LLAMA)
     first, second = (shape.name for shape in shapes)
     parts = (
-        Part("packaged model", "packaged", 18, 6, partial(_packaged, sizes=packaged)),
+        Part("packaged model", "packaged", 15, 6, partial(_packaged, sizes=packaged)),
         Part(
             "transformers on the packaged model",
             "packaged",
-            17,
+            15,
             5,
             partial(_transformers_packaged, sizes=packaged),
         ),
@@ -100,7 +100,7 @@ def run(context: Context, found: Found) -> None:
         Part(
             f"transformers on {first}",
             first,
-            30,
+            27,
             10,
             partial(_transformers_random, shape=shapes[0], sizes=large),
         ),

@@ -6,14 +6,16 @@ layout of the pages says of a sequence of its length.
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 from exeunt.compression.model import LoadedModel
 from exeunt.compression.variant import Variant
 from exeunt.deploy.bench_load import Load, Trace
 from exeunt.deploy.load_driver import LoadError, load_config, server_metrics
+from exeunt.server.drafting import Drafter
 from exeunt.server.engine_metrics import Uncounted
-from exeunt.server.request import ExitPolicy
+from exeunt.server.request import ExitPolicy, GenerationRequest
 from exeunt.server.stage_choice import SchedulingPolicy
 from scripts.gpu_check.held_memory import watched_memory
 from scripts.gpu_check.needs import METRICS, missing
@@ -41,10 +43,16 @@ def engine_driver(
     scheduling: SchedulingPolicy = "run-through",
     *,
     async_scheduling: bool = True,
+    cuda_graphs: bool = True,
+    new_drafter: Callable[[GenerationRequest], Drafter] | None = None,
 ) -> PagedLoads:
-    """An engine with room for the load, which counts what it does where this machine can. Raises LoadError."""
+    """An engine with room for the load, which counts what it does where this machine can. Raises LoadError.
+
+    `new_drafter` makes what drafts for an answer in the verified mode, None: where drafts pay.
+    """
     config = load_config(model, load, scheduling, async_scheduling=async_scheduling)
-    return PagedLoads(model, config, Uncounted() if missing(METRICS) else server_metrics(model))
+    config = replace(config, cuda_graphs=cuda_graphs)
+    return PagedLoads(model, config, Uncounted() if missing(METRICS) else server_metrics(model), new_drafter)
 
 
 def engine_speeds(

@@ -1,19 +1,29 @@
 """What a load takes of an engine's pages of keys and values, as measured, and by the layout of the pages."""
 
+from collections.abc import Callable
+
 from exeunt.compression.model import LoadedModel
 from exeunt.compression.variant import Variant
 from exeunt.deploy.load_driver import LoadDriver
+from exeunt.server.drafting import Drafter
 from exeunt.server.engine_config import EngineConfig
 from exeunt.server.engine_metrics import EngineMetrics
+from exeunt.server.request import GenerationRequest
 from exeunt.server.tick_run import StageRun
 
 
 class PagedLoads(LoadDriver):
     """A driver that, while it is asked to, sees how many pages its engine holds at most."""
 
-    def __init__(self, model: LoadedModel, config: EngineConfig, metrics: EngineMetrics) -> None:
+    def __init__(
+        self,
+        model: LoadedModel,
+        config: EngineConfig,
+        metrics: EngineMetrics,
+        new_drafter: Callable[[GenerationRequest], Drafter] | None = None,
+    ) -> None:
         self._watching, self._fewest = False, 0
-        super().__init__(model, config, metrics, on_stages=self._note)
+        super().__init__(model, config, metrics, on_stages=self._note, new_drafter=new_drafter)
 
     def watch(self) -> None:
         """Count anew, from now on."""

@@ -2,7 +2,9 @@
 
 import json
 import os
+import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -10,7 +12,7 @@ from typing import Any, Final
 import torch
 
 Found = dict[str, Any]
-CHECKING: Final = ("correctness", "tests")
+CHECKING: Final = ("correctness", "exit_answers", "tests")
 """Sections without which a run has shown nothing: left out for want of time they fail it."""
 
 
@@ -46,6 +48,15 @@ class Report:
         return [check for check in self.data["checks"] if not check["good"]] + broken
 
     @property
+    def not_tested(self) -> list[str]:
+        """What of the GPU tests did not run for want of a module, each with what it needs."""
+        found = self.data["sections"].get("tests", {})
+        alone = {"the GPU tests": found["needs"]} if found.get("status") == "needs" else {}
+        return [f"{what} need {_installed(names)}" for what, names in alone.items()] + [
+            f"{what} needs {_installed(names)}" for what, names in found.get("without", {}).items()
+        ]
+
+    @property
     def memory_rate(self) -> float | None:
         """Bytes per second of the faster of a copying and a reading kernel; None where they were not measured."""
         found = self.section("machine")
@@ -54,10 +65,16 @@ class Report:
 
     def save(self) -> None:
         """Write the file: whole or not at all."""
+        if self.not_tested:
+            self.data["not_tested"] = self.not_tested
         self.path.parent.mkdir(parents=True, exist_ok=True)
         beside = self.path.with_suffix(".part")
         beside.write_text(json.dumps(self.data, indent=1) + "\n", encoding="utf-8")
         os.replace(beside, self.path)
+
+
+def _installed(names: Sequence[str]) -> str:
+    return f"{', '.join(names)} (not installed in {sys.prefix})"
 
 
 class Clock:

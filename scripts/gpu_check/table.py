@@ -12,7 +12,8 @@ _MOST_OTHERS = 16
 
 
 def table(report: Report) -> str:
-    """At most 60 lines: failures first, then the figures."""
+    """At most 60 lines: failures first, then the figures, at the end what was not tested."""
+    last = [f"NOT TESTED: {each}" for each in report.not_tested]
     lines = [
         *_machine(report),
         *_checks(report),
@@ -23,10 +24,11 @@ def table(report: Report) -> str:
         *_ends(report),
         *_hosts(report),
     ]
-    if len(lines) > _MOST_LINES:
-        left = len(lines) - _MOST_LINES + 1
-        lines = [*lines[: _MOST_LINES - 1], f"... {left} more lines; all is in the JSON"]
-    return "\n".join(line[:150] for line in lines)
+    most = _MOST_LINES - len(last)
+    if len(lines) > most:
+        left = len(lines) - most + 1
+        lines = [*lines[: most - 1], f"... {left} more lines; all is in the JSON"]
+    return "\n".join(line[:150] for line in [*lines, *last])
 
 
 def _machine(report: Report) -> Iterator[str]:
@@ -137,7 +139,7 @@ def _decode(report: Report) -> Iterator[str]:
 
 
 def _ends(report: Report) -> Iterator[str]:
-    for section in ("end_to_end", "long_contexts", "exits", "compiled"):
+    for section in ("end_to_end", "long_contexts", "exits", "compiled", "grid"):
         found = report.section(section)
         models = {"": found} | {name: each for name, each in found.items() if isinstance(each, dict)}
         for name, each in models.items():

@@ -30,15 +30,17 @@ PACKAGED: Final = tuple(
     f"packaged {weights} {texts}" for weights in ("full", "int4") for texts in ("long", "short")
 )
 """What the answers of the packaged model need."""
+EXITS: Final = "exits packaged"
+"""What its answers with exits need beside."""
 GROUPS: Final = (
     *PACKAGED,
+    EXITS,
     "steps full",
     "steps int4",
     "linears",
     "other kernels",
     "free full",
     "free int4",
-    "exits packaged",
     "exits large",
 )
 _TEXTS: Final = {"long": (600, 40), "short": (20, 1)}

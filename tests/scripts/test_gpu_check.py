@@ -112,7 +112,8 @@ def test_the_sections_that_run_by_themselves_have_room_in_eight_minutes() -> Non
     assert check.SECONDS + check._LAST_GRACE < check.SECONDS + check._END < 8 * 60
     assert kept["compiled"] >= 75
     checking = [name for name in check.SECTIONS if name in CHECKING]
-    assert list(check.SECTIONS)[:4] == ["machine", "memory", *checking]
+    assert list(check.SECTIONS)[: 2 + len(CHECKING)] == ["machine", "memory", *checking]
+    assert checking == [*CHECKING]
 
 
 def test_a_section_that_nobody_knows_is_refused() -> None:
@@ -254,6 +255,23 @@ def test_the_table_is_short_whatever_there_is(tmp_path: Path) -> None:
     report = Report(tmp_path / "out.json")
     for number in range(300):
         report.check(f"check {number}", number % 2 == 0, why="x" * 500)
+    report.section("decode")["steps"] = [
+        {
+            "model": "toy",
+            "sequences": 1,
+            "context": each,
+            "weights": "full",
+            "kv": "full",
+            "ms": 1.0,
+            "method": "clock",
+        }
+        for each in range(18)
+    ]
+    report.section("end_to_end")["toy"] = {f"{each:0>130}": {"tokens_per_s": 1.0} for each in range(60)}
+    report.section("tests").update(status="needs", needs=["pytest"])
     lines = table(report).splitlines()
-    assert len(lines) <= 60
+    assert len(lines) == 60
     assert max(map(len, lines)) <= 150
+    assert lines[-2].endswith("more lines; all is in the JSON")
+    assert lines[-1].startswith("NOT TESTED: the GPU tests need pytest (")
+    assert report.failures[-1]["name"] == "check 299"  # what is not tested fails nothing

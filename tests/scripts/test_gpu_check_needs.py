@@ -87,6 +87,16 @@ def test_a_bare_machine_checks_and_measures_all_but_the_tests(tmp_path: Path) ->
     status = {name: each["status"] for name, each in found["sections"].items()}
     assert status == dict.fromkeys(sections, "done") | {"tests": "needs"}
     assert "tests needs pytest" in done.stdout
+    last = [line for line in done.stdout.splitlines() if not line.startswith("written to ")][-1]
+    assert last == f"NOT TESTED: {found['not_tested'][0]}"
+    assert last.startswith("NOT TESTED: the GPU tests need pytest (not installed in ")
+    answers = [one for one in found["checks"] if one["name"].startswith("engine int4/int4 in graphs: ")]
+    assert {one["name"].partition(": ")[2].partition(",")[0] for one in answers} >= {
+        "verified answers",
+        "propagated",
+        "backfilled",
+    }
+    assert all(one["good"] for one in answers)
     assert found["metrics"] == "not counted: prometheus_client is not installed"
     assert f"engines' metrics {found['metrics']}" in done.stdout
     assert "No bundle is opened: pydantic is not installed." in done.stderr
@@ -126,7 +136,14 @@ def test_tests_that_lack_a_module_are_told_and_the_others_run(
     assert found["passed"] > 0
     assert context.report.failures == []
     found["status"] = "done"
-    assert "without tests/server/test_gate_timer.py (needs no_such_module)" in table(context.report)
+    told = table(context.report)
+    assert "without tests/server/test_gate_timer.py (needs no_such_module)" in told
+    last = told.splitlines()[-1]
+    assert last.startswith(
+        "NOT TESTED: tests/server/test_gate_timer.py needs no_such_module (not installed in "
+    )
+    context.report.save()
+    assert json.loads(context.report.path.read_text())["not_tested"] == context.report.not_tested != []
 
 
 def test_the_probe_says_what_a_machine_lacks(
