@@ -3,13 +3,14 @@
 Greedy answers come from the decoder, token by token, behind random tokens and behind passages of a text. They are held
 to transformers on the same weights, and to the decoder without the Triton kernels (full and INT4 weights, full and INT4
 keys and values); what is compared of several texts is the worst of them. Row invariance is held to
-the bit: a text alone in one piece, in chunks, token by token, and among others. All variants in bfloat16 come first;
-float32 is a section of its own. A check that the time did not suffice for says what it compared.
+the bit: a text alone in one piece, in chunks, token by token, among others, backfilled, with tokens read once more
+behind their successors, and in passes of every size that CUDA graphs are captured for. All variants in bfloat16 come
+first; float32 is a section of its own. A check that the time did not suffice for says what it compared.
 """
 
 import os
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -21,8 +22,10 @@ from exeunt.compression.decoder import Decoder
 from exeunt.compression.variant import KVFormat, Variant
 from exeunt.deploy.packaged_model import path as checkpoint
 from exeunt.kernels import gpu
+from scripts.gpu_check.bits import check_bits
 from scripts.gpu_check.models import packaged_decoders
-from scripts.gpu_check.paged_rows import greedy, logits_of
+from scripts.gpu_check.paged_rows import backfilled_logits, greedy, logits_of, rewritten_logits
+from scripts.gpu_check.pass_sizes import check_sizes
 from scripts.gpu_check.prompts import packaged_prompts
 from scripts.gpu_check.report import Context, Found
 
@@ -31,6 +34,9 @@ COMPANY = {2: 0, 17: 8}
 """Texts side by side in one call, by the place of the one that is looked at."""
 CHUNKS = (290, 1, 1, 7, 16, 33, 64, 600)
 """Tokens of a text's calls: both sides of the edges of the tiles' row counts, the last up to the text's end."""
+GAPS = (2, 7, 23, 61, 62, 290, 431)
+"""Positions of tokens that are read once more when all of their successors are there."""
+_OWED = 8  # tokens that wait in front of deeper blocks at most, as an engine's
 _PROMPT, _TOKENS = 64, 64
 _PASSAGES = 3  # of the packaged text, beside a prompt of random tokens
 _LONG, _SHORT = 600, 24  # tokens: beyond one split of the context, and for calls of a token each
@@ -85,9 +91,12 @@ def _dtype(context: Context, found: Found, dtype: torch.dtype) -> None:
         context.report.save()
         _invariance(context, name, decoder, kv)
     for variant in VARIANTS:
-        name = f"{_name(dtype)} {variant.short_name} in CUDA graphs"
-        if context.fits(2, name, found):
-            _graphs(context, name, decoders[variant.weights, False], variant.kv_cache, found)
+        decoder, kv = decoders[variant.weights, False], variant.kv_cache
+        name = f"{_name(dtype)} {variant.short_name}"
+        if context.fits(2, f"{name} in CUDA graphs", found):
+            _graphs(context, f"{name} in CUDA graphs", decoder, kv, found)
+        if context.fits(2, f"{name} passes of every size", found):
+            check_sizes(context, f"{name} passes of every size to the bit", decoder, kv)
 
 
 def _held(
@@ -144,11 +153,14 @@ def _invariance(context: Context, name: str, decoder: Decoder, kv: KVFormat) -> 
         f"in chunks of {CHUNKS}": lambda: logits_of(decoder, kv, [long], CHUNKS)[0],
         "token by token": lambda: logits_of(decoder, kv, [short], [1])[0],
     }
+    gaps = [at for at in GAPS if at < len(long) - 1]
+    ways["backfilled"] = lambda: backfilled_logits(decoder, kv, short, decoder.spec.blocks // 2, _OWED)
+    ways["with gaps"] = lambda: rewritten_logits(decoder, kv, long, gaps, others[0])
     for company, place in COMPANY.items():
         ways[f"among {company}"] = partial(beside, company, place, [len(short) + 60])
         ways[f"among {company}, token by token"] = partial(beside, company, place, [len(short) // 2, 1])
     expected = logits_of(decoder, kv, [long], [len(long)])[0]
-    _compare(context, f"{name} row invariance to the bit", expected, ways)
+    check_bits(context, f"{name} row invariance to the bit", expected, ways)
 
 
 def _graphs(context: Context, name: str, decoder: Decoder, kv: KVFormat, results: Found) -> None:
@@ -165,37 +177,7 @@ def _graphs(context: Context, name: str, decoder: Decoder, kv: KVFormat, results
         "in chunks": lambda: logits_of(decoder, kv, texts[:1], [290, 1, 1, 7, 16, 64, 221])[0],
         "among 17, token by token": lambda: logits_of(decoder, kv, [*rows[:8], short, *rows[8:]], [12, 1])[8],
     }
-    _compare(context, f"{name} to the bit", expected, ways)
-
-
-def _compare(context: Context, name: str, expected: Tensor, ways: Mapping[str, Callable[[], Tensor]]) -> None:
-    """Every way must give the expected one's first rows, bit for bit; on a GPU that the Triton kernels computed."""
-    differ: Found = {}
-    compared: list[str] = []
-    for how, logits_by in ways.items():
-        if compared and context.clock.left() < 0:
-            break
-        logits = logits_by()
-        compared.append(how)
-        wanted = expected[: len(logits)]
-        if not torch.equal(logits, wanted):
-            rows_off = (logits != wanted).any(-1).nonzero().flatten().tolist()
-            differ[how] = {
-                "rows": len(rows_off),
-                "first": rows_off[0],
-                "largest": float((logits - wanted).abs().max()),
-            }
-    triton = gpu.triton_runs(context.device) or not context.cuda
-    finite = bool(expected.isfinite().all())
-    context.report.check(
-        name,
-        not differ and finite and triton,
-        compared=len(compared),
-        left_out=[how for how in ways if how not in compared],
-        differ=differ,
-        finite=finite,
-        triton=gpu.triton_runs(context.device),
-    )
+    check_bits(context, f"{name} to the bit", expected, ways)
 
 
 def _prompts(context: Context, decoder: Decoder) -> list[list[int]]:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 from exeunt.server.device_passes import DevicePasses
 from exeunt.server.runner import Runner
@@ -32,8 +33,5 @@ def counted_ticks() -> Iterator[Ticks]:
         found.begun_ahead += done
         return done
 
-    DevicePasses.run, Runner._begin = counted_run, counted_begin  # type: ignore[method-assign]
-    try:
+    with patch.object(DevicePasses, "run", counted_run), patch.object(Runner, "_begin", counted_begin):
         yield found
-    finally:
-        DevicePasses.run, Runner._begin = run, begin  # type: ignore[method-assign]

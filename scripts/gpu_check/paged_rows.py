@@ -71,6 +71,50 @@ def logits_of(
     return [torch.cat(parts) for parts in found]
 
 
+def backfilled_logits(
+    decoder: Decoder, kv_cache: KVFormat, text: Sequence[int], stop: int, owed: int
+) -> Tensor:
+    """Logits [tokens, vocab] of a text of which every token passes blocks before `stop` alone, and waits there.
+
+    When `owed` wait, the next one takes them through the others: these blocks write keys and values of tokens whose
+    successors are in the blocks before them already. So an engine backfills.
+    """
+    rows, found, waiting = PagedRows(decoder, kv_cache, 1, len(text)), list[Tensor](), list[Tensor]()
+    for at, token in enumerate(text):
+        batch = rows.batch([0], [[at]])
+        hidden = decoder.embed(torch.tensor([token], device=decoder.device), batch.positions)
+        waiting.append(decoder.run_blocks(hidden, batch, rows.pages, 0, stop).clone())
+        if len(waiting) > owed or at == len(text) - 1:
+            late = rows.batch([0], [range(at + 1 - len(waiting), at + 1)])
+            hidden = decoder.run_blocks(torch.cat(waiting), late, rows.pages, stop, decoder.spec.blocks)
+            found.append(decoder.head(hidden))
+            waiting.clear()
+    return torch.cat(found)
+
+
+def rewritten_logits(
+    decoder: Decoder, kv_cache: KVFormat, text: Sequence[int], gaps: Sequence[int], beside: Sequence[int]
+) -> Tensor:
+    """Logits [tokens, vocab] of a text of which the tokens at the ascending positions `gaps` are read once more.
+
+    When all of the text is there, others' keys and values are written over theirs, and then, in one call, with gaps
+    between them and the last token of the text `beside` at their side, their own; then the text's last token anew.
+    """
+    device, last = decoder.device, len(text) - 1
+    rows = PagedRows(decoder, kv_cache, 2, max(len(text), len(beside)))
+
+    def read(tokens: Sequence[int], places: Sequence[Sequence[int]]) -> Tensor:
+        batch = rows.batch(range(len(places)), places)
+        return rows.logits(torch.tensor(list(tokens), device=device), batch)
+
+    whole = read([*text, *beside], [range(len(text)), range(len(beside))])[: len(text)].clone()
+    read([text[at - 1] for at in gaps], [gaps])
+    anew = read([*(text[at] for at in gaps), beside[-1]], [gaps, [len(beside) - 1]])
+    whole[list(gaps)] = anew[: len(gaps)]
+    whole[last] = read([text[last]], [[last]])[0]
+    return whole
+
+
 def greedy(decoder: Decoder, kv_cache: KVFormat, prompt: Sequence[int], count: int) -> list[int]:
     """The `count` most likely tokens behind a prompt, one after the other."""
     rows = PagedRows(decoder, kv_cache, 1, len(prompt) + count)

@@ -3,21 +3,25 @@
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from exeunt.compression.decoder import Decoder
+from exeunt.compression.graph_pool import ROWS, TOKENS
 from exeunt.kernels.int4_linear import quantize
+from exeunt.kernels.paged_batch import PagedBatch
 from exeunt.kernels.timing import L2_BYTES, cache_bytes, cached, copies, timed
-from scripts.gpu_check import (
-    correctness,
-)
+from scripts.gpu_check import correctness, pass_sizes
+from scripts.gpu_check.bits import check_bits
 from scripts.gpu_check.models import TOY, RandomWeights, random_decoders
-from scripts.gpu_check.paged_rows import PagedRows, greedy, logits_of
+from scripts.gpu_check.paged_rows import PagedRows, backfilled_logits, greedy, logits_of, rewritten_logits
 from scripts.gpu_check.prompts import packaged_prompts
 from tests.scripts.toy_gpu_check import CPU, toy_context
 
@@ -60,6 +64,80 @@ def test_pages_are_dealt_out_once(decoder: Decoder) -> None:
     assert sorted(rows.tables.flatten().tolist()) == list(range(rows.pages.num_pages))
 
 
+def test_a_text_backfilled_or_read_once_more_with_gaps_is_that_read_in_one_piece(decoder: Decoder) -> None:
+    text, beside = [3, 5, 8, 13, 21, 34, 55, 89, 144, 233, 377, 610], [1, 2, 4, 8]
+    with torch.inference_mode():
+        whole = logits_of(decoder, "full", [text], [100])[0]
+        for owed in (0, 4, 20):
+            late = backfilled_logits(decoder, "full", text, 1, owed)
+            torch.testing.assert_close(late, whole, rtol=0, atol=1e-4)
+        anew = rewritten_logits(decoder, "full", text, [1, 4, 5], beside)
+    torch.testing.assert_close(anew, whole, rtol=0, atol=1e-4)
+
+
+def test_tokens_read_once_more_are_written_where_others_stood(
+    monkeypatch: pytest.MonkeyPatch, decoder: Decoder
+) -> None:
+    read: list[tuple[list[int], list[int]]] = []
+    logits = PagedRows.logits
+
+    def noted(rows: PagedRows, ids: Tensor, batch: PagedBatch) -> Tensor:
+        read.append((ids.tolist(), batch.positions.tolist()))
+        return logits(rows, ids, batch)
+
+    monkeypatch.setattr(PagedRows, "logits", noted)
+    with torch.inference_mode():
+        rewritten_logits(decoder, "full", [3, 5, 8, 13, 21], [1, 3], [1, 2])
+    assert read[1:] == [([3, 8], [1, 3]), ([5, 13, 2], [1, 3, 1]), ([21], [4])]
+
+
+@pytest.mark.parametrize("captured", [None, 2, 3])
+@pytest.mark.parametrize("off", [False, True])
+def test_a_size_that_differs_or_ran_in_no_graph_fails_the_check(
+    tmp_path: Path, captured: int | None, off: bool
+) -> None:
+    graphs: Any = None if captured is None else SimpleNamespace(count=7)
+    most = 7 + (captured or 0)
+    expected = torch.arange(12.0).view(4, 3)
+
+    def way(count: int) -> Tensor:
+        if graphs is not None and graphs.count < most:
+            graphs.count += 1
+        return expected[:count] + 1e-6 * (off and count == 4)
+
+    ways = {f"{count} tokens": partial(way, count) for count in (1, 2, 4)}
+    context = toy_context(tmp_path)
+    check_bits(context, "toy", expected, ways, graphs=graphs)
+    (made,) = context.report.data["checks"]
+    assert made["good"] == (not off and captured != 2)
+    assert [*made["differ"]] == (["4 tokens"] if off else [])
+    assert made.get("graphs") == captured
+
+
+def test_every_size_of_a_graph_is_run_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, decoder: Decoder
+) -> None:
+    ran: list[tuple[int, int]] = []
+    run_blocks = Decoder.run_blocks
+
+    def noted(decoder: Decoder, hidden: Tensor, batch: PagedBatch, *rest: Any) -> Tensor:
+        ran.append((batch.tokens, batch.rows))
+        return run_blocks(decoder, hidden, batch, *rest)
+
+    monkeypatch.setattr(Decoder, "run_blocks", noted)
+    monkeypatch.setattr(Decoder, "head", lambda decoder, hidden: hidden.clone())
+    context = replace(toy_context(tmp_path), quick=False)
+    with torch.inference_mode():
+        pass_sizes.check_sizes(context, "toy", decoder, "full")
+    beyond = [run for run in ran if run[0] > TOKENS[-1]]
+    assert [rows for _, rows in beyond] == [1, ROWS[-1]]
+    assert [run for run in ran if run not in beyond] == [
+        *((size, 1) for size in TOKENS),
+        *((size, size) for size in ROWS),
+    ]
+    assert [one["compared"] for one in context.report.data["checks"]] == [len(TOKENS), len(ROWS)]
+
+
 @pytest.mark.parametrize("how", ["company", "nothing"])
 def test_results_that_depend_on_company_fail_the_check(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, decoder: Decoder, how: str
@@ -72,7 +150,12 @@ def test_results_that_depend_on_company_fail_the_check(
             found[0][3] += 1e-6
         return found
 
+    def alone(decoder: Decoder, kv: str, text: Sequence[int], *rest: Any) -> Tensor:
+        return logits(decoder, kv, [text], [1])[0]
+
     monkeypatch.setattr(correctness, "logits_of", logits)
+    monkeypatch.setattr(correctness, "backfilled_logits", alone)
+    monkeypatch.setattr(correctness, "rewritten_logits", alone)
     context = toy_context(tmp_path)
     correctness._invariance(context, "toy", decoder, "full")
     (made,) = context.report.data["checks"]

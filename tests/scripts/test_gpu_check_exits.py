@@ -11,7 +11,7 @@ from exeunt.deploy.bench_load import Load, Trace
 from exeunt.server.request import ExitPolicy
 from scripts.gpu_check import end_to_end, exit_answers
 from scripts.gpu_check.counted_ticks import Ticks, counted_ticks
-from scripts.gpu_check.engine_speeds import HALF, INT4, engine_driver
+from scripts.gpu_check.engine_speeds import HALF, INT4, VERIFIED, engine_driver
 from scripts.gpu_check.exit_answers import AHEAD, IN_TURN, Drafting
 from scripts.gpu_check.models import TOY
 from scripts.gpu_check.report import Context
@@ -127,7 +127,7 @@ def test_an_engine_asks_the_drafter_that_it_is_given_and_its_ticks_are_counted(t
     try:
         prompts = driver.prompts(2, sizes.prompt)
         with counted_ticks() as ticks:
-            verified = driver.run(prompts, INT4, exit_answers.VERIFIED, sizes.load(2))
+            verified = driver.run(prompts, INT4, VERIFIED, sizes.load(2))
             halved = driver.run(prompts, INT4, HALF, sizes.load(2))
     finally:
         driver.close()
