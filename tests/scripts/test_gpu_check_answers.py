@@ -114,6 +114,7 @@ def test_a_size_that_differs_or_ran_in_no_graph_fails_the_check(
     assert made.get("graphs") == captured
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_every_size_of_a_graph_is_run_once(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, decoder: Decoder
 ) -> None:

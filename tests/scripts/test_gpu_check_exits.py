@@ -113,6 +113,7 @@ def test_a_bundles_own_exits_are_taken(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert found == {"gates": "calibrated"}
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_an_engine_asks_the_drafter_that_it_is_given_and_its_ticks_are_counted(tmp_path: Path) -> None:
     model = end_to_end.random_model(toy_context(tmp_path), {}, TOY, rate=0.5)
     assert model is not None
