@@ -14,11 +14,11 @@ from typing import Final
 
 import torch
 
-from scripts.gpu_check.models import MISTRAL, TOY
-from scripts.gpu_check.prompts import packaged_prompts
+from scripts.gpu_check.models import LLAMA, MISTRAL, TOY
+from scripts.gpu_check.prompts import packaged_prompts, shifted_prompts
 from scripts.gpu_check.report import Clock, Context, Found, Report
 from scripts.gpu_check.room import has_room, weight_bytes
-from scripts.gpu_check.sizes import LARGE_SIZES, PACKAGED_SIZES
+from scripts.gpu_check.sizes import LARGE_SIZES, PACKAGED_SIZES, Sizes
 from scripts.gpu_check.transformers_speeds import (
     generate_speed,
     packaged_of_transformers,
@@ -30,7 +30,7 @@ _BESIDE: Final = 3e9  # bytes beside the weights: the cache of keys and values, 
 ROOT: Final = Path(__file__).resolve().parents[2]
 JOBS: Final = (("packaged", 1), (MISTRAL.name, 1), ("packaged", 64))
 """Models and streams at once, the most wanted first."""
-_LEAST: Final = (
+LEAST: Final = (
     30.0  # seconds left without which none is begun: imports, load, a cold compile and a second run
 )
 
@@ -43,20 +43,22 @@ def run(context: Context, found: Found) -> None:
     for model, streams in JOBS:
         called = f"transformers generate compiled, {streams} streams"
         weights = weight_bytes(MISTRAL.spec(), "full") if model == MISTRAL.name else 0.0
-        if context.fits(_LEAST, f"{model}: {called}", found) and has_room(
+        if context.fits(LEAST, f"{model}: {called}", found) and has_room(
             context, weights + _BESIDE, f"{model}: {called}", found
         ):
-            found.setdefault(model, {})[called] = _apart(context, model, streams)
+            found.setdefault(model, {})[called] = compiled_apart(context, model, streams)
             context.report.save()
 
 
-def _apart(context: Context, model: str, streams: int) -> Found:
-    """What a process of its own finds, or why it found nothing."""
+def compiled_apart(context: Context, model: str, streams: int, sizes: Sizes | None = None) -> Found:
+    """What a process of its own finds, or why it found nothing; `sizes` None: those that the engine is timed with."""
     path = context.report.path.with_suffix(".compiled.json")
     path.unlink(missing_ok=True)
     seconds = max(1, int(context.clock.left()) - 1)
     said = [sys.executable, "-m", "scripts.gpu_check.compiled", model, str(streams), str(path)]
     said += ["--device", str(context.device), "--seconds", str(seconds)]
+    if sizes is not None:
+        said += ["--prompt", str(sizes.prompt), "--answer", str(sizes.answer)]
     try:
         status = subprocess.run(["timeout", "-k", "3", str(seconds), *said], cwd=ROOT, check=False).returncode
         if not path.exists():
@@ -70,22 +72,27 @@ def _apart(context: Context, model: str, streams: int) -> Found:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Compile and time one model, and write what was found."""
     parser = ArgumentParser(prog="python -m scripts.gpu_check.compiled", description=main.__doc__)
-    parser.add_argument("model")
+    parser.add_argument("model", choices=("packaged", MISTRAL.name, LLAMA.name))
     parser.add_argument("streams", type=int)
     parser.add_argument("out", type=Path)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--prompt", type=int, help="tokens, else as many as the engine is timed with")
+    parser.add_argument("--answer", type=int, help="likewise")
     parser.add_argument("--quick", action="store_true", help="toy sizes")
     asked = parser.parse_args(arguments)
     context = Context(torch.device(asked.device), asked.quick, Report(asked.out), Clock(asked.seconds))
     sizes = PACKAGED_SIZES if asked.model == "packaged" else LARGE_SIZES
-    prompt, answer = (16, 4) if asked.quick else (sizes.prompt, sizes.answer)
-    prompts = packaged_prompts(sizes.most, prompt)[: asked.streams]
+    own = (16, 4) if asked.quick else (sizes.prompt, sizes.answer)
+    prompt, answer = asked.prompt or own[0], asked.answer or own[1]
+    prompts = shifted_prompts(asked.streams, prompt) if asked.prompt else packaged_prompts(sizes.most, prompt)
     if asked.model == "packaged":
         theirs = packaged_of_transformers(context)
     else:
-        theirs = transformers_model(context, TOY if asked.quick else MISTRAL)
-    found = tried(lambda: generate_speed(context, theirs, prompts, answer, cache_implementation="static"))
+        shape = next(each for each in (MISTRAL, LLAMA) if each.name == asked.model)
+        theirs = transformers_model(context, TOY if asked.quick else shape)
+    streams = prompts[: asked.streams]
+    found = tried(lambda: generate_speed(context, theirs, streams, answer, cache_implementation="static"))
     asked.out.write_text(json.dumps(found), encoding="utf-8")
 
 

@@ -63,12 +63,16 @@ def engine_speeds(
     prompts: Sequence[Sequence[int]],
     modes: Modes,
     sizes: Sizes,
+    least: float = LEAST,
 ) -> None:
-    """Tokens per second of every number of streams and mode, once a load has captured all of its graphs."""
+    """Tokens per second of every number of streams and mode, once a load has captured all of its graphs.
+
+    No mode is begun with fewer than `least` seconds left.
+    """
     for streams in sizes.streams:
         for name, (variant, exits) in modes.items():
             called = f"engine {name}, {streams} streams"
-            if not context.fits(LEAST, called, found):
+            if not context.fits(least, called, found):
                 continue
             with within_memory(context, called, found, NO_ROOM):
                 load = partial(driver.run, prompts[:streams], variant, exits, sizes.load(streams))

@@ -4,6 +4,7 @@ Speeds only; the exit is synthetic. One load of each is timed, and reading the p
 per second from the first one on stand apart.
 """
 
+from collections.abc import Sequence
 from typing import Final
 
 from exeunt.compression.model import LoadedModel
@@ -46,27 +47,39 @@ def run(context: Context, found: Found) -> None:
     if model is not None:
         for number, each in enumerate(sizes):
             share = ours.within(ours.clock.left() / (len(sizes) - number))
-            _engine(share, found, model, each)
+            own = cell(found, model.name, each)
+            own["gates"] = found["gates"]
+            prompts = packaged_prompts(each.most, each.prompt)
+            engine_in_context(share, own, model, prompts, MODES, each, _LEAST)
         del model
     give_back(context)
     _transformers(context, found, shape, sizes)
 
 
-def _key(shape: str, sizes: Sizes) -> str:
-    return f"{shape}, contexts of {sizes.prompt}"
+def cell(found: Found, shape: str, sizes: Sizes) -> Found:
+    """Where the results of a shape in contexts of one length stand."""
+    own: Found = found.setdefault(f"{shape}, contexts of {sizes.prompt}", {})
+    own |= {"prompt": sizes.prompt, "answer": sizes.answer}
+    return own
 
 
-def _engine(context: Context, found: Found, model: LoadedModel, sizes: Sizes) -> None:
-    name = _key(model.name, sizes)
-    own: Found = found.setdefault(name, {})
-    own |= {"prompt": sizes.prompt, "answer": sizes.answer, "gates": found["gates"]}
-    if not context.fits(_LEAST, f"engine, {name}", own):
+def engine_in_context(
+    context: Context,
+    own: Found,
+    model: LoadedModel,
+    prompts: Sequence[Sequence[int]],
+    modes: Modes,
+    sizes: Sizes,
+    least: float,
+) -> None:
+    """The modes that the model offers, on an engine with room for this load; none is begun with less than `least`."""
+    name = f"engine, {model.name}, contexts of {sizes.prompt}, {sizes.most} streams"
+    if not context.fits(least, name, own):
         return
-    with within_memory(context, f"engine, {name}", own, NO_ROOM):
+    with within_memory(context, name, own, NO_ROOM):
         driver = engine_driver(model, sizes.load(sizes.most))
         try:
-            prompts = packaged_prompts(sizes.most, sizes.prompt)
-            engine_speeds(context, own, model, driver, prompts, offered(model, MODES, own), sizes)
+            engine_speeds(context, own, model, driver, prompts, offered(model, modes, own), sizes, least)
         finally:
             driver.close()
             del driver
@@ -83,7 +96,7 @@ def _transformers(context: Context, found: Found, shape: Shape, sizes: tuple[Siz
         theirs = transformers_model(context, shape)
         for number, each in enumerate(sizes):
             share = context.within(context.clock.left() / (len(sizes) - number))
-            own = found.setdefault(_key(shape.name, each), {})
+            own = cell(found, shape.name, each)
             generate_speeds(share, own, theirs, packaged_prompts(each.most, each.prompt), each)
         del theirs
     give_back(context)

@@ -15,6 +15,7 @@ import pytest
 from scripts.gpu_check import (
     bounds,
     end_to_end,
+    grid,
     kernel_speeds,
     kernel_tests,
     machine,
@@ -72,6 +73,10 @@ def test_every_section_runs_on_a_cpu(tmp_path: Path) -> None:
         assert speeds["gates"].startswith("synthetic")
         assert speeds[f"transformers generate, {streams} streams"]["tokens_per_s"] > 0
         assert speeds[f"engine full/full, {streams} streams"]["tokens_per_s"] > 0
+    for streams, tokens in grid.TOY_CELLS:
+        speeds = found["sections"]["grid"][f"toy, contexts of {tokens}"]
+        names = [*(f"engine {mode}" for mode in grid.MODES), "transformers generate static"]
+        assert all(speeds[f"{name}, {streams} streams"]["tokens_per_s"] > 0 for name in names)
     host = found["sections"]["host"]["off, 2 streams"]
     assert host["us"] > 0
     longest = [*host["functions"].values()]
@@ -79,7 +84,10 @@ def test_every_section_runs_on_a_cpu(tmp_path: Path) -> None:
     assert longest[0] > 0
     assert "server.runner: Runner.run" in host["functions"]
     assert found["sections"]["compiled"]["skipped"]
-    assert len(found["checks"]) > 20
+    checked = [one["name"] for one in found["checks"]]
+    assert len(checked) > 40
+    assert "engine int4/int4 in graphs: backfilled, 3 streams, as without graphs" in checked
+    assert "bfloat16 int4/full passes of every size to the bit, of rows" in checked
     assert all(one["good"] for one in found["checks"])
     assert "checks: " in done.stdout
     lacking = {what for what, text in contents("gpu-check-cpu", found).items() if not text}
