@@ -48,7 +48,7 @@ from scripts.gpu_check.report import Context, Found
 from scripts.gpu_check.room import FORMATS, give_back, has_room, held_formats, weight_bytes
 from scripts.gpu_check.sizes import LARGE_SIZES, PACKAGED_SIZES, QUICK_SIZES, SMALL_SIZES, Sizes
 from scripts.gpu_check.synthetic_block import with_linear_block
-from scripts.gpu_check.synthetic_exit import WANTED, synthetic_exit, with_rate
+from scripts.gpu_check.synthetic_exit import WANTED, rated_prompts, synthetic_exit, with_rate
 from scripts.gpu_check.transformers_speeds import (
     packaged_of_transformers,
     transformers_model,
@@ -256,7 +256,7 @@ def random_model(
     head = synthetic_exit(spec, context.device)
     found["gates"] = f"synthetic, after block {head.block} of {spec.blocks}"
     if rate is not None:
-        prompts = packaged_prompts(16, 64)
+        prompts = rated_prompts(context)
         head = with_rate(head, decoders["int4", False], "int4", prompts, rate)
         found["wanted_exit_rate"] = rate
     give_back(context)

@@ -26,12 +26,12 @@ from scripts.gpu_check.prompts import packaged_prompts
 from scripts.gpu_check.report import Context, Found
 from scripts.gpu_check.room import give_back
 from scripts.gpu_check.sizes import Sizes
-from scripts.gpu_check.synthetic_exit import WANTED, synthetic_exit, with_rate
+from scripts.gpu_check.synthetic_exit import WANTED, rated_prompts, synthetic_exit, with_rate
 
 VARIANTS: Final = (INT4, FULL)
 """The one that is served first."""
 SIZES: Final = Sizes((17, 1), 64, 48)
-QUICK_SIZES: Final = Sizes((3, 1), 12, 5)
+QUICK_SIZES: Final = Sizes((2, 1), 12, 5)
 _DRAWN: Final = 0.8  # temperature of the crowd
 _TURNS: Final = 3  # of drafting
 _LEAST: Final = 2.0  # seconds left without which a further engine is not begun
@@ -102,8 +102,7 @@ def model_with_exits(context: Context, found: Found, rate: float | None = WANTED
     head = synthetic_exit(model.spec, model.device)
     found["gates"] = f"synthetic, after block {head.block} of {model.spec.blocks}"
     if rate is not None:
-        prompts = packaged_prompts(2 if context.quick else 16, 16 if context.quick else 64)
-        head = with_rate(head, model.decoder(INT4), INT4.kv_cache, prompts, rate)
+        head = with_rate(head, model.decoder(INT4), INT4.kv_cache, rated_prompts(context), rate)
         found["wanted_exit_rate"] = rate
     return replace(model, exits=(head,))
 

@@ -18,6 +18,8 @@ from exeunt.compression.norm import Norm
 from exeunt.compression.variant import KVFormat
 from exeunt.kernels.exit_gate import exit_state
 from scripts.gpu_check.paged_rows import PagedRows
+from scripts.gpu_check.prompts import packaged_prompts
+from scripts.gpu_check.report import Context
 
 WANTED = 0.5
 """Share of the tokens that are to leave."""
@@ -38,6 +40,11 @@ def synthetic_exit(spec: Architecture, device: torch.device) -> ExitHead:
     combine = torch.tensor([1.0, 0.0, 0.0, 0.0])
     head = ExitHead(spec.blocks // 2 - 1, norm, torch.zeros(hidden, hidden), probe, combine, 0.0)
     return head.to(device, torch.bfloat16)
+
+
+def rated_prompts(context: Context) -> list[list[int]]:
+    """The prompts behind which a model's own tokens set the share that leaves."""
+    return packaged_prompts(2, 16) if context.quick else packaged_prompts(_TEXTS, _PROMPT)
 
 
 @torch.inference_mode()

@@ -52,7 +52,10 @@ def test_every_section_runs_on_a_cpu(tmp_path: Path) -> None:
     ends = found["sections"]["end_to_end"]
     for streams in (1, 2):
         speeds = {mode: ends["toy"][f"engine {mode}, {streams} streams"] for mode in end_to_end.RANDOM_MODES}
-        assert {speeds[mode]["exit_rate"] for mode in speeds if "exits" not in mode} == {0.0}
+        off = [
+            mode for mode in speeds if "exits" not in mode and "verified" not in mode
+        ]  # whose drafts may be right
+        assert {speeds[mode]["exit_rate"] for mode in off} == {0.0}
         left = [streams * 4 * speeds[mode]["exit_rate"] for mode in speeds]  # of answers of four tokens
         assert left == pytest.approx([round(each) for each in left])
         assert all(each["kv_bytes_per_sequence"] == each["kv_bytes_by_layout"] for each in speeds.values())
@@ -86,7 +89,7 @@ def test_every_section_runs_on_a_cpu(tmp_path: Path) -> None:
     assert found["sections"]["compiled"]["skipped"]
     checked = [one["name"] for one in found["checks"]]
     assert len(checked) > 40
-    assert "engine int4/int4 in graphs: backfilled, 3 streams, as without graphs" in checked
+    assert "engine int4/int4 in graphs: backfilled, 2 streams, as without graphs" in checked
     assert "bfloat16 int4/full passes of every size to the bit, of rows" in checked
     assert all(one["good"] for one in found["checks"])
     assert "checks: " in done.stdout
