@@ -1,11 +1,11 @@
 """Answers of the packaged model with exits: whether they are what they must be, whoever decides them and wherever.
 
-The bundle's exits, or, where there is no bundle, a synthetic one half-way, which lets a stated share of the tokens
-leave. Verified answers are held to those with exits off, approximate ones of an engine whose device decides exits in
-CUDA graphs to those of an engine without graphs: the same tokens, each behind as many blocks. With steps begun ahead
-and in turn, propagated and backfilled, one stream that takes the likeliest tokens and a crowd that draws by its seeds.
-Whether drafts pay is not asked here: some are tried at every third step, at the exit and from the text. A device that
-runs no graphs compares what there is.
+The bundle's exits, or, where there are none, a synthetic one half-way, which lets a stated share of the tokens leave.
+Verified answers are held to those with exits off, approximate ones of an engine whose device decides exits in CUDA
+graphs to those of an engine without graphs: the same tokens, each behind as many blocks. With steps begun ahead and in
+turn, propagated and backfilled, one stream that takes the likeliest tokens and a crowd that draws by its seeds. Whether
+drafts pay is not asked here: some are tried at the exit and from the text. A device that runs no graphs compares what
+there is.
 """
 
 import math
@@ -77,11 +77,12 @@ def run(context: Context, found: Found) -> None:
     sizes = QUICK_SIZES if context.quick else SIZES
     model = model_with_exits(context, found)
     prompts = packaged_prompts(sizes.most, sizes.prompt)
-    for variant in VARIANTS[:1] if context.quick else VARIANTS:
+    held = [variant for variant in VARIANTS if variant in model.variants]
+    for variant in held[:1] if context.quick else held:
         wanted: Answers = {}
         for engine in (PLAIN, AHEAD, IN_TURN):
             name = f"engine {variant.short_name} {engine.name}"
-            if variant is not VARIANTS[0] and not context.fits(_LEAST, name, found):
+            if variant is not held[0] and not context.fits(_LEAST, name, found):
                 continue
             answers = _of_engine(context, name, model, variant, engine, prompts, sizes)
             if engine is PLAIN:
@@ -93,10 +94,10 @@ def run(context: Context, found: Found) -> None:
 def model_with_exits(context: Context, found: Found, rate: float | None = WANTED) -> LoadedModel:
     """The packaged model with its bundle's exits, or with a synthetic one that lets a share `rate` leave.
 
-    `rate` None: any share.
+    So too where the bundle has none at which tokens of the approximate mode may leave. `rate` None: any share.
     """
     model = packaged_model(context)
-    if model.exits:
+    if model.certified_exits:
         found["gates"] = "calibrated"
         return model
     head = synthetic_exit(model.spec, model.device)
@@ -104,7 +105,7 @@ def model_with_exits(context: Context, found: Found, rate: float | None = WANTED
     if rate is not None:
         head = with_rate(head, model.decoder(INT4), INT4.kv_cache, rated_prompts(context), rate)
         found["wanted_exit_rate"] = rate
-    return replace(model, exits=(head,))
+    return replace(model, exits=(head,), manifest=None)
 
 
 def _of_engine(

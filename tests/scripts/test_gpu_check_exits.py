@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -95,7 +96,8 @@ def test_what_the_time_does_not_suffice_for_is_named_behind_the_first_variant(
         seen.append(name)
         return {"load": [_trace([1, 2], [4, 2])]}
 
-    monkeypatch.setattr(exit_answers, "model_with_exits", lambda context, found: None)
+    model = SimpleNamespace(variants=exit_answers.VARIANTS)
+    monkeypatch.setattr(exit_answers, "model_with_exits", lambda context, found: model)
     monkeypatch.setattr(exit_answers, "_of_engine", answers)
     context, found = replace(toy_context(tmp_path, -1.0), quick=False), dict[str, Any]()
     exit_answers.run(context, found)
@@ -111,6 +113,19 @@ def test_a_bundles_own_exits_are_taken(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setattr(exit_answers, "packaged_model", lambda context: bundle)
     assert exit_answers.model_with_exits(context, found) is bundle
     assert found == {"gates": "calibrated"}
+
+
+def test_exits_at_which_none_may_leave_are_replaced(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    context, found = toy_context(tmp_path), dict[str, Any]()
+    bundle = end_to_end.random_model(context, {}, TOY, rate=None)
+    assert bundle is not None
+    record = SimpleNamespace(block=bundle.exits[0].block, certified=False, drafting=True)
+    manifest: Any = SimpleNamespace(exits=[record])
+    apart = replace(bundle, manifest=manifest)
+    monkeypatch.setattr(exit_answers, "packaged_model", lambda context: apart)
+    model = exit_answers.model_with_exits(context, found, rate=None)
+    assert found["gates"].startswith("synthetic, after block ")
+    assert (apart.certified_exits, model.certified_exits) == ((), (0,))
 
 
 @pytest.mark.usefixtures("one_thread")
