@@ -121,8 +121,8 @@ def main(arguments: Sequence[str] | None = None, began: float | None = None) -> 
         faulthandler.cancel_dump_traceback_later()
     report.data["seconds"] = report.data["seconds_given"] - context.clock.left()
     report.save()
-    print(table(report))
     print(f"written to {path}")
+    print(table(report))  # what was not tested is its last line
     return 1 if report.failures else 0
 
 
