@@ -16,8 +16,8 @@ from typing import Any, Final
 from exeunt.compression.model import LoadedModel
 from exeunt.compression.variant import Variant
 from exeunt.deploy.bench_load import Trace
-from exeunt.server.drafting import Proposal
-from exeunt.server.request import ExitPolicy
+from exeunt.server.drafting import LOOKUP, Proposal
+from exeunt.server.request import ExitPolicy, GenerationRequest
 from scripts.gpu_check.counted_ticks import Ticks, counted_ticks
 from scripts.gpu_check.end_to_end import packaged_model
 from scripts.gpu_check.engine_speeds import BACKFILLED, FULL, HALF, INT4, OFF, VERIFIED, engine_driver
@@ -31,7 +31,7 @@ from scripts.gpu_check.synthetic_exit import WANTED, rated_prompts, synthetic_ex
 VARIANTS: Final = (INT4, FULL)
 """The one that is served first."""
 SIZES: Final = Sizes((17, 1), 64, 48)
-QUICK_SIZES: Final = Sizes((2, 1), 12, 5)
+QUICK_SIZES: Final = Sizes((3, 1), 12, 8)
 _DRAWN: Final = 0.8  # temperature of the crowd
 _TURNS: Final = 3  # of drafting
 _LEAST: Final = 2.0  # seconds left without which a further engine is not begun
@@ -49,6 +49,9 @@ class _Engine:
 class Drafting:
     """A drafter that asks the exit, guesses, or lets a step be begun ahead, in turns by the number of tokens."""
 
+    def __init__(self) -> None:
+        self.of_exit = self.of_text = 0  # drafts so far
+
     def propose(self, tokens: Sequence[int], drafted: int, room: int) -> Proposal:
         """The exit's token where half sure of it, the last two tokens once more, or nothing."""
         turn = len(tokens) % _TURNS
@@ -57,7 +60,9 @@ class Drafting:
         return Proposal(tokens=tuple(tokens[-2:])[:room]) if turn == 1 else Proposal()
 
     def settled(self, stages: Sequence[int], accepted: int) -> None:
-        """Nothing is learned."""
+        """Nothing is learned; what drafted is counted."""
+        self.of_exit += sum(stage != LOOKUP for stage in stages)
+        self.of_text += sum(stage == LOOKUP for stage in stages)
 
     def at_stake(self, tokens: Sequence[int], drafted: int, rows: int) -> float:
         """Nothing where nothing is proposed: then the step may be begun ahead."""
@@ -118,12 +123,18 @@ def _of_engine(
     sizes: Sizes,
 ) -> Answers:
     """The approximate answers of an engine; where it is as a server's, its verified ones are checked too."""
+    drafters: list[Drafting] = []
+
+    def new_drafter(request: GenerationRequest) -> Drafting:
+        drafters.append(Drafting())
+        return drafters[-1]
+
     driver = engine_driver(
         model,
         sizes.load(sizes.most),
         cuda_graphs=engine.cuda_graphs,
         async_scheduling=engine.async_scheduling,
-        new_drafter=lambda request: Drafting(),
+        new_drafter=new_drafter,
     )
     try:
         with counted_ticks() as ticks:
@@ -136,6 +147,7 @@ def _of_engine(
             _device_decided(context, name, ticks, engine)
         if engine is AHEAD:
             _verified(context, name, driver, variant, prompts, sizes)
+            _had_drafts(context, name, drafters)
         return answers
     finally:
         driver.close()
@@ -165,18 +177,22 @@ def _verified(
     sizes: Sizes,
 ) -> None:
     """Verified answers, of the likeliest tokens and drawn by their seeds, must be those with exits off."""
-    drafts = 0
     for how, temperature in (("greedy", 0.0), ("drawn", _DRAWN)):
         load = sizes.load(sizes.most, temperature=temperature)
         off, verified = (driver.run(prompts, variant, exits, load) for exits in (OFF, VERIFIED))
         drafted = {
             each: sum(getattr(trace, each) for trace in verified) for each in ("drafts", "drafts_accepted")
         }
-        drafts += drafted["drafts"]
         compared = _compared(verified, off, of_ids=True)
         told = f"{name}: verified answers, {how}, are those of exits off"
         context.report.check(told, compared["first_apart"] is None, **compared, **drafted)
-    context.report.check(f"{name}: verified answers had drafts", drafts > 0, drafts=drafts)
+
+
+def _had_drafts(context: Context, name: str, drafters: Sequence[Drafting]) -> None:
+    """There must have been what is verified: drafts of the exit, and of the text."""
+    exits, texts = (sum(getattr(each, of) for each in drafters) for of in ("of_exit", "of_text"))
+    told = f"{name}: the exit drafted, and the text"
+    context.report.check(told, exits > 0 and texts > 0, of_exit=exits, of_text=texts)
 
 
 def _same(context: Context, name: str, answers: Answers, wanted: Answers) -> None:

@@ -89,7 +89,7 @@ def test_every_section_runs_on_a_cpu(tmp_path: Path) -> None:
     assert found["sections"]["compiled"]["skipped"]
     checked = [one["name"] for one in found["checks"]]
     assert len(checked) > 40
-    assert "engine int4/int4 in graphs: backfilled, 2 streams, as without graphs" in checked
+    assert "engine int4/int4 in graphs: backfilled, 3 streams, as without graphs" in checked
     assert "bfloat16 int4/full passes of every size to the bit, of rows" in checked
     assert all(one["good"] for one in found["checks"])
     assert "checks: " in done.stdout

@@ -23,6 +23,7 @@ from scripts.gpu_check.bits import check_bits
 from scripts.gpu_check.models import TOY, RandomWeights, random_decoders
 from scripts.gpu_check.paged_rows import PagedRows, backfilled_logits, greedy, logits_of, rewritten_logits
 from scripts.gpu_check.prompts import packaged_prompts
+from tests.compression.recorded_gpu import recorded_gpu
 from tests.scripts.toy_gpu_check import CPU, toy_context
 
 
@@ -137,6 +138,20 @@ def test_every_size_of_a_graph_is_run_once(
         *((size, size) for size in ROWS),
     ]
     assert [one["compared"] for one in context.report.data["checks"]] == [len(TOKENS), len(ROWS)]
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_passes_of_every_size_run_in_graphs_where_there_are_any(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    context = toy_context(tmp_path)
+    with recorded_gpu(monkeypatch) as gpu, torch.inference_mode():
+        own = random_decoders(TOY.spec(), CPU, torch.bfloat16)["int4", False]
+        pass_sizes.check_sizes(context, "toy", own, "int4")
+    made = context.report.data["checks"]
+    assert all(one["good"] and one["triton"] for one in made)
+    assert [(one["compared"], one["graphs"]) for one in made] == [(3, 3), (2, 2)]
+    assert gpu.captures >= 5
 
 
 @pytest.mark.parametrize("how", ["company", "nothing"])

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from exeunt.deploy.bench_load import Load, Trace
+from exeunt.server.drafting import LOOKUP
 from exeunt.server.request import ExitPolicy
 from scripts.gpu_check import end_to_end, exit_answers
 from scripts.gpu_check.counted_ticks import Ticks, counted_ticks
@@ -55,27 +56,29 @@ def test_answers_that_all_left_or_all_stayed_show_nothing(tmp_path: Path, depth:
     assert [one["good"] for one in context.report.data["checks"]] == [True, False]
 
 
-@pytest.mark.parametrize(("drafts", "other", "good"), [(3, 0, True), (0, 0, False), (3, 1, False)])
-def test_verified_answers_must_be_those_of_exits_off_and_have_had_drafts(
-    tmp_path: Path, drafts: int, other: int, good: bool
-) -> None:
+@pytest.mark.parametrize("other", [0, 1])
+def test_verified_answers_must_be_those_of_exits_off(tmp_path: Path, other: int) -> None:
     class Driver:
         def run(self, prompts: Any, variant: Any, exits: ExitPolicy, load: Load) -> list[Trace]:
-            verified = exits.mode == "verified"
-            drawn = load.temperature > 0
-            return [
-                Trace(
-                    0.0,
-                    blocks=4,
-                    ids=[1, 2 + other * verified * drawn],
-                    token_depths=[4, 2 if verified else 4],
-                    drafts=drafts * verified,
-                )
-            ]
+            verified, drawn = exits.mode == "verified", load.temperature > 0
+            last = 2 + other * verified * drawn
+            return [Trace(0.0, blocks=4, ids=[1, last], token_depths=[4, 2 if verified else 4], drafts=1)]
 
     context, driver = toy_context(tmp_path), Driver()
     exit_answers._verified(context, "engine", driver, INT4, [[1]], exit_answers.QUICK_SIZES)  # type: ignore[arg-type]
-    assert all(one["good"] for one in context.report.data["checks"]) == good
+    assert [one["good"] for one in context.report.data["checks"]] == [True, not other]
+
+
+@pytest.mark.parametrize(
+    ("stages", "good"), [([0, LOOKUP], True), ([0], False), ([LOOKUP], False), ([], False)]
+)
+def test_answers_of_which_nothing_was_drafted_show_nothing(
+    tmp_path: Path, stages: list[int], good: bool
+) -> None:
+    context, drafters = toy_context(tmp_path), [Drafting(), Drafting()]
+    drafters[1].settled(stages, 0)
+    exit_answers._had_drafts(context, "engine", drafters)
+    assert [one["good"] for one in context.report.data["checks"]] == [good]
 
 
 def test_a_way_that_was_not_taken_fails_the_check(tmp_path: Path) -> None:
