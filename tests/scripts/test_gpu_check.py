@@ -227,6 +227,7 @@ def test_processes_that_compile_run_as_many_at_once_as_there_is_room_for(
     assert context.report.data["compiling"]["linears"]["says"] == "not begun, no time left"
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("group", warming.GROUPS)
 def test_every_group_of_kernels_has_jobs_of_its_own(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, group: str
