@@ -65,6 +65,25 @@ def long_tables(record: Row) -> Iterator[Table]:
         yield Table(headers, rows, f"{said} {_gates(found)}".strip())
 
 
+def grid_tables(record: Row) -> Iterator[Table]:
+    """Speeds of every number of streams, a table for each model and context: as `long_tables`."""
+    found = section(record, "grid")
+    for name, speeds in loads_in(found).items():
+        model, _, context = name.partition(", contexts of ")
+        counts = re.findall(r", (\d+) streams$", "\n".join(speeds), re.MULTILINE)
+        streams = sorted({int(each) for each in counts})
+        of_model = found.get(f"engine {model}", {})
+        rows = [
+            (
+                _named(mode, of_model),
+                *(_both_speeds(speeds.get(f"{mode}, {each} streams")) for each in streams),
+            )
+            for mode in _names(speeds)
+        ]
+        headers = (f"{called(model)}, prompts of {context}", *map(_streams, streams))
+        yield Table(headers, rows, _gates(of_model))
+
+
 def _streams(count: int) -> str:
     return f"{count} stream{'s' * (count > 1)}"
 

@@ -17,6 +17,7 @@ from typing import Final
 from scripts.gpu_exit_tables import exit_tables
 from scripts.gpu_load_tables import (
     engine_tables,
+    grid_tables,
     host_tables,
     long_tables,
     memory_tables,
@@ -75,6 +76,7 @@ SECTIONS: Final[Mapping[str, tuple[str, tuple[Tables, ...]]]] = {
     "engine": ("The engine", (engine_tables,)),
     "exits": ("Exits", (exit_tables,)),
     "long": ("Long contexts", (long_tables,)),
+    "grid": ("Batches and contexts", (grid_tables,)),
     "transformers": ("How transformers ran", (transformers_tables,)),
     "memory": ("Memory", (kv_tables, memory_tables)),
     "host": ("The host's part of a tick", (host_tables,)),

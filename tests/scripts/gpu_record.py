@@ -36,6 +36,7 @@ def gpu_record() -> dict[str, Any]:
             "kernels": {"status": "done", "cases": [*_linears(), *_attention(), *_others()]},
             "end_to_end": {"status": "done", "packaged": _packaged(), "mistral-7b": _random()},
             "long_contexts": _long(),
+            "grid": _grid(),
             "exits": _exits(),
             "host": {"off, 16 streams": {"us": 1000.0, "functions": {"server.runner: Runner.run": 400.0}}},
             "compiled": {"status": "done", "packaged": _compiled()},
@@ -198,6 +199,19 @@ def _random() -> dict[str, Any]:
         "engine int4/int4 backfilled exits at 0.5 (synthetic), 16 streams": load(900, exit_rate=0.5),
         "skipped": ["engine full/full, 64 streams: no room"],
         "broken": {"transformers on mistral-7b": "RuntimeError: no"},
+    }
+
+
+def _grid() -> dict[str, Any]:
+    """Two numbers of streams in one context."""
+    speed = {"tokens_per_s": 100.0, "decode_tokens_per_s": 120.0, "exit_rate": 0.5}
+    loads = {f"engine int4/int4 exits at 0.5 (synthetic), {streams} streams": speed for streams in (64, 1)}
+    of_model = {"gates": "synthetic, after block 15 of 32", "wanted_exit_rate": 0.5}
+    return {
+        "status": "done",
+        "engine mistral-7b": of_model,
+        "mistral-7b, contexts of 512": {"prompt": 512, "answer": 32, **loads},
+        "compiled": {"skipped": ["compiled: no time left"]},
     }
 
 

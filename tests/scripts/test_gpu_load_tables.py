@@ -93,3 +93,11 @@ def test_a_load_without_its_like_is_in_no_table_of_exits() -> None:
     names = "\n".join(rows_of(exit_tables, record))
     assert "4096" not in names
     assert "packaged" not in names
+
+
+def test_a_grid_has_a_table_for_each_context_with_its_streams_in_order() -> None:
+    (table,) = gpu_load_tables.grid_tables(gpu_record())
+    assert table.headers == ("mistral-7b shape, prompts of 512", "1 stream", "64 streams")
+    name = "engine int4/int4 exits at the threshold 0.5, approximate (synthetic, 50% are to leave)"
+    assert list(table.rows) == [(name, "100 / 120 (50% leave)", "100 / 120 (50% leave)")]
+    assert table.caption == "Exits: synthetic, after block 15 of 32."

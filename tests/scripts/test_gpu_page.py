@@ -16,6 +16,7 @@ _SHOWN_IN = {
     "machine": "machine",
     "memory": "memory",
     "correctness": "checks",
+    "exit_answers": "checks",
     "tests": "checks",
     "decode": "decode",
     "kernels": "linears",
@@ -26,6 +27,7 @@ _SHOWN_IN = {
     "compiled": "engine",
     "float32": "checks",
     "tuning": "tuning",
+    "grid": "grid",
 }
 """What a section of the run is shown in, among others."""
 _EMPTY = f"# Page\n\n## On a GPU\n\nIntroduction.\n\n{NEXT}\n\n## Behind\n\nEnd.\n"
@@ -141,6 +143,7 @@ def test_what_the_script_leaves_is_shown_section_by_section() -> None:
         "| RMS norm, 1 row |",
         "| toy shape, contexts of 32, run-through, 2 streams, int4/int4, backfill at 0.5 (synthetic) |",
         "| toy shape, prompts of | 40, 2 streams | 90, 1 stream |",
+        "| toy shape, prompts of 24 | 2 streams |",
         "| off, 2 streams | 7257 |",
         "| packaged model, 1 stream |",
         "| engine int4/int4 linear block (synthetic) |",
