@@ -8,7 +8,7 @@ import pytest
 from scripts.gpu_page import NEXT, NOTHING, SECTIONS, contents, speeds_text, with_gpu_parts
 from scripts.gpu_records import gpu_records
 from scripts.page_regions import region, region_keys
-from tests.scripts.gpu_record import gpu_record, toy_record
+from tests.scripts.gpu_record import gpu_record, load, toy_record
 from tests.scripts.toy_gpu_check import check
 
 _NAME = "gpu-check-nvidia-b1"
@@ -168,12 +168,31 @@ def test_readmes_region_has_a_sentence_and_a_table_for_each_gpu() -> None:
     assert text.count("| one NVIDIA B1, tokens/s |") == 2
     said = " ".join(text.split())
     assert "One NVIDIA B1, 2026-01-02, a Mistral-7B shape" in said
-    assert "takes 4.00 ms in bfloat16: 80 % of the rate of a copy (wanted: 80), 64 % of that of" in said
+    assert (
+        "takes 4.00 ms in bfloat16. That reads weights, keys and values at 80 % of the rate of a copy, 4.00 TB/s "
+        "(wanted: 80 %), or 64 % of that of the fastest read of the run, 5.00 TB/s." in said
+    )
     assert "INT4 weights and KV make it 2.00 times as fast" in said
-    assert "| Mistral-7B shape, 1 stream | 200 |  |  |  |  |" in text
-    assert "| packaged model, 64 streams |  | 2000 |  | 500 | 800 |" in text
+    assert "| Mistral-7B shape, 1 stream | 200 |  |  |  |  |  |" in text
+    assert "| Mistral-7B shape, 16 streams |  | 1000 |  | 1100 (50 % leave) |  |  |" in text
+    assert "| packaged model, 1 stream |  | 100 | 120 |  |  |  |" in text
+    assert "| packaged model, 64 streams |  | 2000 |  |  | 500 | 800 |" in text
+    assert "the default, verified exits, made 1.20 of the tokens/s without exits with 1 stream." in said
+    assert "--default-compression" not in said
     record["sections"] = {"machine": record["sections"]["machine"]}
     assert speeds_text({_NAME: record}) == ""
+
+
+def test_readmes_region_says_what_the_default_cost_and_how_to_go_without() -> None:
+    record = gpu_record()
+    packaged = record["sections"]["end_to_end"]["packaged"]
+    packaged["engine int4/int4 verified, 64 streams"] = load(1500, exit_rate=0.2)
+    packaged["engine int4/int4 exits at 0.5, 64 streams"] = load(1000, exit_rate=0.5)
+    text = speeds_text({_NAME: record})
+    assert "| packaged model, 64 streams |  | 2000 | 1500 | 1000 (50 % leave) | 500 | 800 |" in text
+    said = " ".join(text.split())
+    assert "made 1.20 and 0.75 of the tokens/s without exits with 1 and 64 streams." in said
+    assert """`exeunt serve --default-compression '{"early_exit": false}'` goes without""" in said
 
 
 def test_every_cell_stays_in_its_column() -> None:
