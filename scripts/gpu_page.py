@@ -204,8 +204,8 @@ def _readme(record: Row) -> Iterator[str]:
         if any((row := _readme_row(record, model, streams))[1:])
     ]
     if said or rows:
-        about = f"One {gpu}{f', {begun}' if begun else ''}, a Mistral-7B shape with random weights and a synthetic exit half-way."
-        yield _filled(" ".join((about, *said)))
+        of = f"One {gpu}{f', {begun}' if begun else ''}, a Mistral-7B shape with random weights and a synthetic"
+        yield _filled(" ".join((f"{of} exit half-way.", *said)))
     if rows:
         yield markdown_table((f"one {gpu}, tokens/s", *_COLUMNS), rows)
     if cost := _cost_of_the_default(record):

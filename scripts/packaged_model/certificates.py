@@ -3,13 +3,16 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 SECTION = """## Certificates, rechecked on real text
 
-Exits of the packaged bundle (INT4 weights and KV cache) are certified on the calibration text above. Here the same
-thresholds meet text that people wrote and the model never saw: of the tokens that leave, the share whose top token
-differs from that of full depth, with 95 % intervals.
+Exits (here under INT4 weights and KV cache) are certified on the calibration text above. Here the same thresholds meet
+text that people wrote and the model never saw: of the tokens that leave, the share whose top token differs from that
+of full depth, with 95 % intervals.
+
+{bundle}
 
 | target | {heads} |
 | --- |{rules}
@@ -55,12 +58,35 @@ def certificate_section(evaluations: Mapping[str, Any]) -> str:
     heads = [
         f"held-out {source}, {evaluation['tokens']:,} tokens" for source, evaluation in evaluations.items()
     ]
+    everywhere = set.intersection(*({*modes} for modes in found.values()))
+    thresholds = ", ".join(
+        f"{next(iter(found.values()))[target]['mode']['threshold']} for {target:.0%}"
+        for target in targets
+        if target in everywhere
+    )
+    model, machine = (next(iter(evaluations.values()))[key] for key in ("model", "machine"))
     verdict = (
         f"NOT kept: {', '.join(broken)}." if broken else "Every target that is certified is kept on both."
     )
     return SECTION.format(
-        heads=" | ".join(heads), rules=" --- |" * len(heads), rows="\n".join(rows), verdict=verdict
+        bundle=_bundle(model["exits"][-1], machine["cpu"], thresholds),
+        heads=" | ".join(heads),
+        rules=" --- |" * len(heads),
+        rows="\n".join(rows),
+        verdict=verdict,
     )
+
+
+def _bundle(deepest: str, cpu: str, thresholds: str) -> str:
+    """Which calibration the evaluations are of. Its deepest exit is the one that approximate requests leave at."""
+    said = (
+        "**Of one calibration, not of every one.** Which exits a bundle keeps is decided by times measured on the machine that makes it, and with the exits "
+        f"thresholds and certified targets change. This bundle was made on a machine that calls its processor {cpu}; "
+        f"its tokens leave at `{deepest}`, at the thresholds {thresholds}. A bundle made elsewhere, the one that the "
+        "[README](../../README.md#a-first-request) shows among them, may keep another exit with other thresholds, and "
+        "certify fewer targets: `exeunt inspect` says which, and the commands below check that bundle's own."
+    )
+    return fill(said, 120, break_long_words=False, break_on_hyphens=False)
 
 
 def _by_target(evaluation: Mapping[str, Any]) -> dict[float, Any]:
