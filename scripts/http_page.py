@@ -23,11 +23,12 @@ _HEAD: Final = """# HTTP
 examples for the loaded model on `GET /docs`.)
 
 Bodies are JSON, checked strictly: a field that is not listed, a number as a string or a value outside its limits is a
-400 that names the field, its value and the limit. What a model can be asked for depends on its bundle: `GET /info` says
-what it holds and which targets are certified. An error has one shape, [ErrorResponse](#errorresponse), whatever its
-status; only what is no HTTP at all is refused in plain text, by the layer that reads it. Where a table has no default a
-field must be given, or, in an answer, is always there; "absent" ones may be left out. `GET /docs` and `GET
-/openapi.json` describe these routes and are not among them.
+400 that names the field, its value and the limit. A body comes with the one header `Content-Type: application/json`; of
+another type, which `curl -d` alone sends, or of none it is a 400 whose code is `content_type`. What a model can be
+asked for depends on its bundle: `GET /info` says what it holds and which targets are certified. An error has one shape,
+[ErrorResponse](#errorresponse), whatever its status; only what is no HTTP at all is refused in plain text, by the layer
+that reads it. Where a table has no default a field must be given, or, in an answer, is always there; "absent" ones may
+be left out. `GET /docs` and `GET /openapi.json` describe these routes and are not among them.
 
 A request's time begins when its head is there. A body that is not complete within `--request-timeout`, or of which
 nothing comes for 60 s, is a 408; one that its `Content-Encoding` says is compressed is a 415; a query, which no route

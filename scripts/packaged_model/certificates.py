@@ -80,7 +80,8 @@ def certificate_section(evaluations: Mapping[str, Any]) -> str:
 def _bundle(deepest: str, cpu: str, thresholds: str) -> str:
     """Which calibration the evaluations are of. Its deepest exit is the one that approximate requests leave at."""
     said = (
-        "**Of one calibration, not of every one.** Which exits a bundle keeps is decided by times measured on the machine that makes it, and with the exits "
+        "**Of one calibration, not of every one.** Which exits a bundle keeps is decided by times measured on the "
+        "machine that makes it, and with the exits "
         f"thresholds and certified targets change. This bundle was made on a machine that calls its processor {cpu}; "
         f"its tokens leave at `{deepest}`, at the thresholds {thresholds}. A bundle made elsewhere, the one that the "
         "[README](../../README.md#a-first-request) shows among them, may keep another exit with other thresholds, and "

@@ -16,8 +16,16 @@ Serve = Callable[..., AbstractContextManager[httpx.Client]]
 def test_another_content_type_is_named(client: httpx.Client) -> None:
     response = client.post("/generate", content=b'{"prompt": "x"}', headers={"Content-Type": "text/plain"})
     assert response.status_code == 400
+    assert error_of(response)["code"] == "content_type"
     assert "text/plain" in error_of(response)["message"]
     assert "application/json" in error_of(response)["message"]
+
+
+def test_a_body_without_a_content_type_is_refused(client: httpx.Client) -> None:
+    response = client.post("/generate", content=b'{"prompt": "x"}')
+    assert "content-type" not in response.request.headers
+    assert (response.status_code, error_of(response)["code"]) == (400, "content_type")
+    assert "content type is none" in error_of(response)["message"]
 
 
 def test_two_content_types_are_both_named(client: httpx.Client) -> None:
