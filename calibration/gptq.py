@@ -42,7 +42,8 @@ class Gptq:
     `damping` is added to the Hessian's diagonal, as a share of its mean: inputs that calibration saw too little of keep
     their weights close. `order` is that in which inputs are visited: "natural"; "groups", whole groups by falling mean
     square of their inputs and so inside them, which lets a group's range be searched when its turn comes; "inputs", all
-    by falling mean square (the paper's act-order) with ranges searched beforehand, for groups are visited in pieces.
+    by falling mean square (act-order, of the code of GPTQ's authors) with ranges searched beforehand, for groups are
+    visited in pieces.
     """
 
     damping: float = 0.01

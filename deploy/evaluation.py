@@ -11,6 +11,7 @@ from exeunt.calibration.evaluation import EvaluationTable, Mode, ModeResult
 from exeunt.calibration.evaluation_table import with_interval
 from exeunt.calibration.generation import Written
 from exeunt.calibration.json_values import json_values
+from exeunt.calibration.papers import EXITS_SOURCE
 from exeunt.calibration.progress import watched_progress
 from exeunt.calibration.trade_off import TradeOff, paper_curve
 from exeunt.compression.model import LoadedModel
@@ -136,9 +137,16 @@ def show_evaluation(evaluated: Evaluated, show: Callable[[Any], None]) -> None:
         show(written_table(evaluated))
 
 
+_PAPER: Final = (
+    f"The paper is {EXITS_SOURCE}. Its curve is another model (Mistral 7B) on other data: shapes are to be compared, "
+    "in relative terms."
+)
+
+
 def trade_off_lines(evaluated: Evaluated) -> list[str]:
     """What is to be said of the price of exits, held against the paper's curve; nothing without exits."""
-    return [_finding(each) for each in evaluated.trade_off if each.curve.base == "variant"]
+    found = [_finding(each) for each in evaluated.trade_off if each.curve.base == "variant"]
+    return [*found, _PAPER] if found else []
 
 
 def _finding(found: TradeOff) -> str:

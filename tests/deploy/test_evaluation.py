@@ -90,6 +90,10 @@ def test_how_the_price_compares_with_the_papers_is_said_of_each_way() -> None:
     assert (
         "propagate, by share of compute saved, net of gates: not below the paper's curve everywhere" in text
     )
+    assert (
+        "The paper is “Variance Is Not Importance”, arXiv 2604.20682. Its curve is another model (Mistral 7B) on other "
+        "data" in text
+    )
 
 
 def test_what_modes_wrote_is_a_line_each() -> None:
