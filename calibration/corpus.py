@@ -147,8 +147,8 @@ def split_corpus(
     shown = ", ".join(f"{count:,} to {name}" for name, count in held.items())
     if sum(held.values()) < least:
         raise CorpusError(
-            f"{corpus.name} gives {sum(held.values()):,} tokens ({shown}), and calibration needs at least {least:,}; "
-            f"give more text or allow more tokens.{_left_out(corpus)}"
+            f"{corpus.name} {_given(corpus, encoding, sum(held.values()), shown)}. Calibration needs at least "
+            f"{least:,} in the splits; give more text or allow more tokens.{_left_out(corpus)}"
         )
     if min(held.values()) < least * min(SHARES.values()) / 2:
         raise CorpusError(
@@ -156,6 +156,18 @@ def split_corpus(
             f"leaves too few to one of the splits ({shown}); give more documents, or shorter ones.{_left_out(corpus)}"
         )
     return splits
+
+
+def _given(corpus: Corpus, encoding: TextEncoding, held: int, shown: str) -> str:
+    """How many tokens came to the splits, and of a short text that was cut in three, of how many."""
+    characters = sum(len(text) for text in corpus.documents)
+    if len(corpus.documents) >= len(SHARES) or characters > _CHARACTERS_PER_TOKEN * LEAST_TOKENS:
+        return f"gives {held:,} tokens ({shown})"
+    there = sum(len(encoding.encode(text)) for text in corpus.documents)
+    return (
+        f"has {there:,} tokens, but gives the splits {held:,} ({shown}): text of fewer than {len(SHARES)} documents is "
+        f"cut in three, with {BORDER_CHARACTERS:,} characters or more left out at both borders"
+    )
 
 
 def _left_out(corpus: Corpus) -> str:

@@ -242,6 +242,16 @@ def test_too_little_text_says_how_much_there_is_and_how_much_is_needed() -> None
         split_corpus(marked(10), encoding(), tokens=100_000, row_tokens=64, seed=0)
 
 
+def test_a_text_that_its_borders_eat_up_says_how_much_of_it_was_left() -> None:
+    text = "\n".join("x" * 99 for _ in range(72))
+    with pytest.raises(CorpusError) as caught:
+        split_corpus(Corpus("short.txt", (text,)), encoding(), tokens=48_000, row_tokens=512, seed=0)
+    said = str(caught.value)
+    assert said.startswith("short.txt has 7,199 tokens, but gives the splits ")
+    assert "2,000 characters or more left out at both borders" in said
+    assert "Calibration needs at least 6,000 in the splits; give more text" in said
+
+
 def test_an_unreachable_hub_is_an_error_and_not_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
