@@ -10,6 +10,7 @@ from exeunt.calibration.progress import watched_progress
 from exeunt.compression.bundle import BundleError
 from exeunt.compression.bundle_writer import check_target
 from exeunt.deploy import packaged_model
+from exeunt.deploy.advice import advice_line
 from exeunt.deploy.arguments import UsageError
 from exeunt.deploy.loading import find_source
 from exeunt.deploy.signals import Interrupted, InterruptibleProgress, interruptible
@@ -21,6 +22,8 @@ def make_bundle(options: CalibrationOptions) -> None:
         with interruptible() as interruption:
             path = calibrate(options, InterruptibleProgress(watched_progress(), interruption))
             print(f"{path} is ready: exeunt inspect {path}; exeunt serve {path}")
+            if advice := advice_line(path):
+                print(advice)
     except Interrupted as ended:
         ended.kept = _kept(options)
         raise
