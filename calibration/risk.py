@@ -203,7 +203,7 @@ def too_few(threshold: float, exits: int, blocks: int) -> str:
     """That `exits` tokens of `blocks` blocks are not enough to judge a threshold by."""
     return (
         f"at threshold {threshold:.3f} only {exits} tokens in {blocks} blocks of text left, and {LEAST_BLOCKS} blocks "
-        "are needed"
+        "are needed: calibrate with more text (--tokens, or --preset default where it was quick)"
     )
 
 

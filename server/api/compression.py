@@ -226,11 +226,24 @@ def _uncertified(
     elif not there and (others := [each for each in offer.variants if _there(risk, offer, each)]):
         nearest = max(others, key=lambda each: sum(map(eq, astuple(each), astuple(variant))))
         hint += f", or ask for {nearest}, of which {_there(risk, offer, nearest)} are certified"
+    if (smaller := _smaller(risk, target, offer, variant, method)) is not None:
+        hint += f"; ask for {smaller}, the nearest smaller one, which keeps within {target} too"
     named = f" with skipped_kv={method}" if method else ""
     return NotOfferedError(
         f"{what} for {variant}{named}; {hint}.{_why_not(risk, target, offer, variant, method)}",
         f"compression.early_exit.{risk}",
     )
+
+
+def _smaller(
+    risk: Risk, target: float | None, offer: Offer, variant: Variant, method: SkippedKV | None
+) -> float | None:
+    """The largest certified target below the one that was asked for, None where there is none."""
+    if target is None:
+        return None
+    asked = (method,) if method else SKIPPED_KV
+    below = (each for way in asked for each in offer.certified(variant, way, risk) if each < target)
+    return max(below, default=None)
 
 
 def _there(risk: Risk, offer: Offer, variant: Variant) -> str:

@@ -115,8 +115,9 @@ def test_too_few_blocks_with_an_exit_certify_nothing_and_say_so() -> None:
     sequence = nll_sequence(0.05, begin=0.9)
     sequence.test(0.9, few)
     assert not sequence.certificate.certified
-    assert "only 76 tokens in 19 blocks of text left, and 20 blocks are needed" in str(
-        sequence.certificate.reason
+    assert (
+        "only 76 tokens in 19 blocks of text left, and 20 blocks are needed: calibrate with more text"
+        in str(sequence.certificate.reason)
     )
 
 

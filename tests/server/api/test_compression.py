@@ -182,12 +182,15 @@ def test_server_defaults_fill_in_how_to_leave() -> None:
         (
             '{"early_exit": {"mode": "approximate", "max_disagreement": 0.02}}',
             "compression.early_exit.max_disagreement",
-            ["0.02", "0.05, 0.1 with skipped_kv=backfill and 0.01, 0.05, 0.1 with skipped_kv=propagate"],
+            [
+                "0.02",
+                "0.05, 0.1 with skipped_kv=backfill and 0.01, 0.05, 0.1 with skipped_kv=propagate; ask for 0.01,",
+            ],
         ),
         (
             '{"early_exit": {"mode": "approximate", "max_disagreement": 0.01, "skipped_kv": "backfill"}}',
             "compression.early_exit.max_disagreement",
-            ["0.01 is not certified", "with skipped_kv=backfill; certified are 0.05, 0.1"],
+            ["0.01 is not certified", "with skipped_kv=backfill; certified are 0.05, 0.1 with"],
         ),
         (
             '{"early_exit": {"mode": "approximate", "max_disagreement": 0.05, "max_nll_increase": 0.05}}',
@@ -216,7 +219,11 @@ def test_server_defaults_fill_in_how_to_leave() -> None:
         (
             '{"early_exit": {"mode": "approximate", "max_nll_increase": 0.3}}',
             "compression.early_exit.max_nll_increase",
-            ["0.3 is not certified", "certified are 0.05"],
+            [
+                "0.3 is not certified",
+                "certified are 0.05",
+                "ask for 0.05, the nearest smaller one, which keeps within",
+            ],
         ),
         (
             '{"weights": "full", "kv_cache": "full", "early_exit": {"mode": "approximate", "max_nll_increase": 0.02}}',
