@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, Final
 
 import typer
@@ -64,6 +65,12 @@ def block(flag: str, text: str) -> Any:
 def is_address(target: str) -> bool:
     """Whether `target` is the address of a server, and not a folder or a model's id."""
     return target.startswith(("http://", "https://"))
+
+
+def lacks_scheme(target: str) -> bool:
+    """Whether `target` looks like the address of a server without http://, as 127.0.0.1:8000 does."""
+    found = re.fullmatch(r"[\w.-]+:\d{1,5}/?|\[[0-9a-fA-F:]+\]:\d{1,5}/?", target)
+    return found is not None and not Path(target).exists()
 
 
 def misused(error: Any, arguments: Sequence[str]) -> str:

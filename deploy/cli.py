@@ -164,12 +164,12 @@ def serve(
 def _serve(settings: Any) -> int:
     """Log as the settings say, take the address, and serve until told to stop; the exit status."""
     from exeunt.deploy.logs import configure_logging
-    from exeunt.server.settings import unknown_variables
+    from exeunt.server.settings import nearest_variable, unknown_variables
 
     configure_logging(settings.log_level, as_json=settings.log_json)
     for name in unknown_variables(os.environ):
         logging.getLogger("exeunt.settings").warning(
-            "%s is no setting; `exeunt serve --help` lists what there is.", name
+            "%s is no setting%s; `exeunt serve --help` lists what there is.", name, nearest_variable(name)
         )
     from exeunt.deploy.serve import bind, serve
 

@@ -1,6 +1,7 @@
 """The server's settings: flags of `exeunt serve`, each also an environment variable `EXEUNT_<NAME>`."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import BeforeValidator, ByteSize, Field, SecretStr, ValidationError
@@ -12,9 +13,9 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
-from exeunt.server.api.schemas import CompressionOptions
+from exeunt.server.api.schemas import CompressionOptions, EarlyExitOptions
 from exeunt.server.api.strict_json import RepeatedKeyError, parse_json
-from exeunt.server.api.validation import requirement, shown
+from exeunt.server.api.validation import nearest, requirement, shown
 from exeunt.server.audit import DEFAULT_SHARE
 from exeunt.server.stage_choice import SchedulingPolicy
 
@@ -46,7 +47,6 @@ _REQUIREMENTS: Final = {
     "int_from_float": "it must be a whole number",
     "float_parsing": "it must be a number",
     "bool_parsing": "it must be true or false",
-    "extra_forbidden": "there is no such field; the fields are those of `compression` in POST /generate",
     "string_pattern_mismatch": "it must be auto, cpu, cuda or cuda:N",  # there is one pattern, the device's
 }
 """What a value must be, where pydantic's own words are not for users."""
@@ -201,6 +201,12 @@ def unknown_variables(environment: Mapping[str, str]) -> list[str]:
     )
 
 
+def nearest_variable(name: str) -> str:
+    """Which variable a misspelt one is likely meant to be: in parentheses, behind a blank, if that can be guessed."""
+    guess = nearest(name.upper().removeprefix(ENV_PREFIX).lower(), Settings.model_fields)
+    return re.sub(r"(?<=mean )(\w+)", lambda found: f"{ENV_PREFIX}{found[1].upper()}", guess)
+
+
 def invalid_setting(error: ValidationError, given: Mapping[str, object]) -> str:
     """One sentence for the first thing wrong with the settings: the flag, its value, what it must be.
 
@@ -213,4 +219,13 @@ def invalid_setting(error: ValidationError, given: Mapping[str, object]) -> str:
         flag = f"{ENV_PREFIX}{name.upper()} ({flag})"
     within = f" ({'.'.join(inside)})" if inside else ""
     value = "" if name == "api_key" else f" is {shown(first['input'])}"
+    if first["type"] == "extra_forbidden":
+        return f"{flag}{within}{value}; {_no_such_field(inside)}."
     return f"{flag}{within}{value}; {_REQUIREMENTS.get(first['type']) or requirement(first)}."
+
+
+def _no_such_field(path: Sequence[str]) -> str:
+    """What to say of an unknown field of `compression`, and which one is likely meant."""
+    known = (CompressionOptions if len(path) == 1 else EarlyExitOptions).model_fields
+    guess = nearest(path[-1], known)
+    return f"there is no such field{guess}; the fields are those of `compression` in POST /generate"

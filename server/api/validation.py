@@ -70,9 +70,8 @@ def unknown_field(model: type[BaseModel], value: Mapping[str, Any], path: str = 
         if name not in known:
             param = f"{path}{named(name)}"
             fields = ", ".join(sorted(known))
-            message = (
-                f"Unknown field {param}{_nearest(name, known.keys() - value.keys())}; known are {fields}."
-            )
+            guess = nearest(name, known.keys() - value.keys())
+            message = f"Unknown field {param}{guess}; known are {fields}."
             return Problem(message, param, "unknown_field")
     for name, inner in value.items():
         if not isinstance(inner, dict):
@@ -85,7 +84,7 @@ def unknown_field(model: type[BaseModel], value: Mapping[str, Any], path: str = 
     return None
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: str, known: Iterable[str]) -> str:
     """Which of the `known` names is meant, if that can be guessed: in parentheses, behind a blank."""
     near = get_close_matches(name.lower(), known, n=1, cutoff=_ALIKE) if len(name) <= _SHOWN else []
     return f" (did you mean {near[0]}?)" if near else ""

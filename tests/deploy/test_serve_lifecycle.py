@@ -176,6 +176,8 @@ def test_settings_come_from_the_environment_too(bundle: Path, tmp_path: Path) ->
         (["serve", "/nowhere/at/all"], 2, ["no folder /nowhere/at/all"]),
         (["eval", "./nowhere", "--data", "z"], 2, ["no folder ./nowhere"]),
         (["bench", "./nowhere"], 2, ["no folder ./nowhere"]),
+        (["bench", "127.0.0.1:8000"], 2, ["its address begins with http://", "http://127.0.0.1:8000."]),
+        (["bench", "[::1]:8000"], 2, ["http://[::1]:8000."]),
         (["calibrate", "./nowhere", "--out", "y", "--data", "z"], 2, ["no folder ./nowhere"]),
         (["serve", "--max-num-seqs", "600"], 2, ["--max-num-batched-tokens is 512", "--max-num-seqs, 600"]),
         (["serve", "--port", "eighty"], 2, ["--port", '"eighty"', "whole number"]),

@@ -3,7 +3,13 @@
 import pytest
 from pydantic import ValidationError
 
-from exeunt.server.settings import Settings, invalid_setting, load_settings, unknown_variables
+from exeunt.server.settings import (
+    Settings,
+    invalid_setting,
+    load_settings,
+    nearest_variable,
+    unknown_variables,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -72,6 +78,14 @@ def test_the_key_is_not_printed() -> None:
             r'--default-compression is "{\"n\":1,\"n\":2}"; the key "n" is given twice',
         ),
         ({"default_compression": '{"kv": 1}'}, "--default-compression (kv) is 1; "),
+        (
+            {"default_compression": '{"kv_cahce": "full"}'},
+            '--default-compression (kv_cahce) is "full"; there is no such field (did you mean kv_cache?); the fields',
+        ),
+        (
+            {"default_compression": '{"early_exit": {"mod": "off"}}'},
+            '--default-compression (early_exit.mod) is "off"; there is no such field (did you mean mode?); the fields',
+        ),
         ({"default_compression": '{"linear_block": 1}'}, "--default-compression (linear_block) is 1; "),
     ],
 )
@@ -101,3 +115,16 @@ def test_misspelt_variables_are_noticed() -> None:
         "exeunt_host": "x",
     }
     assert unknown_variables(environment) == ["EXEUNT_PROT"]
+
+
+@pytest.mark.parametrize(
+    ("name", "guess"),
+    [
+        ("EXEUNT_PROT", " (did you mean EXEUNT_PORT?)"),
+        ("EXEUNT_MAX_NUM_SEQ", " (did you mean EXEUNT_MAX_NUM_SEQS?)"),
+        ("exeunt_hots", " (did you mean EXEUNT_HOST?)"),
+        ("EXEUNT_XYZZY", ""),
+    ],
+)
+def test_a_misspelt_variable_is_guessed(name: str, guess: str) -> None:
+    assert nearest_variable(name) == guess
