@@ -182,7 +182,12 @@ def _as_api_error(scope: Scope, error: Exception) -> ApiError:
     path, method = shortened(scope["path"]), shortened(scope["method"])
     headers = dict(error.headers or {})
     if error.status_code == 404:
-        return ApiError(404, f"There is no route {path}; /docs lists what there is.", code="not_found")
+        instead = (
+            "POST /generate continues a prompt, and " if path.rstrip("/").endswith("completions") else ""
+        )
+        return ApiError(
+            404, f"There is no route {path}; {instead}/docs lists what there is.", code="not_found"
+        )
     if error.status_code == 405:
         allowed = headers.get("Allow", headers.get("allow", "another method"))
         message = f"{path} does not take {method}; use {allowed}."

@@ -337,6 +337,7 @@ def test_routes_that_are_not_there(
     assert response.status_code == status
     assert error_of(response)["code"] == code
     assert path in error_of(response)["message"]
+    assert ("POST /generate continues a prompt" in error_of(response)["message"]) == ("completions" in path)
 
 
 @pytest.mark.parametrize(
