@@ -144,6 +144,9 @@ class _Serving:
         self._calibrating = False
         self._half_calibrated = False  # a calibration began and did not end
         self._signalled = False
+        self._loading_since = (
+            0.0  # by the monotonic clock: behind a calibration, which says itself how long it took
+        )
         self._drain: asyncio.Task[None] | None = None
 
     def run(self) -> int:
@@ -151,9 +154,8 @@ class _Serving:
         with handling(self._on_signal):
             self._http.start()
             try:
-                began = time.monotonic()
                 service = start_service(self._prepared(), self._settings)
-                self._tell(self._open, service, time.monotonic() - began)
+                self._tell(self._open, service, time.monotonic() - self._loading_since)
             except BaseException as error:
                 if not (isinstance(error, Interrupted) or self._told_to_stop):
                     self._tell(self._stop_serving)
@@ -183,6 +185,7 @@ class _Serving:
         try:
             self._preparing = True
             source = self._source or Source(str(self._packaged()), is_bundle=True)
+            self._loading_since = time.monotonic()
             self._tell(self._availability.loads)
             model = load_model(source, self._settings)
         finally:

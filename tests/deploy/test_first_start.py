@@ -1,10 +1,12 @@
 """The first start: the server answers probes while it calibrates, and what is stopped leaves nothing half-made."""
 
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -108,6 +110,7 @@ def test_probes_are_answered_while_one_server_calibrates_and_another_waits_for_i
             eventually(lambda: "Another process is calibrating" in second.told, "waiting", 120)
             _refuses(other, "waiting_for_calibration", "Another process is calibrating")
             assert other.get("/health").status_code == 200
+            gone_on, ready = time.monotonic(), []
             first.go.touch()
             for server, each, log in ((first, client, "first"), (second, other, "second")):
                 wait_for(
@@ -116,6 +119,7 @@ def test_probes_are_answered_while_one_server_calibrates_and_another_waits_for_i
                     tmp_path / log / "log",
                     120,
                 )
+                ready.append(time.monotonic() - gone_on)
                 assert server.process.poll() is None, server.told
                 asked = {"prompt": "a", "max_new_tokens": 3, "ignore_eos": True}
                 assert each.post("/generate", json=asked).json()["usage"]["completion_tokens"] == 3
@@ -125,6 +129,12 @@ def test_probes_are_answered_while_one_server_calibrates_and_another_waits_for_i
                 server.process.send_signal(signal.SIGTERM)
             for server in (first, second):
                 assert server.process.wait(timeout=60) == 0
+            for server, since in zip((first, second), ready, strict=True):
+                told = re.search(r"loaded in ([\d.]+) s", server.told)
+                assert told is not None, server.told
+                assert (
+                    float(told[1]) <= since + 0.1
+                )  # no time before the calibration went on is called loading
 
 
 def _refuses(client: httpx.Client, code: str, says: str) -> None:
@@ -165,7 +175,7 @@ def test_a_calibration_that_fails_ends_the_server_with_its_line(model: Path, tmp
         assert server.process.wait(timeout=120) == 1
         last = server.told.splitlines()[-1]
         assert last.startswith("exeunt: ")
-        assert "calibration needs at least 3,000" in last
+        assert "Calibration needs at least 3,000" in last
         assert "Traceback" not in server.told
         assert server.half_made() == []
 
