@@ -24,7 +24,7 @@ serve: $(STAMP) ## calibrate the packaged model on first use, then serve it on h
 	$(BIN)/exeunt serve
 
 test: $(STAMP) ## run the test suite
-	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 check: $(STAMP) ## format, lint, types, tests, README commands
 	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/check

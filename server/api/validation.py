@@ -10,7 +10,7 @@ from typing import Any, Final, Union, get_args, get_origin
 from pydantic import BaseModel
 from starlette.types import Scope
 
-_ALIKE = 0.78  # `max_tokens` means `max_new_tokens`, and `presence_penalty` not `repetition_penalty`
+_ALIKE = 0.74  # `max_tokens` means `max_new_tokens`, and `presence_penalty` not `repetition_penalty`
 _SHOWN = 60  # characters of an offending value that a message repeats
 
 # pydantic's error types whose own wording is not a sentence with the value and the limit in it

@@ -243,13 +243,23 @@ def test_a_signal_while_the_engine_starts_opens_nothing(start: Start) -> None:
     class Service:
         engine = Engine()
 
+        @staticmethod
+        def close() -> None:
+            start.steps.append("service closed")
+
     def start_service(model: object, settings: object) -> type[Service]:
         lose_a_signal()
         return Service
 
     start.replace("start_service", start_service)
     assert start.status() == 0
-    assert start.steps == ["packaged_bundle", "load_model", "start_service", "engine stopped"]
+    assert start.steps == [
+        "packaged_bundle",
+        "load_model",
+        "start_service",
+        "engine stopped",
+        "service closed",
+    ]
 
 
 @pytest.mark.parametrize(("number", "word"), [(signal.SIGTERM, "terminated"), (signal.SIGINT, "interrupted")])
