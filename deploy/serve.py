@@ -144,9 +144,8 @@ class _Serving:
         self._calibrating = False
         self._half_calibrated = False  # a calibration began and did not end
         self._signalled = False
-        self._loading_since = (
-            0.0  # by the monotonic clock: behind a calibration, which says itself how long it took
-        )
+        # by the monotonic clock: behind a calibration, which says itself how long it took
+        self._loading_since = 0.0
         self._drain: asyncio.Task[None] | None = None
 
     def run(self) -> int:
