@@ -14,6 +14,7 @@ from scripts.gpu_records import (
     models_of,
     section,
     speeds_of,
+    streams_text,
 )
 
 _ON: Final = re.compile(r"engine (\S+) (verified|exits at 0\.5|backfilled exits at 0\.5)(?: \(synthetic\))?")
@@ -38,8 +39,7 @@ class ExitLoad:
     @property
     def name(self) -> str:
         """The load with its streams and variant."""
-        plural = "s" * (self.streams > 1)
-        return f"{self.load}, {self.streams} stream{plural}, {self.variant}"
+        return f"{self.load}, {streams_text(self.streams)}, {self.variant}"
 
     @property
     def ratio(self) -> float:

@@ -16,6 +16,7 @@ from scripts.gpu_records import (
     models_of,
     section,
     speeds_of,
+    streams_text,
 )
 
 _BATCH: Final = "transformers generate_batch"
@@ -33,7 +34,7 @@ def engine_tables(record: Row) -> Iterator[Table]:
             (_named(name, speeds), *(_speed(name, speeds.get(f"{name}, {each} streams")) for each in streams))
             for name in _names(speeds)
         ]
-        columns = (_streams(each) for each in streams)
+        columns = (streams_text(each) for each in streams)
         yield Table((f"{shown}, tokens/s", *columns), rows, _gates(speeds))
 
 
@@ -61,7 +62,10 @@ def long_tables(record: Row) -> Iterator[Table]:
         answers = sorted({speeds["answer"] for speeds in loads.values() if "answer" in speeds})
         tokens = f", of {' or '.join(map(str, answers))} new tokens each" if answers else ""
         said = f"Tokens/s of the whole load{tokens}; behind it those since the last prompt was read."
-        headers = (f"{called(model)}, prompts of", *(f"{each}, {_streams(count)}" for each, count in columns))
+        headers = (
+            f"{called(model)}, prompts of",
+            *(f"{each}, {streams_text(count)}" for each, count in columns),
+        )
         yield Table(headers, rows, f"{said} {_gates(found)}".strip())
 
 
@@ -80,12 +84,8 @@ def grid_tables(record: Row) -> Iterator[Table]:
             )
             for mode in _names(speeds)
         ]
-        headers = (f"{called(model)}, prompts of {context}", *map(_streams, streams))
+        headers = (f"{called(model)}, prompts of {context}", *map(streams_text, streams))
         yield Table(headers, rows, _gates(of_model))
-
-
-def _streams(count: int) -> str:
-    return f"{count} stream{'s' * (count > 1)}"
 
 
 def _speed(name: str, cell: Row | None) -> str:
@@ -175,7 +175,7 @@ def _loops(record: Row) -> Iterator[Sequence[str]]:
             if name.startswith(_GENERATE) and "seconds" in loop and "seconds" in found:
                 own = 1 - loop["seconds"] / found["seconds"]
                 yield (
-                    f"{shown}, {_streams(int(name.removeprefix(_GENERATE).split()[0]))}",
+                    f"{shown}, {streams_text(int(name.removeprefix(_GENERATE).split()[0]))}",
                     f"{found['tokens_per_s']:.0f}",
                     f"{loop['tokens_per_s']:.0f}",
                     f"{own:.0%}",
@@ -201,7 +201,7 @@ def _memory(record: Row) -> Iterator[Sequence[str]]:
             sizes = (found.get(key) for key in ("kv_bytes_per_sequence", "kv_bytes_by_layout"))
             device = found.get("device_bytes_at_most")
             yield (
-                f"{shown}, {mode}, {_streams(count)}",
+                f"{shown}, {mode}, {streams_text(count)}",
                 *("" if size is None else f"{size / 1e6:.3g}" for size in sizes),
                 "" if device is None else f"{device / 1e9:.2f}",
             )

@@ -37,6 +37,7 @@ from scripts.gpu_records import (
     speeds_of,
     step_of,
     steps_of,
+    streams_text,
 )
 from scripts.gpu_tables import (
     attention_tables,
@@ -242,7 +243,7 @@ def _listed(words: Iterable[str]) -> str:
 
 def _readme_row(record: Row, model: str, streams: int) -> list[str]:
     shown = MODELS[model].replace(LARGE, "Mistral-7B")
-    cells = [f"{shown}, {streams} stream{'s' * (streams > 1)}"]
+    cells = [f"{shown}, {streams_text(streams)}"]
     speeds = speeds_of(record, model)
     for names in _COLUMNS.values():
         found = next((name for name in names if speed(record, name, streams, model) is not None), None)

@@ -154,6 +154,11 @@ def called(model: str) -> str:
     return MODELS.get(model, f"{model} shape")
 
 
+def streams_text(count: int) -> str:
+    """A number of streams as tables call it."""
+    return f"{count} stream{'s' * (count > 1)}"
+
+
 def exits_model(record: Row) -> str:
     """What the section of exits runs: the large shape, or where the script itself is tried a toy."""
     return called("toy" if record.get("quick") else LARGE)

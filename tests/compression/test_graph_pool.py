@@ -28,7 +28,7 @@ def _nothing() -> None:
 
 
 def test_a_kernel_that_does_not_fit_leaves_a_pass_without_a_graph(caplog: pytest.LogCaptureFixture) -> None:
-    errors = pytest.importorskip("triton.runtime.errors")
+    errors = pytest.importorskip("triton.runtime.errors", reason="needs the package triton")
     error = errors.OutOfResources(300000, 232448, "shared memory")
     with caplog.at_level(logging.WARNING):
         assert Failing(error).capture("2 rows", _nothing, _nothing) is None
@@ -167,7 +167,7 @@ def test_a_fault_is_an_error_with_its_traceback(
 
 
 def test_a_compiler_that_fails_is_a_fault(caplog: pytest.LogCaptureFixture) -> None:
-    errors = pytest.importorskip("triton.runtime.errors")
+    errors = pytest.importorskip("triton.runtime.errors", reason="needs the package triton")
     assert Failing(errors.PTXASError("no such option")).capture("2 rows", _nothing, _nothing) is None
     (record,) = caplog.records
     assert record.levelno == logging.ERROR

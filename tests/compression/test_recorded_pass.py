@@ -1,5 +1,6 @@
 """Passes of a decoder in graphs that are recorded: to the bit what they are without, in all forms and formats."""
 
+import importlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -29,7 +30,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[RecordedGPU]:
 
 def _patched() -> list[object]:
     """Some of what `recorded_gpu` replaces."""
-    full_linear = pytest.importorskip("exeunt.kernels.full_linear.triton")._full_linear_op
+    pytest.importorskip("triton", reason="needs the package triton")
+    full_linear = importlib.import_module("exeunt.kernels.full_linear.triton")._full_linear_op
     pools = [vars(module)["GraphPool"] for module in (exeunt.compression.decoder, exeunt.compression.model)]
     return [*pools, Decoder.capture, exeunt.kernels.gpu.interpreted, full_linear._backend_fns[None]]
 
